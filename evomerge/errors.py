@@ -1,0 +1,41 @@
+"""The errors that users see.
+
+    EvomergeError
+    ├── InputError          what was asked for is wrong: exit status 2, nothing written
+    └── WorkFailed          the work itself failed: exit status 1
+        └── CandidateFailed one candidate could not be merged or scored; the search goes on
+
+Every message is one sentence: where (file and key path), what was expected, what arrived, and what to do.
+Anything else that escapes is a bug in evomerge.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class EvomergeError(Exception):
+    """The root of every error that evomerge raises on purpose."""
+
+    exit_status = 1
+
+
+class InputError(EvomergeError):
+    """The configuration, recipe, model or path that the user gave is wrong."""
+
+    exit_status = 2
+
+
+class WorkFailed(EvomergeError):
+    """The input was fine, but the work could not be done."""
+
+
+class CandidateFailed(WorkFailed):
+    """One candidate could not be merged or scored. Recorded in the archive; never stops a search."""
+
+
+def choices(name: str, valid: Iterable[str]) -> str:
+    """A phrase for an unknown name: the closest valid one first, then all of them."""
+    known = sorted(valid)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}valid names: {', '.join(known) or '(none)'}"
