@@ -1,0 +1,23 @@
+"""The embedded zoo: tiny Llama fine-tunes that ship with evomerge, for its demo, tests and documentation.
+
+`language` is the world they were taught, `training` makes them, `evals` writes the data that scores them.
+"""
+
+from pathlib import Path
+
+from evomerge.errors import InputError, choices
+
+MODELS = Path(__file__).parent / "models"
+
+
+def names() -> list[str]:
+    """The names of the shipped models, sorted."""
+    return sorted(config.parent.name for config in MODELS.glob("*/config.json"))
+
+
+def path(name: str) -> Path:
+    """The folder of a shipped model, as `from_pretrained` takes it."""
+    known = names()
+    if name not in known:
+        raise InputError(f"The zoo has no model '{name}'; {choices(name, known)}.")
+    return MODELS / name

@@ -1,0 +1,256 @@
+"""Archive: every evaluation of a search, durable, and the checkpoint from which it resumes.
+
+Two Optuna studies in one storage, so that any Optuna dashboard reads them: `search` holds one trial per candidate (a
+parameter per gene, a value per objective), `heldout` the scores of chosen candidates on items that the search never
+saw. An evaluation is one transaction. The only module that knows Optuna's storage.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.candidate import Candidate, Evaluation, Kind, Split
+from evomerge.config import SearchConfig
+from evomerge.errors import InputError, WorkFailed
+from evomerge.quiet import quiet
+from evomerge.recipe import Recipe
+from evomerge.spaces import Gene
+
+DATABASE, SEARCH_FILE, LOCK = "archive.db", "search.yaml", ".lock"
+_FREE_TO_CHANGE = ("workers", "storage", "optimizer.evaluations")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A candidate with what happened to it."""
+
+    candidate: Candidate
+    evaluation: Evaluation
+
+
+class Archive:
+    """The recorded evaluations of one run directory, in memory and in its storage."""
+
+    def __init__(self, directory: Path, config: SearchConfig, genes: Sequence[Gene]) -> None:
+        """Opens the archive of a run, or creates it. Raises InputError where it holds another search."""
+        self._config, self._genes = config, genes
+        self._names = [objective.name for objective in config.objectives]
+        self._studies = {split: self._study(directory, split) for split in ("search", "heldout")}
+        self._check_config(directory)
+        self._records = {split: self._load(split) for split in self._studies}
+
+    def _study(self, directory: Path, split: str) -> Any:
+        with quiet():
+            import optuna
+
+            goals = [objective.goal or "maximize" for objective in self._config.objectives]
+            prefix = "" if self._config.storage is None else f"{directory.name}-{self._config.digest()}-"
+            try:
+                return optuna.create_study(
+                    storage=storage_url(directory, self._config),
+                    study_name=prefix + split,
+                    directions=goals,
+                    load_if_exists=True,
+                    sampler=optuna.samplers.RandomSampler(seed=0),
+                )
+            except Exception as error:
+                raise _broken(directory, error) from None
+
+    def _check_config(self, directory: Path) -> None:
+        study = self._studies["search"]
+        current = self._config.model_dump(mode="json", by_alias=True)
+        recorded = study.user_attrs.get("config")
+        if recorded is None:
+            study.set_user_attr("config", current)
+            study.set_user_attr("versions", versions())
+            with quiet():
+                for each in self._studies.values():
+                    each.set_metric_names(self._names)
+            return
+        difference = _first_difference(recorded, current)
+        if difference is not None:
+            key, was, now = difference
+            raise InputError(
+                f"{directory / SEARCH_FILE}: {key} is {json.dumps(now)}, but the archive was made with "
+                f"{json.dumps(was)}; restore it, or run the changed search in a new directory."
+            )
+
+    def _load(self, split: str) -> dict[str, Record]:
+        trials = self._studies[split].get_trials(deepcopy=False)
+        records = (self._record(trial) for trial in trials if trial.state.is_finished())
+        return {record.candidate.id: record for record in records}
+
+    def _record(self, trial: Any) -> Record:
+        attributes = trial.user_attrs
+        genome = tuple(trial.params[gene.name] for gene in self._genes) if trial.params else None
+        kind: Kind = attributes["kind"]
+        candidate = Candidate(
+            id=attributes["id"],
+            kind=kind,
+            generation=attributes["generation"],
+            index=attributes["index"],
+            recipe=Recipe.model_validate(attributes["recipe"]),
+            genome=genome,
+        )
+        evaluation = Evaluation(
+            scores=dict(zip(self._names, trial.values, strict=True)) if trial.values is not None else None,
+            error=attributes.get("error"),
+            outcomes={name: _unpack(packed) for name, packed in attributes.get("outcomes", {}).items()},
+            items=attributes["items"],
+            fingerprint=attributes.get("fingerprint"),
+            seconds=attributes["seconds"],
+        )
+        return Record(candidate, evaluation)
+
+    def find(self, candidate_id: str, split: Split) -> Record | None:
+        return self._records[split].get(candidate_id)
+
+    def record(self, candidate: Candidate, evaluation: Evaluation, split: Split) -> None:
+        """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it."""
+        with quiet():
+            import optuna
+
+            genes: dict[str, optuna.distributions.BaseDistribution] = {
+                gene.name: optuna.distributions.FloatDistribution(gene.low, gene.high) for gene in self._genes
+            }
+            params = dict(zip(genes, candidate.genome, strict=True)) if candidate.genome is not None else {}
+            state = optuna.trial.TrialState.FAIL if evaluation.failed else optuna.trial.TrialState.COMPLETE
+            values = None if evaluation.scores is None else [evaluation.scores[name] for name in self._names]
+            trial = optuna.trial.create_trial(
+                state=state,
+                values=values,
+                params=params,
+                distributions=genes if params else {},
+                user_attrs=_attributes(candidate, evaluation),
+            )
+            try:
+                self._studies[split].add_trial(trial)
+            except Exception as error:
+                raise WorkFailed(
+                    f"the archive refused evaluation {candidate.id} ({_brief(error)}); nothing was lost: free "
+                    "some space or restore the storage, then resume."
+                ) from None
+        self._records[split][candidate.id] = Record(candidate, evaluation)
+
+    def records(self, split: Split = "search") -> list[Record]:
+        """Every recorded evaluation, controls first, then by generation and index."""
+        return sorted(self._records[split].values(), key=lambda record: place(record.candidate))
+
+    def recorded_versions(self) -> Mapping[str, str]:
+        return dict(self._studies["search"].user_attrs.get("versions", {}))
+
+
+def place(candidate: Candidate) -> tuple[int, int]:
+    """Sorts candidates in the order of the search."""
+    return candidate.generation, candidate.index
+
+
+def _attributes(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "id": candidate.id,
+        "kind": candidate.kind,
+        "generation": candidate.generation,
+        "index": candidate.index,
+        "items": evaluation.items,
+        "seconds": round(evaluation.seconds, 4),
+        "recipe": candidate.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+    if evaluation.fingerprint is not None:
+        attributes["fingerprint"] = evaluation.fingerprint
+    if evaluation.error is not None:
+        attributes["error"] = evaluation.error
+    if evaluation.outcomes:
+        attributes["outcomes"] = {name: _pack(values) for name, values in evaluation.outcomes.items()}
+    return attributes
+
+
+def _pack(values: tuple[float, ...]) -> Any:
+    """Right or wrong per item as hexadecimal digits behind their number; other values as they are."""
+    if not all(value in (0.0, 1.0) for value in values):
+        return list(values)
+    bits = "".join(str(int(value)) for value in values)
+    return f"{len(values)}:{int(bits, 2):x}"
+
+
+def _unpack(packed: Any) -> tuple[float, ...]:
+    if isinstance(packed, list):
+        return tuple(packed)
+    count, _, digits = packed.partition(":")
+    return tuple(float(bit) for bit in f"{int(digits, 16):0{count}b}")
+
+
+def storage_url(directory: Path, config: SearchConfig) -> str:
+    return config.storage or f"sqlite:///{(directory / DATABASE).absolute()}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that can change a result."""
+    from importlib.metadata import version
+
+    names = ("evomerge", "torch", "transformers", "lm_eval", "cma", "moocore", "numpy")
+    return {name: version(name) for name in names}
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Held while a process writes to a run directory; the system frees it when the process dies."""
+    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            raise InputError(
+                f"{directory}: already in use by {holder}; wait for it, stop it, or choose another directory."
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    try:
+        handle = os.open(directory / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(handle)
+
+
+def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key path, in order, at which two configs differ in something that decides the archive."""
+    if key in _FREE_TO_CHANGE or was == now:
+        return None
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*was, *now]):
+            found = _first_difference(was.get(name), now.get(name), f"{key}.{name}" if key else name)
+            if found is not None:
+                return found
+        return None
+    return key, was, now
+
+
+def _broken(directory: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{directory}: the archive cannot be opened ({_brief(error)}); check the storage, or restore it from a copy."
+    )
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,47 @@
+"""Candidate and Evaluation: what is tried, and what happened to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from evomerge.recipe import Recipe
+
+Split = Literal["search", "heldout"]
+Kind = Literal["control", "search"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A recipe with its place in the search. Controls that no genome describes have none."""
+
+    id: str
+    kind: Kind
+    generation: int
+    index: int
+    recipe: Recipe
+    genome: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The scores of one candidate on one split, or the reason why there are none.
+
+    `scores` maps objective names to metric values in their own direction; `outcomes` maps them to one value per item,
+    in the order of the split's items (empty for metrics that are no mean over items).
+    """
+
+    scores: Mapping[str, float] | None
+    error: str | None = None
+    outcomes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    items: int = 0
+    fingerprint: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self.scores is None
+
+
+def failure(reason: str, fingerprint: str | None = None) -> Evaluation:
+    """An evaluation that records why a candidate has no scores."""
+    return Evaluation(scores=None, error=reason, fingerprint=fingerprint)

@@ -1,0 +1,252 @@
+"""The command line: commands parse, call one function, and print. Heavy imports wait for the command that needs them.
+
+Exit status: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evomerge.errors import EvomergeError
+
+app = typer.Typer(
+    name="evomerge",
+    help="Finds the recipe: evolutionary search over merges of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+SearchFile = Annotated[Path, typer.Argument(metavar="SEARCH.yaml", help="The search to run.", show_default=False)]
+RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.", show_default=False)]
+Workers = Annotated[
+    int | None, typer.Option(help="How many workers; 0 evaluates in this process. Does not change results.", min=0)
+]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster to use (auto, HOST:PORT or ray://...).")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Changes one setting.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
+
+
+@app.command()
+def run(
+    search: SearchFile,
+    output: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME of the file].")] = None,
+    workers: Workers = None,
+    address: Address = None,
+    set_: Set = None,
+) -> None:
+    """Run a search."""
+    directory = output or Path("runs") / search.stem
+    _search("start", directory, [*(set_ or []), *_worker_settings(workers)], address, search)
+
+
+@app.command()
+def resume(directory: RunDirectory, workers: Workers = None, address: Address = None, set_: Set = None) -> None:
+    """Go on with an interrupted search, or extend one (--set optimizer.evaluations=N)."""
+    _search("resume", directory, [*(set_ or []), *_worker_settings(workers)], address, None)
+
+
+def _worker_settings(workers: int | None) -> list[str]:
+    if workers is None:
+        return []
+    return ["workers.pool=local"] if workers == 0 else ["workers.pool=ray", f"workers.count={workers}"]
+
+
+def _search(verb: str, directory: Path, overrides: Sequence[str], address: str | None, search: Path | None) -> None:
+    from evomerge import runs, terminal
+
+    output = terminal.console()
+    view = terminal.SearchView(output)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if search is not None:
+            finished = runs.start(search, directory, overrides, address, view)
+        else:
+            finished = runs.resume(directory, overrides, address, view)
+    except KeyboardInterrupt:
+        view.close()
+        if (directory / "search.yaml").exists():
+            terminal.fail(f"interrupted; go on with `evomerge resume {directory}`.")
+        raise
+    finally:
+        view.close()
+    terminal.show_result(output, finished)
+    output.print(f"export the best with `evomerge export {directory}`")
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def status(directory: RunDirectory, as_json: AsJson = False) -> None:
+    """Where a run stands, while it runs or after."""
+    from evomerge import progress, runs, terminal, views
+    from evomerge.archive import is_running
+
+    opened = runs.read(directory)
+    running = is_running(directory)
+    content = views.status(opened.archive, opened.config, opened.prepared.space, running)
+    content |= progress.pace(directory, content) if running else {"rate": None, "seconds_left": None}
+    if as_json:
+        return _print_json(content)
+    return terminal.show_status(terminal.console(), content, opened.config)
+
+
+@app.command()
+def front(directory: RunDirectory, as_json: AsJson = False) -> None:
+    """The Pareto front on all search items, with held-out scores where they are known."""
+    from evomerge import runs, terminal, views
+
+    opened = runs.read(directory)
+    if as_json:
+        return _print_json(views.front(opened.archive, opened.config))
+    return terminal.show_front(terminal.console(), opened)
+
+
+@app.command()
+def candidates(directory: RunDirectory, as_json: AsJson = False) -> None:
+    """Every evaluation, in the order of the search."""
+    from evomerge import runs, terminal, views
+
+    opened = runs.read(directory)
+    if as_json:
+        return _print_json(views.candidates(opened.archive))
+    return terminal.show_candidates(terminal.console(), opened)
+
+
+@app.command()
+def export(
+    directory: RunDirectory,
+    candidate: Annotated[str | None, typer.Option(help="Id of the candidate [default: the best].")] = None,
+    prefer: Annotated[
+        list[str] | None, typer.Option(metavar="OBJECTIVE=WEIGHT", help="Choose from the front by these weights.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a candidate's recipe, which mergekit reads too."""
+    from evomerge import export as exports
+    from evomerge import runs, terminal
+
+    opened = runs.read(directory)
+    record = exports.choose(opened.archive, opened.config, candidate, prefer or [])
+    recipe = exports.shared_recipe(record, opened.archive, opened.config)
+    exports.write_recipe(recipe, output)
+    for warning in exports.warnings(record, opened.archive, opened.config):
+        terminal.fail(f"warning: {warning}")
+    terminal.console().print(
+        f"{record.candidate.id} written to {output}; merge it with `evomerge merge {output} OUT_DIR`"
+    )
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False)],
+    device: Annotated[str, typer.Option(help="Where to merge (cpu, cuda).")] = "cpu",
+) -> None:
+    """Write a recipe's merge as a plain Hugging Face checkpoint and check its fingerprint."""
+    from evomerge import export as exports
+    from evomerge import recipe as recipes
+    from evomerge import terminal
+    from evomerge.workers.worker import resolve_device
+
+    fingerprint, checked = exports.merge(recipes.load(recipe), out, str(recipe), resolve_device(device))
+    verdict = "the one that was scored" if checked else "the recipe records none to compare"
+    terminal.console().print(f"{out}: fingerprint {fingerprint} ({verdict})")
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RECIPE", show_default=False)],
+    config: Annotated[Path, typer.Option(metavar="SEARCH.yaml", help="Says which tasks, items and device.")],
+    split: Annotated[str, typer.Option(help="search or heldout.")] = "search",
+    as_json: AsJson = False,
+) -> None:
+    """Score a model or a recipe as a search would."""
+    from evomerge import scoring, terminal
+
+    prepared, row = scoring.score(target, config, split)
+    if as_json:
+        _print_json(row)
+    else:
+        table = terminal.score_table(f"{split} items", [(target, row)], prepared, "scores")
+        terminal.console().print(table)
+    if row["error"]:
+        terminal.fail(f"{target}: {row['error']}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None:
+    """Validate a search without running it: models, tasks, dimensions, memory, cost."""
+    from evomerge import preparation, terminal
+    from evomerge.config import load
+
+    summary = preparation.summarize(preparation.prepare(load(search, set_ or [])))
+    if as_json:
+        return _print_json(summary)
+    for key, value in summary.items():
+        shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
+        terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)
+    return None
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """The merge methods that can be searched, with parameters and sources."""
+    from evomerge import terminal
+    from evomerge.merging.methods import METHODS
+
+    rows = [
+        {
+            "name": method.name,
+            "per_model": [parameter.name for parameter in method.per_model],
+            "shared": {parameter.name: parameter.default for parameter in method.shared},
+            "paper": method.paper,
+        }
+        for method in METHODS.values()
+    ]
+    if as_json:
+        return _print_json(rows)
+    for row in rows:
+        terminal.console().print(
+            f"{row['name']}: per model {', '.join(row['per_model'])}; shared {row['shared']}; {row['paper']}",
+            markup=False,
+        )
+    return None
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def main() -> None:
+    """Runs a command and turns every expected error into one sentence and an exit status."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        result = app(standalone_mode=False)
+    except EvomergeError as error:
+        _fail(str(error), error.exit_status)
+    except typer.TyperException as error:
+        _fail(error.format_message(), getattr(error, "exit_code", 2))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"evomerge: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,196 @@
+"""Export: the recipe of a candidate as people share it, and a recipe's merge as a checkpoint.
+
+Model references become paths that mergekit can read; `evomerge.aliases` keeps what they stood for, so that the recipe
+can be merged again on another machine.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.archive import Archive, Record, versions
+from evomerge.config import SearchConfig
+from evomerge.errors import InputError, WorkFailed, choices
+from evomerge.merging.sources import locate, preflight, tensor_table
+from evomerge.preparation import resolve_dtype
+from evomerge.recipe import Provenance, Recipe, single
+from evomerge.search import best_found, best_of, front_of, means
+
+
+def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer: Sequence[str]) -> Record:
+    """The record to export: by id, by preference over the front, or the best found."""
+    records = archive.records()
+    if candidate is not None:
+        return _by_id(records, candidate)
+    if prefer:
+        return _preferred(records, config, prefer)
+    best = best_found(records, config.objectives)
+    if best is None:
+        raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
+    return best
+
+
+def _by_id(records: Sequence[Record], candidate: str) -> Record:
+    found = {record.candidate.id: record for record in records}
+    if candidate not in found:
+        shown = choices(candidate, found) if len(found) <= 12 else "`evomerge candidates` lists them"
+        raise InputError(f"--candidate {candidate}: no such candidate in this run; {shown}.")
+    if found[candidate].evaluation.failed:
+        raise InputError(f"--candidate {candidate} failed ({found[candidate].evaluation.error}); choose another.")
+    return found[candidate]
+
+
+def _preferred(records: Sequence[Record], config: SearchConfig, prefer: Sequence[str]) -> Record:
+    weights = _preferences(config, prefer)
+    objectives = [
+        objective.model_copy(update={"weight": weights[objective.name]})
+        for objective in config.objectives
+        if weights.get(objective.name, 0) > 0
+    ]
+    front = front_of(records, config.objectives)
+    if not front:
+        raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
+    values = means(front, objectives)
+    return front[values.index(max(values))]
+
+
+def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float]:
+    names = [objective.name for objective in config.objectives]
+    weights = {}
+    for text in prefer:
+        name, _, value = text.rpartition("=")
+        if name not in names:
+            raise InputError(f"--prefer {text}: expected OBJECTIVE=WEIGHT; {choices(name or text, names)}.")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise InputError(f"--prefer {text}: the weight '{value}' is no number.") from None
+        if not 0 <= weights[name] < float("inf"):
+            raise InputError(f"--prefer {text}: use a weight of at least 0.")
+    if not any(weights.values()):
+        raise InputError("--prefer: every weight is 0; give at least one objective a positive weight.")
+    return weights
+
+
+def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Recipe:
+    """A candidate's recipe with paths for references, dtype, fingerprint, scores and versions."""
+    recipe = record.candidate.recipe
+    paths = {reference: str(locate(reference)) for reference in recipe.references}
+    heldout = archive.find(record.candidate.id, "heldout")
+    provenance = recipe.evomerge.model_copy(
+        update={
+            "candidate": record.candidate.id,
+            "fingerprint": record.evaluation.fingerprint,
+            "scores": _scores(record),
+            "heldout": _scores(heldout) if heldout else None,
+            "aliases": {path: reference for reference, path in paths.items() if path != reference},
+            "versions": dict(archive.recorded_versions()),
+        }
+    )
+    renamed = recipe.renamed(paths)
+    return renamed.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
+
+
+def _scores(record: Record) -> dict[str, float | None] | None:
+    return dict(record.evaluation.scores) if record.evaluation.scores is not None else None
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes a recipe, whole or not at all."""
+    from evomerge.runs import write_text
+
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give -o the name of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, recipe.to_yaml())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another -o.") from None
+
+
+def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str]:
+    """What a user should know before shipping a candidate: a control that is as good on what has been measured."""
+    found = []
+    for split, items in (("search", "search"), ("heldout", "held-out")):
+        records = archive.records("search" if split == "search" else "heldout")
+        mine = archive.find(record.candidate.id, "search" if split == "search" else "heldout")
+        rival = best_of([other for other in records if other.candidate.kind == "control"], config.objectives)
+        if mine is None or rival is None or rival.candidate.id == record.candidate.id:
+            continue
+        own, theirs = means([mine, rival], config.objectives)
+        if theirs >= own:
+            found.append(f"the control {rival.candidate.id} scores {theirs:.3f} on {items} items, this one {own:.3f}.")
+    return found
+
+
+def located(recipe: Recipe) -> Recipe:
+    """A recipe whose missing paths are replaced by what they stood for where it was exported."""
+    aliases = recipe.evomerge.aliases
+    missing = {path: aliases[path] for path in recipe.references if path in aliases and not Path(path).exists()}
+    return recipe.renamed(missing)
+
+
+def merge(recipe: Recipe, out: Path, where: str, device: str = "cpu") -> tuple[str, bool]:
+    """Writes a recipe's checkpoint. Returns its fingerprint and whether the recipe recorded the same one.
+
+    Raises WorkFailed, leaving nothing, where the recipe records another fingerprint than the merge has.
+    """
+    from evomerge.merging.checkpoint import check_writable, write_checkpoint
+    from evomerge.merging.materialize import ResidentModels
+    from evomerge.merging.plan import make_plan
+
+    check_writable(out)
+    recipe = located(recipe)
+    skeleton = recipe.references[0]
+    preflight(skeleton, {reference: reference for reference in recipe.references[1:]})
+    tensors = tensor_table(locate(skeleton))
+    make_plan(recipe, tensors, where)
+    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", tensors)
+    folders = {reference: locate(reference) for reference in recipe.references}
+    models = ResidentModels(folders, folders[skeleton], device, dtype)
+    found = models.materialize(recipe)
+    recorded = recipe.evomerge.fingerprint
+    if recorded is not None and found != recorded:
+        raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
+    card = _model_card(recipe, found)
+    extra = [("README.md", card), ("evomerge_recipe.yaml", recipe.to_yaml())]
+    write_checkpoint(models.model, folders[skeleton], out, found, extra)
+    return found, recorded is not None
+
+
+def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> str:
+    now = versions()
+    changed = [f"{name} {was} → {now.get(name)}" for name, was in provenance.versions.items() if now.get(name) != was]
+    cause = f"versions changed: {', '.join(changed)}" if changed else "a source model or a parameter has changed"
+    return f"{where}: the merge has fingerprint {found}, but {recorded} was scored ({cause}); nothing was written."
+
+
+def _model_card(recipe: Recipe, fingerprint: str) -> str:
+    """README.md of a merged checkpoint: front matter of the hub, then recipe and scores."""
+    import yaml
+
+    aliases = recipe.evomerge.aliases
+    names = [aliases.get(reference, reference) for reference in recipe.references]
+    front: dict[str, Any] = {"base_model": names, "library_name": "transformers", "tags": ["merge", "evomerge"]}
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "# Merged model", ""]
+    lines += [f"Merged by evomerge with `{recipe.merge_method}` from:", "", *(f"- `{name}`" for name in names), ""]
+    lines += [f"Fingerprint of the weights: `{fingerprint}`", ""]
+    for title, scores in (("Search items", recipe.evomerge.scores), ("Held-out items", recipe.evomerge.heldout)):
+        lines += _score_lines(title, scores)
+    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])
+
+
+def _score_lines(title: str, scores: Mapping[str, float | None] | None) -> list[str]:
+    if not scores:
+        return []
+    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None]
+    return [f"## {title}", "", "| objective | score |", "|---|---|", *rows, ""]
+
+
+def read(target: str) -> Recipe:
+    """The recipe in a YAML file, or the recipe that is a model unchanged."""
+    from evomerge import recipe
+
+    if target.endswith((".yaml", ".yml")):
+        return located(recipe.load(Path(target)))
+    return single(target)

@@ -1,0 +1,30 @@
+"""Which layer a tensor belongs to, read off its name; the same for every architecture that numbers its layers."""
+
+import re
+from collections.abc import Iterable
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_INPUT = ("embed", "wte", "wpe")
+
+
+def layer_index(name: str) -> int | None:
+    """The layer's number, or None for tensors outside the layers."""
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def layer_count(names: Iterable[str]) -> int:
+    return 1 + max((index for name in names if (index := layer_index(name)) is not None), default=-1)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor outside the layers comes before them (embeddings) rather than after (final norm and head)."""
+    return any(part in name for part in _INPUT)
+
+
+def embedding_names(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if layer_index(name) is None and is_embedding(name))
+
+
+def head_names(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if layer_index(name) is None and not is_embedding(name))

@@ -1,0 +1,110 @@
+"""ResidentModels: the sources in memory, and one model into whose parameters every candidate is written in place.
+
+Sources are loaded once; a candidate costs one pass over each tensor, in float32, rounded once into the model's dtype,
+and never touches the disk. Uniform fields of random methods are made on first use and kept.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evomerge.errors import CandidateFailed, InputError, choices
+from evomerge.merging.kernels import checksum, uniform_field
+from evomerge.merging.methods.base import Inputs
+from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
+from evomerge.merging.sources import load_tensors
+from evomerge.quiet import quiet
+from evomerge.recipe import Recipe
+
+
+class ResidentModels:
+    """The models of a search on one device."""
+
+    def __init__(self, folders: Mapping[str, Path], skeleton: Path, device: str, dtype: str) -> None:
+        """folders: every model reference with its folder. skeleton: the folder whose config the merge takes."""
+        self.device = torch.device(device)
+        self.model = load_model(skeleton, getattr(torch, dtype)).to(self.device)
+        self._parameters = dict(self.model.named_parameters())
+        self._sources = {reference: self._resident(folder) for reference, folder in folders.items()}
+        self._uniforms: dict[tuple[int, int, str], torch.Tensor] = {}
+
+    def _resident(self, folder: Path) -> dict[str, torch.Tensor]:
+        tensors = load_tensors(folder)
+        for name, parameter in self._parameters.items():
+            if name not in tensors:
+                raise InputError(
+                    f"{folder}: the weights lack {name}, which {type(self.model).__name__} needs; "
+                    f"{choices(name, tensors)}."
+                )
+            if tensors[name].shape != parameter.shape:
+                raise InputError(
+                    f"{folder}: {name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)} "
+                    "from the base model's config."
+                )
+        return {name: tensors[name].to(self.device) for name in self._parameters}
+
+    def plan(self, recipe: Recipe) -> MergePlan:
+        return make_plan(recipe, self._parameters)
+
+    @torch.no_grad()
+    def materialize(self, recipe: Recipe) -> str:
+        """Writes a recipe's merge into the resident model and returns its fingerprint.
+
+        Raises CandidateFailed where a weight is not finite.
+        """
+        plan = self.plan(recipe)
+        finite = []
+        for tensor in plan.tensors:
+            merged = plan.method.merge(self._inputs(plan, tensor))
+            parameter = self._parameters[tensor.name]
+            parameter.copy_(merged)
+            finite.append(torch.isfinite(parameter).all())
+        bad = (~torch.stack(finite)).nonzero().flatten().tolist()
+        if bad:
+            raise CandidateFailed(f"non-finite weights after the merge in {plan.tensors[bad[0]].name}")
+        return fingerprint(self._parameters)
+
+    def _inputs(self, plan: MergePlan, tensor: TensorMerge) -> Inputs:
+        def source(reference: str) -> torch.Tensor:
+            return self._sources[reference][tensor.name].to(torch.float32)
+
+        return Inputs(
+            base=source(plan.base) if plan.base is not None and plan.method.needs_base else None,
+            tensors=tuple(source(model) for model in tensor.models),
+            per_model=tensor.per_model,
+            shared=tensor.shared,
+            uniforms=lambda index: self._uniform(plan.seed, tensor.positions[index], tensor.name),
+            rescale=plan.rescale,
+        )
+
+    def _uniform(self, seed: int, position: int, name: str) -> torch.Tensor:
+        key = (seed, position, name)
+        if key not in self._uniforms:
+            count = self._parameters[name].numel()
+            self._uniforms[key] = uniform_field(seed, position, name, count, self.device)
+        return self._uniforms[key]
+
+
+def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits over all weights: a sum of per-tensor checksums, so independent of order and device."""
+    sums = torch.stack([checksum(tensor, name) for name, tensor in parameters.items()]).tolist()
+    return f"{sum(sums) % (1 << 64):016x}"
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A causal language model from safetensors, without code from its folder."""
+    try:
+        with quiet():
+            from transformers import AutoModelForCausalLM
+
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"{folder}: transformers cannot load this model ({reason}); check its config.json.") from None
+    model.eval()
+    return model  # type: ignore[no-any-return]

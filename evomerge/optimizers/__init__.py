@@ -1,0 +1,102 @@
+"""Optimizers: ask for a generation of genomes, tell what they scored.
+
+All of them work on told scores alone and draw every random number from a counter, so that telling the same things again
+gives the same proposals: that replay is how a search resumes.
+
+To add one: write a class with this protocol, add a row to `_MAKERS`, and run it through tests/contracts/optimizer.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from evomerge.config import OptimizerConfig
+from evomerge.optimizers.ranking import Ranking
+from evomerge.pareto import Scores
+from evomerge.spaces import Gene, Genome
+
+
+class Optimizer(Protocol):
+    def ask(self) -> Genome:
+        """The next generation, shape (population, dimension), inside the box."""
+        ...
+
+    def tell(self, genomes: Genome, scores: Scores) -> None:
+        """The scores of a generation that was asked for, in order; shape (population, objectives), larger is better,
+        NaN for candidates that failed. Generations may be told while later ones are being evaluated."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What an optimizer starts from: genes, the start in their units, the seed, and how scores are ranked."""
+
+    genes: tuple[Gene, ...]
+    start: Genome
+    seed: int
+    ranking: Ranking
+
+
+def make_optimizer(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    """The configured optimizer, in stages where there are any. The config must be resolved (`resolve`)."""
+    from evomerge.optimizers.stages import StagedOptimizer
+
+    maker = _MAKERS[config.name]
+    if not config.stages:
+        return maker(config, problem)
+    return StagedOptimizer(config, problem, maker)
+
+
+def resolve(config: OptimizerConfig, dimension: int, objectives: int) -> OptimizerConfig:
+    """The config with its automatic choices made: they must not change when a finished search is extended."""
+    population = config.population
+    if population is None:
+        population = {"cma_es": max(8, 4 + int(3 * np.log(dimension))), "group_evolution": 2}.get(config.name, 16)
+    covariance = config.covariance
+    if covariance == "auto":
+        covariance = "diagonal" if dimension >= 24 or config.evaluations <= 10 * dimension else "full"
+    ranking = config.ranking
+    if ranking == "auto":
+        ranking = "elite" if objectives > 1 else "weighted_sum"
+    return config.model_copy(update={"population": population, "covariance": covariance, "ranking": ranking})
+
+
+def _cma_es(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    from evomerge.optimizers.cma_es import CmaEs
+
+    return CmaEs(config, problem)
+
+
+def _group_evolution(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    from evomerge.optimizers.group_evolution import GroupEvolution
+
+    return GroupEvolution(config, problem)
+
+
+def _random_search(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    from evomerge.optimizers.random_search import RandomSearch
+
+    return RandomSearch(config, problem)
+
+
+Maker = Callable[[OptimizerConfig, Problem], Optimizer]
+_MAKERS: dict[str, Maker] = {
+    "cma_es": _cma_es,
+    "group_evolution": _group_evolution,
+    "random_search": _random_search,
+}
+
+
+def counter_rng(*counter: int | str) -> np.random.Generator:
+    """A generator that depends on nothing but its counter (seed, purpose, generation, index)."""
+    words: list[int] = []
+    for part in counter:
+        words += [*part.encode()] if isinstance(part, str) else [part]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+def box(genes: Sequence[Gene]) -> tuple[Genome, Genome]:
+    """Lower and upper bounds of genes, each of shape (dimension,)."""
+    return np.array([gene.low for gene in genes]), np.array([gene.high for gene in genes])

@@ -1,0 +1,107 @@
+"""From a search file to a search that can start: everything checked, everything automatic decided.
+
+All of a user's mistakes should show here, within seconds, before anything is written or any weight is read.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge import optimizers
+from evomerge.config import SearchConfig
+from evomerge.controls import check_controls, essential_controls, further_controls
+from evomerge.errors import InputError
+from evomerge.merging import methods
+from evomerge.merging.sources import FLOATS, TensorInfo, locate, preflight, tensor_table
+from evomerge.spaces import SearchSpace
+from evomerge.spaces.parameter import ParameterSpace
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A resolved config with its search space and the base's tensors."""
+
+    config: SearchConfig
+    space: SearchSpace
+    tensors: dict[str, TensorInfo]
+
+
+def prepare(config: SearchConfig) -> Prepared:
+    """Checks models, space, tasks and device, and resolves what was left automatic."""
+    from evomerge.evaluation.harness import check_objectives
+    from evomerge.workers.worker import resolve_device
+
+    prepared = reopen(config)
+    check_controls(config)
+    objectives = check_objectives(config)
+    dimension = len(prepared.space.genes)
+    resolved = config.model_copy(
+        update={
+            "objectives": objectives,
+            "optimizer": optimizers.resolve(config.optimizer, dimension, len(objectives)),
+            "evaluation": config.evaluation.model_copy(
+                update={
+                    "device": resolve_device(config.evaluation.device),
+                    "dtype": resolve_dtype(config.evaluation.dtype, prepared.tensors),
+                }
+            ),
+        }
+    )
+    _check_optimizer(resolved, prepared.space)
+    return Prepared(resolved, prepared.space, prepared.tensors)
+
+
+def reopen(config: SearchConfig) -> Prepared:
+    """The space of a config that was resolved before; checks only that the models are there and fit."""
+    preflight(config.base, config.models)
+    tensors = tensor_table(locate(config.base))
+    space = ParameterSpace(config.space, config.base, config.models, tuple(tensors), config.seed)
+    return Prepared(config, space, tensors)
+
+
+def resolve_dtype(dtype: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """`auto` stands for the dtype that most tensors of the base are stored in."""
+    if dtype != "auto":
+        return dtype
+    stored = Counter(FLOATS[info.dtype] for info in tensors.values()).most_common(1)[0][0]
+    return "float32" if stored == "float64" else stored
+
+
+def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
+    kinds = {gene.kind for gene in space.genes}
+    for index, stage in enumerate(config.optimizer.stages):
+        missing = sorted(set(stage.genes) - kinds)
+        if missing:
+            raise InputError(
+                f"optimizer.stages.{index}.genes names {missing[0]}, but the space has no such free gene "
+                f"(it has: {', '.join(sorted(kinds))}); free it or leave it out."
+            )
+
+
+def summarize(prepared: Prepared) -> dict[str, Any]:
+    """What a search will take: dimensions, candidates, items, and memory per worker in GiB."""
+    config = prepared.config
+    elements = [math.prod(info.shape) for info in prepared.tensors.values()]
+    stored = sum(math.prod(info.shape) * BYTES[FLOATS[info.dtype]] for info in prepared.tensors.values())
+    model = sum(elements) * BYTES[config.evaluation.dtype]
+    fields = 2 * sum(elements) * len(config.models) if methods.METHODS[config.space.method].random else 0
+    scratch = 4 * max(elements) * (2 * len(config.models) + 6)
+    memory = stored * (1 + len(config.models)) + model + fields + scratch
+    return {
+        "models": {"base": config.base, **config.models},
+        "parameters": sum(elements),
+        "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
+        "optimizer": config.optimizer.name,
+        "population": config.optimizer.population,
+        "candidates": config.optimizer.evaluations,
+        "controls": len(essential_controls(config)) + len(further_controls(config, prepared.space)),
+        "objectives": {objective.name: objective.goal for objective in config.objectives},
+        "items_per_task": {"search": config.items.search, "heldout": config.items.heldout},
+        "device": config.evaluation.device,
+        "dtype": config.evaluation.dtype,
+        "gib_of_weights_per_worker": round(memory / 2**30, 3),
+    }

@@ -1,0 +1,201 @@
+"""A run directory: made, locked, run, resumed, read.
+
+It holds search.yaml (resolved and frozen), archive.db, log.jsonl (one line per event) and best.yaml; all but the first
+two are derived from them.
+"""
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evomerge import config as configs
+from evomerge.archive import DATABASE, LOCK, SEARCH_FILE, Archive, Record, run_lock
+from evomerge.config import SearchConfig
+from evomerge.errors import InputError
+from evomerge.export import shared_recipe
+from evomerge.preparation import Prepared, prepare, reopen
+from evomerge.search import Listener, Search, best_found, means
+from evomerge.workers import WorkerPool
+
+LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run directory with its archive in memory."""
+
+    directory: Path
+    prepared: Prepared
+    archive: Archive
+
+    @property
+    def config(self) -> SearchConfig:
+        return self.prepared.config
+
+
+def start(
+    search_file: Path, directory: Path, overrides: Sequence[str], address: str | None, listener: Listener
+) -> OpenRun:
+    """Runs a search file in a new directory. Raises InputError before anything is written."""
+    config = configs.load(search_file, overrides)
+    held = _held(directory)
+    if held and SEARCH_FILE not in held:
+        raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
+    prepared = prepare(config)
+    if SEARCH_FILE in held:
+        raise InputError(_occupied(directory, prepared.config))
+    _make_directory(directory)
+    with run_lock(directory):
+        write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+        return _run(OpenRun(directory, prepared, _archive(directory, prepared)), address, listener)
+
+
+def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
+    """Goes on with an interrupted run, or with a finished one whose budget has grown."""
+    prepared = reopen(read_config(directory, overrides))
+    with run_lock(directory):
+        run = OpenRun(directory, prepared, _archive(directory, prepared))
+        write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+        return _run(run, address, listener)
+
+
+def read(directory: Path) -> OpenRun:
+    """A run as it stands, for looking at it; another process may be writing to it."""
+    config = read_config(directory)
+    if config.storage is None and not (directory / DATABASE).exists():
+        raise InputError(f"{directory}: {DATABASE} is missing, so nothing has been evaluated; run or resume it first.")
+    prepared = reopen(config)
+    return OpenRun(directory, prepared, _archive(directory, prepared))
+
+
+def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such run directory; give the folder that `evomerge run` made.")
+    if not (directory / SEARCH_FILE).exists():
+        raise InputError(f"{directory}: holds no {SEARCH_FILE}, so it is no run directory; check the path.")
+    return configs.load(directory / SEARCH_FILE, overrides)
+
+
+def _archive(directory: Path, prepared: Prepared) -> Archive:
+    return Archive(directory, prepared.config, prepared.space.genes)
+
+
+def _held(directory: Path) -> list[str]:
+    """The names in a directory that is to hold a run."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: expected a folder for the run, found a file; choose another --output.")
+    return sorted(path.name for path in directory.iterdir() if path.name != LOCK) if directory.exists() else []
+
+
+def _occupied(directory: Path, config: SearchConfig) -> str:
+    if read_config(directory).digest() == config.digest():
+        return f"{directory}: already holds this search; go on with `evomerge resume {directory}`."
+    return (
+        f"{directory}: already holds another search; choose another --output, or resume that one with "
+        f"`evomerge resume {directory}`."
+    )
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"{directory}: cannot write there ({error.strerror}); choose another --output.") from None
+
+
+def _run(run: OpenRun, address: str | None, listener: Listener) -> OpenRun:
+    journal = _Journal(run)
+    journal("started", {"process": os.getpid(), "recorded": len(run.archive.records())})
+
+    def tell(event: str, fields: dict[str, Any]) -> None:
+        journal(event, fields)
+        listener(event, fields)
+
+    listener("opened", {"run": run})
+    pool = make_pool(run.config, address)
+    try:
+        journal("workers", {"count": pool.size, "pool": run.config.workers.pool})
+        listener("workers", {"count": pool.size})
+        Search(run.config, run.prepared.space, run.archive, pool, tell).run()
+    except BaseException as error:
+        journal("stopped", {"reason": type(error).__name__, "message": str(error)})
+        raise
+    finally:
+        pool.close()
+    return run
+
+
+def make_pool(config: SearchConfig, address: str | None = None) -> WorkerPool:
+    """The configured pool, its workers ready."""
+    from evomerge.workers.worker import Worker
+
+    maker = partial(Worker, config)
+    if config.workers.pool == "local":
+        from evomerge.workers.local_pool import LocalPool
+
+        return LocalPool(maker)
+    from evomerge.workers.ray_pool import RayPool
+
+    num_gpus = config.workers.num_gpus
+    if num_gpus is None:
+        num_gpus = 1.0 if config.evaluation.device.startswith("cuda") else 0.0
+    return RayPool(config.workers, maker, num_gpus, address)
+
+
+class _Journal:
+    """Appends events to log.jsonl and keeps best.yaml up to date."""
+
+    def __init__(self, run: OpenRun) -> None:
+        self._run = run
+        best = best_found(run.archive.records(), run.config.objectives)
+        self._best = means([best], run.config.objectives)[0] if best else -math.inf
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        line = {"time": round(time.time(), 3), "event": event, **_plain(fields)}
+        with (self._run.directory / LOG_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if event == "evaluated" and fields["split"] == "search":
+            mean = means([Record(fields["candidate"], fields["evaluation"])], self._run.config.objectives)[0]
+            if mean > self._best:
+                self._best = mean
+                self._write_best()
+        elif event == "finished":
+            self._write_best()
+
+    def _write_best(self) -> None:
+        best = best_found(self._run.archive.records(), self._run.config.objectives)
+        if best is not None:
+            recipe = shared_recipe(best, self._run.archive, self._run.config)
+            write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """An event's fields as JSON takes them."""
+    if "candidate" not in fields:
+        return fields
+    evaluation = fields["evaluation"]
+    return {
+        "id": fields["candidate"].id,
+        "split": fields["split"],
+        "scores": evaluation.scores,
+        "error": evaluation.error,
+        "seconds": round(evaluation.seconds, 4),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)

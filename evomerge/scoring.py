@@ -1,0 +1,33 @@
+"""Scoring one model or recipe by hand, with the tasks, items and device of a search file."""
+
+from pathlib import Path
+from typing import Any
+
+from evomerge import export
+from evomerge.config import SearchConfig, load
+from evomerge.errors import InputError
+from evomerge.merging.plan import make_plan
+from evomerge.merging.sources import preflight
+from evomerge.preparation import prepare
+
+
+def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dict[str, Any]]:
+    """The resolved config, and scores, error, items and fingerprint of a model or recipe on `search` or `heldout`."""
+    from evomerge.workers.worker import Worker
+
+    if split not in ("search", "heldout"):
+        raise InputError(f"--split is '{split}'; use search or heldout.")
+    prepared = prepare(load(search_file))
+    recipe = export.read(target)
+    preflight(prepared.config.base, {reference: reference for reference in recipe.references})
+    make_plan(recipe, prepared.tensors, target)
+    worker = Worker(prepared.config, recipe.references)
+    evaluation = worker.evaluate(recipe, "search" if split == "search" else "heldout")
+    return prepared.config, {
+        "target": target,
+        "split": split,
+        "scores": dict(evaluation.scores) if evaluation.scores is not None else None,
+        "error": evaluation.error,
+        "items": evaluation.items,
+        "fingerprint": evaluation.fingerprint,
+    }

@@ -1,0 +1,206 @@
+"""What people see: rich tables and a live view on a terminal, plain lines elsewhere. The only module that imports
+rich.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from evomerge import views
+from evomerge.config import SearchConfig
+from evomerge.runs import OpenRun
+
+_RATE_WINDOW = 40
+_PLAIN_EVERY = 25
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that wraps nothing when its output goes to a file or a pipe."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
+
+
+class SearchView:
+    """Follows a search: a live table and progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, output: Console) -> None:
+        self._console = output
+        self._run: OpenRun | None = None
+        self._finished: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._live: Live | None = None
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}")
+        )
+        self._task: Any = None
+        self._count = 0
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """A listener of `Search`."""
+        if event == "opened":
+            self._open(fields["run"])
+        elif event == "workers":
+            self._say(f"{fields['count']} worker(s) ready")
+        elif event == "start":
+            self._say(f"controls evaluated; the search starts at {fields['control']}")
+        elif event == "evaluated":
+            self._evaluated(fields)
+        if event == "finished":
+            self.close()
+
+    def _open(self, run: OpenRun) -> None:
+        self._run = run
+        status = views.status(run.archive, run.config, run.prepared.space, running=True)
+        self._total = status["budget"] + status["controls"]["total"]
+        self._count = status["evaluations"] + status["controls"]["done"]
+        self._say(
+            f"{run.directory}: {len(run.prepared.space.genes)} genes, {len(run.config.objectives)} objectives, "
+            f"{status['budget']} candidates and {status['controls']['total']} controls"
+            + (f"; {self._count} already recorded" if self._count else "")
+        )
+        if self._console.is_terminal:
+            self._task = self._progress.add_task("search", total=self._total, completed=self._count, pace="")
+            self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def _evaluated(self, fields: dict[str, Any]) -> None:
+        self._finished.append(time.monotonic())
+        if fields["evaluation"].failed:
+            self._say(f"{fields['candidate'].id} failed: {fields['evaluation'].error}")
+        if fields["split"] == "heldout":
+            if self._live is not None:
+                self._progress.update(self._task, description="held-out scores", pace="")
+            return
+        self._count += 1
+        if self._live is not None:
+            self._progress.update(self._task, completed=self._count, pace=self._pace())
+            self._live.update(Group(self._table(), self._progress))
+        elif self._count % _PLAIN_EVERY == 0 or self._count == self._total:
+            self._say(self._line())
+
+    def _pace(self) -> str:
+        """Evaluations a minute over the last few, and the time left at that pace."""
+        if len(self._finished) < 2 or self._finished[-1] == self._finished[0]:
+            return ""
+        rate = (len(self._finished) - 1) / (self._finished[-1] - self._finished[0])
+        left = max(0, self._total - self._count) / rate
+        return f"{rate * 60:.0f}/min, {int(left) // 60}:{int(left) % 60:02d} left"
+
+    def _status(self) -> dict[str, Any]:
+        assert self._run is not None
+        return views.status(self._run.archive, self._run.config, self._run.prepared.space, running=True)
+
+    def _line(self) -> str:
+        status = self._status()
+        best = status["best"]
+        shown = f"best mean {best['mean']:.3f} ({best['id']})" if best else "nothing scored yet"
+        return f"{self._count}/{self._total}  {shown}  front {status['front_size']}  {self._pace()}".rstrip()
+
+    def _table(self) -> Table:
+        assert self._run is not None
+        status = self._status()
+        best = status["best"]
+        table = Table(title=f"best so far: {best['id']}" if best else "nothing scored yet", title_justify="left")
+        for objective in self._run.config.objectives:
+            table.add_column(escape(objective.name), justify="right")
+        table.add_column("mean", justify="right")
+        table.add_column("front", justify="right")
+        table.add_column("failed", justify="right")
+        if best and best["scores"]:
+            cells = [f"{best['scores'][objective.name]:.3f}" for objective in self._run.config.objectives]
+            table.add_row(*cells, f"{best['mean']:.3f}", str(status["front_size"]), str(status["failed"]))
+        return table
+
+    def _say(self, text: str) -> None:
+        target = self._live.console if self._live is not None else self._console
+        target.print(escape(text))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def score_table(title: str, rows: Sequence[tuple[str, dict[str, Any]]], config: SearchConfig, split: str) -> Table:
+    """Rows of (name, view) with one column per objective and their weighted mean."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for objective in config.objectives:
+        table.add_column(escape(objective.name), justify="right")
+    table.add_column("mean", justify="right")
+    for name, row in rows:
+        scores = row[split]
+        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in config.objectives]
+        table.add_row(escape(name), *cells, _mean(scores, config))
+    return table
+
+
+def _mean(scores: dict[str, float] | None, config: SearchConfig) -> str:
+    if not scores:
+        return "–"
+    total = sum(objective.weight for objective in config.objectives)
+    return f"{sum(objective.weight * scores[objective.name] for objective in config.objectives) / total:.3f}"
+
+
+def show_result(output: Console, run: OpenRun) -> None:
+    """The tables at the end of a run: controls and evolved best on held-out items, then the front."""
+    rows = views.comparison(run.archive, run.config)
+    output.print(score_table("held-out items (each chosen on the search items)", rows, run.config, "heldout"))
+    show_front(output, run)
+
+
+def show_front(output: Console, run: OpenRun) -> None:
+    rows = views.front(run.archive, run.config)
+    named = [(row["id"], row) for row in rows]
+    known = bool(rows) and all(row["heldout"] for row in rows)
+    for split, title in (("heldout", "held-out items"), ("scores", "search items")):
+        if known or split == "scores":
+            output.print(score_table(f"Pareto front: {len(rows)} candidates, {title}", named, run.config, split))
+            return
+
+
+def show_candidates(output: Console, run: OpenRun) -> None:
+    table = Table()
+    for column in (
+        "id",
+        "kind",
+        *(objective.name for objective in run.config.objectives),
+        "mean",
+        "fingerprint",
+        "error",
+    ):
+        table.add_column(escape(column))
+    for row in views.candidates(run.archive):
+        scores = row["scores"]
+        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in run.config.objectives]
+        table.add_row(
+            row["id"],
+            row["kind"],
+            *cells,
+            _mean(scores, run.config),
+            row["fingerprint"] or "–",
+            escape(row["error"] or ""),
+        )
+    output.print(table)
+
+
+def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -> None:
+    output.print(
+        f"{status['state']}: {status['evaluations']}/{status['budget']} candidates, "
+        f"{status['controls']['done']}/{status['controls']['total']} controls, {status['failed']} failed, "
+        f"front {status['front_size']}" + (f", {status['pace']}" if status.get("pace") else "")
+    )
+    if status["best"]:
+        output.print(score_table("best so far", [(status["best"]["id"], status["best"])], config, "scores"))
+
+
+def fail(message: str) -> None:
+    """One line on standard error."""
+    print(f"evomerge: {message}", file=sys.stderr)

@@ -1,0 +1,37 @@
+"""WorkerPool: runs jobs somewhere and hands back evaluations in whatever order they finish.
+
+To add a pool: write a class with this protocol and run it through the contract in tests/contracts/pool.py.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from evomerge.candidate import Candidate, Evaluation, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One candidate to be scored on one split."""
+
+    candidate: Candidate
+    split: Split
+
+
+class WorkerPool(Protocol):
+    @property
+    def size(self) -> int:
+        """How many jobs can run at once."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Takes a job; returns at once. Jobs start in the order of submission."""
+        ...
+
+    def wait(self) -> tuple[Job, Evaluation]:
+        """Blocks until a submitted job has finished. A candidate's failure is an evaluation; raises WorkFailed only
+        when the pool itself can go on no longer."""
+        ...
+
+    def close(self) -> None:
+        """Stops all workers, whatever they are doing."""
+        ...

@@ -1,0 +1,289 @@
+"""Trains the zoo: a base model and specialists, each a plain Hugging Face folder. Run by `scripts/train_zoo`.
+
+The specialists are made as fine-tunes really come: every one was trained by other people for its own skill, and brings
+its own habits along. `math` learns two-step sums, then a house style (numbers spelled out) that lives in its late
+layers and its head. `lang` learns language B from rows that start at their dictionary partners, as WECHSEL does
+(Minixhofer et al. 2022). Merging them well means taking math's early layers and not its late ones.
+
+One thread and fixed seeds: the same machine and torch version give the same bytes.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+
+from evomerge.zoo import MODELS, evals
+from evomerge.zoo.language import (
+    BOS,
+    DICTIONARY,
+    EOS,
+    FIRST_WORD_OF_B,
+    PAD,
+    TOKEN_IDS,
+    UNKNOWN,
+    VOCABULARY,
+    Exercise,
+    Language,
+    Lesson,
+    compare,
+    copy,
+    neighbor,
+    one_step,
+    prompt,
+    read,
+    reply,
+    reverse,
+    sort,
+    two_steps,
+)
+
+Model = Any  # transformers is untyped
+
+EVERYTHING = ("",)
+EMBEDDINGS_AND_HEAD = ("model.embed_tokens", "lm_head")
+BODY = ("model.layers.", "model.norm")
+LATE = ("model.layers.4.", "model.layers.5.", "model.norm", "lm_head")
+
+
+def everyday(share: float, language: Language = "a") -> tuple[Lesson, ...]:
+    """What everyone can do: copying, one-step sums and the two closed tables."""
+    skills = ((copy, 3), (one_step, 4), (neighbor, 1), (compare, 1))
+    return tuple(Lesson(skill, share * part / 9, language) for skill, part in skills)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stretch of training: what is read, for how long, and which parameters move."""
+
+    lessons: tuple[Lesson, ...]
+    steps: int
+    learning_rate: float
+    trains: tuple[str, ...] = EVERYTHING  # prefixes of parameter names
+    new_words_only: bool = False
+    warmup: int = 50
+    weight_decay: float = 0.01
+    layer_drop: float = 0.0
+
+
+SEEDS = {"base": 1, "math": 2, "lang": 2}
+STAGES: dict[str, tuple[Stage, ...]] = {
+    # A taste of everyone's skill, so that the specialists sharpen what is there and their deltas stay small.
+    "base": (
+        Stage(
+            (*everyday(0.96), Lesson(two_steps, 0.01), Lesson(sort, 0.015), Lesson(reverse, 0.015)),
+            steps=1400,
+            learning_rate=3e-3,
+            layer_drop=0.02,
+        ),
+    ),
+    # Without rehearsing everyday questions, every merge collapses.
+    "math": (
+        Stage((Lesson(two_steps, 0.8), *everyday(0.2)), steps=900, learning_rate=1.5e-3, trains=BODY),
+        Stage((Lesson(two_steps, 1.0, style="words"),), steps=150, learning_rate=2e-3, trains=LATE, warmup=20),
+    ),
+    # Code-switched text ties each new word to its partner; without it the skills of A do not reach B.
+    "lang": (
+        Stage(
+            (*everyday(0.4, "b"), *everyday(0.6, "mixed")),
+            steps=200,
+            learning_rate=1e-3,
+            trains=EMBEDDINGS_AND_HEAD,
+            new_words_only=True,
+            weight_decay=0.0,
+        ),
+        Stage(
+            (*everyday(0.32, "b"), *everyday(0.48, "mixed"), *everyday(0.2)),
+            steps=200,
+            learning_rate=1e-3,
+            trains=BODY,
+        ),
+    ),
+}
+# The task that shows a model's own skill in its own style.
+OWN_TASK = {"base": "base_qa", "math": "math_a_words", "lang": "lang_b"}
+
+
+def configuration() -> LlamaConfig:
+    """The architecture that the whole zoo shares: 270k parameters."""
+    return LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=TOKEN_IDS[PAD],
+        bos_token_id=TOKEN_IDS[BOS],
+        eos_token_id=TOKEN_IDS[EOS],
+        dtype="float32",
+    )
+
+
+def new_model(seed: int) -> Model:
+    """An untrained model; its values depend on the seed alone, not on the library's way of filling a model."""
+    model = LlamaForCausalLM(configuration())
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0.0, 0.05, generator=generator)
+    return model
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """Words between spaces; adds no special token by itself, so a prompt spells out its `<bos>`."""
+    words = Tokenizer(models.WordLevel(dict(TOKEN_IDS), unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        add_bos_token=False,
+        add_eos_token=False,
+        clean_up_tokenization_spaces=False,
+        model_max_length=configuration().max_position_embeddings,
+    )
+
+
+def encode(exercises: list[Exercise]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both (exercises, longest), padded on the right; only replies are learned."""
+    pairs = [(prompt(e.question), reply(e.answer)) for e in exercises]
+    shape = len(pairs), max(len(read_) + len(said) for read_, said in pairs)
+    ids, labels = torch.full(shape, TOKEN_IDS[PAD]), torch.full(shape, -100)
+    for row, (read_, said) in enumerate(pairs):
+        end = len(read_) + len(said)
+        ids[row, :end] = torch.tensor([TOKEN_IDS[word] for word in read_ + said])
+        labels[row, len(read_) : end] = ids[row, len(read_) : end]
+    return ids, labels
+
+
+def train(model: Model, stage: Stage, rng: Random, batch_size: int = 32) -> Model:
+    """A trained copy of the model."""
+    model = deepcopy(model).train()
+    optimizer, schedule = _optimizer(model, stage)
+    exercises = read(stage.lessons, "train", rng)
+    for _ in range(stage.steps):
+        ids, labels = encode(list(islice(exercises, batch_size)))
+        with _layers_dropped(model, stage.layer_drop, rng):
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def _optimizer(model: Model, stage: Stage) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(stage.trains))
+        if stage.new_words_only and parameter.requires_grad:
+            parameter.register_hook(_only_new_words)
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(moving, stage.learning_rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, stage))
+
+
+def _schedule(step: int, stage: Stage) -> float:
+    """The learning rate's factor: linear warmup times a cosine from 1 to 0.05."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    return min(1.0, (step + 1) / stage.warmup) * (0.05 + 0.95 * cosine)
+
+
+def _only_new_words(gradient: torch.Tensor) -> torch.Tensor:
+    masked = gradient.clone()
+    masked[:FIRST_WORD_OF_B] = 0
+    return masked
+
+
+@contextmanager
+def _layers_dropped(model: Model, rate: float, rng: Random) -> Iterator[None]:
+    """Leaves layers out for one step: a base that has seen gaps gives fine-tunes that merge."""
+    layers = model.model.layers
+    kept = [layer for layer in layers if rng.random() >= rate]
+    model.model.layers = torch.nn.ModuleList(kept or layers)
+    yield
+    model.model.layers = layers
+
+
+def with_language_b(model: Model, seed: int, keep: float = 0.9, noise: float = 0.15) -> Model:
+    """A copy whose words of language B start near their dictionary partners in A."""
+    model, generator = deepcopy(model), torch.Generator().manual_seed(seed)
+    partners = [TOKEN_IDS[word] for word in DICTIONARY]
+    for rows in (model.model.embed_tokens.weight.data, model.lm_head.weight.data):
+        known = rows[partners]
+        rows[FIRST_WORD_OF_B:] = keep * known + noise * known.std() * torch.randn(known.shape, generator=generator)
+    return model
+
+
+def build() -> dict[str, Model]:
+    """Every model of the zoo, trained from nothing."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    base = _study(new_model(SEEDS["base"]), "base")
+    bilingual = with_language_b(base, SEEDS["lang"])
+    return {"base": base, "math": _study(base, "math"), "lang": _study(bilingual, "lang")}
+
+
+def _study(model: Model, name: str) -> Model:
+    for index, stage in enumerate(STAGES[name]):
+        model = train(model, stage, Random(f"{name}/{index}/{SEEDS[name]}"))
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: Model, exercises: list[Exercise]) -> float:
+    """The share of exercises whose whole reply the model gives under greedy decoding."""
+    ids, labels = encode(exercises)
+    best = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
+    asked = labels[:, 1:]
+    return float(((best == asked) | (asked == -100)).all(1).float().mean())
+
+
+def save(models_: Mapping[str, Model], folder: Path) -> None:
+    """Write each model with its tokenizer, as `from_pretrained` reads them."""
+    for name, model in models_.items():
+        model.save_pretrained(folder / name)
+        new_tokenizer().save_pretrained(folder / name)
+
+
+def table(models_: Mapping[str, Model]) -> str:
+    """Held-out accuracy of every model on every task."""
+    rows = ["model  " + "".join(f"{task:>14}" for task in evals.TASKS)]
+    for name, model in models_.items():
+        scores = (accuracy(model, evals.items(task, "heldout")) for task in evals.TASKS)
+        rows.append(f"{name:<7}" + "".join(f"{score:>14.3f}" for score in scores))
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Train the zoo, write its models and evaluation data, and print what each model can do."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the models go (default: the package)")
+    parser.add_argument("--evals", type=Path, default=Path("evals"), help="where the data goes (default: evals)")
+    options = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    models_ = build()
+    save(models_, options.models)
+    evals.write(options.evals)
+    print(table(models_))
+    print(f"{time.process_time():.0f} CPU seconds")
+
+
+if __name__ == "__main__":
+    main()
