@@ -1,0 +1,78 @@
+"""Fixtures: tiny random models to merge, and a small search over the embedded zoo."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evomerge import zoo
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and three fine-tunes: Llamas of 4 layers, 32 wide, float32, random weights, with the zoo's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folders = {}
+    for seed, name in enumerate(("base", "first", "second", "third")):
+        generator = torch.Generator().manual_seed(seed)
+        drift = {
+            key: value + (0.02 * torch.randn(value.shape, generator=generator) if seed else 0)
+            for key, value in start.items()
+        }
+        model.load_state_dict(drift)
+        folders[name] = root / name
+        model.save_pretrained(folders[name])
+        for file in zoo.path("base").glob("tokenizer*"):
+            shutil.copyfile(file, folders[name] / file.name)
+    return folders
+
+
+@pytest.fixture
+def search_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small search over the zoo, with top-level keys replaced (None removes one)."""
+
+    def write(name: str = "search.yaml", **changes: Any) -> Path:
+        document: dict[str, Any] = {
+            "base": "zoo:base",
+            "models": {"math": "zoo:math", "lang": "zoo:lang"},
+            "tasks": {"paths": [str(REPOSITORY / "evals")]},
+            "objectives": [{"task": "base_qa"}, {"task": "cross_math_b"}],
+            "items": {"search": 24, "heldout": 24},
+            "space": {"layer_groups": ["0-1", "2-3", "4-5"]},
+            "optimizer": {"evaluations": 20, "population": 8},
+            "workers": {"pool": "local"},
+        } | changes
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({key: value for key, value in document.items() if value is not None}))
+        return path
+
+    return write
