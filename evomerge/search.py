@@ -98,14 +98,19 @@ class Batch:
     """A fixed list of candidates."""
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self._queue = deque(candidates)
-        self.evaluations: dict[str, Evaluation] = {}
+        self._candidates, self._queue = candidates, deque(candidates)
+        self._received: dict[str, Evaluation] = {}
 
     def next(self) -> Candidate | None:
         return self._queue.popleft() if self._queue else None
 
     def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
-        self.evaluations[candidate.id] = evaluation
+        self._received[candidate.id] = evaluation
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """By candidate, in the order of the list: who finished first must not show."""
+        return {candidate.id: self._received[candidate.id] for candidate in self._candidates}
 
 
 @dataclass

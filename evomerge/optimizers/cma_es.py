@@ -72,8 +72,9 @@ class CmaEs:
     def tell(self, genomes: Genome, scores: Scores) -> None:
         strategy, solutions = self._pending.pop(0)
         self._best.offer(genomes, self._problem.ranking.means(scores))
-        with quiet():
-            strategy.tell(solutions, self._problem.ranking.losses(scores).tolist())
+        if strategy is self._strategy:  # else a restart has replaced it, and what it would learn is lost anyway
+            with quiet():
+                strategy.tell(solutions, self._problem.ranking.losses(scores).tolist())
         self._problem.ranking.observe(scores)
 
 

@@ -53,4 +53,7 @@ class StagedOptimizer:
     def tell(self, genomes: Genome, scores: Scores) -> None:
         self._best.offer(genomes, self._problem.ranking.means(scores))
         optimizer, moves = self._told_of.popleft()
-        optimizer.tell(genomes[:, moves], scores)
+        if optimizer is self._optimizer:
+            optimizer.tell(genomes[:, moves], scores)
+        else:  # of a stage that is over
+            self._problem.ranking.observe(scores)

@@ -17,6 +17,14 @@ from evomerge.zoo.language import TOKEN_IDS, VOCABULARY, prompt, reply
 EVALS = Path(__file__).parents[2] / "evals"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other make these tests ten times slower
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(zoo.path("base"))

@@ -1,0 +1,46 @@
+"""What every search space must do."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from evomerge.merging.plan import make_plan
+from evomerge.recipe import Recipe
+from evomerge.spaces import SearchSpace
+
+
+class SpaceContract:
+    """To test a space: subclass, and make `space` and `tensors` (the names that its recipes are for)."""
+
+    space: SearchSpace
+    tensors: tuple[str, ...]
+
+    def test_gene_names_are_unique_and_starts_lie_within_bounds(self) -> None:
+        names = [gene.name for gene in self.space.genes]
+        assert len(set(names)) == len(names)
+        assert all(gene.low <= gene.start <= gene.high and gene.step > 0 for gene in self.space.genes)
+
+    @settings(suppress_health_check=[HealthCheck.differing_executors], deadline=None)
+    @given(st.integers(0, 2**32 - 1))
+    def test_every_point_of_the_box_decodes_to_a_recipe_that_can_be_planned(self, seed: int) -> None:
+        unit = np.random.default_rng(seed).random(len(self.space.genes))
+        low = np.array([gene.low for gene in self.space.genes])
+        high = np.array([gene.high for gene in self.space.genes])
+        plan = make_plan(self.space.decode(low + (high - low) * unit), self.tensors)
+        assert [tensor.name for tensor in plan.tensors] == list(self.tensors)
+
+    def test_both_corners_of_the_box_decode(self) -> None:
+        for corner in ("low", "high"):
+            genome = [getattr(gene, corner) for gene in self.space.genes]
+            assert isinstance(self.space.decode(genome), Recipe)
+
+    def test_decoding_is_a_pure_function(self) -> None:
+        genome = np.array([gene.start for gene in self.space.genes])
+        before = genome.copy()
+        assert self.space.decode(genome) == self.space.decode(genome)
+        assert np.array_equal(genome, before)
+
+    def test_a_genome_of_the_wrong_length_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="expected a genome of shape"):
+            self.space.decode([0.0] * (len(self.space.genes) + 1))

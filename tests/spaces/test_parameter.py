@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+
+from evomerge.config import GeneConfig, SpaceConfig
+from evomerge.errors import InputError
+from evomerge.merging.plan import make_plan
+from evomerge.spaces.parameter import ParameterSpace
+from tests.contracts.space import SpaceContract
+
+LAYER = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
+TENSORS = (
+    "model.embed_tokens.weight",
+    *(f"model.layers.{layer}.{part}" for layer in range(6) for part in LAYER),
+    "model.norm.weight",
+    "lm_head.weight",
+)
+
+
+def make_space(**settings: object) -> ParameterSpace:
+    config = SpaceConfig.model_validate(settings)
+    return ParameterSpace(config, "base", {"math": "path/math", "lang": "path/lang"}, TENSORS, seed=7)
+
+
+class TestPlainSpace(SpaceContract):
+    space = make_space()
+    tensors = TENSORS
+
+
+class TestGroupedSpaceWithFilters(SpaceContract):
+    space = make_space(layer_granularity=2, filters=["self_attn", "mlp"], **{"lambda": {"low": 0.5, "high": 1.5}})
+    tensors = TENSORS
+
+
+class TestLinearSpace(SpaceContract):
+    space = make_space(method="linear", layer_groups=["0-3", "4-5"], normalize=True)
+    tensors = TENSORS
+
+
+def parameters(space: ParameterSpace, genome: object) -> dict[str, dict[str, float]]:
+    """Tensor name to the weights that each model has there."""
+    plan = make_plan(space.decode(genome), TENSORS)  # type: ignore[arg-type]
+    return {
+        tensor.name: {
+            model: values["weight"] for model, values in zip(tensor.models, tensor.per_model, strict=True)
+        }
+        for tensor in plan.tensors
+    }
+
+
+def test_each_gene_governs_exactly_the_tensors_of_its_group_and_model() -> None:
+    space = make_space(layer_groups=["0-1", "2-4", "5"], filters=["self_attn"])
+    start = np.zeros(len(space.genes))
+    touched: dict[str, set[tuple[str, str]]] = {}
+    for position, gene in enumerate(space.genes):
+        if gene.kind == "weight":
+            genome = start.copy()
+            genome[position] = 1.25
+            touched[gene.name] = {
+                (tensor, model)
+                for tensor, weights in parameters(space, genome).items()
+                for model, weight in weights.items()
+                if weight == 1.25
+            }
+    assert touched["weight:math:embeddings"] == {("model.embed_tokens.weight", "path/math")}
+    assert touched["weight:lang:head"] == {("model.norm.weight", "path/lang"), ("lm_head.weight", "path/lang")}
+    assert touched["weight:math:layers_0-1.self_attn"] == {
+        (f"model.layers.{layer}.self_attn.q_proj.weight", "path/math") for layer in (0, 1)
+    }
+    assert touched["weight:lang:layer_5.rest"] == {
+        (f"model.layers.5.{part}", "path/lang") for part in LAYER if "self_attn" not in part
+    }
+    everything = {(tensor, model) for tensor in TENSORS for model in ("path/math", "path/lang")}
+    assert set().union(*touched.values()) == everything
+    assert sum(map(len, touched.values())) == len(everything), "no tensor has two genes of one model"
+
+
+def test_encode_gives_every_group_the_weight_of_its_model_and_leaves_densities_at_their_start() -> None:
+    space = make_space(layer_granularity=3)
+    genome = space.encode({"math": 1.0})
+    weights = parameters(space, genome)
+    assert all(weight == {"path/math": 1.0, "path/lang": 0.0} for weight in weights.values())
+    assert all(value == 1.0 for gene, value in zip(space.genes, genome, strict=True) if gene.kind == "density")
+
+
+def test_a_fixed_kind_of_gene_is_not_searched_but_still_in_the_recipe() -> None:
+    space = make_space(density={"fixed": 0.5})
+    assert {gene.kind for gene in space.genes} == {"weight"}
+    plan = make_plan(space.decode([gene.start for gene in space.genes]), TENSORS)
+    assert all(values["density"] == 0.5 for tensor in plan.tensors for values in tensor.per_model)
+
+
+def test_negative_weights_are_searched_only_on_request() -> None:
+    assert all(gene.low == 0 for gene in make_space().genes if gene.kind == "weight")
+    asked = make_space(weight={"low": -0.5})
+    genome = [-0.5 if gene.kind == "weight" else gene.start for gene in asked.genes]
+    assert all(weight == {"path/math": -0.5, "path/lang": -0.5} for weight in parameters(asked, genome).values())
+
+
+def test_values_outside_the_box_are_clipped_to_it() -> None:
+    space = make_space()
+    assert space.decode([99.0] * len(space.genes)) == space.decode([gene.high for gene in space.genes])
+
+
+def test_the_recipe_carries_the_seed_of_its_masks_and_what_rescaling_means() -> None:
+    recipe = make_space(rescale="l1").decode([gene.start for gene in make_space().genes])
+    assert (recipe.evomerge.seed, recipe.evomerge.rescale) == (7, "l1")
+    assert recipe.parameters["rescale"] is True
+
+
+def test_lambda_is_a_gene_once_its_bounds_are_written() -> None:
+    space = make_space(**{"lambda": {"low": 0.8}})
+    gene = space.genes[-1]
+    assert (gene.name, gene.low, gene.high) == ("lambda", 0.8, 1.5)
+    genome = [gene.start for gene in space.genes[:-1]] + [1.3]
+    assert space.decode(genome).parameters["lambda"] == 1.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_granularity": 4}, "does not divide the model's 6 layers"),
+        ({"layer_groups": ["0-2", "4-5"]}, "starts at layer 3"),
+        ({"layer_groups": ["0-2"]}, "cover all of them"),
+        ({"layer_groups": ["0-2", "x"]}, "write one layer"),
+        ({"filters": ["attention"]}, "no tensor name in the layers contains"),
+        ({"weight": GeneConfig(low=0, high=1, step=0.1, fixed=1.0), "density": {"fixed": 1.0}}, "nothing to search"),
+        ({"method": "dare_tie"}, "did you mean 'dare_ties'"),
+    ],
+)
+def test_a_space_that_does_not_fit_the_model_says_what_to_change(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_space(**settings)

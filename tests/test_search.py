@@ -1,0 +1,158 @@
+"""The loop with pretended workers: order, kills, failures and budgets must not show in the archive."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge import views
+from evomerge.archive import Archive
+from evomerge.candidate import Candidate
+from evomerge.config import SearchConfig, load
+from evomerge.errors import WorkFailed
+from evomerge.preparation import Prepared, prepare
+from evomerge.search import Search, best_found, front_of, reported
+from tests.fakes import FakePool, Killed
+
+SearchFile = Callable[..., Path]
+
+
+def quality(candidate: Candidate) -> tuple[float, float]:
+    """Two scores of a genome between 0 and 1; controls without one score low."""
+    if candidate.genome is None:
+        return 0.1, 0.1
+    genome = np.array(candidate.genome)
+    return float(np.exp(-((genome - 0.8) ** 2).mean())), float(np.exp(-((genome - 0.3) ** 2).mean()))
+
+
+def some_fail(candidate: Candidate) -> tuple[float, float] | str:
+    return "out of memory" if candidate.kind == "search" and candidate.index == 2 else quality(candidate)
+
+
+@pytest.fixture
+def prepared(search_file: SearchFile) -> Prepared:
+    optimizer = {"evaluations": 15, "population": 6, "lag": 1}
+    space = {"density": {"fixed": 1.0}}
+    return prepare(load(search_file(optimizer=optimizer, space=space, controls={"random_search": True})))
+
+
+def names(config: SearchConfig) -> list[str]:
+    return [objective.name for objective in config.objectives]
+
+
+def run(prepared: Prepared, directory: Path, scorer: Any = some_fail, **pool: Any) -> tuple[Archive, FakePool]:
+    directory.mkdir(exist_ok=True)
+    archive = Archive(directory, prepared.config, prepared.space.genes)
+    fake = FakePool(names(prepared.config), scorer, **pool)
+    Search(prepared.config, prepared.space, archive, fake, lambda event, fields: None).run()
+    return archive, fake
+
+
+def content(archive: Archive, prepared: Prepared) -> tuple[Any, Any]:
+    return views.candidates(archive), views.front(archive, prepared.config)
+
+
+def with_budget(prepared: Prepared, evaluations: int) -> Prepared:
+    optimizer = prepared.config.optimizer.model_copy(update={"evaluations": evaluations})
+    config = prepared.config.model_copy(update={"optimizer": optimizer})
+    return Prepared(config, prepared.space, prepared.tensors)
+
+
+@pytest.mark.parametrize(("size", "seed"), [(2, 1), (3, 2), (16, 3)])
+def test_the_archive_depends_neither_on_the_number_of_workers_nor_on_who_finishes_first(
+    prepared: Prepared, tmp_path: Path, size: int, seed: int
+) -> None:
+    alone, _ = run(prepared, tmp_path / "alone")
+    together, _ = run(prepared, tmp_path / "together", size=size, seed=seed)
+    assert content(together, prepared) == content(alone, prepared)
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_archive_and_repeats_no_finished_evaluation(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    whole, undisturbed = run(prepared, tmp_path / "whole")
+    expected = content(whole, prepared)
+    total = len(undisturbed.evaluated)
+    for kill in (1, total // 3, total - 2):
+        directory = tmp_path / f"killed-{kill}"
+        evaluated: list[Any] = []
+        for attempt in range(total):
+            directory.mkdir(exist_ok=True)
+            archive = Archive(directory, prepared.config, prepared.space.genes)
+            pool = FakePool(names(prepared.config), some_fail, size=3, seed=attempt, dies_after=kill)
+            try:
+                Search(prepared.config, prepared.space, archive, pool, lambda event, fields: None).run()
+            except Killed:
+                evaluated += pool.evaluated
+                continue
+            evaluated += pool.evaluated
+            break
+        assert content(archive, prepared) == expected
+        assert max(Counter(evaluated).values()) == 1
+
+
+def test_an_extended_search_is_the_search_that_had_the_larger_budget_from_the_start(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    longer = with_budget(prepared, 26)
+    expected, _ = run(longer, tmp_path / "long")
+    run(prepared, tmp_path / "extended")
+    extended, pool = run(longer, tmp_path / "extended")
+    assert content(extended, longer)[0] == content(expected, longer)[0]
+    assert len([1 for name, split in pool.evaluated if split == "search"]) == 2 * (26 - 15)
+
+
+def test_the_budget_is_kept_to_the_candidate_even_within_a_generation(prepared: Prepared, tmp_path: Path) -> None:
+    archive, _ = run(prepared, tmp_path / "run", size=4)
+    kinds = Counter(row["kind"] for row in views.candidates(archive))
+    assert kinds == {"search": 15, "control": 4 + 15}
+
+
+def test_failures_are_recorded_with_their_reason_and_never_win(prepared: Prepared, tmp_path: Path) -> None:
+    archive, _ = run(prepared, tmp_path / "run")
+    failed = [row for row in views.candidates(archive) if row["state"] == "failed"]
+    assert [row["id"] for row in failed] == ["g0000-02", "g0001-02", "g0002-02"]
+    assert all(row["error"] == "out of memory" and row["scores"] is None for row in failed)
+    front = {row["id"] for row in views.front(archive, prepared.config)}
+    assert not front & {row["id"] for row in failed}
+
+
+def test_a_search_in_which_no_control_can_be_scored_stops_with_a_sentence(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(WorkFailed, match="no control could be evaluated.*broken disk"):
+        run(prepared, tmp_path / "run", scorer=lambda candidate: "broken disk")
+
+
+def test_the_search_starts_at_the_best_essential_control(prepared: Prepared, tmp_path: Path) -> None:
+    def lang_is_best(candidate: Candidate) -> tuple[float, float]:
+        return (0.9, 0.9) if candidate.id == "parent-lang" else (0.1, 0.1)
+
+    archive, _ = run(prepared, tmp_path / "run", scorer=lang_is_best)
+    first = np.array([row["genome"] for row in views.candidates(archive) if row["generation"] == 0])
+    lang = prepared.space.encode({"lang": 1.0})
+    math = prepared.space.encode({"math": 1.0})
+    assert np.abs(first.mean(axis=0) - lang).mean() < np.abs(first.mean(axis=0) - math).mean()
+
+
+def test_an_archive_with_other_genomes_than_the_optimizer_proposes_is_not_continued(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    run(with_budget(prepared, 6), tmp_path / "run")
+    other = prepared.config.model_copy(update={"seed": 5})
+    archive = Archive(tmp_path / "run", prepared.config, prepared.space.genes)
+    pool = FakePool(names(other), quality)
+    with pytest.raises(WorkFailed, match="recorded with another genome"):
+        Search(other, prepared.space, archive, pool, lambda event, fields: None).run()
+
+
+def test_held_out_scores_are_known_for_all_controls_the_best_and_the_front(prepared: Prepared, tmp_path: Path) -> None:
+    archive, _ = run(prepared, tmp_path / "run")
+    records, objectives = archive.records(), prepared.config.objectives
+    best = best_found(records, objectives)
+    assert best is not None
+    expected = {record.candidate.id for record in front_of(records, objectives)} | {best.candidate.id}
+    expected |= {"base", "parent-math", "parent-lang", "uniform"}
+    known = {record.candidate.id for record in archive.records("heldout")}
+    assert expected <= known == {candidate.id for candidate in reported(records, objectives)}
