@@ -6,8 +6,8 @@ saw. An evaluation is one transaction. The only module that knows Optuna's stora
 """
 
 import fcntl
-import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ from typing import Any
 
 from evomerge.candidate import Candidate, Evaluation, Kind, Split
 from evomerge.config import SearchConfig
-from evomerge.errors import InputError, WorkFailed
+from evomerge.documents import shown
+from evomerge.errors import EvomergeError, InputError, WorkFailed
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene
@@ -41,9 +42,17 @@ class Archive:
         """Opens the archive of a run, or creates it. Raises InputError where it holds another search."""
         self._config, self._genes = config, genes
         self._names = [objective.name for objective in config.objectives]
-        self._studies = {split: self._study(directory, split) for split in ("search", "heldout")}
-        self._check_config(directory)
-        self._records = {split: self._load(split) for split in self._studies}
+        try:
+            self._studies = {split: self._study(directory, split) for split in ("search", "heldout")}
+            self._check_config(directory)
+            self._records = {split: self._load(split) for split in self._studies}
+        except EvomergeError:
+            raise
+        except Exception as error:  # a damaged storage raises anything, and so do trials that evomerge did not write
+            where = directory / DATABASE if config.storage is None else _without_password(config.storage)
+            raise InputError(
+                f"{where}: the archive cannot be read ({_brief(error)}); check it, or restore it from a copy."
+            ) from None
 
     def _study(self, directory: Path, split: str) -> Any:
         with quiet():
@@ -51,16 +60,13 @@ class Archive:
 
             goals = [objective.goal or "maximize" for objective in self._config.objectives]
             prefix = "" if self._config.storage is None else f"{directory.name}-{self._config.digest()}-"
-            try:
-                return optuna.create_study(
-                    storage=storage_url(directory, self._config),
-                    study_name=prefix + split,
-                    directions=goals,
-                    load_if_exists=True,
-                    sampler=optuna.samplers.RandomSampler(seed=0),
-                )
-            except Exception as error:
-                raise _broken(directory, error) from None
+            return optuna.create_study(
+                storage=storage_url(directory, self._config),
+                study_name=prefix + split,
+                directions=goals,
+                load_if_exists=True,
+                sampler=optuna.samplers.RandomSampler(seed=0),
+            )
 
     def _check_config(self, directory: Path) -> None:
         study = self._studies["search"]
@@ -77,8 +83,8 @@ class Archive:
         if difference is not None:
             key, was, now = difference
             raise InputError(
-                f"{directory / SEARCH_FILE}: {key} is {json.dumps(now)}, but the archive was made with "
-                f"{json.dumps(was)}; restore it, or run the changed search in a new directory."
+                f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
+                f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
 
     def _load(self, split: str) -> dict[str, Record]:
@@ -189,6 +195,29 @@ def storage_url(directory: Path, config: SearchConfig) -> str:
     return config.storage or f"sqlite:///{(directory / DATABASE).absolute()}"
 
 
+def check_storage(url: str | None) -> None:
+    """Raises InputError where a named storage cannot be reached."""
+    if url is None:
+        return
+    try:
+        import sqlalchemy
+
+        engine = sqlalchemy.create_engine(url)
+        if engine.url.get_backend_name() == "sqlite":  # to connect would make the file
+            Path(engine.url.database or ".").absolute().parent.stat()
+        else:
+            engine.connect().close()
+    except Exception as error:
+        raise InputError(
+            f"storage is {_without_password(url)}, which cannot be opened ({_brief(error)}); give a database URL such "
+            "as postgresql://USER@HOST/NAME that this machine can reach."
+        ) from None
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", url)
+
+
 def versions() -> dict[str, str]:
     """The versions of everything that can change a result."""
     from importlib.metadata import version
@@ -200,7 +229,12 @@ def versions() -> dict[str, str]:
 @contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
     """Held while a process writes to a run directory; the system frees it when the process dies."""
-    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(
+            f"{directory / LOCK}: cannot be written ({error.strerror}); make the run directory writable."
+        ) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,18 +271,13 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
     if key in _FREE_TO_CHANGE or was == now:
         return None
     if isinstance(was, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*was, *now]):
-            found = _first_difference(was.get(name), now.get(name), f"{key}.{name}" if key else name)
-            if found is not None:
-                return found
-        return None
-    return key, was, now
-
-
-def _broken(directory: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{directory}: the archive cannot be opened ({_brief(error)}); check the storage, or restore it from a copy."
-    )
+        names = dict.fromkeys([*was, *now])
+        parts = [(was.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        parts = [(*pair, f"{key}[{index}]") for index, pair in enumerate(zip(was, now, strict=True))]
+    else:
+        return key, was, now
+    return next((found for part in parts if (found := _first_difference(*part)) is not None), None)
 
 
 def _brief(error: BaseException) -> str:

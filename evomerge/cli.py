@@ -13,12 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, InputError
 
 app = typer.Typer(
     name="evomerge",
     help="Finds the recipe: evolutionary search over merges of language models.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -27,7 +26,7 @@ app = typer.Typer(
 SearchFile = Annotated[Path, typer.Argument(metavar="SEARCH.yaml", help="The search to run.", show_default=False)]
 RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.", show_default=False)]
 Workers = Annotated[
-    int | None, typer.Option(help="How many workers; 0 evaluates in this process. Does not change results.", min=0)
+    int | None, typer.Option(help="How many workers; 0 evaluates in this process. Does not change results.")
 ]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster to use (auto, HOST:PORT or ray://...).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Changes one setting.")]
@@ -56,6 +55,8 @@ def resume(directory: RunDirectory, workers: Workers = None, address: Address = 
 def _worker_settings(workers: int | None) -> list[str]:
     if workers is None:
         return []
+    if workers < 0:
+        raise InputError(f"--workers is {workers}; give the number of workers, or 0 to evaluate in this process.")
     return ["workers.pool=local"] if workers == 0 else ["workers.pool=ray", f"workers.count={workers}"]
 
 
@@ -158,7 +159,7 @@ def merge(
     from evomerge import terminal
     from evomerge.workers.worker import resolve_device
 
-    fingerprint, checked = exports.merge(recipes.load(recipe), out, str(recipe), resolve_device(device))
+    fingerprint, checked = exports.merge(recipes.load(recipe), out, str(recipe), resolve_device(device, "--device"))
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
     terminal.console().print(f"{out}: fingerprint {fingerprint} ({verdict})")
 
@@ -188,9 +189,8 @@ def evaluate(
 def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None:
     """Validate a search without running it: models, tasks, dimensions, memory, cost."""
     from evomerge import preparation, terminal
-    from evomerge.config import load
 
-    summary = preparation.summarize(preparation.prepare(load(search, set_ or [])))
+    summary = preparation.summarize(preparation.prepare_file(search, set_ or []))
     if as_json:
         return _print_json(summary)
     for key, value in summary.items():
@@ -234,19 +234,28 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        result = app(standalone_mode=False)
+        result = app(sys.argv[1:] or ["--help"], prog_name="evomerge", standalone_mode=False)
     except EvomergeError as error:
         _fail(str(error), error.exit_status)
     except typer.TyperException as error:
-        _fail(error.format_message(), getattr(error, "exit_code", 2))
+        _fail(_usage(error), getattr(error, "exit_code", 2))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a full disk, a file that was taken away: nothing that a traceback would explain better
+        _fail(f"{error.filename or 'a file or connection'}: {error.strerror or error}.", EvomergeError.exit_status)
     sys.exit(result if isinstance(result, int) else 0)
 
 
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, and where it is explained."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "evomerge"
+    return f"{error.format_message().rstrip('.')} (see `{command} --help`)."
+
+
 def _fail(message: str, status: int) -> None:
-    print(f"evomerge: {message}", file=sys.stderr)
+    print(f"evomerge: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(status)

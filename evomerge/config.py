@@ -9,16 +9,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from evomerge.errors import InputError, choices
+from evomerge.documents import read_yaml, set_value, shown, validate
+from evomerge.errors import InputError, naming
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 RESERVED_NAMES = {"base", "uniform"}
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class Settings(BaseModel):
@@ -39,9 +39,9 @@ class GeneConfig(Settings):
     @model_validator(mode="after")
     def _bounds(self) -> Self:
         if self.low >= self.high:
-            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+            raise ValueError(f".low is {self.low:g}; use a value below high, which is {self.high:g}")
         if self.start is not None and not self.low <= self.start <= self.high:
-            raise ValueError(f"start ({self.start:g}) must lie between low ({self.low:g}) and high ({self.high:g})")
+            raise ValueError(f".start is {self.start:g}; use a value from low to high ({self.low:g} to {self.high:g})")
         return self
 
 
@@ -50,7 +50,7 @@ class SpaceConfig(Settings):
 
     kind: Literal["parameter"] = "parameter"
     method: str = "dare_ties"
-    layer_groups: tuple[str, ...] | None = None
+    layer_groups: tuple[str, ...] | None = Field(default=None, min_length=1)
     layer_granularity: int | None = Field(default=None, ge=1)
     filters: tuple[str, ...] = ()
     weight: GeneConfig = GeneConfig(low=0.0, high=1.5, step=0.3)
@@ -76,13 +76,13 @@ class SpaceConfig(Settings):
         for key in ("low", "high", "fixed"):
             value = getattr(gene, key)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{key} is {value:g}; a density lies in (0, 1]")
+                raise ValueError(f".{key} is {value:g}; use a value in (0, 1]")
         return gene
 
     @model_validator(mode="after")
     def _groups(self) -> Self:
         if self.layer_groups is not None and self.layer_granularity is not None:
-            raise ValueError("give layer_groups or layer_granularity, not both")
+            raise ValueError("give either layer_groups or layer_granularity, not both")
         return self
 
 
@@ -154,14 +154,15 @@ class OptimizerConfig(Settings):
 
     @model_validator(mode="after")
     def _stages(self) -> Self:
-        if any(stage.evaluations is None for stage in self.stages[:-1]):
-            raise ValueError("every stage but the last needs a number of evaluations")
+        for index, stage in enumerate(self.stages[:-1]):
+            if stage.evaluations is None:
+                raise ValueError(f".stages[{index}].evaluations is missing; every stage but the last needs a number")
         return self
 
     @model_validator(mode="after")
     def _population(self) -> Self:
         if self.name == "cma_es" and self.population is not None and self.population < 4:
-            raise ValueError(f"population is {self.population}; cma_es needs at least 4")
+            raise ValueError(f".population is {self.population}; cma_es needs at least 4")
         return self
 
 
@@ -209,18 +210,17 @@ class SearchConfig(Settings):
         names = [Path(item.removeprefix("zoo:")).name for item in value]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"two models are called {repeated[0]}; give them names (name: path)")
+            raise ValueError(f"two of them would be called {repeated[0]}; give them names (name: path)")
         return dict(zip(names, value, strict=True))
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         names = [objective.name for objective in self.objectives]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"objectives name {repeated[0]} twice")
-        reserved = sorted(RESERVED_NAMES & set(self.models))
-        if reserved:
-            raise ValueError(f"models.{reserved[0]}: this name is kept for a control; choose another")
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(f".objectives[{index}] is {name} again; name each objective once")
+        for name in sorted(RESERVED_NAMES & set(self.models)):
+            raise ValueError(f".models.{name}: this name is kept for a control; choose another")
         return self
 
     @property
@@ -241,120 +241,37 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     """Reads a search file. Raises InputError naming the file and the key path of the first problem."""
     document = read_yaml(path)
     for override in overrides:
-        _apply(document, override)
+        set_value(document, override)
     config = validate(SearchConfig, document, path)
-    return _anchored(config, path.parent)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping at the top of a YAML file (safe loader only)."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a readable YAML file.") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
-        problem = getattr(error, "problem", None) or "invalid YAML"
-        raise InputError(f"{path}: not valid YAML{line} ({problem}); correct the file.") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: expected a mapping of keys at the top, got {type(document).__name__}.")
-    return document
-
-
-def validate(model: type[Model], document: Mapping[str, Any], path: Path | str) -> Model:
-    """`document` as `model`, or an InputError of one sentence about the first problem."""
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_sentence(model, error.errors()[0])}") from None
-
-
-def _sentence(model: type[BaseModel], error: Any) -> str:
-    location = [str(part) for part in error["loc"] if part != "function-after"]
-    key = ".".join(location) or "the file"
-    given = error.get("input")
-    if error["type"] == "extra_forbidden":
-        return f"{key} is not a known key; {choices(location[-1], _keys_at(model, location[:-1]))}."
-    if error["type"] == "missing":
-        return f"{key} is required but missing; add it."
-    if error["type"] == "value_error":
-        message = str(error["ctx"]["error"])
-        return f"{key}: {message}." if location else f"{message}."
-    shown = json.dumps(given, default=str)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{key} is {shown}; {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """The keys that the model at a location knows; lists and dictionaries on the way are stepped over."""
-    for part in location:
-        fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        if part in fields:
-            model = next(iter(_models_in(fields[part].annotation)), model)
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for argument in getattr(annotation, "__args__", ()) for found in _models_in(argument)]
-
-
-def _apply(document: dict[str, Any], override: str) -> None:
-    """Sets KEY.PATH=VALUE in a document; VALUE is read as YAML."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {override}: expected KEY.PATH=VALUE, for example optimizer.evaluations=100.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not valid YAML.") from None
-    *parents, last = key.split(".")
-    node: Any = document
-    for index, parent in enumerate(parents):
-        node = _child(node, parent, override)
-        if node is None:
-            raise InputError(f"--set {override}: {'.'.join(parents[: index + 1])} holds no keys to set.")
-    if isinstance(node, list):
-        node[_position(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise InputError(f"--set {override}: {'.'.join(parents)} holds no keys to set.")
-
-
-def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, key, override)]
-    if isinstance(node, dict):
-        if node.get(key) is None:
-            node[key] = {}
-        return node[key]
-    return None
-
-
-def _position(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise InputError(f"--set {override}: '{key}' is not an index into a list of {len(node)}.")
-    return int(key)
+    with naming(path):
+        return _anchored(config, path.parent)
 
 
 def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
     """The same config with its relative local paths made absolute."""
-
-    def anchor(reference: str) -> str:
-        candidate = folder / Path(reference).expanduser()
-        local = reference.startswith((".", "/", "~")) or candidate.exists()
-        return reference if reference.startswith("zoo:") or not local else str(candidate.resolve())
-
-    paths = tuple(str((folder / Path(path).expanduser()).resolve()) for path in config.tasks.paths)
+    paths = [_absolute(f"tasks.paths[{index}]", path, folder)[0] for index, path in enumerate(config.tasks.paths)]
     return config.model_copy(
         update={
-            "base": anchor(config.base),
-            "models": {name: anchor(reference) for name, reference in config.models.items()},
-            "tasks": config.tasks.model_copy(update={"paths": paths}),
+            "base": _anchor("base", config.base, folder),
+            "models": {name: _anchor(f"models.{name}", model, folder) for name, model in config.models.items()},
+            "tasks": config.tasks.model_copy(update={"paths": tuple(paths)}),
         }
     )
+
+
+def _anchor(key: str, reference: str, folder: Path) -> str:
+    """A model reference, absolute where it is a local path."""
+    if reference.startswith("zoo:"):
+        return reference
+    path, there = _absolute(key, reference, folder)
+    return path if there or reference.startswith((".", "/", "~")) else reference
+
+
+def _absolute(key: str, path: str, folder: Path) -> tuple[str, bool]:
+    """A path relative to a folder made absolute, and whether there is something at it."""
+    try:
+        found = (folder / Path(path).expanduser()).resolve()
+        return str(found), found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"{key} is {shown(path)}, which cannot be a path ({reason}); correct it.") from None

@@ -7,6 +7,8 @@ Always the base, every parent and the uniform merge. On request, grids over one 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+import numpy as np
+
 from evomerge.candidate import Candidate
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError
@@ -65,7 +67,12 @@ def check_controls(config: SearchConfig) -> None:
 
 
 def _random_search(config: SearchConfig, space: SearchSpace, first: int) -> list[Candidate]:
-    genomes = [random_genome(space.genes, config.seed, index) for index in range(config.optimizer.evaluations)]
+    """Uniform over the genes that the search itself starts with, so that both know as much beforehand."""
+    stages = config.optimizer.stages
+    moves = np.array([not stages or gene.kind in stages[0].genes for gene in space.genes])
+    start = space.encode({})
+    drawn = (random_genome(space.genes, config.seed, index) for index in range(config.optimizer.evaluations))
+    genomes = [np.where(moves, genome, start) for genome in drawn]
     return [
         _control(f"{RANDOM}-{i:04d}", first + i, space.decode(genome), tuple(genome.tolist()))
         for i, genome in enumerate(genomes)
@@ -81,8 +88,14 @@ def _one_knob(config: SearchConfig) -> Iterator[Recipe]:
 
 
 def _per_model(config: SearchConfig) -> Iterator[Recipe]:
+    for weights in per_model_weights(config):
+        yield _merge(config, "task_arithmetic", [{"weight": weight} for weight in weights.values()])
+
+
+def per_model_weights(config: SearchConfig) -> Iterator[dict[str, float]]:
+    """Every point of the grid over one weight per model."""
     for weights in product(_levels(config), repeat=len(config.models)):
-        yield _merge(config, "task_arithmetic", [{"weight": weight} for weight in weights])
+        yield dict(zip(config.models, weights, strict=True))
 
 
 def _levels(config: SearchConfig) -> Sequence[float]:

@@ -9,8 +9,11 @@ Every message is one sentence: where (file and key path), what was expected, wha
 Anything else that escapes is a bug in evomerge.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+
+_LISTED = 40
 
 
 class EvomergeError(Exception):
@@ -33,9 +36,19 @@ class CandidateFailed(WorkFailed):
     """One candidate could not be merged or scored. Recorded in the archive; never stops a search."""
 
 
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Opens an InputError raised within by where the wrong value stands: a file, or a key path in it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
 def choices(name: str, valid: Iterable[str]) -> str:
-    """A phrase for an unknown name: the closest valid one first, then all of them."""
+    """A phrase for an unknown name: the closest valid one first, then all of them, as far as anyone would read."""
     known = sorted(valid)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}valid names: {', '.join(known) or '(none)'}"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"{hint}valid names: {', '.join(known[:_LISTED]) or '(none)'}{more}"

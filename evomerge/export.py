@@ -20,6 +20,8 @@ from evomerge.search import best_found, best_of, front_of, means
 def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer: Sequence[str]) -> Record:
     """The record to export: by id, by preference over the front, or the best found."""
     records = archive.records()
+    if candidate is not None and prefer:
+        raise InputError(f"--candidate {candidate} and --prefer {prefer[0]} were both given; give one of them.")
     if candidate is not None:
         return _by_id(records, candidate)
     if prefer:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_INPUT = ("embed", "wte", "wpe")
+_INPUT = re.compile(r"embed(?!_out)|wte|wpe")  # GPT-NeoX calls its head embed_out
 
 
 def layer_index(name: str) -> int | None:
@@ -19,7 +19,7 @@ def layer_count(names: Iterable[str]) -> int:
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor outside the layers comes before them (embeddings) rather than after (final norm and head)."""
-    return any(part in name for part in _INPUT)
+    return _INPUT.search(name) is not None
 
 
 def embedding_names(names: Iterable[str]) -> list[str]:

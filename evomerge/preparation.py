@@ -5,16 +5,17 @@ All of a user's mistakes should show here, within seconds, before anything is wr
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evomerge import optimizers
-from evomerge.config import SearchConfig
+from evomerge.config import SearchConfig, load
 from evomerge.controls import check_controls, essential_controls, further_controls
-from evomerge.errors import InputError
+from evomerge.errors import InputError, naming
 from evomerge.merging import methods
-from evomerge.merging.sources import FLOATS, TensorInfo, locate, preflight, tensor_table
+from evomerge.merging.sources import FLOATS, TensorInfo, locate, model_config, preflight, tensor_table
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.parameter import ParameterSpace
 
@@ -30,13 +31,21 @@ class Prepared:
     tensors: dict[str, TensorInfo]
 
 
+def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
+    """A search file, read and prepared. Every mistake in it is told with its name."""
+    config = load(search_file, overrides)
+    with naming(search_file):
+        return prepare(config)
+
+
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
     from evomerge.evaluation.harness import check_objectives
-    from evomerge.workers.worker import resolve_device
+    from evomerge.workers.worker import load_tokenizer, resolve_device
 
     prepared = reopen(config)
     check_controls(config)
+    load_tokenizer(config)
     objectives = check_objectives(config)
     dimension = len(prepared.space.genes)
     resolved = config.model_copy(
@@ -57,10 +66,20 @@ def prepare(config: SearchConfig) -> Prepared:
 
 def reopen(config: SearchConfig) -> Prepared:
     """The space of a config that was resolved before; checks only that the models are there and fit."""
+    tensors = _read_headers("base", config.base)
+    for name, reference in config.models.items():
+        _read_headers(f"models.{name}", reference)
     preflight(config.base, config.models)
-    tensors = tensor_table(locate(config.base))
     space = ParameterSpace(config.space, config.base, config.models, tuple(tensors), config.seed)
     return Prepared(config, space, tensors)
+
+
+def _read_headers(key: str, reference: str) -> dict[str, TensorInfo]:
+    """The tensors of one model. What is wrong with it by itself is told under its key."""
+    with naming(key):
+        folder = locate(reference)
+        model_config(folder)
+        return tensor_table(folder)
 
 
 def resolve_dtype(dtype: str, tensors: Mapping[str, TensorInfo]) -> str:
@@ -77,7 +96,7 @@ def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
         missing = sorted(set(stage.genes) - kinds)
         if missing:
             raise InputError(
-                f"optimizer.stages.{index}.genes names {missing[0]}, but the space has no such free gene "
+                f"optimizer.stages[{index}].genes names {missing[0]}, but the space has no such free gene "
                 f"(it has: {', '.join(sorted(kinds))}); free it or leave it out."
             )
 

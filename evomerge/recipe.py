@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from evomerge.config import Settings, read_yaml, validate
+from evomerge.config import Settings
+from evomerge.documents import read_yaml, validate
 from evomerge.errors import InputError
 
 Scalar = bool | int | float | str
@@ -101,6 +102,8 @@ class Recipe(Settings):
     def _one_form(self) -> Self:
         if bool(self.models) == bool(self.slices):
             raise ValueError("give exactly one of models and slices")
+        if any(source.layer_range for source in self.models or ()):
+            raise ValueError("models are merged whole and take no layer_range; write slices instead")
         if self.tokenizer_source not in (None, "base", self.base_model):
             raise ValueError(f"tokenizer_source is {self.tokenizer_source}; only the base's tokenizer is supported")
         return self
@@ -133,6 +136,9 @@ class Recipe(Settings):
         return self.model_copy(
             update={
                 "base_model": names.get(self.base_model, self.base_model) if self.base_model else None,
+                "tokenizer_source": names.get(self.tokenizer_source, self.tokenizer_source)
+                if self.tokenizer_source not in (None, "base")
+                else self.tokenizer_source,
                 "models": tuple(map(rename, self.models)) if self.models else None,
                 "slices": tuple(map(rename_slice, self.slices)) if self.slices else None,
             }
@@ -189,27 +195,44 @@ def linear(weights: Mapping[str, float]) -> Recipe:
     return Recipe(merge_method="linear", models=sources)
 
 
-def resolve_setting(setting: Setting | None, tensor: str, t: float) -> Scalar | None:
-    """The value of a setting for one tensor at `t` in [0, 1] of its slice; None where no filter matches."""
-    if setting is None or isinstance(setting, bool | int | float | str):
-        return setting
-    if isinstance(setting, Condition):
-        return resolve_setting(setting.value, tensor, t) if setting.matches(tensor) else None
-    if setting and isinstance(setting[0], Condition):
-        found = next((item for item in setting if isinstance(item, Condition) and item.matches(tensor)), None)
-        return resolve_setting(found, tensor, t)
-    return _gradient([item for item in setting if not isinstance(item, Condition)], t)
+def resolve_setting(
+    setting: Setting | None, tensor: str, t: float, kind: type[float] | type[bool]
+) -> float | bool | None:
+    """The value of a setting for one tensor at `t` in [0, 1] of its slice; None where no filter matches.
 
-
-def _gradient(values: list[Scalar], t: float) -> Scalar | None:
-    """Linear interpolation of a list of numbers; other lists are stepped through."""
-    if not values:
+    Raises ValueError for a value that is no `kind`.
+    """
+    if setting is None:
         return None
+    items = setting if isinstance(setting, list) else [setting]
+    conditions = [item for item in items if isinstance(item, Condition)]
+    if conditions:
+        found = next((condition for condition in conditions if condition.matches(tensor)), None)
+        return resolve_setting(found.value, tensor, t, kind) if found else None
+    values = [_typed(item, kind) for item in items if not isinstance(item, Condition)]
+    return _gradient(values, t, kind) if values else None
+
+
+def _gradient(values: list[float | bool], t: float, kind: type[float] | type[bool]) -> float | bool:
+    """Numbers are interpolated linearly, truth values stepped through; a list of one is that one everywhere."""
     position = t * (len(values) - 1)
     left = int(position)
-    low = values[left]
-    high = values[min(left + 1, len(values) - 1)]
-    if any(isinstance(value, bool | str) for value in values):
-        return low
-    fraction = position - left
-    return (1 - fraction) * float(low) + fraction * float(high)
+    if kind is bool:
+        return values[left]
+    right = values[min(left + 1, len(values) - 1)]
+    return (1 - (position - left)) * values[left] + (position - left) * right
+
+
+_TYPES: dict[type, TypeAdapter[Any]] = {
+    float: TypeAdapter(Annotated[float, Field(allow_inf_nan=False)]),
+    bool: TypeAdapter(bool),
+}
+
+
+def _typed(value: Scalar, kind: type[float] | type[bool]) -> float | bool:
+    """YAML writes 1e-3 as text and true as 1 or yes; read like mergekit, as the parameter's own type."""
+    try:
+        typed: float | bool = _TYPES[kind].validate_python(value)
+    except ValidationError:
+        raise ValueError(f"is '{value}'; expected {'true or false' if kind is bool else 'a number'}") from None
+    return typed

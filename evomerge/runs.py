@@ -10,17 +10,18 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge import config as configs
-from evomerge.archive import DATABASE, LOCK, SEARCH_FILE, Archive, Record, run_lock
+from evomerge.archive import DATABASE, LOCK, SEARCH_FILE, Archive, Record, check_storage, run_lock
 from evomerge.config import SearchConfig
-from evomerge.errors import InputError
+from evomerge.errors import InputError, naming
 from evomerge.export import shared_recipe
-from evomerge.preparation import Prepared, prepare, reopen
+from evomerge.preparation import Prepared, prepare_file, reopen
 from evomerge.search import Listener, Search, best_found, means
 from evomerge.workers import WorkerPool
 
@@ -43,36 +44,49 @@ class OpenRun:
 def start(
     search_file: Path, directory: Path, overrides: Sequence[str], address: str | None, listener: Listener
 ) -> OpenRun:
-    """Runs a search file in a new directory. Raises InputError before anything is written."""
-    config = configs.load(search_file, overrides)
+    """Runs a search file in a new directory. Raises InputError before anything is written, so the pool comes first."""
     held = _held(directory)
     if held and SEARCH_FILE not in held:
         raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
-    prepared = prepare(config)
+    prepared = prepare_file(search_file, overrides)
     if SEARCH_FILE in held:
         raise InputError(_occupied(directory, prepared.config))
-    _make_directory(directory)
-    with run_lock(directory):
-        write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
-        return _run(OpenRun(directory, prepared, _archive(directory, prepared)), address, listener)
+    _check_writable(directory)
+    with naming(search_file):
+        check_storage(prepared.config.storage)
+    with closing(make_pool(prepared.config, address)) as pool:
+        directory.mkdir(parents=True, exist_ok=True)
+        with run_lock(directory):
+            if (directory / SEARCH_FILE).exists():  # somebody was faster
+                raise InputError(_occupied(directory, prepared.config))
+            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+            return _run(OpenRun(directory, prepared, _archive(directory, prepared)), pool, listener)
 
 
 def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
     """Goes on with an interrupted run, or with a finished one whose budget has grown."""
-    prepared = reopen(read_config(directory, overrides))
+    prepared = _reopen(directory, overrides)
+    _check_archive_kept(directory, prepared.config)
     with run_lock(directory):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
-        write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
-        return _run(run, address, listener)
+        with closing(make_pool(prepared.config, address)) as pool:
+            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+            return _run(run, pool, listener)
 
 
 def read(directory: Path) -> OpenRun:
     """A run as it stands, for looking at it; another process may be writing to it."""
-    config = read_config(directory)
-    if config.storage is None and not (directory / DATABASE).exists():
-        raise InputError(f"{directory}: {DATABASE} is missing, so nothing has been evaluated; run or resume it first.")
-    prepared = reopen(config)
+    prepared = _reopen(directory)
+    _check_archive_kept(directory, prepared.config)
+    if prepared.config.storage is None and not (directory / DATABASE).exists():
+        raise InputError(f"{directory}: {DATABASE} is missing, so nothing has been evaluated; resume the run first.")
     return OpenRun(directory, prepared, _archive(directory, prepared))
+
+
+def _reopen(directory: Path, overrides: Sequence[str] = ()) -> Prepared:
+    config = read_config(directory, overrides)
+    with naming(directory / SEARCH_FILE):
+        return reopen(config)
 
 
 def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
@@ -83,15 +97,33 @@ def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     return configs.load(directory / SEARCH_FILE, overrides)
 
 
+def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
+    """Raises InputError where the log tells of an archive that is gone: going on would begin all over, silently."""
+    database = directory / DATABASE
+    gone = not database.exists() or (database.is_file() and database.stat().st_size == 0)
+    if config.storage is None and gone and (directory / LOG_FILE).exists():
+        raise InputError(
+            f"{database}: is {'empty' if database.exists() else 'missing'}, though {LOG_FILE} tells of evaluations; "
+            "restore it from a copy, or run the search again in a new directory."
+        )
+
+
 def _archive(directory: Path, prepared: Prepared) -> Archive:
     return Archive(directory, prepared.config, prepared.space.genes)
 
 
 def _held(directory: Path) -> list[str]:
     """The names in a directory that is to hold a run."""
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: expected a folder for the run, found a file; choose another --output.")
-    return sorted(path.name for path in directory.iterdir() if path.name != LOCK) if directory.exists() else []
+    try:
+        return sorted(path.name for path in directory.iterdir() if path.name != LOCK)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise InputError(
+            f"{directory}: expected a folder for the run, found a file; choose another --output."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be used ({error.strerror}); choose another --output.") from None
 
 
 def _occupied(directory: Path, config: SearchConfig) -> str:
@@ -103,16 +135,17 @@ def _occupied(directory: Path, config: SearchConfig) -> str:
     )
 
 
-def _make_directory(directory: Path) -> None:
+def _check_writable(directory: Path) -> None:
+    """Raises InputError where a directory cannot be made or written to, without making it."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise InputError(f"{directory}: cannot write there ({error.strerror}); choose another --output.") from None
 
 
-def _run(run: OpenRun, address: str | None, listener: Listener) -> OpenRun:
+def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     journal = _Journal(run)
     journal("started", {"process": os.getpid(), "recorded": len(run.archive.records())})
 
@@ -121,7 +154,6 @@ def _run(run: OpenRun, address: str | None, listener: Listener) -> OpenRun:
         listener(event, fields)
 
     listener("opened", {"run": run})
-    pool = make_pool(run.config, address)
     try:
         journal("workers", {"count": pool.size, "pool": run.config.workers.pool})
         listener("workers", {"count": pool.size})
@@ -129,8 +161,6 @@ def _run(run: OpenRun, address: str | None, listener: Listener) -> OpenRun:
     except BaseException as error:
         journal("stopped", {"reason": type(error).__name__, "message": str(error)})
         raise
-    finally:
-        pool.close()
     return run
 
 

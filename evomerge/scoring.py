@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import export
-from evomerge.config import SearchConfig, load
+from evomerge.config import SearchConfig
 from evomerge.errors import InputError
 from evomerge.merging.plan import make_plan
 from evomerge.merging.sources import preflight
-from evomerge.preparation import prepare
+from evomerge.preparation import prepare_file
 
 
 def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dict[str, Any]]:
@@ -17,7 +17,7 @@ def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dic
 
     if split not in ("search", "heldout"):
         raise InputError(f"--split is '{split}'; use search or heldout.")
-    prepared = prepare(load(search_file))
+    prepared = prepare_file(search_file)
     recipe = export.read(target)
     preflight(prepared.config.base, {reference: reference for reference in recipe.references})
     make_plan(recipe, prepared.tensors, target)

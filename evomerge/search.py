@@ -25,6 +25,9 @@ from evomerge.spaces import Genome, SearchSpace
 from evomerge.workers import Job, WorkerPool
 
 Listener = Callable[[str, dict[str, Any]], None]
+HELDOUT_FRONT = (
+    20  # with many objectives a front is long, and each held-out score costs as much as an evaluation or two
+)
 
 
 def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> Scores:
@@ -65,21 +68,23 @@ def best_found(records: Sequence[Record], objectives: Sequence[ObjectiveConfig])
 
 
 def front_of(records: Sequence[Record], objectives: Sequence[ObjectiveConfig]) -> list[Record]:
-    """The records that no other dominates, in the order of the search."""
+    """The records that no other dominates, best mean first; of several with the same weights the first found."""
     ordered = sorted(records, key=lambda record: place(record.candidate))
     mask = front_mask(score_matrix([record.evaluation for record in ordered], objectives))
-    return [record for record, kept in zip(ordered, mask, strict=True) if kept]
+    kept = [record for record, on_front in zip(ordered, mask, strict=True) if on_front]
+    distinct = list({record.evaluation.fingerprint: record for record in reversed(kept)}.values())[::-1]
+    values = means(distinct, objectives)
+    return [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -values[i])]
 
 
 def reported(records: Sequence[Record], objectives: Sequence[ObjectiveConfig]) -> list[Candidate]:
-    """The candidates whose held-out scores a report shows: best of each family of controls, best found, and the
-    front.
-    """
+    """The candidates that get held-out scores: the essential controls, the best of every other kind, and the best of
+    the front."""
     chosen = [record for record in records if family(record.candidate) in ("base", "parent", "uniform")]
     for name in dict.fromkeys(family(record.candidate) for record in records):
         best = best_of([record for record in records if family(record.candidate) == name], objectives)
         chosen += [best] if best is not None else []
-    chosen += front_of(records, objectives)
+    chosen += front_of(records, objectives)[:HELDOUT_FRONT]
     by_id = {record.candidate.id: record.candidate for record in chosen if not record.evaluation.failed}
     return sorted(by_id.values(), key=place)
 

@@ -20,6 +20,7 @@ from evomerge.runs import OpenRun
 
 _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
+_FRONT_ROWS = 8
 
 
 def console(stderr: bool = False) -> Console:
@@ -150,20 +151,19 @@ def _mean(scores: dict[str, float] | None, config: SearchConfig) -> str:
 
 
 def show_result(output: Console, run: OpenRun) -> None:
-    """The tables at the end of a run: controls and evolved best on held-out items, then the front."""
+    """The tables at the end of a run: the head of the front, then controls and evolved best on held-out items."""
+    show_front(output, run, _FRONT_ROWS)
     rows = views.comparison(run.archive, run.config)
-    output.print(score_table("held-out items (each chosen on the search items)", rows, run.config, "heldout"))
-    show_front(output, run)
+    output.print(score_table("Held-out items (every row was chosen on search items)", rows, run.config, "heldout"))
 
 
-def show_front(output: Console, run: OpenRun) -> None:
+def show_front(output: Console, run: OpenRun, most: int | None = None) -> None:
+    """The front on held-out items as far as they were scored, else on search items."""
     rows = views.front(run.archive, run.config)
-    named = [(row["id"], row) for row in rows]
-    known = bool(rows) and all(row["heldout"] for row in rows)
-    for split, title in (("heldout", "held-out items"), ("scores", "search items")):
-        if known or split == "scores":
-            output.print(score_table(f"Pareto front: {len(rows)} candidates, {title}", named, run.config, split))
-            return
+    split, items = ("heldout", "held-out") if rows and rows[0]["heldout"] else ("scores", "search")
+    named = [(row["id"], row) for row in rows[:most]]
+    title = f"Pareto front: {len(rows)} candidates" + (f", the best {most}" if most and most < len(rows) else "")
+    output.print(score_table(f"{title}, on {items} items", named, run.config, split))
 
 
 def show_candidates(output: Console, run: OpenRun) -> None:

@@ -40,9 +40,7 @@ def candidates(archive: Archive) -> list[Row]:
 
 def front(archive: Archive, config: SearchConfig) -> list[Row]:
     """The Pareto front on all search items, best mean first, with held-out scores where they are known."""
-    records = front_of(archive.records(), config.objectives)
-    order = sorted(range(len(records)), key=lambda i: -means(records, config.objectives)[i])
-    return [with_heldout(archive, records[i]) for i in order]
+    return [with_heldout(archive, record) for record in front_of(archive.records(), config.objectives)]
 
 
 def with_heldout(archive: Archive, record: Record) -> Row:

@@ -121,7 +121,7 @@ def test_failures_are_recorded_with_their_reason_and_never_win(prepared: Prepare
 
 
 def test_a_search_in_which_no_control_can_be_scored_stops_with_a_sentence(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(WorkFailed, match="no control could be evaluated.*broken disk"):
+    with pytest.raises(WorkFailed, match=r"no control could be evaluated.*broken disk"):
         run(prepared, tmp_path / "run", scorer=lambda candidate: "broken disk")
 
 

@@ -4,10 +4,13 @@ Requests are built and tokenized once; for each candidate only the model runs, a
 aggregations turn its responses into scores. Its exceptions become ours here.
 """
 
+import contextlib
+import functools
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,12 +24,13 @@ from evomerge.quiet import quiet
 
 LIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 FEWSHOT_SEED = 1234
+SAMPLING_SEED = 1234
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """scores: objective name to metric value. outcomes: objective name to one value per item. items: how many in
-    all.
+    """scores: objective name to metric value. outcomes: objective name to one value per item, where the score is their
+    mean. items: how many in all.
     """
 
     scores: Mapping[str, float]
@@ -43,13 +47,18 @@ def check_objectives(config: SearchConfig) -> tuple[ObjectiveConfig, ...]:
         metrics = task.higher_is_better()
         if objective.metric not in metrics:
             raise InputError(
-                f"objectives.{position}.metric is '{objective.metric}', which task '{objective.task}' does not report; "
-                f"{choices(objective.metric, metrics)}."
+                f"objectives[{position}].metric is '{objective.metric}', which task '{objective.task}' does not "
+                f"report; {choices(objective.metric, metrics)}."
+            )
+        if not callable(task.aggregation().get(objective.metric)):
+            raise InputError(
+                f"objectives[{position}].metric is '{objective.metric}', to which task '{objective.task}' gives no "
+                "aggregation that lm-eval knows; correct metric_list in the task's file."
             )
         filters = [ensemble.name for ensemble in task._filters]
         if objective.filter is not None and objective.filter not in filters:
             raise InputError(
-                f"objectives.{position}.filter is '{objective.filter}', which task '{objective.task}' lacks; "
+                f"objectives[{position}].filter is '{objective.filter}', which task '{objective.task}' lacks; "
                 f"{choices(objective.filter, filters)}."
             )
         goal = objective.goal or ("maximize" if metrics[objective.metric] else "minimize")
@@ -64,17 +73,19 @@ def load_tasks(
     objectives: Iterable[ObjectiveConfig], tasks: TasksConfig, evaluation: EvaluationConfig
 ) -> dict[str, Any]:
     """lm-eval tasks by name."""
-    names = list(dict.fromkeys(objective.task for objective in objectives))
-    return {name: _load(file, evaluation) for name, file in find_tasks(names, tasks).items()}
+    names = [objective.task for objective in objectives]
+    return {name: _load(file, tasks, evaluation) for name, file in find_tasks(names, tasks).items()}
 
 
-def _load(file: TaskFile, evaluation: EvaluationConfig) -> Any:
+def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> Any:
     with quiet():
         from lm_eval.tasks import TaskManager
         from lm_eval.tasks._yaml_loader import load_yaml
 
+        _prepare_templates()
         try:
             content = absolute_data_files(load_yaml(file.path), file.path.parent)
+            _refuse_downloaded_metrics(content, file, tasks)
             content.pop("tag", None)
             if evaluation.num_fewshot is not None:
                 content["num_fewshot"] = evaluation.num_fewshot
@@ -82,16 +93,56 @@ def _load(file: TaskFile, evaluation: EvaluationConfig) -> Any:
         except EvomergeError:
             raise
         except Exception as error:
-            raise InputError(f"{file.path}: lm-eval cannot load task '{file.name}' ({_brief(error)}).") from None
+            raise InputError(
+                f"{file.path}: lm-eval cannot load task '{file.name}' ({_cause(error)}); correct the file."
+            ) from None
     if task.OUTPUT_TYPE not in (*LIKELIHOODS, "generate_until"):
         raise InputError(f"{file.path}: output_type {task.OUTPUT_TYPE} of task '{file.name}' is not supported.")
     return task
 
 
+def _prepare_templates() -> None:
+    """Makes lm-eval render its templates in a sandbox, since a plain one can call anything, and compile each only once
+    instead of once per item and candidate.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    plain = utils.env
+    if isinstance(plain, SandboxedEnvironment):
+        return
+    sandbox = SandboxedEnvironment(
+        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+    )
+    sandbox.filters.update(plain.filters)
+    sandbox.from_string = functools.lru_cache(1000)(sandbox.from_string)  # type: ignore[assignment,method-assign]
+    utils.env = sandbox
+
+
+def _refuse_downloaded_metrics(content: Mapping[str, Any], file: TaskFile, tasks: TasksConfig) -> None:
+    """A metric that lm-eval does not know is a script, which the evaluate library fetches by that name and runs."""
+    from lm_eval.api.metrics import mean  # noqa: F401 - fills the registry
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    if file.builtin or file.name in tasks.allow_code or content.get("process_results") is not None:
+        return
+    for entry in content.get("metric_list") or ():
+        metric = entry.get("metric")
+        if isinstance(metric, str) and (entry.get("hf_evaluate") or metric not in METRIC_REGISTRY):
+            raise InputError(
+                f"{file.path}: metric '{metric}' is none of lm-eval's own, so it would be fetched and run as code; "
+                f"if you trust it add '{file.name}' to tasks.allow_code, else {choices(metric, METRIC_REGISTRY)}."
+            )
+
+
+def _both_splits(task: Any) -> bool:
+    return bool(task.has_validation_docs() and task.has_test_docs())
+
+
 def _documents(task: Any, items: ItemsConfig, split: str) -> list[int]:
     """The numbers of the documents that a split of a task holds."""
     name = task.config.task
-    if task.has_validation_docs() and task.has_test_docs():
+    if _both_splits(task):
         documents = task.validation_docs() if split == "search" else task.test_docs()
         return choose(items, split, name, len(documents))
     search, heldout = divide(items, name, len(task.eval_docs))
@@ -109,11 +160,16 @@ class Harness:
             self._lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.evaluation.batch_size)
         self._splits: dict[str, _PreparedSplit] = {}
 
+    def prepare(self, split: Split) -> None:
+        """Builds and tokenizes a split's requests. Raises InputError for a task whose requests cannot be built."""
+        if split not in self._splits:
+            with quiet():
+                self._splits[split] = _PreparedSplit(self._config, self._lm, split)
+
     def evaluate(self, split: Split) -> Scores:
         """The resident model's scores on a split. Raises CandidateFailed where a metric is not finite."""
+        self.prepare(split)
         with quiet():
-            if split not in self._splits:
-                self._splits[split] = _PreparedSplit(self._config, self._lm, split)
             return self._splits[split].run(self._model)
 
 
@@ -124,7 +180,8 @@ class _PreparedSplit:
         self._config, self._lm = config, lm
         self._tasks = load_tasks(config.objectives, config.tasks, config.evaluation)
         for task in self._tasks.values():
-            self._build(task, split)
+            self._build_or_explain(task, split)
+        self._documents = {name: _by_document(task._instances) for name, task in self._tasks.items()}
         instances = [instance for task in self._tasks.values() for instance in task._instances]
         self._likelihoods = [instance for instance in instances if instance.request_type != "generate_until"]
         self._generations = [instance for instance in instances if instance.request_type == "generate_until"]
@@ -138,12 +195,24 @@ class _PreparedSplit:
         )
         self._plan = _GenerationPlan(lm, self._generations, config.evaluation.batch_size)
 
+    def _build_or_explain(self, task: Any, split: Split) -> None:
+        try:
+            self._build(task, split)
+        except EvomergeError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"task '{task.config.task}': lm-eval cannot build its requests ({_cause(error)}); correct its file, or "
+                "evaluation.num_fewshot where that is set."
+            ) from None
+
     def _build(self, task: Any, split: Split) -> None:
         """Builds a task's instances on all documents (so that few-shot examples do not depend on the choice), then
         keeps those of the split."""
         documents = set(_documents(task, self._config.items, split))
-        if split == "search" and task.has_validation_docs() and task.has_test_docs():
-            task.set_config("test_split", None)
+        _leave_own_answer_out(task, split)
+        if split == "search" and _both_splits(task):
+            task.test_docs = task.validation_docs
         task.set_fewshot_seed(FEWSHOT_SEED)
         evaluation = self._config.evaluation
         task.build_all_requests(
@@ -162,9 +231,15 @@ class _PreparedSplit:
         if context:
             before, after = self._lm._encode_pair(context, continuation)
         else:
-            after = self._lm.tok_encode(continuation, add_special_tokens=False)
             prefix = self._lm.prefix_token_id
-            before, after = ([prefix], after) if prefix != after[0] else (after[:1], after[1:])
+            after = self._lm.tok_encode(continuation, add_special_tokens=False)
+            before, after = (after[:1], after[1:]) if after[:1] == [prefix] else ([prefix], after)
+        if not before or not after:
+            part, text = ("answer", continuation) if before else ("question", context)
+            raise InputError(
+                f"task '{instance.task_name}': the {part} of item {instance.doc_id} ({text!r}) has no tokens of its "
+                "own; it must not be empty, and an answer that follows a word begins with a space."
+            )
         return [Request(tuple(before), tuple(after))]
 
     def _windows(self, text: str) -> list[Request]:
@@ -182,89 +257,164 @@ class _PreparedSplit:
         responses = iter(self._prepared.run(model))
         for instance, span in zip(self._likelihoods, self._spans, strict=True):
             _respond(instance, [next(responses) for _ in range(span)])
-        for instance, text in zip(self._generations, self._plan.run(), strict=True):
-            instance.resps, instance.filtered_resps = [text], {}
-        metrics = {name: _task_metrics(task) for name, task in self._tasks.items()}
+        for instance, texts in zip(self._generations, self._plan.run(), strict=True):
+            instance.resps, instance.filtered_resps = texts, {}
+        metrics = {name: _task_metrics(task, self._documents[name]) for name, task in self._tasks.items()}
         return self._scores(metrics)
 
     def _scores(self, metrics: Mapping[str, Mapping[tuple[str, str], list[Any]]]) -> Scores:
+        from lm_eval.api.metrics import mean
+
         scores, outcomes = {}, {}
         for objective in self._config.objectives:
             task = self._tasks[objective.task]
             filter_name = objective.filter or task._filters[0].name
             values = metrics[objective.task][objective.metric, filter_name]
-            score = float(task.aggregation()[objective.metric](values))
-            if not math.isfinite(score):
-                raise CandidateFailed(f"{objective.name} is {score}")
+            aggregate = task.aggregation()[objective.metric]
+            score = _finite(objective.name, aggregate, values)
             scores[objective.name] = score
-            if all(isinstance(value, int | float) for value in values):
+            if aggregate is mean:
                 outcomes[objective.name] = tuple(float(value) for value in values)
-        items = sum(len({instance.doc_id for instance in task._instances}) for task in self._tasks.values())
-        return Scores(scores, outcomes, items)
+        return Scores(scores, outcomes, items=sum(map(len, self._documents.values())))
+
+
+def _leave_own_answer_out(task: Any, split: str) -> None:
+    """Where an item's few-shot examples come from its own split, makes lm-eval leave the item itself out of them.
+
+    lm-eval does so where the two names that it compares are equal, and elsewhere would show the answer.
+    """
+    config, fewshot = task.config, getattr(task, "fewshot_cfg", None)
+    if fewshot is None or fewshot.samples is not None:
+        return
+    splits = [config.validation_split, config.test_split]
+    evaluated = next(filter(None, splits if split == "search" else splits[::-1]), None)
+    if evaluated == next(filter(None, [fewshot.split, config.training_split, *splits]), None):
+        fewshot.split = config.test_split
+
+
+def _finite(name: str, aggregate: Callable[[list[Any]], float], values: list[Any]) -> float:
+    """An objective's score; CandidateFailed for one that is none."""
+    try:
+        score = float(aggregate(values))
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise CandidateFailed(f"{name} is {score}")
+    return score
 
 
 def _respond(instance: Any, responses: Sequence[Response]) -> None:
     """Puts responses where lm-eval's filters look for them."""
-    if instance.request_type == "loglikelihood_rolling":
-        value: Any = sum(response.log_likelihood for response in responses)
-    else:
-        value = (responses[0].log_likelihood, responses[0].greedy)
-    instance.resps, instance.filtered_resps = [value], {}
+    likelihood = sum(response.log_likelihood for response in responses)
+    if math.isnan(likelihood):  # compared with anything it is false, so that a metric would hide it
+        raise CandidateFailed(f"a log-likelihood of task {instance.task_name} is not a number")
+    rolling = instance.request_type == "loglikelihood_rolling"
+    value: Any = likelihood if rolling else (likelihood, responses[0].greedy)
+    instance.resps, instance.filtered_resps = [value] * instance.repeats, {}
 
 
-def _task_metrics(task: Any) -> dict[tuple[str, str], list[Any]]:
+def _by_document(instances: Sequence[Any]) -> list[list[Any]]:
+    """Instances in the order of the documents, each document's in the order of its options."""
+    documents: dict[int, list[Any]] = defaultdict(list)
+    for instance in sorted(instances, key=lambda instance: (instance.doc_id, instance.idx)):
+        documents[instance.doc_id].append(instance)
+    return list(documents.values())
+
+
+def _task_metrics(task: Any, documents: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
     """(metric, filter) to one value per document, in the order of the documents, by lm-eval's own code."""
     task.apply_filters()
-    documents: dict[int, list[Any]] = defaultdict(list)
-    for instance in task._instances:
-        documents[instance.doc_id].append(instance)
     values: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for filter_name in task._instances[0].filtered_resps:
-        for document in sorted(documents):
-            instances = sorted(documents[document], key=lambda instance: instance.idx)
+        for instances in documents:
             responses = [instance.filtered_resps[filter_name] for instance in instances]
             for metric, value in task.process_results(instances[0].doc, responses).items():
                 values[metric, filter_name].append(value)
     return values
 
 
+@dataclass(frozen=True, slots=True)
+class _GenerationBatch:
+    """members: instance numbers. ids and mask (members, length), padded on the left."""
+
+    members: tuple[int, ...]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    stop: list[str]
+    arguments: Mapping[str, Any]
+
+
 class _GenerationPlan:
-    """generate_until requests in fixed batches: same arguments together, sorted by length, padded on the left."""
+    """generate_until requests in fixed batches: same arguments together, sorted by length."""
 
     def __init__(self, lm: Any, instances: Sequence[Any], batch_size: int) -> None:
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
-        self._lm, self._count = lm, len(instances)
+        self._lm, self._instances, self._batch_size = lm, instances, batch_size
         groups: dict[str, list[int]] = defaultdict(list)
         for number, instance in enumerate(instances):
             groups[repr(instance.args[1])].append(number)
-        self._batches: list[tuple[list[int], Any, Any, list[str], dict[str, Any]]] = []
-        end = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False) if instances else ""
-        for members in groups.values():
-            arguments = dict(normalize_gen_kwargs(dict(instances[members[0]].args[1]), lm.max_gen_toks))
-            stop = handle_stop_sequences(arguments.pop("until", None), eos=end)
-            fresh = arguments.pop("max_gen_toks")
-            members.sort(key=lambda number: (-len(lm.tok_encode(instances[number].args[0])), number))
-            for start in range(0, len(members), batch_size):
-                batch = members[start : start + batch_size]
-                ids, mask = lm.tok_batch_encode(
-                    [instances[number].args[0] for number in batch], left_truncate_len=lm.max_length - fresh
-                )
-                limit = {"max_length": ids.shape[1] + fresh, **arguments}
-                self._batches.append((batch, ids.to(lm.device), mask.to(lm.device), stop, limit))
+        self._batches = [batch for members in groups.values() for batch in self._group(members)]
 
-    def run(self) -> list[str]:
+    def _group(self, members: Sequence[int]) -> Iterator[_GenerationBatch]:
+        """The batches of instances that have the same arguments."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        first = self._instances[members[0]]
+        arguments = dict(normalize_gen_kwargs(dict(first.args[1]), self._lm.max_gen_toks))
+        end = self._lm.tok_decode(self._lm.eot_token_id, skip_special_tokens=False)
+        stop = handle_stop_sequences(arguments.pop("until", None), eos=end)
+        fresh = arguments.pop("max_gen_toks")
+        room = self._lm.max_length - fresh
+        if room <= 0:
+            raise InputError(
+                f"task '{first.task_name}' asks for {fresh} new tokens, but the model's context holds only "
+                f"{self._lm.max_length}; set generation_kwargs.max_gen_toks below that in the task's file."
+            )
+        lengths = {number: len(self._lm.tok_encode(self._instances[number].args[0])) for number in members}
+        # Greedy answers to one question are all alike; sampled ones are drawn as often as the task asks.
+        copies = {number: self._instances[number].repeats if arguments.get("do_sample") else 1 for number in members}
+        queue = [n for n in sorted(members, key=lambda n: (-lengths[n], n)) for _ in range(copies[n])]
+        for start in range(0, len(queue), self._batch_size):
+            batch = tuple(queue[start : start + self._batch_size])
+            prompts = [self._instances[number].args[0] for number in batch]
+            ids, mask = self._lm.tok_batch_encode(prompts, left_truncate_len=room)
+            limits = {"max_length": ids.shape[1] + fresh, **arguments}
+            yield _GenerationBatch(batch, ids.to(self._lm.device), mask.to(self._lm.device), stop, limits)
+
+    def run(self) -> list[list[str]]:
+        """As many texts per instance as its task asks for; the same ones each time."""
         from lm_eval.models.utils import postprocess_generated_text
 
-        texts = [""] * self._count
-        for batch, ids, mask, stop, arguments in self._batches:
-            written = self._lm._model_generate(context=ids, attention_mask=mask, stop=stop, **arguments)
-            for number, tokens in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
-                text = self._lm.tok_decode(tokens)
-                texts[number] = postprocess_generated_text(generation=text, stop=stop, think_end_token=None)
-        return texts
+        texts: list[list[str]] = [[] for _ in self._instances]
+        with _seeded(self._lm.device):
+            for batch in self._batches:
+                written = self._lm._model_generate(
+                    context=batch.ids, attention_mask=batch.mask, stop=batch.stop, **batch.arguments
+                )
+                for number, tokens in zip(batch.members, written[:, batch.ids.shape[1] :].tolist(), strict=True):
+                    text = self._lm.tok_decode(tokens)
+                    texts[number].append(
+                        postprocess_generated_text(generation=text, stop=batch.stop, think_end_token=None)
+                    )
+        return [
+            found * (instance.repeats // len(found)) for instance, found in zip(self._instances, texts, strict=True)
+        ]
 
 
-def _brief(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+@contextlib.contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Within it, torch's global generators, which sampled texts are drawn from, start from one seed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(SAMPLING_SEED)
+        yield
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong in lm-eval, in a phrase; for a key of a task's file that it does not know, the closest one."""
+    from lm_eval.api.task import TaskConfig
+
+    error = error.__cause__ or error
+    text = " ".join(str(error).split()).rstrip(".")
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unknown is not None:
+        return f"{unknown[1]} is not a known key; {choices(unknown[1], (key.name for key in fields(TaskConfig)))}"
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}".removesuffix(": ")

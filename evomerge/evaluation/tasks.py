@@ -17,7 +17,7 @@ import yaml
 
 from evomerge.config import ItemsConfig, TasksConfig
 from evomerge.errors import InputError, choices
-from evomerge.optimizers import counter_rng
+from evomerge.randomness import counter_rng
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,20 @@ class TaskFile:
     builtin: bool
 
 
-class _Code(str):
-    """A `!function` reference, read but not resolved."""
-
-
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with `!function` as text."""
+    """SafeLoader with `!function` as text. `code` gathers every one, because lm-eval's loader runs them as it meets
+    them: in keys too, and in values that are overridden later.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.code: list[str] = []
 
 
-def _function(loader: yaml.SafeLoader, node: yaml.Node) -> _Code:
-    return _Code(getattr(node, "value", ""))
+def _function(loader: _Loader, node: yaml.Node) -> str:
+    name = str(node.value)
+    loader.code.append(f"!function {name}")
+    return name
 
 
 _Loader.add_constructor("!function", _function)
@@ -49,11 +53,12 @@ def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile]
     """The file of every named task. Raises InputError for unknown names and for code that is not allowed."""
     known = dict(_task_files(config.paths))
     found = {}
-    for name in names:
+    for index, name in enumerate(names):
         task = known.get(name) or _builtin(name)
         if task is None:
             raise InputError(
-                f"objectives: task '{name}' is neither in tasks.paths nor a task of lm-eval; {choices(name, known)}."
+                f"objectives[{index}].task is '{name}', which is neither in tasks.paths nor a task of lm-eval; "
+                f"{choices(name, known)}."
             )
         _refuse_code(task, config)
         found[name] = task
@@ -61,51 +66,46 @@ def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile]
 
 
 def _task_files(paths: Sequence[str]) -> Iterator[tuple[str, TaskFile]]:
-    for text in paths:
+    for index, text in enumerate(paths):
         folder = Path(text)
         if not folder.exists():
-            raise InputError(f"tasks.paths: {folder} does not exist; name a folder that holds task YAML files.")
+            raise InputError(
+                f"tasks.paths[{index}] is {folder}, which does not exist; name a folder of task YAML files."
+            )
         files = sorted(folder.rglob("*.yaml")) + sorted(folder.rglob("*.yml")) if folder.is_dir() else [folder]
         for file in files:
-            content = _read(file)
-            name = content.get("task") if content else None
-            if content is not None and isinstance(name, str):
-                yield name, TaskFile(name, file, _code_in(content), builtin=False)
+            content, code = _read(file)
+            name = content.get("task")
+            if isinstance(name, str):
+                yield name, TaskFile(name, file, code, builtin=False)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """The file's mapping joined with its includes; None where it is no task (broken files are skipped by name
-    later).
+def _read(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The file's mapping (empty where it holds none) joined with its includes, and everything that they would execute.
+
+    including: the files that led here.
     """
+    if file.resolve() in including:
+        raise InputError(f"{file}: includes itself by way of {including[-1]}; remove one of the includes.")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
+        loader = _Loader(file.read_text(encoding="utf-8"))
+        content = loader.get_single_data()
+    except OSError as error:
+        where = f"{file} (included by {including[-1]})" if including else file
+        raise InputError(f"{where}: cannot be read ({error.strerror}); correct its path or its rights.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise InputError(f"{file}: not valid YAML at line {line}; correct it or move it out of tasks.paths.") from None
     if not isinstance(content, dict):
-        return None
+        return {}, tuple(loader.code)
+    code = [key for key in ("class", "unsafe_code") if content.get(key)] + loader.code
     includes = content.get("include", [])
     merged: dict[str, Any] = {}
     for include in includes if isinstance(includes, list) else [includes]:
-        merged |= _read(file.parent / str(include)) or {}
-    return merged | content
-
-
-def _code_in(content: Any) -> tuple[str, ...]:
-    """Everything in a task's YAML that would execute."""
-    found: list[str] = []
-    if isinstance(content, dict):
-        found += [key for key in ("class", "unsafe_code") if content.get(key)]
-        for value in content.values():
-            found += _code_in(value)
-    elif isinstance(content, list):
-        for value in content:
-            found += _code_in(value)
-    elif isinstance(content, _Code):
-        found.append(f"!function {content}")
-    return tuple(found)
+        included, included_code = _read(file.parent / str(include), (*including, file.resolve()))
+        merged |= included
+        code += included_code
+    return merged | content, tuple(dict.fromkeys(code))
 
 
 def _builtin(name: str) -> TaskFile | None:
@@ -116,7 +116,7 @@ def _builtin(name: str) -> TaskFile | None:
     pattern = re.compile(rb"^task:\s*[\"']?" + re.escape(name.encode()) + rb"[\"']?\s*$", re.MULTILINE)
     for file in sorted((Path(next(iter(spec.submodule_search_locations))) / "tasks").rglob("*.yaml")):
         if pattern.search(file.read_bytes()):
-            return TaskFile(name, file, _code_in(_read(file)), builtin=True)
+            return TaskFile(name, file, _read(file)[1], builtin=True)
     return None
 
 
@@ -142,12 +142,28 @@ def absolute_data_files(content: Mapping[str, Any], folder: Path) -> dict[str, A
             return {split: absolute(file) for split, file in value.items()}
         if isinstance(value, list):
             return [absolute(file) for file in value]
+        if "://" in str(value):
+            return str(value)
         path = folder / str(value)
-        if "://" not in str(value) and not path.exists():
+        if not path.exists():
             raise InputError(f"{folder}: data file {value} of task '{content.get('task')}' is missing; put it there.")
-        return str(value) if "://" in str(value) else str(path)
+        if path.stat().st_size == 0:
+            raise InputError(f"{folder}: data file {value} of task '{content.get('task')}' is empty; fill it.")
+        return str(path)
 
+    _check_splits(content, list(files) if isinstance(files, Mapping) else ["train"], folder)
     return {**content, "dataset_kwargs": {**dict(kwargs or {}), "data_files": absolute(files)}}
+
+
+def _check_splits(content: Mapping[str, Any], splits: Sequence[str], folder: Path) -> None:
+    """Raises InputError for a split that the task's data files do not have."""
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        named = content.get(key)
+        if isinstance(named, str) and re.split(r"[\[+]", named)[0] not in splits:
+            raise InputError(
+                f"{folder}: {key} of task '{content.get('task')}' is '{named}', which data_files does not name; "
+                f"{choices(named, splits)}."
+            )
 
 
 def divide(items: ItemsConfig, task: str, count: int) -> tuple[list[int], list[int]]:

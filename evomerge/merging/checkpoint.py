@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from evomerge.errors import InputError, WorkFailed
 from evomerge.merging.materialize import fingerprint, load_model
@@ -50,11 +51,13 @@ def write_checkpoint(
         for name, content in extra:
             (staging / name).write_text(content, encoding="utf-8")
         _verify(staging, next(model.parameters()).dtype, expected)
+        for file in staging.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600
+        staging.chmod(0o755)
         if out.exists():
             out.rmdir()
-        staging.chmod(0o755)
         staging.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise WorkFailed(
             f"{out}: the checkpoint could not be written ({error}); free some space and try again."
         ) from None

@@ -11,6 +11,7 @@ UNIFORM_STEPS = 1 << 16
 _MASK32 = 0xFFFFFFFF
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _L1_STEPS = float(1 << 30)
+NEGLIGIBLE_WEIGHT = 1e-8
 
 
 def _key(*parts: object) -> bytes:
@@ -60,6 +61,14 @@ def largest_magnitudes(delta: torch.Tensor, count: int) -> torch.Tensor:
     return delta.abs() >= threshold
 
 
+def divisor(value: float, like: torch.Tensor) -> torch.Tensor:
+    """A sum of weights to divide by, as a scalar tensor; 1 where it is negligible, since it stands for nothing.
+
+    On the tensor's device, because CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    """
+    return torch.tensor(value if abs(value) >= NEGLIGIBLE_WEIGHT else 1.0, dtype=like.dtype, device=like.device)
+
+
 def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """An int64 scalar of a tensor's bits and their places: the sum over elements of bits x an odd hash of the index.
 
@@ -70,4 +79,4 @@ def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
     salt = int.from_bytes(_key(name, tuple(tensor.shape), tensor.dtype), "little", signed=True)
     index = torch.arange(1, bits.numel() + 1, dtype=torch.int64, device=bits.device)
     multiplier = (index * _GOLDEN ^ salt) | 1
-    return (bits.view(view).to(torch.int64) * multiplier).sum() * 2 + salt
+    return (bits.view(view).to(torch.int64) * multiplier).sum() + salt

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from evomerge.errors import CandidateFailed, InputError, choices
@@ -103,7 +104,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(f"{folder}: transformers cannot load this model ({reason}); check its config.json.") from None
     model.eval()

@@ -12,7 +12,7 @@ from evomerge.errors import InputError
 from evomerge.layers import is_embedding, layer_count, layer_index
 from evomerge.merging import methods
 from evomerge.merging.methods.base import Method, Parameter
-from evomerge.recipe import Parameters, Recipe, Scalar, Slice, Source, resolve_setting
+from evomerge.recipe import Parameters, Recipe, Slice, Source, resolve_setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,12 @@ def make_plan(recipe: Recipe, names: Iterable[str], where: str = "the recipe") -
 
 
 def _slices(recipe: Recipe, layers: int, where: str) -> tuple[Slice, ...]:
-    """The recipe's slices; a `models` recipe is one slice of all layers."""
+    """The recipe's slices; a `models` recipe is one slice of all layers, in which a base takes part like any model."""
     if recipe.models is not None:
-        sources = tuple(source.model_copy(update={"layer_range": (0, layers)}) for source in recipe.models)
-        return (Slice(sources=sources),)
+        models = recipe.models
+        if recipe.base_model and recipe.base_model not in [source.model for source in models]:
+            models = (*models, Source(model=recipe.base_model))
+        return (Slice(sources=tuple(source.model_copy(update={"layer_range": (0, layers)}) for source in models)),)
     slices = recipe.slices or ()
     expected = 0
     for index, part in enumerate(slices):
@@ -111,23 +113,20 @@ def _levels(recipe: Recipe, part: Slice, source: Source | None) -> Iterator[Para
 def _value(
     parameter: Parameter, levels: Iterator[Parameters], tensor: str, t: float, source: Source | None, where: str
 ) -> float | bool:
-    owner = f" of {source.model}" if source else ""
+    what = f"{where}: {parameter.name}{f' of {source.model}' if source else ''}"
     for level in levels:
-        found = resolve_setting(level.get(parameter.name), tensor, t)
+        try:
+            found = resolve_setting(level.get(parameter.name), tensor, t, parameter.kind)
+        except ValueError as error:
+            raise InputError(f"{what} for {tensor} {error}.") from None
         if found is not None:
-            return _typed(parameter, found, f"{where}: {parameter.name}{owner} for {tensor}")
+            return _in_range(parameter, found, f"{what} for {tensor}")
     if parameter.default is None:
-        raise InputError(f"{where}: {parameter.name}{owner} is missing for {tensor}; give it a value.")
+        raise InputError(f"{what} is missing for {tensor}; give it a value.")
     return parameter.default
 
 
-def _typed(parameter: Parameter, value: Scalar, what: str) -> float | bool:
-    if parameter.kind is bool:
-        return bool(value)
-    try:
-        number = float(value)
-    except ValueError:
-        raise InputError(f"{what} is '{value}'; expected a number.") from None
-    if parameter.name == "density" and not 0 <= number <= 1:
-        raise InputError(f"{what} is {number:g}; use a value in [0, 1].")
-    return number
+def _in_range(parameter: Parameter, value: float | bool, what: str) -> float | bool:
+    if parameter.name == "density" and not 0 <= value <= 1:
+        raise InputError(f"{what} is {value:g}; use a value in [0, 1].")
+    return value

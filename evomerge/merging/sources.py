@@ -84,8 +84,7 @@ def tensor_table(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a model folder by name, from the safetensors headers."""
     table: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
-        for name, entry in _header(file).items():
-            table[name] = TensorInfo(file, str(entry["dtype"]), tuple(entry["shape"]))
+        table |= _header(file)
     return table
 
 
@@ -93,11 +92,11 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not a readable safetensors index ({error}); download it again.") from None
         for name in names:
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", ".."):
                 raise InputError(f"{index}: shard '{name}' lies outside the model folder; refused.")
             if not (folder / name).exists():
                 raise InputError(f"{folder}: shard {name} named by {INDEX} is missing; download it again.")
@@ -113,7 +112,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: holds no {WEIGHTS}; expected a Hugging Face model in safetensors.")
 
 
-def _header(file: Path) -> dict[str, Any]:
+def _header(file: Path) -> dict[str, TensorInfo]:
     """The safetensors header: 8 bytes of length, then JSON; checked against the file's size."""
     try:
         with file.open("rb") as stream:
@@ -125,9 +124,9 @@ def _header(file: Path) -> dict[str, Any]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if file.stat().st_size != 8 + length + end:
             raise ValueError(f"expected {8 + length + end} bytes, got {file.stat().st_size}")
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: TensorInfo(file, str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: not a valid safetensors file ({error}); copy or download it again.") from None
-    return dict(header)
 
 
 def preflight(base: str, models: Mapping[str, str]) -> None:

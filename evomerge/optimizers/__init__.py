@@ -89,14 +89,6 @@ _MAKERS: dict[str, Maker] = {
 }
 
 
-def counter_rng(*counter: int | str) -> np.random.Generator:
-    """A generator that depends on nothing but its counter (seed, purpose, generation, index)."""
-    words: list[int] = []
-    for part in counter:
-        words += [*part.encode()] if isinstance(part, str) else [part]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
-
-
 def box(genes: Sequence[Gene]) -> tuple[Genome, Genome]:
     """Lower and upper bounds of genes, each of shape (dimension,)."""
     return np.array([gene.low for gene in genes]), np.array([gene.high for gene in genes])

@@ -8,12 +8,14 @@ where a covariance cannot be learned. Candidates are compared by their weighted 
 import numpy as np
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem, box, counter_rng
+from evomerge.optimizers import Problem, box
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
+from evomerge.randomness import counter_rng
 from evomerge.spaces import Genome
 
 _RESAMPLE = 0.3
+_DRAWS = 20
 
 
 class GroupEvolution:
@@ -40,7 +42,12 @@ class GroupEvolution:
         return np.stack(children)
 
     def _child(self, index: int) -> Genome:
+        """A child that differs from its parent; at a bound, steps across it change nothing and are drawn again."""
         random = counter_rng(self._problem.seed, "group_evolution", self._generation, index)
+        drawn = (self._draw(random) for _ in range(_DRAWS))
+        return next((child for child in drawn if not np.array_equal(child, self._parent.genome)), self._parent.genome)
+
+    def _draw(self, random: np.random.Generator) -> Genome:
         group = self._members[random.integers(len(self._members))]
         if random.random() < _RESAMPLE:
             drawn = self._low + (self._high - self._low) * random.random(len(self._low))

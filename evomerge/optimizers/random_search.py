@@ -3,8 +3,9 @@
 import numpy as np
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem, box, counter_rng
+from evomerge.optimizers import Problem, box
 from evomerge.pareto import Scores
+from evomerge.randomness import counter_rng
 from evomerge.spaces import Gene, Genome
 
 

@@ -6,7 +6,15 @@ To add a pool: write a class with this protocol and run it through the contract 
 from dataclasses import dataclass
 from typing import Protocol
 
-from evomerge.candidate import Candidate, Evaluation, Split
+from evomerge.candidate import Candidate, Evaluation, Split, failure
+from evomerge.errors import EvomergeError
+from evomerge.recipe import Recipe
+
+
+class Evaluator(Protocol):
+    """What a pool runs: a `Worker`, or a test's stand-in."""
+
+    def evaluate(self, recipe: Recipe, split: Split) -> Evaluation: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +43,19 @@ class WorkerPool(Protocol):
     def close(self) -> None:
         """Stops all workers, whatever they are doing."""
         ...
+
+
+def evaluate_guarded(evaluator: Evaluator, recipe: Recipe, split: Split) -> Evaluation:
+    """The evaluation of a recipe; an exception that is none of ours is recorded as the candidate's failure."""
+    try:
+        return evaluator.evaluate(recipe, split)
+    except EvomergeError:
+        raise
+    except Exception as error:
+        return failure(first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -4,14 +4,13 @@ from collections import deque
 from collections.abc import Callable
 
 from evomerge.candidate import Evaluation
-from evomerge.workers import Job
-from evomerge.workers.worker import Worker
+from evomerge.workers import Evaluator, Job, evaluate_guarded
 
 
 class LocalPool:
     """Evaluates jobs one after the other when they are waited for."""
 
-    def __init__(self, make_worker: Callable[[], Worker]) -> None:
+    def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
         self._worker = make_worker()
         self._jobs: deque[Job] = deque()
 
@@ -24,7 +23,7 @@ class LocalPool:
 
     def wait(self) -> tuple[Job, Evaluation]:
         job = self._jobs.popleft()
-        return job, self._worker.evaluate(job.candidate.recipe, job.split)
+        return job, evaluate_guarded(self._worker, job.candidate.recipe, job.split)
 
     def close(self) -> None:
         self._jobs.clear()

@@ -1,11 +1,14 @@
 """A pool of Ray actors, each holding the models; the only module that imports ray for evaluating.
 
 Actors are placed by a placement group, so that one without resources is a sentence and not a hang. An actor that dies
-is restarted by Ray and its job run again; a job that has taken `attempts` actors down is recorded as failed.
+is restarted by Ray, loads its models again, and its job is run again; a job that has taken `attempts` actors down is
+recorded as failed. The pool goes on with the actors that are left, and gives up only when none has come back for long.
 """
 
 import logging
 import os
+import re
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,10 +18,12 @@ from typing import Any
 from evomerge.candidate import Evaluation, failure
 from evomerge.config import WorkersConfig
 from evomerge.errors import EvomergeError, InputError, WorkFailed
-from evomerge.workers import Job
-from evomerge.workers.worker import Worker
+from evomerge.workers import Evaluator, Job, evaluate_guarded, first_line
 
-_BACKOFF = 0.5
+_BACKOFF = 0.3
+_POLL = 5.0
+_PATIENCE = 300.0
+_REACH = 15.0
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
@@ -26,8 +31,10 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Attempt:
+    """A job on an actor; `count` says how often it has been tried, this time included."""
+
     job: Job
     actor: int
     count: int
@@ -38,15 +45,17 @@ class RayPool:
     """Connects to Ray (or starts it here), places the actors and waits until each has loaded its models."""
 
     config: WorkersConfig
-    make_worker: Callable[[], Worker]
+    make_worker: Callable[[], Evaluator]
     num_gpus: float
     address: str | None = None
     _actors: list[Any] = field(init=False, default_factory=list)
     _idle: deque[int] = field(init=False, default_factory=deque)
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
+    _reviving: dict[Any, tuple[int, float]] = field(init=False, default_factory=dict)
     _group: Any = field(init=False, default=None)
     _ray: Any = field(init=False, default=None)
+    _own_ray: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
@@ -65,15 +74,18 @@ class RayPool:
         if not self._started_ray:
             return
         address = self.address or os.environ.get("RAY_ADDRESS")
+        self._own_ray = not address
         local: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
+            _check_reachable(address or "")
             self._ray.init(
                 address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local
             )
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, OverflowError, ValueError, RuntimeError) as error:
+            where = "--address" if self.address else "RAY_ADDRESS"
             raise InputError(
-                f"--address {address}: cannot connect to Ray ({str(error).splitlines()[0]}); start a cluster there, or "
-                "leave the address out to start one here."
+                f"{where} {address}: cannot connect to Ray ({first_line(error).rstrip('.')}); start a cluster there, "
+                "or leave the address out to start one here."
             ) from None
 
     def _place(self) -> None:
@@ -83,9 +95,12 @@ class RayPool:
         bundle = {"CPU": self.config.num_cpus, "GPU": self.num_gpus}
         bundle = {resource: amount for resource, amount in bundle.items() if amount}
         count = self.config.count or self._fitting(bundle)
+        if self._own_ray:
+            self._check_enough(bundle, count)  # only a cluster may grow, which is worth waiting for
         self._group = placement_group([dict(bundle or {"CPU": 0.01}) for _ in range(count)], strategy="PACK")
         if not self._group.wait(self.config.placement_timeout):
-            raise InputError(self._missing(bundle, count))
+            self._check_enough(bundle, count)
+            raise InputError(self._busy(bundle, count))
         actor = self._ray.remote(EvaluationActor)
         for index in range(count):
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
@@ -106,15 +121,18 @@ class RayPool:
         total = self._ray.cluster_resources()
         return max(1, min((int(total.get(name, 0) / amount) for name, amount in bundle.items()), default=1))
 
-    def _missing(self, bundle: dict[str, float], count: int) -> str:
+    def _check_enough(self, bundle: dict[str, float], count: int) -> None:
+        """Raises InputError where all of the cluster together has too little for the workers."""
         total = self._ray.cluster_resources()
         for name, amount in bundle.items():
             if total.get(name, 0) < amount * count:
-                return (
+                raise InputError(
                     f"workers: {count} worker(s) of {amount:g} {name} each need {amount * count:g} {name}, but the Ray "
                     f"cluster has {total.get(name, 0):g}; lower workers.count or workers.num_{name.lower()}s, "
                     "or add nodes."
                 )
+
+    def _busy(self, bundle: dict[str, float], count: int) -> str:
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
         return (
             f"workers: {count} worker(s) of {wanted} each found no free place in {self.config.placement_timeout:g} s, "
@@ -122,11 +140,13 @@ class RayPool:
         )
 
     def _await_models(self) -> None:
-        for actor in self._actors:
-            try:
-                problem = self._ray.get(actor.load.remote())
-            except self._ray.exceptions.RayActorError as error:
-                raise WorkFailed(f"workers: a worker died while it loaded the models ({_first_line(error)}).") from None
+        """Waits for all actors at once, so that they load in parallel."""
+        loading = [actor.load.remote() for actor in self._actors]
+        try:
+            problems = self._ray.get(loading)
+        except self._ray.exceptions.RayError as error:
+            raise WorkFailed(f"workers: a worker died while it loaded the models ({first_line(error)}).") from None
+        for problem in problems:
             if problem is not None:
                 raise InputError(problem)
 
@@ -147,30 +167,59 @@ class RayPool:
     def wait(self) -> tuple[Job, Evaluation]:
         while True:
             self._dispatch()
-            (reference,), _ = self._ray.wait(list(self._running), num_returns=1)
-            attempt = self._running.pop(reference)
-            outcome = self._outcome(reference, attempt)
-            self._idle.append(attempt.actor)
-            if outcome is not None:
-                self._dispatch()
-                return attempt.job, outcome
+            ready, _ = self._ray.wait([*self._running, *self._reviving], num_returns=1, timeout=_POLL)
+            if not ready:
+                self._check_patience()
+            elif ready[0] in self._reviving:
+                self._revived(ready[0])
+            else:
+                finished = self._finished(ready[0])
+                if finished is not None:
+                    return finished
 
-    def _outcome(self, reference: Any, attempt: _Attempt) -> Evaluation | None:
-        """The evaluation, or None where the actor died and the job has been queued again."""
+    def _finished(self, reference: Any) -> tuple[Job, Evaluation] | None:
+        """The job and its evaluation, or None where its actor died and the job has been queued again."""
+        attempt = self._running.pop(reference)
         try:
-            result: Evaluation = self._ray.get(reference)
-            return result
+            evaluation: Evaluation = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            if isinstance(cause, EvomergeError):
-                raise cause from None
-            return failure(_first_line(error))
+            cause = error.cause
+            raise cause if isinstance(cause, EvomergeError) else WorkFailed(first_line(cause or error)) from None
         except self._ray.exceptions.RayError as error:
-            if attempt.count >= self.config.attempts:
-                return failure(f"took {attempt.count} workers down ({_first_line(error)})")
-            self._waiting.appendleft((attempt.job, attempt.count))
+            self._revive(attempt.actor, time.monotonic())
+            if attempt.count < self.config.attempts:
+                self._waiting.appendleft((attempt.job, attempt.count))
+                return None
+            evaluation = failure(f"took {attempt.count} workers down ({first_line(error)})")
+        else:
+            self._idle.append(attempt.actor)
+            self._dispatch()
+        return attempt.job, evaluation
+
+    def _revive(self, actor: int, since: float) -> None:
+        """Has a restarted actor load its models; it takes jobs again once it has."""
+        self._reviving[self._actors[actor].load.remote()] = (actor, since)
+
+    def _revived(self, reference: Any) -> None:
+        actor, since = self._reviving.pop(reference)
+        try:
+            problem = self._ray.get(reference)
+        except self._ray.exceptions.RayError:
+            self._check_patience(since)
             time.sleep(_BACKOFF)
-            return None
+            self._revive(actor, since)
+            return
+        if problem is not None:
+            raise WorkFailed(problem)
+        self._idle.append(actor)
+
+    def _check_patience(self, *more: float) -> None:
+        """Raises WorkFailed where every worker has been gone for too long."""
+        gone = [*more, *(since for _, since in self._reviving.values())]
+        if gone and not self._running and not self._idle and time.monotonic() - max(gone) > _PATIENCE:
+            raise WorkFailed(
+                f"workers: all {self.size} are gone and none has come back in {_PATIENCE:g} s; add nodes and resume."
+            )
 
     def close(self) -> None:
         """Kills the actors; shuts Ray down where this pool started it."""
@@ -186,12 +235,19 @@ class RayPool:
             self._ray.shutdown()
 
 
-class EvaluationActor:
-    """The actor: a worker made in the actor's own process, on first use after each (re)start."""
+def _check_reachable(address: str) -> None:
+    """Raises OSError where nothing listens at an address: Ray would go on trying for minutes."""
+    found = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
+    if found is not None:
+        socket.create_connection((found[1], int(found[2])), timeout=_REACH).close()
 
-    def __init__(self, make_worker: Callable[[], Worker]) -> None:
+
+class EvaluationActor:
+    """The actor: a worker made in the actor's own process, by `load` or on first use after a restart."""
+
+    def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
         self._make_worker = make_worker
-        self._worker: Worker | None = None
+        self._worker: Evaluator | None = None
 
     def load(self) -> str | None:
         """Loads the models; a sentence where that cannot be done."""
@@ -204,12 +260,4 @@ class EvaluationActor:
     def evaluate(self, recipe: Any, split: Any) -> Evaluation:
         if self._worker is None:
             self._worker = self._make_worker()
-        return self._worker.evaluate(recipe, split)
-
-    def process_id(self) -> int:
-        return os.getpid()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        return evaluate_guarded(self._worker, recipe, split)

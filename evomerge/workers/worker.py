@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -11,7 +12,9 @@ from evomerge.errors import CandidateFailed, InputError
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.materialize import ResidentModels
 from evomerge.merging.sources import locate
+from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
+from evomerge.workers import first_line
 
 
 class Worker:
@@ -19,20 +22,14 @@ class Worker:
 
     def __init__(self, config: SearchConfig, references: Iterable[str] | None = None) -> None:
         """references: the models that recipes may name; by default the base and the models of the config."""
-        from transformers import AutoTokenizer
-
         torch.set_num_threads(config.evaluation.threads)
         wanted = tuple(references) if references is not None else (config.base, *config.models.values())
         skeleton = locate(config.base)
         device = resolve_device(config.evaluation.device)
         folders = {reference: locate(reference) for reference in dict.fromkeys(wanted)}
         self.models = ResidentModels(folders, skeleton, device, config.evaluation.dtype)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(skeleton), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise InputError(f"{skeleton}: the tokenizer cannot be loaded ({reason}).") from None
-        self._harness = Harness(config, self.models.model, tokenizer)
+        self._harness = Harness(config, self.models.model, load_tokenizer(config))
+        self._harness.prepare("search")
 
     def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
         """The evaluation of a recipe; whatever goes wrong with it is recorded there, not raised."""
@@ -56,14 +53,35 @@ class Worker:
         )
 
 
-def resolve_device(name: str) -> str:
-    """The device that `auto` stands for here; InputError for one that is not there."""
+def load_tokenizer(config: SearchConfig) -> Any:
+    """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
+    folder = locate(config.base)
+    try:
+        with quiet():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizer files are parsed by several libraries, each with its own exceptions
+        reason = first_line(error).rstrip(".: ")
+        raise InputError(
+            f"base: {folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
+        ) from None
+    if config.evaluation.apply_chat_template and tokenizer.chat_template is None:
+        raise InputError(
+            f"evaluation.apply_chat_template is true, but the tokenizer in {folder} has no chat template; "
+            "set it to false, or use a base that has one."
+        )
+    return tokenizer
+
+
+def resolve_device(name: str, key: str = "evaluation.device") -> str:
+    """The device that `auto` stands for here. Raises InputError for one that is not there, naming the key that asks."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"evaluation.device is '{name}'; use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"evaluation.device is '{name}', but torch sees no CUDA device here; use auto or cpu.")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or name.endswith(":"):
+        raise InputError(f"{key} is '{name}'; use auto, cpu, cuda or cuda:N.")
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or 0) >= seen:
+        raise InputError(f"{key} is '{name}', but torch sees {seen} CUDA devices here; use auto or cpu.")
     return name

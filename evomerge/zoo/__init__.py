@@ -19,5 +19,5 @@ def path(name: str) -> Path:
     """The folder of a shipped model, as `from_pretrained` takes it."""
     known = names()
     if name not in known:
-        raise InputError(f"The zoo has no model '{name}'; {choices(name, known)}.")
+        raise InputError(f"zoo:{name} is no model of the zoo; {choices(name, known)}.")
     return MODELS / name

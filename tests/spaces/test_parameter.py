@@ -40,9 +40,7 @@ def parameters(space: ParameterSpace, genome: object) -> dict[str, dict[str, flo
     """Tensor name to the weights that each model has there."""
     plan = make_plan(space.decode(genome), TENSORS)  # type: ignore[arg-type]
     return {
-        tensor.name: {
-            model: values["weight"] for model, values in zip(tensor.models, tensor.per_model, strict=True)
-        }
+        tensor.name: {model: values["weight"] for model, values in zip(tensor.models, tensor.per_model, strict=True)}
         for tensor in plan.tensors
     }
 

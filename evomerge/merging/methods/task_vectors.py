@@ -5,15 +5,16 @@ to the elements that agree with the elected sign (the sign of the weighted sum, 
 the weights that took part, scaled by lambda and added to the base: mergekit 0.1.5's order of operations, in float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
-from evomerge.merging.kernels import exact_l1, keep_mask, largest_magnitudes
+from evomerge.merging.kernels import UNIFORM_STEPS, divisor, exact_l1, keep_mask, largest_magnitudes
 from evomerge.merging.methods.base import Inputs
 
 _NEGLIGIBLE_L1 = 1e-7
-_NEGLIGIBLE_WEIGHT = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +26,11 @@ class TaskVectorMerge:
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         assert inputs.base is not None
-        base, shared = inputs.base, inputs.shared
-        strength: float = shared["lambda"]
-        total = torch.zeros_like(base)
-        divisor: torch.Tensor | float = torch.zeros_like(base) if self.consensus else 0.0
         deltas = [self._delta(inputs, index) for index in range(len(inputs.tensors))]
-        elected = torch.stack(deltas).sum(dim=0) >= 0 if self.consensus else None
-        for delta, parameters in zip(deltas, inputs.per_model, strict=True):
-            if elected is None:
-                total += delta
-                divisor += parameters["weight"]
-            else:
-                agrees = torch.where(elected, delta > 0, delta < 0)
-                total += delta * agrees
-                divisor += agrees * parameters["weight"]
-        if shared["normalize"]:
-            total /= _safe(divisor)
-        return base + total * strength
+        weights = [parameters["weight"] for parameters in inputs.per_model]
+        merge = _agreeing if self.consensus else _all
+        merged: torch.Tensor = merge(deltas, weights, inputs.shared["normalize"]) * inputs.shared["lambda"]
+        return inputs.base + merged
 
     def _delta(self, inputs: Inputs, index: int) -> torch.Tensor:
         """The weighted, sparsified task vector of one model."""
@@ -67,7 +56,7 @@ class TaskVectorMerge:
 def _scale(delta: torch.Tensor, kept: torch.Tensor, density: float, rescale: str) -> torch.Tensor | float:
     """What restores a sparsified delta: 1 / density (DARE, eq. 4) or the ratio of L1 norms (mergekit)."""
     if rescale == "density":
-        return 1.0 / density
+        return 1.0 / max(density, 1.0 / UNIFORM_STEPS)  # no mask is finer than that
     largest = delta.abs().amax()
     before, after = exact_l1(delta, largest), exact_l1(kept, largest)
     unit = largest.to(torch.float64) / (1 << 30)
@@ -76,8 +65,18 @@ def _scale(delta: torch.Tensor, kept: torch.Tensor, density: float, rescale: str
     return torch.where(negligible, torch.ones_like(ratio), ratio).to(torch.float32)
 
 
-def _safe(divisor: torch.Tensor | float) -> torch.Tensor | float:
-    """A divisor without zeros: nothing took part there, so nothing is to be divided."""
-    if isinstance(divisor, torch.Tensor):
-        return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-    return divisor if abs(divisor) >= _NEGLIGIBLE_WEIGHT else 1.0
+def _all(deltas: Sequence[torch.Tensor], weights: Sequence[float], normalize: bool) -> torch.Tensor:
+    """The sum of weighted task vectors, divided by the sum of their weights to `normalize`."""
+    total = reduce(torch.add, deltas)
+    return total / divisor(sum(weights), total) if normalize else total
+
+
+def _agreeing(deltas: Sequence[torch.Tensor], weights: Sequence[float], normalize: bool) -> torch.Tensor:
+    """The same, element by element, over those alone that have the sign of the sum of all (TIES)."""
+    elected = reduce(torch.add, deltas) >= 0
+    total, divisors = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = torch.where(elected, delta > 0, delta < 0)
+        total += delta * agrees
+        divisors += agrees * weight
+    return total / torch.where(divisors == 0, 1.0, divisors) if normalize else total

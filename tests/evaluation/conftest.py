@@ -1,0 +1,96 @@
+"""Fixtures: small tasks written on the spot, models of three architectures, and lm-eval's own verdict on them."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from evomerge import zoo
+from evomerge.config import SearchConfig
+from evomerge.merging.materialize import load_model
+from evomerge.zoo.language import VOCABULARY
+
+Rows = list[dict[str, Any]]
+SIZES = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Data sets of tests are not left behind in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders: the zoo's base (a Llama), a random Qwen2 and a random GPT-2 with its vocabulary."""
+    root = tmp_path_factory.mktemp("architectures")
+    torch.manual_seed(0)
+    qwen = Qwen2Config(
+        **SIZES,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        initializer_range=0.3,
+    )
+    gpt = GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+    folders = {"llama": zoo.path("base"), "qwen2": root / "qwen2", "gpt2": root / "gpt2"}
+    Qwen2ForCausalLM(qwen).save_pretrained(folders["qwen2"])
+    GPT2LMHeadModel(gpt).save_pretrained(folders["gpt2"])
+    return folders
+
+
+@pytest.fixture
+def load(models: dict[str, Path]) -> Callable[[str], tuple[Any, Any]]:
+    """Loads a model, by its architecture or its name in the zoo, and the zoo's tokenizer."""
+
+    def load(name: str) -> tuple[Any, Any]:
+        folder = models.get(name) or zoo.path(name)
+        return load_model(folder, torch.float32), AutoTokenizer.from_pretrained(zoo.path("base"))
+
+    return load
+
+
+@pytest.fixture
+def write_task(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Writes a task's YAML and its data below tmp_path; returns its settings with the data files absolute."""
+
+    def write(name: str, splits: dict[str, Rows], **settings: Any) -> dict[str, Any]:
+        for split, rows in splits.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{name}_{split}.jsonl").write_text(lines)
+        task = {"task": name, "dataset_path": "json", "target_delimiter": ""} | settings
+        relative = {split: f"{name}_{split}.jsonl" for split in splits}
+        document = task | {"dataset_kwargs": {"data_files": relative}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+        return task | {"dataset_kwargs": {"data_files": {s: str(tmp_path / file) for s, file in relative.items()}}}
+
+    return write
+
+
+@pytest.fixture
+def search_config(tmp_path: Path) -> Callable[..., SearchConfig]:
+    """A search over the tasks in tmp_path; objectives are written `task`, `task:metric` or `task:metric:filter`."""
+
+    def make(*objectives: str, **changes: Any) -> SearchConfig:
+        parts = [dict(zip(("task", "metric", "filter"), text.split(":"), strict=False)) for text in objectives]
+        document = {
+            "base": "zoo:base",
+            "models": {"math": "zoo:math"},
+            "objectives": parts,
+            "tasks": {"paths": [str(tmp_path)]},
+            "evaluation": {"batch_size": 16},
+        }
+        return SearchConfig.model_validate(document | changes)
+
+    return make

@@ -1,0 +1,283 @@
+"""Finding tasks without running them, and dividing their items."""
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge.config import ItemsConfig, TasksConfig
+from evomerge.errors import InputError
+from evomerge.evaluation.tasks import absolute_data_files, choose, divide, find_tasks
+
+TRAP = """
+from pathlib import Path
+Path(__file__).with_name("sprung").touch()
+def function(*arguments):
+    return "text"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a module that leaves a file behind when it is imported."""
+    (tmp_path / "trap.py").write_text(TRAP)
+    return tmp_path
+
+
+def find(folder, *names, allow=()):
+    return find_tasks(names, TasksConfig(paths=(str(folder),), allow_code=allow))
+
+
+# Names
+
+
+def test_tasks_are_found_by_name_in_any_depth(folder):
+    deep = folder / "one" / "two"
+    deep.mkdir(parents=True)
+    (deep / "any_file.yaml").write_text("task: first\n")
+    (folder / "other.yml").write_text("task: second\n")
+    found = find(folder, "second", "first")
+    assert [(name, task.path) for name, task in found.items()] == [
+        ("second", folder / "other.yml"),
+        ("first", deep / "any_file.yaml"),
+    ]
+
+
+def test_a_path_may_be_one_file(folder):
+    (folder / "a.yaml").write_text("task: first\n")
+    assert find(folder / "a.yaml", "first")["first"].path == folder / "a.yaml"
+
+
+def test_an_unknown_task_is_an_input_error_that_names_the_closest(folder):
+    (folder / "a.yaml").write_text("task: cross_math\n")
+    (folder / "b.yaml").write_text("task: lang\n")
+    with pytest.raises(InputError, match=r"'cross_maths'.*did you mean 'cross_math'.*cross_math, lang"):
+        find(folder, "cross_maths")
+
+
+def test_a_path_that_does_not_exist_is_an_input_error(folder):
+    with pytest.raises(InputError, match=r"tasks.paths.*nowhere.* does not exist"):
+        find(folder / "nowhere", "task")
+
+
+def test_other_yaml_files_are_stepped_over(folder):
+    (folder / "a.yaml").write_text("task: first\n")
+    (folder / "group.yaml").write_text("group: all\ntask: [first]\n")
+    (folder / "list.yaml").write_text("[1, 2]\n")
+    (folder / "empty.yaml").write_text("")
+    (folder / "notes.txt").write_text("task: notes\n")
+    assert set(find(folder, "first")) == {"first"}
+
+
+def test_a_broken_file_is_an_input_error_with_its_line(folder):
+    (folder / "a.yaml").write_text("task: first\nname: [\n")
+    with pytest.raises(InputError, match=r"a.yaml: not valid YAML at line \d"):
+        find(folder, "first")
+
+
+def test_a_task_of_lm_eval_is_found_without_its_index(monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(TaskManager, "__init__", lambda *_, **__: pytest.fail("the index was built"))
+    started = time.perf_counter()
+    task = find_tasks(["arc_easy"], TasksConfig())["arc_easy"]
+    assert time.perf_counter() - started < 10
+    assert task.builtin
+    assert task.path.name == "arc_easy.yaml"
+
+
+def test_a_task_in_tasks_paths_goes_before_lm_eval_s(folder):
+    (folder / "a.yaml").write_text("task: arc_easy\n")
+    task = find(folder, "arc_easy")["arc_easy"]
+    assert task.path == folder / "a.yaml"
+    assert not task.builtin
+
+
+# Code
+
+CODE = {
+    "a value": "doc_to_text: !function trap.function",
+    "a metric": "metric_list:\n  - metric: !function trap.function",
+    "a key": "metadata: {!function trap.function : 1}",
+    "a set": "metadata: !!set {!function trap.function}",
+    "a pair": "metadata: !!pairs [one: !function trap.function]",
+    "an overridden value": "doc_to_text: !function trap.function\ndoc_to_text: plain",
+    "a merged mapping": "metadata:\n  <<: {one: !function trap.function}\n  one: 1",
+    "a class": "class: !function trap.function",
+    "a class by name": "class: trap.Task",
+    "unsafe code": "unsafe_code: true",
+}
+
+
+@pytest.mark.parametrize("how", CODE)
+def test_code_is_refused_unless_allowed_and_never_runs(how, folder):
+    (folder / "a.yaml").write_text(f"task: mine\n{CODE[how]}\n")
+    with pytest.raises(InputError, match=r"a.yaml: task 'mine' runs code \(.*add 'mine' to tasks.allow_code"):
+        find(folder, "mine")
+    with pytest.raises(InputError, match="runs code"):
+        find(folder, "mine", allow=("other",))
+    assert find(folder, "mine", allow=("mine",))["mine"].code
+    assert not (folder / "sprung").exists()
+
+
+def test_the_trap_would_have_sprung(folder):
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for name, text in CODE.items():
+        if "trap.function" in text:
+            (folder / "sprung").unlink(missing_ok=True)
+            (folder / "a.yaml").write_text(text)
+            (folder / "trap.py").write_text(TRAP + f"# {name}\n")
+            load_yaml(folder / "a.yaml")
+            assert (folder / "sprung").exists(), name
+
+
+def test_code_in_an_included_file_counts_even_where_it_is_overridden(folder):
+    (folder / "shared").mkdir()
+    (folder / "shared" / "base.yaml").write_text("doc_to_text: !function trap.function\n")
+    (folder / "middle.yaml").write_text("include: shared/base.yaml\n")
+    (folder / "a.yaml").write_text("task: mine\ninclude: [middle.yaml]\ndoc_to_text: plain\n")
+    with pytest.raises(InputError, match=r"runs code \(!function trap.function\)"):
+        find(folder, "mine")
+
+
+def test_code_of_other_tasks_does_not_matter(folder):
+    (folder / "a.yaml").write_text("task: mine\n")
+    (folder / "b.yaml").write_text("task: other\ndoc_to_text: !function trap.function\n")
+    assert find(folder, "mine")["mine"].code == ()
+    assert not (folder / "sprung").exists()
+
+
+def test_tags_of_python_are_not_read(folder):
+    (folder / "a.yaml").write_text("task: mine\nname: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(InputError, match=r"a.yaml: not valid YAML"):
+        find(folder, "mine", allow=("mine",))
+
+
+def test_functions_that_lm_eval_ships_are_trusted_but_unsafe_code_is_not():
+    assert find_tasks(["gsm8k_platinum"], TasksConfig())["gsm8k_platinum"].builtin
+    hellaswag = find_tasks(["hellaswag"], TasksConfig())["hellaswag"]
+    assert hellaswag.code == ("!function utils.process_docs",)
+    with pytest.raises(InputError, match=r"task 'humaneval' runs code \(unsafe_code\)"):
+        find_tasks(["humaneval"], TasksConfig())
+
+
+# Includes
+
+
+def test_the_name_may_come_from_an_include_and_the_file_s_own_keys_win(folder):
+    (folder / "_base.yaml").write_text("task: shared_name\n")
+    (folder / "a.yaml").write_text("include: _base.yaml\n")
+    (folder / "b.yaml").write_text("include: _base.yaml\ntask: own_name\n")
+    assert find(folder / "a.yaml", "shared_name")["shared_name"].path == folder / "a.yaml"
+    assert find(folder, "own_name")["own_name"].path == folder / "b.yaml"
+
+
+def test_files_that_include_each_other_are_an_input_error(folder):
+    (folder / "a.yaml").write_text("task: first\ninclude: b.yaml\n")
+    (folder / "b.yaml").write_text("include: a.yaml\n")
+    with pytest.raises(InputError, match=r"a.yaml: includes itself by way of .*b.yaml"):
+        find(folder, "first")
+
+
+def test_a_missing_include_is_an_input_error(folder):
+    (folder / "a.yaml").write_text("task: first\ninclude: nowhere.yaml\n")
+    with pytest.raises(InputError, match=r"nowhere.yaml.*a.yaml.*cannot be read"):
+        find(folder, "first")
+
+
+# Data files
+
+
+def test_relative_data_files_become_absolute_and_the_config_is_left_alone(folder):
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_text("{}\n")
+    content = {"task": "t", "dataset_kwargs": {"data_files": {"x": "a.jsonl", "y": ["b.jsonl"]}, "field": "rows"}}
+    found = absolute_data_files(content, folder)
+    a, b = str(folder / "a.jsonl"), str(folder / "b.jsonl")
+    assert found["dataset_kwargs"] == {"data_files": {"x": a, "y": [b]}, "field": "rows"}
+    assert content["dataset_kwargs"]["data_files"]["x"] == "a.jsonl"
+    assert absolute_data_files({"dataset_kwargs": {"data_files": a}}, Path("/"))["dataset_kwargs"]["data_files"] == a
+
+
+def test_a_missing_data_file_is_an_input_error_and_an_address_is_not(folder):
+    with pytest.raises(InputError, match=r"data file gone.jsonl of task 't' is missing"):
+        absolute_data_files({"task": "t", "dataset_kwargs": {"data_files": {"x": "gone.jsonl"}}}, folder)
+    address = {"task": "t", "dataset_kwargs": {"data_files": {"x": "hf://datasets/owner/name/x.jsonl"}}}
+    assert absolute_data_files(address, folder) == address
+
+
+@pytest.mark.parametrize("content", [{}, {"dataset_kwargs": None}, {"dataset_kwargs": {"field": "rows"}}])
+def test_a_task_without_data_files_stays_as_it_is(content, folder):
+    assert absolute_data_files(content, folder) == content
+
+
+# Items
+
+names = st.text(min_size=1, max_size=12)
+seeds = st.integers(0, 2**40)
+
+
+@given(names, seeds, st.integers(2, 300), st.data())
+def test_a_division_is_sorted_disjoint_of_the_sizes_asked_for_and_repeatable(name, seed, count, data):
+    search = data.draw(st.none() | st.integers(1, count - 1))
+    left = count - (max(1, round(count / 2)) if search is None else search)
+    heldout = data.draw(st.none() | st.integers(1, left))
+    items = ItemsConfig(search=search, heldout=heldout, seed=seed)
+    one, other = divide(items, name, count)
+    assert one == sorted(set(one))
+    assert other == sorted(set(other))
+    assert set(one).isdisjoint(other)
+    assert set(one) | set(other) <= set(range(count))
+    assert (len(one), len(other)) == (count - left, left if heldout is None else heldout)
+    assert divide(items, name, count) == (one, other)
+
+
+@given(st.sampled_from(["search", "heldout"]), names, seeds, st.integers(1, 300), st.data())
+def test_a_choice_is_sorted_of_the_size_asked_for_and_repeatable(split, name, seed, count, data):
+    wanted = data.draw(st.none() | st.integers(1, count))
+    items = ItemsConfig(**{split: wanted}, seed=seed)
+    chosen = choose(items, split, name, count)
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(range(count))
+    assert len(chosen) == (count if wanted is None else wanted)
+    assert choose(items, split, name, count) == chosen
+
+
+@given(names, seeds)
+def test_items_depend_on_the_seed_and_on_the_task(name, seed):
+    items, other = (ItemsConfig(search=50, heldout=50, seed=value) for value in (seed, seed + 1))
+    assert divide(items, name, 200) != divide(other, name, 200)
+    assert divide(items, name, 200) != divide(items, name + "x", 200)
+    assert choose(items, "search", name, 200) != choose(other, "search", name, 200)
+    assert choose(items, "search", name, 200) != choose(items, "search", name + "x", 200)
+
+
+@given(seeds, st.integers(1, 100))
+def test_asking_for_fewer_held_out_items_keeps_the_search_items(seed, heldout):
+    everything = divide(ItemsConfig(search=40, seed=seed), "task", 140)
+    fewer = divide(ItemsConfig(search=40, heldout=heldout, seed=seed), "task", 140)
+    assert fewer[0] == everything[0]
+    assert set(fewer[1]) <= set(everything[1])
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"search": 11}, r"items.search asks for 11 items, but task 't' has only 10"),
+        ({"search": 10}, r"items.heldout asks for some items, but task 't' has only 0"),
+        ({"search": 6, "heldout": 5}, r"items.heldout asks for 5 items, but task 't' has only 4"),
+    ],
+)
+def test_more_items_than_a_task_has_are_an_input_error(items, message):
+    with pytest.raises(InputError, match=message):
+        divide(ItemsConfig(**items), "t", 10)
+
+
+def test_a_split_without_items_is_an_input_error():
+    with pytest.raises(InputError, match=r"items.search asks for some items"):
+        choose(ItemsConfig(), "search", "t", 0)
+    with pytest.raises(InputError, match=r"items.heldout asks for 3 items"):
+        choose(ItemsConfig(heldout=3), "heldout", "t", 2)

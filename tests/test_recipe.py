@@ -1,0 +1,508 @@
+"""Recipes as mergekit reads them, YAML without loss, and what is refused."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.merge import _model_out_config
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+
+from evomerge import recipe as recipes
+from evomerge.config import validate
+from evomerge.errors import InputError
+from evomerge.merging.methods import METHODS
+from evomerge.merging.plan import make_plan
+from evomerge.merging.sources import tensor_table
+from evomerge.recipe import Condition, Provenance, Recipe, Slice, Source
+
+LAYERS = 4
+LAYER_NAMES = [f"model.layers.{layer}.{part}.weight" for layer in range(LAYERS) for part in ("mlp.up_proj", "norm")]
+NAMES = ["model.embed_tokens.weight", *LAYER_NAMES, "model.norm.weight", "lm_head.weight"]
+EMBEDDINGS, NORM, HEAD = NAMES[0], NAMES[-2], NAMES[-1]
+
+few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def settings_of(scalars: st.SearchStrategy[Any], lists: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[Any]:
+    """A parameter in every form that a recipe may give it."""
+    values = scalars | (lists or st.lists(scalars, min_size=1, max_size=4))
+    filters = st.sampled_from([None, "*", "mlp", "self_attn", "norm", "embed_tokens", "lm_head", "layers.1.", "q_proj"])
+    conditions = st.fixed_dictionaries({"value": values}, optional={"filter": filters})
+    return values | conditions | st.lists(conditions, min_size=1, max_size=4)
+
+
+numbers = st.integers(-2, 2) | st.floats(-2, 2) | st.sampled_from(["1e-1", "0.25", True])
+shares = st.floats(0, 1) | st.sampled_from([0, 1, "5e-1"])
+flags = st.booleans() | st.sampled_from([0, 1, "yes", "off"])
+PER_MODEL = {"weight": settings_of(numbers), "density": settings_of(shares)}
+SHARED = {
+    "normalize": settings_of(flags),
+    "rescale": settings_of(flags),
+    "lambda": settings_of(numbers),
+    "int8_mask": settings_of(flags),
+}
+source_parameters = st.fixed_dictionaries({}, optional=PER_MODEL)
+slice_parameters = st.fixed_dictionaries({}, optional=PER_MODEL | SHARED)
+recipe_parameters = slice_parameters | st.fixed_dictionaries(
+    {"weight": numbers}, optional=SHARED | {"density": PER_MODEL["density"]}
+)
+
+
+@st.composite
+def documents(draw: st.DrawFn, base: str = "base", fine_tunes: tuple[str, ...] = ("a", "b", "c")) -> dict[str, Any]:
+    """A recipe with every parameter at any level, over models of four layers."""
+    method = draw(st.sampled_from(sorted(METHODS)))
+    document: dict[str, Any] = {"merge_method": method, "parameters": draw(recipe_parameters)}
+    if METHODS[method].needs_base or draw(st.booleans()):
+        document["base_model"] = base
+
+    count = draw(st.integers(1, len(fine_tunes)))  # per slice; mergekit fails where it differs
+
+    def sources() -> list[dict[str, Any]]:
+        chosen = draw(st.permutations(fine_tunes))[:count]
+        return [{"model": model, "parameters": draw(source_parameters)} for model in chosen]
+
+    if draw(st.booleans()):
+        document["models"] = sources() + ([{"model": base}] if draw(st.booleans()) else [])
+        return document
+    cuts = sorted({0, LAYERS, *draw(st.sets(st.integers(1, LAYERS - 1)))})
+    document["slices"] = [
+        {
+            "sources": [source | {"layer_range": [start, end]} for source in [{"model": base}, *sources()]],
+            "parameters": draw(slice_parameters),
+        }
+        for start, end in pairwise(cuts)
+    ]
+    return document
+
+
+def resolved_by_mergekit(document: dict[str, Any]) -> dict[str, Any] | None:
+    """Per tensor its models, their parameters and the shared ones; None where a required parameter is missing."""
+    config = MergeConfiguration.model_validate(document)
+    options = MergeOptions(quiet=True)
+    architecture = get_architecture_info(config, options)
+    planner = MergePlanner(config, architecture, options, _model_out_config(config, architecture))
+    try:
+        planner._plan()
+    except RuntimeError as error:
+        if "Missing required parameter" in str(error):
+            return None
+        raise
+    found = {}
+    for weight, task in planner._tensors:
+        with_values = [(str(model), dict(task.input_parameters[model])) for model in task.model_order]
+        found[weight.name] = ([pair for pair in with_values if pair[1]], dict(task.parameters))
+    return found
+
+
+def resolved_here(recipe: Recipe, names: list[str]) -> dict[str, Any] | None:
+    try:
+        plan = make_plan(recipe, names)
+    except InputError as error:
+        if "is missing for" in str(error):
+            return None
+        raise
+    return {
+        tensor.name: (list(zip(tensor.models, tensor.per_model, strict=True)), tensor.shared) for tensor in plan.tensors
+    }
+
+
+def recipe(**document: Any) -> Recipe:
+    return validate(Recipe, document, "recipe.yaml")
+
+
+def weights(recipe: Recipe) -> dict[str, list[float]]:
+    """The weight of every model, tensor by tensor."""
+    return {
+        tensor.name: [values["weight"] for values in tensor.per_model] for tensor in make_plan(recipe, NAMES).tensors
+    }
+
+
+def one_model(weight: Any, **document: Any) -> Recipe:
+    return recipe(merge_method="linear", models=[{"model": "a", "parameters": {"weight": weight}}], **document)
+
+
+def layers(recipe: Recipe) -> list[float]:
+    return [weights(recipe)[f"model.layers.{layer}.mlp.up_proj.weight"][0] for layer in range(LAYERS)]
+
+
+# Beside mergekit
+
+
+@few
+@given(data=st.data())
+def test_every_parameter_of_every_tensor_is_resolved_as_by_mergekit(data, tiny_models):
+    paths = {name: str(folder) for name, folder in tiny_models.items()}
+    document = data.draw(documents(paths["base"], (paths["first"], paths["second"], paths["third"])))
+    ours = validate(Recipe, document, "recipe.yaml")
+    theirs = resolved_by_mergekit(yaml.safe_load(ours.to_yaml()))
+    here = resolved_here(ours, list(tensor_table(tiny_models["base"])))
+    if theirs is None or here is None:
+        assert theirs is here
+        return
+    assert here.keys() == theirs.keys()
+    density_unused = ours.merge_method in ("linear", "task_arithmetic")
+    for name, (per_model, shared) in here.items():
+        their_models, their_shared = theirs[name]
+        if density_unused:
+            their_models = [(model, {"weight": values["weight"]}) for model, values in their_models]
+        assert per_model == their_models
+        assert shared == {key: their_shared[key] for key in shared}
+
+
+def test_a_recipe_from_mergekit_s_documentation_is_read_as_it_is_meant(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        """
+models:
+  - model: orca
+    parameters:
+      density: [1, 0.7, 0.1]  # density gradient
+      weight: 1.0
+  - model: platypus
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1]  # weight gradient
+  - model: wizard
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: llama
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+"""
+    )
+    plan = {tensor.name: tensor for tensor in make_plan(recipes.load(path), NAMES).tensors}
+    last = plan["model.layers.3.mlp.up_proj.weight"]
+    assert last.models == ("orca", "platypus", "wizard")
+    assert [values["density"] for values in last.per_model] == [0.1, 0.5, 0.33]
+    assert [values["weight"] for values in last.per_model] == [1.0, 1.0, 0.5]
+    assert [values["weight"] for values in plan[HEAD].per_model] == [1.0, 0.0, 0.0]
+    assert last.shared == {"normalize": True, "rescale": False, "lambda": 1.0, "int8_mask": True}
+
+
+# Resolution
+
+
+def test_a_source_s_value_precedes_its_slice_s_which_precedes_the_recipe_s():
+    def resolved(*levels: str) -> float:
+        parameters = {level: {"weight": value} for level, value in (("source", 1), ("slice", 2), ("recipe", 3))}
+        source = {"model": "a", "layer_range": [0, 4], "parameters": parameters["source"] if "source" in levels else {}}
+        part = {"sources": [source], "parameters": parameters["slice"] if "slice" in levels else {}}
+        top = parameters["recipe"] if "recipe" in levels else {}
+        return weights(recipe(merge_method="linear", slices=[part], parameters=top))[HEAD][0]
+
+    assert resolved("source", "slice", "recipe") == 1
+    assert resolved("slice", "recipe") == 2
+    assert resolved("recipe") == 3
+
+
+def test_a_level_whose_filters_match_nothing_leaves_the_value_to_the_next():
+    found = weights(
+        one_model([{"filter": "mlp", "value": 1}, {"filter": "norm", "value": []}], parameters={"weight": 5})
+    )
+    assert found["model.layers.0.mlp.up_proj.weight"] == [1]
+    assert found[NORM] == [5]
+    assert found[EMBEDDINGS] == [5]
+
+
+def test_the_first_filter_that_matches_wins():
+    found = weights(one_model([{"filter": "layers.1.", "value": 1}, {"filter": "mlp", "value": 2}, {"value": 3}]))
+    assert found["model.layers.1.mlp.up_proj.weight"] == [1]
+    assert found["model.layers.2.mlp.up_proj.weight"] == [2]
+    assert found["model.layers.2.norm.weight"] == [3]
+
+
+@pytest.mark.parametrize("everything", [{"value": 7}, {"filter": None, "value": 7}, {"filter": "*", "value": 7}])
+def test_no_filter_and_a_star_match_every_tensor(everything):
+    assert set(map(tuple, weights(one_model([everything, {"filter": "mlp", "value": 1}])).values())) == {(7.0,)}
+    assert set(map(tuple, weights(one_model(everything)).values())) == {(7.0,)}
+
+
+def test_a_gradient_is_interpolated_over_the_layers_of_its_slice():
+    assert layers(one_model([0, 3])) == pytest.approx([0, 1, 2, 3])
+    assert layers(one_model([0, 2, 0])) == pytest.approx([0, 4 / 3, 4 / 3, 0])
+    assert layers(one_model([{"filter": "mlp", "value": [1, 4]}, {"value": 0}])) == pytest.approx([1, 2, 3, 4])
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers_in_gradients_too():
+    """YAML 1.1 takes 1e-3 for a string."""
+    assert layers(one_model(yaml.safe_load("[0, 3e-1]"))) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert layers(one_model(yaml.safe_load("3e-1"))) == [0.3] * 4
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("true", True), ("'false'", False), ("off", False), ("1", True), ("0", False), ("'no'", False)],
+)
+def test_truth_values_are_read_in_every_spelling(written, read):
+    found = make_plan(one_model(1, parameters={"normalize": yaml.safe_load(written)}), NAMES)
+    assert {tensor.shared["normalize"] for tensor in found.tensors} == {read}
+
+
+def test_a_list_of_truth_values_is_stepped_through():
+    found = make_plan(one_model(1, parameters={"normalize": [True, False]}), NAMES).tensors
+    assert [tensor.shared["normalize"] for tensor in found if "mlp" in tensor.name] == [True, True, True, False]
+
+
+def test_a_slice_of_one_layer_takes_the_end_of_a_gradient_and_the_rest_of_the_model_its_start():
+    parts = [
+        {"sources": [{"model": "a", "layer_range": [start, end], "parameters": {"weight": [start, end]}}]}
+        for start, end in ((0, 1), (1, 4))
+    ]
+    found = recipe(merge_method="linear", slices=parts)
+    assert layers(found) == [1, 1, 2.5, 4]
+    assert weights(found)[EMBEDDINGS] == [0]
+    assert weights(found)[NORM] == weights(found)[HEAD] == [1]
+
+
+def test_embeddings_read_the_first_slice_norm_and_head_the_last():
+    parts = [
+        {"sources": [{"model": model, "layer_range": layer_range, "parameters": {"weight": weight}}]}
+        for model, layer_range, weight in (("a", [0, 2], 1), ("b", [2, 3], 2), ("c", [3, 4], 3))
+    ]
+    found = recipe(merge_method="linear", slices=parts)
+    models = {tensor.name: tensor.models for tensor in make_plan(found, NAMES).tensors}
+    assert weights(found)[EMBEDDINGS] == [1]
+    assert weights(found)[NORM] == weights(found)[HEAD] == [3]
+    assert (models[EMBEDDINGS], models[NORM], models[HEAD]) == (("a",), ("c",), ("c",))
+
+
+def test_the_base_takes_no_part_in_task_vectors_and_keeps_no_position():
+    sources = [{"model": model, "parameters": {"weight": 1}} for model in ("a", "base", "b")]
+    plan = make_plan(recipe(merge_method="dare_ties", base_model="base", models=sources), NAMES)
+    assert {tensor.models for tensor in plan.tensors} == {("a", "b")}
+    assert {tensor.positions for tensor in plan.tensors} == {(0, 1)}
+
+
+def test_a_base_that_is_not_listed_takes_part_in_an_average_as_in_mergekit():
+    unlisted = recipe(merge_method="linear", base_model="base", models=[{"model": "a"}], parameters={"weight": 1})
+    assert {tensor.models for tensor in make_plan(unlisted, NAMES).tensors} == {("a", "base")}
+
+
+def test_a_model_keeps_its_position_in_every_slice():
+    """Its position selects its mask."""
+
+    def part(start: int, *models: str) -> dict[str, Any]:
+        sources = [{"model": model, "layer_range": [start, start + 2]} for model in ("base", *models)]
+        return {"sources": sources, "parameters": {"weight": 1}}
+
+    plan = make_plan(
+        recipe(merge_method="dare_ties", base_model="base", slices=[part(0, "a", "b"), part(2, "b")]), NAMES
+    )
+    positions = {tensor.name: tensor.positions for tensor in plan.tensors}
+    assert positions[EMBEDDINGS] == (0, 1)
+    assert positions[HEAD] == (1,)
+
+
+# YAML and identity
+
+
+texts = st.text(
+    st.characters(codec="utf-8", exclude_characters="\x85\u2028\u2029"), max_size=20
+)  # PyYAML folds these line breaks
+scores = st.none() | st.dictionaries(texts, st.none() | st.floats(0, 1), max_size=3)
+provenances = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**63),
+        "rescale": st.sampled_from(["density", "l1"]),
+        "candidate": st.none() | texts,
+        "fingerprint": st.none() | texts,
+        "scores": scores,
+        "heldout": scores,
+        "aliases": st.dictionaries(texts, texts, max_size=3),
+        "versions": st.dictionaries(texts, texts, max_size=3),
+    },
+)
+
+
+@few
+@given(
+    document=documents(), provenance=provenances, dtype=st.sampled_from([None, "float32", "bfloat16"]), names=st.data()
+)
+@example(document={"merge_method": "linear", "models": [{"model": "yes"}]}, provenance={}, dtype=None, names=None)
+def test_a_recipe_survives_yaml_without_loss(document, provenance, dtype, names, tmp_path_factory):
+    written = validate(Recipe, document | {"evomerge": provenance, "dtype": dtype}, "recipe.yaml")
+    if names is not None:
+        written = written.renamed({model: names.draw(texts) for model in "abc"})
+    path = tmp_path_factory.getbasetemp() / "survivor.yaml"
+    path.write_text(written.to_yaml(), encoding="utf-8")
+    read = recipes.load(path)
+    assert read == written
+    assert read.model_dump_json() == written.model_dump_json()  # 1 has not become 1.0
+    assert read.content_id() == written.content_id()
+    assert read.to_yaml() == written.to_yaml()
+
+
+def test_lists_of_numbers_stand_on_one_line():
+    assert "weight: [0.0, 1.0]\n" in one_model([0.0, 1.0]).to_yaml()
+
+
+@few
+@given(document=documents(), provenance=provenances)
+def test_the_content_id_leaves_out_scores_and_provenance(document, provenance):
+    plain = validate(Recipe, document, "recipe.yaml")
+    dressed = validate(Recipe, document | {"evomerge": provenance | {"seed": 0, "rescale": "l1"}}, "recipe.yaml")
+    assert dressed.content_id() == plain.content_id()
+
+
+def test_the_content_id_takes_in_all_that_decides_the_weights():
+    plain = one_model(1.0)
+    others = [
+        one_model(1.5),
+        one_model(1.0, dtype="bfloat16"),
+        one_model(1.0, base_model="base"),
+        one_model(1.0, parameters={"normalize": False}),
+        one_model(1.0, evomerge={"seed": 1}),
+        one_model(1.0, evomerge={"rescale": "density"}),
+        plain.renamed({"a": "b"}),
+        plain.model_copy(update={"merge_method": "ties"}),
+    ]
+    assert len({plain.content_id(), *(other.content_id() for other in others)}) == 9
+
+
+@few
+@given(document=documents())
+def test_renaming_there_and_back_gives_the_same_recipe(document):
+    plain = validate(Recipe, document, "recipe.yaml")
+    there = {name: f"/models/{name}" for name in ("base", "a", "b", "c")}
+    back = {path: name for name, path in there.items()}
+    moved = plain.renamed(there)
+    assert set(moved.references) == {there[name] for name in plain.references}
+    assert moved.fine_tunes == tuple(there[name] for name in plain.fine_tunes)
+    assert moved.renamed(back) == plain
+    assert plain.renamed({}) == plain
+
+
+def test_renaming_takes_the_tokenizer_along():
+    plain = one_model(1.0, base_model="base", tokenizer_source="base")
+    assert plain.renamed({"base": "/models/base"}).tokenizer_source == "base"  # mergekit's word for the base
+    named = one_model(1.0, base_model="zoo:base", tokenizer_source="zoo:base")
+    moved = named.renamed({"zoo:base": "/models/base"})
+    assert moved.tokenizer_source == "/models/base"
+    assert validate(Recipe, yaml.safe_load(moved.to_yaml()), "recipe.yaml") == moved
+
+
+def test_references_start_with_the_base_and_follow_the_order_of_appearance():
+    found = recipe(merge_method="ties", base_model="z", models=[{"model": name} for name in ("c", "z", "a")])
+    assert found.references == ("z", "c", "a")
+    assert found.fine_tunes == ("c", "a")
+
+
+def test_single_and_linear_recipes_average_whole_models():
+    assert weights(recipes.single("a")) == {name: [1.0] for name in NAMES}
+    assert weights(recipes.linear({"a": 0.25, "b": 0.75})) == {name: [0.25, 0.75] for name in NAMES}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("key", ["modules", "tokenizer", "chat_template"])
+def test_what_is_not_supported_is_refused_by_name(key, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"merge_method": "linear", "models": [{"model": "a"}], key: {"source": "union"}}))
+    with pytest.raises(InputError, match=rf"recipe.yaml: {key} is not supported; remove it"):
+        recipes.load(path)
+
+
+A = {"model": "a", "layer_range": [0, 4]}
+REFUSED = {
+    "both forms": ({"models": [{"model": "a"}], "slices": [{"sources": [A]}]}, "exactly one of models and slices"),
+    "neither form": ({}, "exactly one of models and slices"),
+    "a layer range under models": ({"models": [A]}, "take no layer_range"),
+    "a slice without layers": ({"slices": [{"sources": [{"model": "a"}]}]}, r"slices\[0\].*layer_range"),
+    "a slice without sources": ({"slices": [{"sources": []}]}, r"slices\[0\]\.sources"),
+    "sources of different layers": (
+        {"slices": [{"sources": [A, {"model": "b", "layer_range": [0, 3]}]}]},
+        r"slices\[0\]: sources of one slice must have the same layer_range",
+    ),
+    "a base per slice": (
+        {"slices": [{"sources": [A], "base_model": "b"}]},
+        r"slices\[0\]\.base_model is not a known key",
+    ),
+    "another tokenizer": ({"models": [{"model": "a"}], "tokenizer_source": "union"}, "tokenizer_source is union"),
+    "a misspelled key": ({"models": [{"model": "a", "parameter": {}}]}, "did you mean 'parameters'"),
+    "an unknown dtype": ({"models": [{"model": "a"}], "dtype": "int8"}, 'dtype is "int8"'),
+    "an infinite weight": ({"models": [{"model": "a", "parameters": {"weight": float("inf")}}]}, "finite"),
+}
+
+
+@pytest.mark.parametrize(("document", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_recipe_is_refused_with(document, message):
+    with pytest.raises(InputError, match=rf"^recipe\.yaml: .*{message}"):
+        recipe(merge_method="linear", **document)
+
+
+def sliced(*ranges: tuple[int, int]) -> Recipe:
+    parts = tuple(
+        Slice(sources=(Source(model="a", layer_range=layer_range, parameters={"weight": 1.0}),))
+        for layer_range in ranges
+    )
+    return Recipe(merge_method="linear", slices=parts)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        (((0, 2), (3, 4)), r"slices\[1\] covers layers \[3, 4\), expected them to start at 2"),
+        (((0, 2), (1, 4)), r"slices\[1\] covers layers \[1, 4\), expected them to start at 2"),
+        (((2, 4), (0, 2)), r"slices\[0\] covers layers \[2, 4\), expected them to start at 0"),
+        (((0, 2), (2, 2), (2, 4)), r"slices\[1\] covers layers \[2, 2\)"),
+        (((0, 3),), "slices cover 3 layers, but the model has 4"),
+        (((0, 5),), "slices cover 5 layers, but the model has 4"),
+    ],
+)
+def test_slices_that_do_not_cover_the_layers_once_in_order_are_refused(ranges, message):
+    with pytest.raises(InputError, match=rf"^my.yaml: {message}"):
+        make_plan(sliced(*ranges), NAMES, "my.yaml")
+
+
+def task_vectors(method: str = "ties", base: str | None = "base", **parameters: Any) -> Recipe:
+    return Recipe(merge_method=method, base_model=base, models=(Source(model="a", parameters=parameters),))
+
+
+PLAN_ERRORS = {
+    "a density above one": (
+        task_vectors(weight=1.0, density=1.4),
+        r"density of a for \S+ is 1.4; use a value in \[0, 1\]",
+    ),
+    "a negative density": (task_vectors(weight=1.0, density=[0.5, -0.5]), r"density of a for \S+ is -0.166667; use"),
+    "an unknown method": (task_vectors("dare_tie"), "merge_method is 'dare_tie', no known merge method; .*'dare_ties'"),
+    "a missing weight": (task_vectors(), "weight of a is missing for model.embed_tokens.weight; give it a value"),
+    "a weight for some tensors only": (
+        task_vectors(weight=[Condition(filter="mlp", value=1.0), Condition(filter="embed", value=1.0)]),
+        "weight of a is missing for model.layers.0.norm.weight",
+    ),
+    "a missing base": (task_vectors(base=None, weight=1.0), "merge_method ties needs a base_model"),
+    "nothing besides the base": (task_vectors(base="a", weight=1.0), "no model besides the base takes part"),
+    "a word for a weight": (task_vectors(weight="much"), r"weight of a for \S+ is 'much'; expected a number"),
+    "an infinity spelled out": (task_vectors(weight="inf"), r"weight of a for \S+ is 'inf'; expected a number"),
+    "a number for a flag": (
+        task_vectors(weight=1.0).model_copy(update={"parameters": {"normalize": 2}}),
+        r"normalize for \S+ is '2'; expected true or false",
+    ),
+}
+
+
+@pytest.mark.parametrize(("recipe", "message"), PLAN_ERRORS.values(), ids=PLAN_ERRORS.keys())
+def test_a_plan_is_refused_with(recipe, message):
+    with pytest.raises(InputError, match=rf"^my.yaml: {message}"):
+        make_plan(recipe, NAMES, "my.yaml")
+
+
+def test_provenance_starts_with_mergekit_s_rescale():
+    assert Provenance().rescale == "l1"
+    assert one_model(1.0).evomerge.seed == 0

@@ -1,0 +1,184 @@
+"""The main job through real processes on the zoo: killed, interrupted, spread over workers, exported, merged."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from evomerge import runs, views
+from evomerge.cli import main
+
+REPOSITORY = Path(__file__).parent.parent
+SMOKE = REPOSITORY / "search_spaces" / "smoke.yaml"
+
+
+def evomerge(*arguments: object, status: int = 0) -> str:
+    """Runs a command in this process, checks its exit status, and returns its standard output."""
+    printed = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["evomerge", *map(str, arguments)]),
+        contextlib.redirect_stdout(printed),
+        pytest.raises(SystemExit) as stop,
+    ):
+        main()
+    assert (stop.value.code or 0) == status
+    return printed.getvalue()
+
+
+def content(directory: Path) -> tuple[Any, Any]:
+    """What `candidates --json` and `front --json` print, without a process for each."""
+    run = runs.read(directory)
+    return views.candidates(run.archive), views.front(run.archive, run.config)
+
+
+def evaluated(directory: Path) -> list[tuple[str, str]]:
+    """(candidate, split) of every finished evaluation in the order of the log."""
+    try:
+        lines = (directory / "log.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    events = [json.loads(line) for line in lines]
+    return [(event["id"], event["split"]) for event in events if event["event"] == "evaluated"]
+
+
+def signal_after(process: "subprocess.Popen[str]", directory: Path, count: int, number: int) -> None:
+    """Signals a running search once that many evaluations stand in its log."""
+    deadline = time.monotonic() + 120
+    while len(evaluated(directory)) < count:
+        assert process.poll() is None, "it ended before it was signaled"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+
+
+def start(errors: Path, *arguments: object) -> "subprocess.Popen[str]":
+    """A command in the background, its standard error in a file."""
+    command = [sys.executable, "-c", "from evomerge.cli import main; main()", *map(str, arguments)]
+    with errors.open("w") as stream:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smoke run of one in-process worker."""
+    directory = tmp_path_factory.mktemp("runs") / "undisturbed"
+    evomerge("run", SMOKE, "--output", directory)
+    return directory
+
+
+def test_killed_three_times_a_search_resumes_to_the_archive_of_the_undisturbed_one(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "killed"
+    verb: tuple[object, ...] = ("run", SMOKE, "--output", directory)
+    for count in (2, 11, 23):
+        process = start(tmp_path / "errors", *verb)
+        signal_after(process, directory, count, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        verb = ("resume", directory)
+        run = runs.read(directory)
+        assert views.status(run.archive, run.config, run.prepared.space, running=False)["state"] == "interrupted"
+    evomerge(*verb)
+    assert content(directory) == content(undisturbed)
+    # a kill between the archive's write and the log's leaves an evaluation out of the log, but never puts one in twice
+    assert max(Counter(evaluated(directory)).values()) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_and_two_ray_workers_and_a_kill_among_them_give_the_archive_of_the_in_process_pool(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    expected = content(undisturbed)
+    directory = tmp_path / "two"
+    process = start(tmp_path / "errors", "run", SMOKE, "--output", directory, "--workers", 2)
+    signal_after(process, directory, 9, signal.SIGKILL)
+    process.wait()
+    evomerge("resume", directory, "--workers", 1)
+    assert content(directory) == expected
+    assert max(Counter(evaluated(directory)).values()) == 1
+
+
+def test_interrupted_it_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+    directory = tmp_path / "interrupted"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        verb = ("resume", directory) if directory.exists() else ("run", SMOKE, "--output", directory)
+        process = start(tmp_path / "errors", *verb)
+        signal_after(process, directory, len(evaluated(directory)) + 2, number)
+        assert process.wait(timeout=60) == 130
+        assert f"evomerge resume {directory}" in (tmp_path / "errors").read_text()
+    assert len(evaluated(directory)) == len(set(evaluated(directory)))
+
+
+def test_a_finished_search_reports_itself_finished_and_can_be_extended(undisturbed: Path, tmp_path: Path) -> None:
+    status = json.loads(evomerge("status", undisturbed, "--json"))
+    assert (status["state"], status["evaluations"], status["budget"]) == ("finished", 24, 24)
+    assert status["front_size"] == len(content(undisturbed)[1])
+    longer = tmp_path / "longer"
+    evomerge("run", SMOKE, "--output", longer, "--set", "optimizer.evaluations=30")
+    extended = tmp_path / "extended"
+    shutil.copytree(undisturbed, extended)
+    evomerge("resume", extended, "--set", "optimizer.evaluations=30")
+    assert content(extended)[0] == content(longer)[0]
+    assert json.loads(evomerge("status", extended, "--json"))["budget"] == 30
+
+
+def test_what_was_scored_is_what_ships(undisturbed: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from evomerge.quiet import quiet
+
+    best = json.loads(evomerge("status", undisturbed, "--json"))["best"]
+    recipe, merged = tmp_path / "recipe.yaml", tmp_path / "merged"
+    evomerge("export", undisturbed, "-o", recipe)
+    assert best["fingerprint"] in evomerge("merge", recipe, merged)
+    with quiet():
+        AutoTokenizer.from_pretrained(merged)
+        assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() == 268992
+    for target in (recipe, merged):
+        row = json.loads(evomerge("evaluate", target, "--config", SMOKE, "--split", "heldout", "--json"))
+        assert (row["scores"], row["fingerprint"]) == (best["heldout"], best["fingerprint"])
+
+
+def test_every_row_of_candidates_holds_the_agreed_keys(undisturbed: Path) -> None:
+    rows = json.loads(evomerge("candidates", undisturbed, "--json"))
+    front = json.loads(evomerge("front", undisturbed, "--json"))
+    assert (rows, front) == content(undisturbed)
+    keys = {"id", "generation", "index", "kind", "genome", "scores", "state", "error", "items", "fingerprint"}
+    assert all(keys <= set(row) for row in rows)
+    assert all(keys | {"heldout"} <= set(row) and row["heldout"] for row in front)
+    assert {row["kind"] for row in rows} == {"control", "search"}
+    assert [row["id"] for row in rows[:4]] == ["base", "parent-math", "parent-lang", "uniform"]
+    assert all(row["items"] == 80 for row in rows)
+
+
+def test_optuna_dashboard_reads_the_archive(undisturbed: Path) -> None:
+    from optuna.storages import RDBStorage
+    from optuna_dashboard import wsgi
+
+    app = wsgi(RDBStorage(f"sqlite:///{undisturbed / 'archive.db'}"))
+
+    def get(path: str) -> Any:
+        environment = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": "", "SERVER_NAME": "localhost"}
+        environment |= {"SERVER_PORT": "80", "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr}
+        return json.loads(b"".join(app(environment, lambda status, headers, *rest: None)))
+
+    studies = {study["study_name"]: study["study_id"] for study in get("/api/studies")["study_summaries"]}
+    assert set(studies) == {"search", "heldout"}
+    study = get(f"/api/studies/{studies['search']}")
+    assert len(study["trials"]) == 28
+    searched = [trial for trial in study["trials"] if trial["params"]]
+    assert len(searched) == 24
+    assert {param["name"] for param in searched[0]["params"]} >= {"weight:math:embeddings", "density:lang:head"}
+    assert all(len(trial["values"]) == 2 for trial in searched)

@@ -1,0 +1,72 @@
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from evomerge.config import WorkersConfig
+from evomerge.errors import InputError
+from evomerge.workers.ray_pool import RayPool
+from tests.contracts.pool import PoolContract, job
+from tests.fakes import make_fake_worker
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """One Ray for all tests of this module: starting it takes seconds."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def pool(ray_here: None) -> Iterator[RayPool]:
+    made = RayPool(WorkersConfig(count=2, num_cpus=1, attempts=2), make_fake_worker, num_gpus=0)
+    yield made
+    made.close()
+
+
+class TestRayPool(PoolContract):
+    @pytest.fixture(autouse=True)
+    def _pool(self, pool: RayPool) -> None:
+        self.pool = pool
+
+
+def test_a_candidate_that_kills_every_worker_it_meets_is_recorded_and_the_pool_goes_on(pool: RayPool) -> None:
+    pool.submit(job("killer", 2.0))
+    for i in range(4):
+        pool.submit(job(f"good{i}", 0.5))
+    results = {done.candidate.id: evaluation for done, evaluation in (pool.wait() for _ in range(5))}
+    assert "took 2 workers down" in (results["killer"].error or "")
+    assert all(results[f"good{i}"].scores == {"score": 0.5} for i in range(4))
+
+
+def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(pool: RayPool) -> None:
+    actors = [child for child in psutil.Process().children(recursive=True) if "EvaluationActor" in child.name()]
+    assert len(actors) == 2
+    for number, actor in enumerate(actors):
+        pool.submit(job(f"job{number}", 0.5))
+        actor.kill()
+    results = [pool.wait()[1] for _ in actors]
+    assert [evaluation.scores for evaluation in results] == [{"score": 0.5}] * 2
+
+
+def test_a_worker_without_resources_is_a_sentence_that_names_them_within_a_minute(ray_here: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"1 worker\(s\) of 1 GPU each need 1 GPU, but the Ray cluster has 0"):
+        RayPool(WorkersConfig(count=1, placement_timeout=2), make_fake_worker, num_gpus=1)
+    with pytest.raises(InputError, match=r"lower workers\.count or workers\.num_cpus"):
+        RayPool(WorkersConfig(count=3, placement_timeout=2), make_fake_worker, num_gpus=0)
+    assert time.monotonic() - started < 60
+
+
+def test_without_a_count_there_are_as_many_workers_as_fit(ray_here: None) -> None:
+    made = RayPool(WorkersConfig(num_cpus=0.8), make_fake_worker, num_gpus=0)
+    try:
+        assert made.size == 2
+    finally:
+        made.close()

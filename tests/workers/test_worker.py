@@ -1,0 +1,111 @@
+"""A worker on the zoo, in this process: what goes wrong with one candidate stays with that candidate."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evomerge import config, zoo
+from evomerge.errors import InputError
+from evomerge.evaluation.harness import Harness
+from evomerge.merging.materialize import fingerprint
+from evomerge.recipe import Provenance, Recipe, Source, linear, single
+from evomerge.workers.worker import Worker, resolve_device
+
+
+@pytest.fixture
+def search(search_file):
+    return config.load(search_file(evaluation={"device": "cpu", "dtype": "float32"}))
+
+
+@pytest.fixture
+def worker(search):
+    return Worker(search)
+
+
+def merge(weight):
+    sources = [Source(model=f"zoo:{name}", parameters={"weight": weight, "density": 0.5}) for name in ("math", "lang")]
+    return Recipe(merge_method="dare_ties", base_model="zoo:base", models=tuple(sources), evomerge=Provenance(seed=7))
+
+
+def without_time(evaluation):
+    return {name: getattr(evaluation, name) for name in ("scores", "error", "outcomes", "items", "fingerprint")}
+
+
+def test_an_evaluation_tells_scores_outcomes_items_time_and_fingerprint(worker):
+    evaluation = worker.evaluate(merge(0.6), "search")
+    assert evaluation.error is None
+    assert set(evaluation.scores) == set(evaluation.outcomes) == {"base_qa", "cross_math_b"}
+    assert {len(values) for values in evaluation.outcomes.values()} == {24}
+    assert evaluation.items == 48
+    assert evaluation.seconds > 0
+    assert len(evaluation.fingerprint) == 16
+
+
+@pytest.mark.parametrize("name", ["base", "math", "lang"])
+def test_the_recipe_of_one_model_is_that_model_to_the_bit(name, worker, search):
+    model = AutoModelForCausalLM.from_pretrained(zoo.path(name), dtype=torch.float32)
+    evaluation = worker.evaluate(single(f"zoo:{name}"), "search")
+    assert evaluation.fingerprint == fingerprint(dict(model.named_parameters()))
+    alone = Harness(search, model.eval(), AutoTokenizer.from_pretrained(zoo.path("base"))).evaluate("search")
+    assert evaluation.scores == alone.scores
+    assert evaluation.outcomes == alone.outcomes
+
+
+@pytest.mark.parametrize("split", ["search", "heldout"])
+def test_a_recipe_evaluates_bit_for_bit_the_same_before_and_after_others(split, worker):
+    before = worker.evaluate(merge(0.6), split)
+    other = worker.evaluate(merge(1.2), "heldout")
+    worker.evaluate(linear({"zoo:math": 0.3, "zoo:lang": 0.7}), "search")
+    assert without_time(worker.evaluate(merge(0.6), split)) == without_time(before)
+    assert other.fingerprint != before.fingerprint
+
+
+def test_two_workers_agree_to_the_bit(worker, search):
+    assert without_time(Worker(search).evaluate(merge(0.6), "search")) == without_time(
+        worker.evaluate(merge(0.6), "search")
+    )
+
+
+def test_an_exception_inside_scoring_is_that_candidate_s_failure(worker, monkeypatch):
+    before = worker.evaluate(merge(0.6), "search")
+
+    def broken(*_):
+        raise RuntimeError("out of memory\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evomerge.evaluation.harness._task_metrics", broken)
+        failed = worker.evaluate(merge(0.6), "search")
+    assert failed.failed
+    assert failed.error == "RuntimeError: out of memory"
+    assert failed.fingerprint == before.fingerprint
+    assert without_time(worker.evaluate(merge(0.6), "search")) == without_time(before)
+
+
+def test_weights_that_are_no_numbers_are_a_failure_with_a_reason_and_the_next_candidate_is_unaffected(worker):
+    before = worker.evaluate(merge(0.6), "search")
+    failed = worker.evaluate(linear({"zoo:math": 1e41, "zoo:lang": -1e41}), "search")
+    assert failed.failed
+    assert failed.error.startswith("non-finite weights after the merge in model.")
+    assert failed.scores is None
+    assert not failed.outcomes
+    assert without_time(worker.evaluate(merge(0.6), "search")) == without_time(before)
+
+
+def test_a_recipe_with_a_model_that_the_worker_does_not_hold_is_a_failure_that_names_it(search):
+    failed = Worker(search, ["zoo:base"]).evaluate(single("zoo:math"), "search")
+    assert failed.failed
+    assert "zoo:math" in failed.error
+
+
+def test_only_the_named_models_are_held(search):
+    alone = Worker(search, ["zoo:math"]).evaluate(single("zoo:math"), "search")
+    assert without_time(alone) == without_time(Worker(search).evaluate(single("zoo:math"), "search"))
+
+
+def test_an_unknown_device_is_an_input_error():
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_device("auto") in ("cpu", "cuda")
+    with pytest.raises(InputError, match=r"evaluation.device is 'abacus'; use auto, cpu, cuda or cuda:N"):
+        resolve_device("abacus")
+    with pytest.raises(InputError, match=r"evaluation.device is 'cuda:99'"):
+        resolve_device("cuda:99")
