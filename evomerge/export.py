@@ -154,8 +154,8 @@ def merge(recipe: Recipe, out: Path, where: str, device: str = "cpu") -> tuple[s
     recorded = recipe.evomerge.fingerprint
     if recorded is not None and found != recorded:
         raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
-    card = _model_card(recipe, found)
-    extra = [("README.md", card), ("evomerge_recipe.yaml", recipe.to_yaml())]
+    kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update={"fingerprint": found})})
+    extra = [("README.md", _model_card(kept, found)), ("evomerge_recipe.yaml", kept.to_yaml())]
     write_checkpoint(models.model, folders[skeleton], out, found, extra)
     return found, recorded is not None
 

@@ -61,6 +61,7 @@ def prepare(config: SearchConfig) -> Prepared:
         }
     )
     _check_optimizer(resolved, prepared.space)
+    _check_named_once(resolved)
     return Prepared(resolved, prepared.space, prepared.tensors)
 
 
@@ -69,7 +70,7 @@ def reopen(config: SearchConfig) -> Prepared:
     tensors = _read_headers("base", config.base)
     for name, reference in config.models.items():
         _read_headers(f"models.{name}", reference)
-    preflight(config.base, config.models)
+    preflight(config.base, {f"models.{name} ({reference})": reference for name, reference in config.models.items()})
     space = ParameterSpace(config.space, config.base, config.models, tuple(tensors), config.seed)
     return Prepared(config, space, tensors)
 
@@ -88,6 +89,15 @@ def resolve_dtype(dtype: str, tensors: Mapping[str, TensorInfo]) -> str:
         return dtype
     stored = Counter(FLOATS[info.dtype] for info in tensors.values()).most_common(1)[0][0]
     return "float32" if stored == "float64" else stored
+
+
+def _check_named_once(config: SearchConfig) -> None:
+    """A recipe that names a model twice is one that mergekit cannot read."""
+    seen = {config.base: "base"}
+    for name, reference in config.models.items():
+        if reference in seen:
+            raise InputError(f"models.{name} is {reference}, which is {seen[reference]} too; name each model once.")
+        seen[reference] = f"models.{name}"
 
 
 def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:

@@ -54,6 +54,7 @@ def start(
     _check_writable(directory)
     with naming(search_file):
         check_storage(prepared.config.storage)
+    listener("starting", {})
     with closing(make_pool(prepared.config, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
         with run_lock(directory):
@@ -69,6 +70,7 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
     _check_archive_kept(directory, prepared.config)
     with run_lock(directory):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
+        listener("starting", {})
         with closing(make_pool(prepared.config, address)) as pool:
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
             return _run(run, pool, listener)

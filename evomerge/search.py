@@ -224,11 +224,11 @@ class Search:
         return Generations(make_optimizer(self.config.optimizer, problem), self.space, self.config)
 
     def _drain(self, schedules: Sequence[Schedule], split: Split) -> None:
-        """Evaluates all that the schedules hand out, the first ones first. One job more than there are workers is kept
-        in the pool, so that a worker need not wait for the archive."""
+        """Evaluates all that the schedules hand out, the first ones first. Two jobs per worker and one more are
+        kept in the pool, so that no worker waits for the archive."""
         owners: dict[str, Schedule] = {}
         while True:
-            while len(owners) <= self.pool.size:
+            while len(owners) <= 2 * self.pool.size:
                 schedule, candidate = self._next(schedules)
                 if candidate is None or schedule is None:
                     break

@@ -45,7 +45,9 @@ class SearchView:
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         """A listener of `Search`."""
-        if event == "opened":
+        if event == "starting" and self._console.is_terminal:
+            self._say("starting workers ...")
+        elif event == "opened":
             self._open(fields["run"])
         elif event == "workers":
             self._say(f"{fields['count']} worker(s) ready")
@@ -106,18 +108,7 @@ class SearchView:
 
     def _table(self) -> Table:
         assert self._run is not None
-        status = self._status()
-        best = status["best"]
-        table = Table(title=f"best so far: {best['id']}" if best else "nothing scored yet", title_justify="left")
-        for objective in self._run.config.objectives:
-            table.add_column(escape(objective.name), justify="right")
-        table.add_column("mean", justify="right")
-        table.add_column("front", justify="right")
-        table.add_column("failed", justify="right")
-        if best and best["scores"]:
-            cells = [f"{best['scores'][objective.name]:.3f}" for objective in self._run.config.objectives]
-            table.add_row(*cells, f"{best['mean']:.3f}", str(status["front_size"]), str(status["failed"]))
-        return table
+        return progress_table(self._status(), self._run.config)
 
     def _say(self, text: str) -> None:
         target = self._live.console if self._live is not None else self._console
@@ -191,14 +182,29 @@ def show_candidates(output: Console, run: OpenRun) -> None:
     output.print(table)
 
 
+def progress_table(status: dict[str, Any], config: SearchConfig) -> Table:
+    """The best candidate so far, and the best score of any candidate on each objective."""
+    best = status["best"]
+    table = Table("", *(escape(objective.name) for objective in config.objectives), "mean", "front", "failed")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    if best and best["scores"]:
+        cells = [f"{best['scores'][objective.name]:.3f}" for objective in config.objectives]
+        table.add_row(
+            f"best, {best['id']}", *cells, f"{best['mean']:.3f}", str(status["front_size"]), str(status["failed"])
+        )
+        leaders = [status["best_per_objective"][objective.name] for objective in config.objectives]
+        table.add_row("best on each", *(f"{leader['score']:.3f}" if leader else "–" for leader in leaders), "", "", "")
+    return table
+
+
 def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -> None:
     output.print(
         f"{status['state']}: {status['evaluations']}/{status['budget']} candidates, "
-        f"{status['controls']['done']}/{status['controls']['total']} controls, {status['failed']} failed, "
-        f"front {status['front_size']}" + (f", {status['pace']}" if status.get("pace") else "")
+        f"{status['controls']['done']}/{status['controls']['total']} controls"
+        + (f", {status['pace']}" if status.get("pace") else "")
     )
-    if status["best"]:
-        output.print(score_table("best so far", [(status["best"]["id"], status["best"])], config, "scores"))
+    output.print(progress_table(status, config))
 
 
 def fail(message: str) -> None:

@@ -1,6 +1,6 @@
 """What a run holds, as plain values for JSON and tables. Nothing here depends on when or where a candidate ran."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.archive import Archive, Record
@@ -61,8 +61,19 @@ def status(archive: Archive, config: SearchConfig, space: SearchSpace, running: 
         "controls": {"done": len(records) - len(searched), "total": controls},
         "failed": sum(record.evaluation.failed for record in records),
         "front_size": len(front_of(records, config.objectives)),
+        "best_per_objective": _best_per_objective(records, config),
         "best": {**with_heldout(archive, best), "mean": means([best], config.objectives)[0]} if best else None,
     }
+
+
+def _best_per_objective(records: Sequence[Record], config: SearchConfig) -> Row:
+    """For each objective the best score of any candidate, and whose it is."""
+    found = {}
+    for objective in config.objectives:
+        best = best_of(records, [objective])
+        scores = scores_of(best.evaluation) if best else None
+        found[objective.name] = {"id": best.candidate.id, "score": scores[objective.name]} if best and scores else None
+    return found
 
 
 def _finished(archive: Archive, config: SearchConfig, controls: int) -> bool:

@@ -172,6 +172,10 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "two models of one name": ({"models": ["zoo:math", "./math"]}, "two of them would be called math"),
     "a model with a blank in its name": ({"models": {"a b": "zoo:math"}}, 'models.a b is "a b"; use letters'),
     "a model named like a control": ({"models": {"base": "zoo:math"}}, "models.base", "choose another"),
+    "a model named twice": (
+        {"models": {"one": "zoo:math", "two": "zoo:math"}},
+        "models.two is zoo:math, which is models.one too; name each model once",
+    ),
     "a model that the zoo lacks": ({"models.first": "zoo:maths"}, "models.first: zoo:maths", "did you mean 'math'?"),
     "a base that the zoo lacks": ({"base": "zoo:bse"}, "base: zoo:bse", "did you mean 'base'?"),
     "a folder that is not there": ({"models.first": "./nowhere"}, "models.first: ", "nowhere: no such model folder"),
@@ -429,7 +433,8 @@ def test_a_base_that_cannot_be_loaded_is_refused(
 ) -> None:
     spoil, *fragments = WRONG_BASES[claim]
     spoil(Path(shutil.copytree(tiny_models["base"], tmp_path / "spoiled")))
-    path = search({"base": "./spoiled", "models": {"itself": "./spoiled"}})
+    shutil.copytree(tmp_path / "spoiled", tmp_path / "alike")
+    path = search({"base": "./spoiled", "models": {"alike": "./alike"}})
     refuses("run", path, "--output", "new/run", says=("spoiled", *fragments))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from evomerge.errors import CandidateFailed, InputError, choices
@@ -45,7 +44,12 @@ class ResidentModels:
                     f"{folder}: {name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
-        return {name: tensors[name].to(self.device) for name in self._parameters}
+        resident = {name: tensors[name].to(self.device) for name in self._parameters}
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in resident.values()]).tolist()
+        for name, good in zip(resident, finite, strict=True):
+            if not good:
+                raise InputError(f"{folder}: {name} holds values that are not finite; nothing can be merged with them.")
+        return resident
 
     def plan(self, recipe: Recipe) -> MergePlan:
         return make_plan(recipe, self._parameters)
@@ -104,8 +108,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except Exception as error:  # a config is checked by several libraries, each with its own exceptions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise InputError(f"{folder}: transformers cannot load this model ({reason}); check its config.json.") from None
     model.eval()
     return model  # type: ignore[no-any-return]

@@ -22,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -130,36 +131,53 @@ def _header(file: Path) -> dict[str, TensorInfo]:
 
 
 def preflight(base: str, models: Mapping[str, str]) -> None:
-    """Raises InputError at the first difference between the base and a model that makes them unmergeable."""
+    """Raises InputError at the first difference between the base and a model that makes them unmergeable.
+
+    models: how to call each model in a message, with its reference.
+    """
     base_folder = locate(base)
     base_config, base_table = model_config(base_folder), tensor_table(base_folder)
     _check_floats(base, base_table)
-    for name, reference in models.items():
+    for label, reference in models.items():
         folder = locate(reference)
         config, table = model_config(folder), tensor_table(folder)
         if config["model_type"] != base_config["model_type"]:
             raise InputError(
-                f"models.{name} ({reference}) is a {config['model_type']} model, but the base ({base}) is a "
+                f"{label} is a {config['model_type']} model, but the base ({base}) is a "
                 f"{base_config['model_type']} model; only fine-tunes of one base can be merged."
             )
-        _check_tables(name, reference, table, base, base_table)
+        _check_tables(label, table, base, base_table)
+        _check_floats(label, table)
+        _check_heads(label, config, base, base_config)
 
 
-def _check_tables(
-    name: str, reference: str, table: Mapping[str, TensorInfo], base: str, base_table: Mapping[str, TensorInfo]
-) -> None:
+def _check_heads(label: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> None:
+    """Tensors of one shape mean different things under other numbers of heads."""
+    for key in HEADS:
+        if config.get(key) != base_config.get(key):
+            raise InputError(
+                f"{label}: {key} in config.json is {config.get(key)}, but the base ({base}) has "
+                f"{base_config.get(key)}; only fine-tunes of one base can be merged."
+            )
+
+
+def _check_tables(label: str, table: Mapping[str, TensorInfo], base: str, base_table: Mapping[str, TensorInfo]) -> None:
     for tensor, info in base_table.items():
         if tensor not in table:
-            raise InputError(f"models.{name} ({reference}) lacks the tensor {tensor} of the base ({base}).")
+            raise InputError(
+                f"{label} lacks the tensor {tensor} of the base ({base}); only whole fine-tunes can be merged, so save "
+                "it with all of its weights."
+            )
         if table[tensor].shape != info.shape:
             raise InputError(
-                f"models.{name} ({reference}): {tensor} has shape {list(table[tensor].shape)}, but the base "
-                f"({base}) has {list(info.shape)}; only models of one shape can be merged."
+                f"{label}: {tensor} has shape {list(table[tensor].shape)}, but the base ({base}) has "
+                f"{list(info.shape)}; only models of one shape can be merged."
             )
     extra = sorted(set(table) - set(base_table))
     if extra:
-        raise InputError(f"models.{name} ({reference}) has the tensor {extra[0]}, which the base ({base}) lacks.")
-    _check_floats(reference, table)
+        raise InputError(
+            f"{label} has the tensor {extra[0]}, which the base ({base}) lacks; name the base that it was tuned from."
+        )
 
 
 def _check_floats(reference: str, table: Mapping[str, TensorInfo]) -> None:

@@ -28,7 +28,7 @@ class Job:
 class WorkerPool(Protocol):
     @property
     def size(self) -> int:
-        """How many jobs can run at once."""
+        """How many jobs can run at once. Submit about twice as many, so that no worker waits for the next."""
         ...
 
     def submit(self, job: Job) -> None:

@@ -20,6 +20,7 @@ from evomerge.config import WorkersConfig
 from evomerge.errors import EvomergeError, InputError, WorkFailed
 from evomerge.workers import Evaluator, Job, evaluate_guarded, first_line
 
+_DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver
 _BACKOFF = 0.3
 _POLL = 5.0
 _PATIENCE = 300.0
@@ -33,11 +34,11 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A job on an actor; `count` says how often it has been tried, this time included."""
+    """A job on an actor; `deaths` says how many actors have died of it before."""
 
     job: Job
     actor: int
-    count: int
+    deaths: int
 
 
 @dataclass
@@ -49,7 +50,7 @@ class RayPool:
     num_gpus: float
     address: str | None = None
     _actors: list[Any] = field(init=False, default_factory=list)
-    _idle: deque[int] = field(init=False, default_factory=deque)
+    _free: deque[int] = field(init=False, default_factory=deque)
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
     _reviving: dict[Any, tuple[int, float]] = field(init=False, default_factory=dict)
@@ -114,7 +115,7 @@ class RayPool:
                 ).remote(self.make_worker)
             )
         self._await_models()
-        self._idle.extend(range(count))
+        self._free.extend(actor for _ in range(_DEPTH) for actor in range(count))
 
     def _fitting(self, bundle: dict[str, float]) -> int:
         """As many workers as the cluster's resources hold."""
@@ -159,10 +160,10 @@ class RayPool:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._waiting and self._idle:
-            (job, count), actor = self._waiting.popleft(), self._idle.popleft()
+        while self._waiting and self._free:
+            (job, deaths), actor = self._waiting.popleft(), self._free.popleft()
             reference = self._actors[actor].evaluate.remote(job.candidate.recipe, job.split)
-            self._running[reference] = _Attempt(job, actor, count + 1)
+            self._running[reference] = _Attempt(job, actor, deaths)
 
     def wait(self) -> tuple[Job, Evaluation]:
         while True:
@@ -179,22 +180,31 @@ class RayPool:
 
     def _finished(self, reference: Any) -> tuple[Job, Evaluation] | None:
         """The job and its evaluation, or None where its actor died and the job has been queued again."""
-        attempt = self._running.pop(reference)
         try:
             evaluation: Evaluation = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, EvomergeError) else WorkFailed(first_line(cause or error)) from None
         except self._ray.exceptions.RayError as error:
-            self._revive(attempt.actor, time.monotonic())
-            if attempt.count < self.config.attempts:
-                self._waiting.appendleft((attempt.job, attempt.count))
-                return None
-            evaluation = failure(f"took {attempt.count} workers down ({first_line(error)})")
-        else:
-            self._idle.append(attempt.actor)
-            self._dispatch()
+            return self._died(self._running[reference].actor, first_line(error))
+        attempt = self._running.pop(reference)
+        self._free.append(attempt.actor)
+        self._dispatch()
         return attempt.job, evaluation
+
+    def _died(self, actor: int, reason: str) -> tuple[Job, Evaluation] | None:
+        """Queues the jobs of a dead actor again. The first of them was running, so it alone is charged with the death,
+        and given back as failed once it has been charged too often."""
+        self._revive(actor, time.monotonic())
+        self._free = deque(free for free in self._free if free != actor)
+        held = [reference for reference, attempt in self._running.items() if attempt.actor == actor]
+        first, *queued = [self._running.pop(reference) for reference in held]
+        self._waiting.extendleft((attempt.job, attempt.deaths) for attempt in reversed(queued))
+        deaths = first.deaths + 1
+        if deaths >= self.config.attempts:
+            return first.job, failure(f"took {deaths} workers down ({reason})")
+        self._waiting.appendleft((first.job, deaths))
+        return None
 
     def _revive(self, actor: int, since: float) -> None:
         """Has a restarted actor load its models; it takes jobs again once it has."""
@@ -211,12 +221,12 @@ class RayPool:
             return
         if problem is not None:
             raise WorkFailed(problem)
-        self._idle.append(actor)
+        self._free.extend([actor] * _DEPTH)
 
     def _check_patience(self, *more: float) -> None:
         """Raises WorkFailed where every worker has been gone for too long."""
         gone = [*more, *(since for _, since in self._reviving.values())]
-        if gone and not self._running and not self._idle and time.monotonic() - max(gone) > _PATIENCE:
+        if gone and not self._running and not self._free and time.monotonic() - max(gone) > _PATIENCE:
             raise WorkFailed(
                 f"workers: all {self.size} are gone and none has come back in {_PATIENCE:g} s; add nodes and resume."
             )

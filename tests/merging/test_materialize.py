@@ -224,11 +224,17 @@ def test_a_model_keeps_its_masks_in_slices_that_others_sit_out(method, resident,
 # What fails
 
 
-def test_non_finite_weights_fail_the_candidate_and_name_the_first_tensor(changed, tiny_models):
+def test_a_model_with_a_value_that_is_not_finite_is_refused_when_it_is_loaded(changed, tiny_models):
     bad = torch.full((48, 32), 0.1)
     bad[3, 4] = float("nan")
     folder = changed("first", model__layers__2__mlp__up_proj__weight=bad)
-    models = ResidentModels(tiny_models | {"first": folder}, tiny_models["base"], "cpu", "float32")
+    with pytest.raises(InputError, match=r"up_proj\.weight holds values that are not finite"):
+        ResidentModels(tiny_models | {"first": folder}, tiny_models["base"], "cpu", "float32")
+
+
+def test_non_finite_weights_fail_the_candidate_and_name_the_first_tensor(tiny_models):
+    models = ResidentModels(tiny_models, tiny_models["base"], "cpu", "float32")
+    models._sources["first"]["model.layers.2.mlp.up_proj.weight"] = torch.full((48, 32), float("nan"))
     for method in METHODS:
         with pytest.raises(CandidateFailed, match=r"non-finite weights .* in model\.layers\.2\.mlp\.up_proj\.weight$"):
             models.materialize(recipe(method))

@@ -392,6 +392,19 @@ def test_an_element_is_merged_the_same_wherever_it_lies(method, normalize):
     assert same_bits(whole, torch.cat(parts))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_device_changes_no_bit(method, normalize):
+    models = random_models((10_007,), 6, 1)
+    on_device = Models(
+        models.base.cuda(), tuple(t.cuda() for t in models.tensors), tuple(field.cuda() for field in models.fields)
+    )
+    per_model = [{"weight": weight, "density": 0.6} for weight in (0.3, 0.7, -0.45, 0.11, 0.9, 0.2)]
+    ours, theirs = (merged(method, each, per_model, {"normalize": normalize}) for each in (models, on_device))
+    assert same_bits(ours, theirs.cpu())
+
+
 def test_an_unknown_method_is_an_input_error_that_names_the_closest():
     with pytest.raises(
         InputError, match=r"^space.method is 'dare_tie', no known merge method; did you mean 'dare_ties'"

@@ -54,7 +54,7 @@ def rewrite(folder) -> Callable[..., Path]:
 
 
 def check(tiny_models: dict[str, Path], folder: Path) -> None:
-    preflight(str(tiny_models["base"]), {"mine": str(folder)})
+    preflight(str(tiny_models["base"]), {"models.mine (here)": str(folder)})
 
 
 # locate
@@ -205,7 +205,7 @@ def test_pickled_weights_are_refused_and_never_opened(folder, tiny_models, tmp_p
     with pytest.raises(InputError, match=r"weights are pickled \(pytorch_model\.bin\).*convert them to safetensors"):
         check(tiny_models, folder)
     with pytest.raises(InputError, match="transformers cannot load this model"):
-        ResidentModels({"mine": folder}, folder, "cpu", "float32")
+        ResidentModels({"models.mine (here)": folder}, folder, "cpu", "float32")
     assert not mark.exists()
 
 
@@ -213,7 +213,7 @@ def test_pickles_beside_safetensors_are_left_alone(folder, tiny_models, tmp_path
     mark = tmp_path / "opened"
     (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(mark)))
     check(tiny_models, folder)
-    ResidentModels({"mine": folder}, folder, "cpu", "float32")
+    ResidentModels({"models.mine (here)": folder}, folder, "cpu", "float32")
     assert not mark.exists()
 
 
