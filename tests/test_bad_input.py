@@ -173,7 +173,7 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "a model with a blank in its name": ({"models": {"a b": "zoo:math"}}, 'models.a b is "a b"; use letters'),
     "a model named like a control": ({"models": {"base": "zoo:math"}}, "models.base", "choose another"),
     "a model named twice": (
-        {"models": {"one": "zoo:math", "two": "zoo:math"}},
+        {"base": "zoo:base", "models": {"one": "zoo:math", "two": "zoo:math"}},
         "models.two is zoo:math, which is models.one too; name each model once",
     ),
     "a model that the zoo lacks": ({"models.first": "zoo:maths"}, "models.first: zoo:maths", "did you mean 'math'?"),
