@@ -5,12 +5,8 @@ parameter per gene, a value per objective), `heldout` the scores of chosen candi
 saw. An evaluation is one transaction. The only module that knows Optuna's storage.
 """
 
-import fcntl
-import os
 import re
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +19,8 @@ from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene
 
-DATABASE, SEARCH_FILE, LOCK = "archive.db", "search.yaml", ".lock"
-_FREE_TO_CHANGE = ("workers", "storage", "optimizer.evaluations")
+DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
+_FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +66,14 @@ class Archive:
 
     def _check_config(self, directory: Path) -> None:
         study = self._studies["search"]
-        current = self._config.model_dump(mode="json", by_alias=True)
+        current = self._config.model_dump(mode="json", by_alias=True, exclude={"storage"})  # which may hold a password
         recorded = study.user_attrs.get("config")
         if recorded is None:
-            study.set_user_attr("config", current)
-            study.set_user_attr("versions", versions())
             with quiet():
                 for each in self._studies.values():
                     each.set_metric_names(self._names)
+            study.set_user_attr("versions", versions())
+            study.set_user_attr("config", current)  # last: a kill before it has all of this done again
             return
         difference = _first_difference(recorded, current)
         if difference is not None:
@@ -224,46 +220,6 @@ def versions() -> dict[str, str]:
 
     names = ("evomerge", "torch", "transformers", "lm_eval", "cma", "moocore", "numpy")
     return {name: version(name) for name in names}
-
-
-@contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
-    """Held while a process writes to a run directory; the system frees it when the process dies."""
-    try:
-        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(
-            f"{directory / LOCK}: cannot be written ({error.strerror}); make the run directory writable."
-        ) from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-            raise InputError(
-                f"{directory}: already in use by {holder}; wait for it, stop it, or choose another directory."
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(handle)
-
-
-def is_running(directory: Path) -> bool:
-    """Whether a process holds the run's lock."""
-    try:
-        handle = os.open(directory / LOCK, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(handle)
 
 
 def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

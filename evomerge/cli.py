@@ -90,7 +90,7 @@ def _interrupt(_signal: int, _frame: Any) -> None:
 def status(directory: RunDirectory, as_json: AsJson = False) -> None:
     """Where a run stands, while it runs or after."""
     from evomerge import progress, runs, terminal, views
-    from evomerge.archive import is_running
+    from evomerge.lock import is_running
 
     opened = runs.read(directory)
     running = is_running(directory)

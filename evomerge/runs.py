@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import config as configs
-from evomerge.archive import DATABASE, LOCK, SEARCH_FILE, Archive, Record, check_storage, run_lock
+from evomerge.archive import DATABASE, SEARCH_FILE, Archive, Record, check_storage
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError, naming
 from evomerge.export import shared_recipe
+from evomerge.lock import LOCK, run_lock
 from evomerge.preparation import Prepared, prepare_file, reopen
 from evomerge.search import Listener, Search, best_found, means
 from evomerge.workers import WorkerPool

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from evomerge import cli, runs
-from evomerge.archive import run_lock
+from evomerge.lock import run_lock
 from tests.conftest import REPOSITORY
 
 Spoil = Callable[[Path], object]

@@ -1,0 +1,52 @@
+"""The lock of a run directory: one process writes to a run, and the system frees it when that process dies."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evomerge.errors import InputError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Held while a process writes to a run directory; the system frees it when the process dies."""
+    try:
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(
+            f"{directory / LOCK}: cannot be written ({error.strerror}); make the run directory writable."
+        ) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            raise InputError(
+                f"{directory}: already in use by {holder}; wait for it, stop it, or choose another directory."
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    try:
+        handle = os.open(directory / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(handle)
