@@ -43,13 +43,13 @@ def run(
 ) -> None:
     """Run a search."""
     directory = output or Path("runs") / search.stem
-    _search("start", directory, [*(set_ or []), *_worker_settings(workers)], address, search)
+    _search(directory, [*(set_ or []), *_worker_settings(workers)], address, search)
 
 
 @app.command()
 def resume(directory: RunDirectory, workers: Workers = None, address: Address = None, set_: Set = None) -> None:
     """Go on with an interrupted search, or extend one (--set optimizer.evaluations=N)."""
-    _search("resume", directory, [*(set_ or []), *_worker_settings(workers)], address, None)
+    _search(directory, [*(set_ or []), *_worker_settings(workers)], address, None)
 
 
 def _worker_settings(workers: int | None) -> list[str]:
@@ -60,17 +60,22 @@ def _worker_settings(workers: int | None) -> list[str]:
     return ["workers.pool=local"] if workers == 0 else ["workers.pool=ray", f"workers.count={workers}"]
 
 
-def _search(verb: str, directory: Path, overrides: Sequence[str], address: str | None, search: Path | None) -> None:
+def _search(directory: Path, overrides: Sequence[str], address: str | None, search: Path | None) -> None:
     from evomerge import runs, terminal
 
     output = terminal.console()
     view = terminal.SearchView(output)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interruption = _Interruption()
+
+    def listen(event: str, fields: dict[str, Any]) -> None:
+        interruption.check()
+        view(event, fields)
+
     try:
         if search is not None:
-            finished = runs.start(search, directory, overrides, address, view)
+            finished = runs.start(search, directory, overrides, address, listen)
         else:
-            finished = runs.resume(directory, overrides, address, view)
+            finished = runs.resume(directory, overrides, address, listen)
     except KeyboardInterrupt:
         view.close()
         if (directory / "search.yaml").exists():
@@ -82,8 +87,22 @@ def _search(verb: str, directory: Path, overrides: Sequence[str], address: str |
     output.print(f"export the best with `evomerge export {directory}`")
 
 
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
+class _Interruption:
+    """SIGINT and SIGTERM as KeyboardInterrupt. Remembered too, since one that is raised inside a library's callback can
+    be swallowed there: `check`, called after every evaluation, raises it again."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._raise)
+
+    def _raise(self, _signal: int, _frame: Any) -> None:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
 
 
 @app.command()

@@ -11,11 +11,11 @@ _LOUD = ("lm_eval", "datasets", "transformers", "accelerate", "optuna")
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, only errors are logged, no warnings shown, and standard error is dropped."""
+    """Within it, nothing is logged, no warnings are shown, and standard error is dropped."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # their errors reach us as exceptions
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
