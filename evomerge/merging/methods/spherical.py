@@ -73,31 +73,51 @@ def merge_multislerp(inputs: Inputs) -> torch.Tensor:
 def merge_karcher(inputs: Inputs) -> torch.Tensor:
     """The Riemannian centre of mass on the sphere, times the mean norm (gradient descent, `max_iter` steps at most).
 
-    A step shorter than `tol` is the last; it is computed and dropped, since to look would wait for the device.
+    All steps stay in the span of the models, so they are taken on N coefficients, with the models' N x N cosines. A
+    step shorter than `tol` is the last; later ones are computed and dropped, since to look would wait for the device.
     """
     if len(inputs.tensors) == 1:
         return inputs.tensors[0].clone()
     tol: float = inputs.shared["tol"]
     points = [tensor.to(torch.float64).flatten() for tensor in inputs.tensors]
-    norms = [_norm(point) for point in points]
-    counted = [(norm > tol).to(torch.float64) for norm in norms]
-    count = torch.stack(counted).sum(dim=0)  # of ones and zeros, so exact in any order
-    shares = [one / count.clamp(min=1.0) for one in counted]
+    norms = torch.cat([_norm(point) for point in points])
     units = [point / torch.where(norm == 0, 1.0, norm) for point, norm in zip(points, norms, strict=True)]
+    cosines = _cosines(units)
+    counted = norms > tol
+    shares = counted / counted.sum().clamp(min=1)
+    first = (counted & (counted.cumsum(0) == 1)).to(torch.float64)
 
-    mean = _weighted(shares, units)
-    length = _norm(mean)
-    mean = torch.where(length < tol, _first(counted, units), mean / torch.where(length < tol, 1.0, length))
-    arrived = count == 0
+    mean, arrived = _unit(shares, cosines, tol, first), ~counted.any()
     for _ in range(inputs.shared["max_iter"]):
-        tangent = _weighted(shares, [_towards(unit, mean, tol) for unit in units])
-        length = _norm(tangent)
+        cosine = ordered_sum(cosines * mean).flatten().clamp(-1, 1)
+        theta = torch.acos(cosine)
+        near = theta < tol
+        pull = shares * torch.where(near, 0.0, theta / torch.where(near, 1.0, torch.sin(theta)))
+        tangent = pull - ordered_sum(pull * cosine) * mean  # sum_i pull_i (u_i - cosine_i mean)
+        length = _length(tangent, cosines)
         arrived = arrived | (length < tol)
         step = torch.cos(length) * mean + torch.sin(length) * tangent / torch.where(arrived, 1.0, length)
-        norm = _norm(step)
-        mean = torch.where(arrived, mean, step / torch.where(norm > tol, norm, 1.0))
-    merged = mean * (_weighted([torch.ones_like(count)] * len(norms), norms) / len(norms))
+        mean = torch.where(arrived, mean, _unit(step, cosines, tol, step))
+    merged = _weighted(list(mean), units) * (ordered_sum(norms) / len(units))
     return merged.reshape(inputs.tensors[0].shape).to(torch.float32)
+
+
+def _cosines(units: list[torch.Tensor]) -> torch.Tensor:
+    """Those between all pairs of unit vectors, shape (N, N)."""
+    pairs = {(i, j): _dot(units[i], units[j]) for i in range(len(units)) for j in range(i + 1)}
+    rows = [torch.cat([pairs[max(i, j), min(i, j)] for j in range(len(units))]) for i in range(len(units))]
+    return torch.stack(rows)
+
+
+def _length(coefficients: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+    """The norm of a combination of unit vectors."""
+    squared = ordered_sum(coefficients * ordered_sum(cosines * coefficients).flatten())
+    return squared.clamp(min=0).sqrt()
+
+
+def _unit(coefficients: torch.Tensor, cosines: torch.Tensor, tol: float, otherwise: torch.Tensor) -> torch.Tensor:
+    length = _length(coefficients, cosines)
+    return torch.where(length > tol, coefficients / torch.where(length > tol, length, 1.0), otherwise)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -132,19 +152,3 @@ def _on_arc(a: torch.Tensor, b: torch.Tensor, cosine: torch.Tensor, straight: to
     sine = torch.sin(theta)
     from_a = torch.where(straight, 1 - t, torch.sin((1 - t) * theta) / sine)
     return from_a * a + torch.where(straight, t, torch.sin(t * theta) / sine) * b
-
-
-def _first(counted: list[torch.Tensor], units: list[torch.Tensor]) -> torch.Tensor:
-    """The first unit vector that counts, or zeros."""
-    found = torch.zeros_like(units[0])
-    for one, unit in zip(reversed(counted), reversed(units), strict=True):
-        found = torch.where(one > 0, unit, found)
-    return found
-
-
-def _towards(unit: torch.Tensor, mean: torch.Tensor, tol: float) -> torch.Tensor:
-    """The tangent at `mean` that leads to `unit`; zero where they are closer than `tol`."""
-    cosine = _dot(mean, unit).clamp(-1, 1)
-    theta = torch.acos(cosine)
-    stretch = torch.where(theta < tol, 0.0, theta / torch.where(theta < tol, 1.0, torch.sin(theta)))
-    return stretch * (unit - cosine * mean)
