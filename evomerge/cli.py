@@ -220,13 +220,15 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """The merge methods that can be searched, with parameters and sources."""
+    """The merge methods with models, parameters and sources; those with a weight per model can be searched."""
     from evomerge import terminal
     from evomerge.merging.methods import METHODS
 
     rows = [
         {
             "name": method.name,
+            "base": method.base,
+            "models": method.count,
             "per_model": [parameter.name for parameter in method.per_model],
             "shared": {parameter.name: parameter.default for parameter in method.shared},
             "paper": method.paper,
@@ -237,7 +239,8 @@ def methods(as_json: AsJson = False) -> None:
         return _print_json(rows)
     for row in rows:
         terminal.console().print(
-            f"{row['name']}: per model {', '.join(row['per_model'])}; shared {row['shared']}; {row['paper']}",
+            f"{row['name']}: {row['models']}, base {row['base']}; per model {', '.join(row['per_model'])}; "
+            f"shared {row['shared']}; {row['paper']}",
             markup=False,
         )
     return None

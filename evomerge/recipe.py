@@ -20,6 +20,7 @@ from evomerge.documents import read_yaml, validate
 from evomerge.errors import InputError
 
 Scalar = bool | int | float | str
+Kind = type[float] | type[int] | type[bool]
 DTYPES = Literal["float32", "bfloat16", "float16"]
 UNSUPPORTED = ("modules", "tokenizer", "chat_template")
 
@@ -71,8 +72,9 @@ class Slice(Settings):
 class Provenance(Settings):
     """What mergekit has no words for: the seed of the masks, and where the recipe comes from.
 
-    `rescale` says what a sparsified delta is divided by: its density (Yu et al. 2024, eq. 4) or the share of its L1
-    norm that survived (mergekit). `aliases` maps the paths of a recipe to the references that stand for them elsewhere.
+    `rescale` says what a sparsified delta is divided by: its density (Yu et al. 2024, eq. 4; in DELLA each element's
+    own probability of being kept) or the share of its L1 norm that survived (mergekit). `aliases` maps the paths of a
+    recipe to the references that stand for them elsewhere.
     """
 
     seed: int = 0
@@ -195,9 +197,7 @@ def linear(weights: Mapping[str, float]) -> Recipe:
     return Recipe(merge_method="linear", models=sources)
 
 
-def resolve_setting(
-    setting: Setting | None, tensor: str, t: float, kind: type[float] | type[bool]
-) -> float | bool | None:
+def resolve_setting(setting: Setting | None, tensor: str, t: float, kind: Kind) -> float | bool | None:
     """The value of a setting for one tensor at `t` in [0, 1] of its slice; None where no filter matches.
 
     Raises ValueError for a value that is no `kind`.
@@ -210,10 +210,10 @@ def resolve_setting(
         found = next((condition for condition in conditions if condition.matches(tensor)), None)
         return resolve_setting(found.value, tensor, t, kind) if found else None
     values = [_typed(item, kind) for item in items if not isinstance(item, Condition)]
-    return _gradient(values, t, kind) if values else None
+    return _typed(_gradient(values, t, kind), kind) if values else None
 
 
-def _gradient(values: list[float | bool], t: float, kind: type[float] | type[bool]) -> float | bool:
+def _gradient(values: list[float | bool], t: float, kind: Kind) -> float | bool:
     """Numbers are interpolated linearly, truth values stepped through; a list of one is that one everywhere."""
     position = t * (len(values) - 1)
     left = int(position)
@@ -225,14 +225,16 @@ def _gradient(values: list[float | bool], t: float, kind: type[float] | type[boo
 
 _TYPES: dict[type, TypeAdapter[Any]] = {
     float: TypeAdapter(Annotated[float, Field(allow_inf_nan=False)]),
+    int: TypeAdapter(int),
     bool: TypeAdapter(bool),
 }
+_EXPECTED = {float: "a number", int: "a whole number", bool: "true or false"}
 
 
-def _typed(value: Scalar, kind: type[float] | type[bool]) -> float | bool:
+def _typed(value: Scalar, kind: Kind) -> float | bool:
     """YAML writes 1e-3 as text and true as 1 or yes; read like mergekit, as the parameter's own type."""
     try:
         typed: float | bool = _TYPES[kind].validate_python(value)
     except ValidationError:
-        raise ValueError(f"is '{value}'; expected {'true or false' if kind is bool else 'a number'}") from None
+        raise ValueError(f"is '{value}'; expected {_EXPECTED[kind]}") from None
     return typed

@@ -29,7 +29,7 @@ from evomerge.merging.sources import tensor_table
 from evomerge.recipe import Provenance, Recipe, Source
 from evomerge.spaces.parameter import ParameterSpace
 
-ALIKE = [name for name, method in METHODS.items() if not method.random]
+ALIKE = [name for name, method in METHODS.items() if method.takes("weight") and not method.random and not method.most]
 RANDOM = [name for name, method in METHODS.items() if method.random]
 
 
@@ -89,7 +89,7 @@ def test_mergekit_makes_the_same_weights_from_a_search_s_recipe(method, normaliz
     assert_close(load_file(tmp_path / "ours" / "model.safetensors"), theirs, 1e-6)
 
 
-@pytest.mark.parametrize("method", ALIKE)
+@pytest.mark.parametrize("method", [*ALIKE, "nuslerp"])
 def test_mergekit_makes_the_same_weights_from_gradients_and_filters(method, paths, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
@@ -109,6 +109,161 @@ def test_mergekit_makes_the_same_weights_from_gradients_and_filters(method, path
     export.merge(recipes.load(path), tmp_path / "ours", str(path))
     theirs = merged_by_mergekit(recipes.load(path), tmp_path / "theirs")
     assert_close(load_file(tmp_path / "ours" / "model.safetensors"), theirs, 1e-6)
+
+
+# As mergekit's documentation and its users write them.
+RECIPES = {
+    "soup": """
+        merge_method: linear
+        models:
+          - {model: FIRST, parameters: {weight: 0.3}}
+          - {model: SECOND, parameters: {weight: 1}}
+          - {model: THIRD, parameters: {weight: 0.5}}
+        dtype: float32
+        """,
+    "slerp with a gradient and filters": """
+        merge_method: slerp
+        base_model: FIRST
+        slices:
+          - sources:
+              - {model: FIRST, layer_range: [0, 4]}
+              - {model: SECOND, layer_range: [0, 4]}
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+            - value: 0.5
+        dtype: float32
+        """,
+    "slerp of models, the base last": """
+        merge_method: slerp
+        base_model: SECOND
+        models: [{model: FIRST}, {model: SECOND}]
+        parameters: {t: [0.2, 0.8]}
+        """,
+    "nuslerp": """
+        merge_method: nuslerp
+        models:
+          - {model: FIRST, parameters: {weight: 0.3}}
+          - {model: SECOND, parameters: {weight: [0.5, 1.5]}}
+        """,
+    "nuslerp of task vectors by rows": """
+        merge_method: nuslerp
+        base_model: BASE
+        models:
+          - {model: FIRST, parameters: {weight: 0.3}}
+          - {model: SECOND, parameters: {weight: 0.7}}
+        parameters: {nuslerp_flatten: false, nuslerp_row_wise: [{filter: mlp, value: true}, {value: false}]}
+        """,
+    "multislerp": """
+        merge_method: multislerp
+        models:
+          - {model: FIRST, parameters: {weight: 0.3}}
+          - {model: SECOND, parameters: {weight: 0.7}}
+          - {model: THIRD, parameters: {weight: [0.1, 2]}}
+        """,
+    "multislerp of task vectors": """
+        merge_method: multislerp
+        base_model: BASE
+        models:
+          - {model: FIRST, parameters: {weight: 0.3}}
+          - {model: SECOND, parameters: {weight: 0.7}}
+        """,
+    "karcher": """
+        merge_method: karcher
+        models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
+        parameters: {max_iter: 10, tol: 1e-5}
+        """,
+    "karcher with a base, which takes part": """
+        merge_method: karcher
+        base_model: BASE
+        models: [{model: FIRST}, {model: SECOND}]
+        """,
+    "breadcrumbs": """
+        merge_method: breadcrumbs
+        base_model: BASE
+        models:
+          - {model: FIRST, parameters: {weight: 0.5, density: 0.9, gamma: 0.01}}
+          - {model: SECOND, parameters: {weight: 0.5, density: 0.7, gamma: [0.01, 0.1]}}
+        parameters: {lambda: 0.9}
+        """,
+    "breadcrumbs_ties": """
+        merge_method: breadcrumbs_ties
+        base_model: BASE
+        models:
+          - {model: FIRST, parameters: {weight: 0.5, density: 0.5}}
+          - {model: SECOND, parameters: {weight: 0.4, density: 0.6}}
+        parameters: {normalize: true, rescale: true, int8_mask: true}
+        """,
+    "model_stock": """
+        merge_method: model_stock
+        base_model: BASE
+        models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
+        parameters: {filter_wise: false}
+        """,
+    "model_stock by filters": """
+        merge_method: model_stock
+        base_model: BASE
+        models: [{model: FIRST}, {model: SECOND}]
+        parameters: {filter_wise: true}
+        """,
+    "sce": """
+        merge_method: sce
+        base_model: BASE
+        models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
+        parameters: {select_topk: 0.4}
+        """,
+    "ram": """
+        merge_method: ram
+        base_model: BASE
+        models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
+        parameters: {epsilon: 1e-2}
+        """,
+    "nearswap": """
+        merge_method: nearswap
+        base_model: BASE
+        models: [{model: FIRST}]
+        parameters: {t: 0.005}
+        """,
+    "passthrough of one model": """
+        merge_method: passthrough
+        models: [{model: FIRST}]
+        """,
+    "passthrough of slices with scales": """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: FIRST, layer_range: [0, 2]}]
+          - sources:
+              - model: SECOND
+                layer_range: [2, 4]
+                parameters:
+                  scale:
+                    - {filter: o_proj, value: 0.0}
+                    - {filter: down_proj, value: [0.5, 0.25]}
+                    - value: 1.0
+        """,
+}
+
+
+@pytest.mark.parametrize("text", RECIPES.values(), ids=RECIPES.keys())
+def test_mergekit_makes_the_same_weights_from_recipes_as_people_write_them(text, paths, tmp_path):
+    for name in ("base", "first", "second", "third"):
+        text = text.replace(name.upper(), paths[name])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    ours = recipes.load(path)
+    export.merge(ours, tmp_path / "ours", str(path))
+    theirs = merged_by_mergekit(ours, tmp_path / "theirs")
+    assert_close(load_file(tmp_path / "ours" / "model.safetensors"), theirs, 1e-6)
+
+
+def test_arcee_fusion_is_mergekit_s_but_for_elements_at_the_threshold(paths, tmp_path):
+    """Its importance is a difference of nearly equal logarithms, which mergekit takes in float32."""
+    recipe = Recipe(merge_method="arcee_fusion", base_model=paths["base"], models=(Source(model=paths["first"]),))
+    export.merge(recipe, tmp_path / "ours", "recipe.yaml")
+    theirs, ours = merged_by_mergekit(recipe, tmp_path / "theirs"), load_file(tmp_path / "ours" / "model.safetensors")
+    differing = sum(((ours[name] - tensor).abs() > 1e-6).sum().item() for name, tensor in theirs.items())
+    assert differing <= 1e-3 * sum(tensor.numel() for tensor in theirs.values())
 
 
 @pytest.mark.parametrize("method", ALIKE)
@@ -309,8 +464,8 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(paths, tiny
     (other / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"holds no model\.safetensors"):
         export.merge(recipes.linear({paths["base"]: 1.0, str(other): 1.0}), empty / "out", "my.yaml")
-    with pytest.raises(InputError, match=r"^my\.yaml: merge_method is 'slerp', no known merge method"):
+    with pytest.raises(InputError, match=r"^my\.yaml: merge_method is 'slurp', no known merge method"):
         export.merge(
-            recipes.single(paths["base"]).model_copy(update={"merge_method": "slerp"}), empty / "out", "my.yaml"
+            recipes.single(paths["base"]).model_copy(update={"merge_method": "slurp"}), empty / "out", "my.yaml"
         )
     assert not list(empty.iterdir())

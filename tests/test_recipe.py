@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
@@ -31,7 +31,7 @@ few = settings(max_examples=60, deadline=None, derandomize=True)
 
 def settings_of(scalars: st.SearchStrategy[Any], lists: st.SearchStrategy[Any] | None = None) -> st.SearchStrategy[Any]:
     """A parameter in every form that a recipe may give it."""
-    values = scalars | (lists or st.lists(scalars, min_size=1, max_size=4))
+    values = scalars | (st.lists(scalars, min_size=1, max_size=4) if lists is None else lists)
     filters = st.sampled_from([None, "*", "mlp", "self_attn", "norm", "embed_tokens", "lm_head", "layers.1.", "q_proj"])
     conditions = st.fixed_dictionaries({"value": values}, optional={"filter": filters})
     return values | conditions | st.lists(conditions, min_size=1, max_size=4)
@@ -40,17 +40,27 @@ def settings_of(scalars: st.SearchStrategy[Any], lists: st.SearchStrategy[Any] |
 numbers = st.integers(-2, 2) | st.floats(-2, 2) | st.sampled_from(["1e-1", "0.25", True])
 shares = st.floats(0, 1) | st.sampled_from([0, 1, "5e-1"])
 flags = st.booleans() | st.sampled_from([0, 1, "yes", "off"])
-PER_MODEL = {"weight": settings_of(numbers), "density": settings_of(shares)}
+PER_MODEL = {
+    "weight": settings_of(numbers),
+    "density": settings_of(shares),
+    "gamma": settings_of(shares),
+    "epsilon": settings_of(st.floats(0, 0.1)),
+    "scale": settings_of(numbers),
+}
 SHARED = {
     "normalize": settings_of(flags),
     "rescale": settings_of(flags),
     "lambda": settings_of(numbers),
     "int8_mask": settings_of(flags),
+    "filter_wise": settings_of(flags),
+    "max_iter": settings_of(st.sampled_from([0, 5, "7", 3.0]), st.just([4, 4])),
+    "t": settings_of(numbers),
 }
 source_parameters = st.fixed_dictionaries({}, optional=PER_MODEL)
 slice_parameters = st.fixed_dictionaries({}, optional=PER_MODEL | SHARED)
+NOT_T = {name: values for name, values in SHARED.items() if name != "t"}
 recipe_parameters = slice_parameters | st.fixed_dictionaries(
-    {"weight": numbers}, optional=SHARED | {"density": PER_MODEL["density"]}
+    {"weight": numbers, "t": numbers}, optional={**NOT_T, "density": PER_MODEL["density"]}
 )
 
 
@@ -59,22 +69,28 @@ def documents(draw: st.DrawFn, base: str = "base", fine_tunes: tuple[str, ...] =
     """A recipe with every parameter at any level, over models of four layers."""
     method = draw(st.sampled_from(sorted(METHODS)))
     document: dict[str, Any] = {"merge_method": method, "parameters": draw(recipe_parameters)}
-    if METHODS[method].needs_base or draw(st.booleans()):
+    row = METHODS[method]
+    alone = not row.uses_base and row.most == 1
+    if row.needs_base or (not alone and draw(st.booleans())):
         document["base_model"] = base
 
-    count = draw(st.integers(1, len(fine_tunes)))  # per slice; mergekit fails where it differs
+    count = draw(st.integers(row.least, row.most or len(fine_tunes)))  # per slice; mergekit fails where it differs
 
     def sources() -> list[dict[str, Any]]:
         chosen = draw(st.permutations(fine_tunes))[:count]
         return [{"model": model, "parameters": draw(source_parameters)} for model in chosen]
 
     if draw(st.booleans()):
-        document["models"] = sources() + ([{"model": base}] if draw(st.booleans()) else [])
+        listed = row.needs_base or "base_model" in document or not row.most
+        document["models"] = sources() + ([{"model": base}] if listed and draw(st.booleans()) else [])
         return document
     cuts = sorted({0, LAYERS, *draw(st.sets(st.integers(1, LAYERS - 1)))})
     document["slices"] = [
         {
-            "sources": [source | {"layer_range": [start, end]} for source in [{"model": base}, *sources()]],
+            "sources": [
+                source | {"layer_range": [start, end]}
+                for source in [{"model": base}] * ("base_model" in document or not row.most) + sources()
+            ],
             "parameters": draw(slice_parameters),
         }
         for start, end in pairwise(cuts)
@@ -96,8 +112,10 @@ def resolved_by_mergekit(document: dict[str, Any]) -> dict[str, Any] | None:
         raise
     found = {}
     for weight, task in planner._tensors:
-        with_values = [(str(model), dict(task.input_parameters[model])) for model in task.model_order]
-        found[weight.name] = ([pair for pair in with_values if pair[1]], dict(task.parameters))
+        found[weight.name] = (
+            {str(model): dict(task.input_parameters[model]) for model in task.model_order},
+            dict(task.parameters),
+        )
     return found
 
 
@@ -107,6 +125,8 @@ def resolved_here(recipe: Recipe, names: list[str]) -> dict[str, Any] | None:
     except InputError as error:
         if "is missing for" in str(error):
             return None
+        if "epsilon of" in str(error):
+            reject()  # mergekit refuses these too, but only when it merges
         raise
     return {
         tensor.name: (list(zip(tensor.models, tensor.per_model, strict=True)), tensor.shared) for tensor in plan.tensors
@@ -147,12 +167,14 @@ def test_every_parameter_of_every_tensor_is_resolved_as_by_mergekit(data, tiny_m
         assert theirs is here
         return
     assert here.keys() == theirs.keys()
-    density_unused = ours.merge_method in ("linear", "task_arithmetic")
+    base = ours.base_model if METHODS[ours.merge_method].uses_base else None
     for name, (per_model, shared) in here.items():
         their_models, their_shared = theirs[name]
-        if density_unused:
-            their_models = [(model, {"weight": values["weight"]}) for model, values in their_models]
-        assert per_model == their_models
+        assert [model for model, _ in per_model] == [model for model in their_models if model != base]
+        for model, values in per_model:
+            unset = {"scale": 1.0}  # mergekit's default is no scale at all
+            found = {key: their_models[model][key] for key in values}
+            assert values == {key: unset.get(key) if value is None else value for key, value in found.items()}
         assert shared == {key: their_shared[key] for key in shared}
 
 
@@ -474,6 +496,11 @@ def task_vectors(method: str = "ties", base: str | None = "base", **parameters: 
     return Recipe(merge_method=method, base_model=base, models=(Source(model="a", parameters=parameters),))
 
 
+def several(method: str, *models: str, **parameters: Any) -> Recipe:
+    sources = tuple(Source(model=model) for model in models)
+    return Recipe(merge_method=method, base_model="base", models=sources, parameters=parameters)
+
+
 PLAN_ERRORS = {
     "a density above one": (
         task_vectors(weight=1.0, density=1.4),
@@ -487,7 +514,31 @@ PLAN_ERRORS = {
         "weight of a is missing for model.layers.0.norm.weight",
     ),
     "a missing base": (task_vectors(base=None, weight=1.0), "merge_method ties needs a base_model"),
-    "nothing besides the base": (task_vectors(base="a", weight=1.0), "no model besides the base takes part"),
+    "nothing besides the base": (
+        task_vectors(base="a", weight=1.0),
+        "merge_method ties takes 1 or more models besides the base, but there are 0; add one",
+    ),
+    "too many for an arc": (
+        several("slerp", "a", "b", t=0.5),
+        "merge_method slerp takes 1 model besides the base, but there are 2; remove one",
+    ),
+    "too few for an angle between them": (
+        several("model_stock", "a"),
+        "merge_method model_stock takes 2 or more models besides the base, but there are 1; add one",
+    ),
+    "two models passed through": (
+        several("passthrough", "a"),
+        "merge_method passthrough takes 1 model counting a base_model, but there are 2; remove one",
+    ),
+    "a missing t": (several("slerp", "a"), "t for model.embed_tokens.weight is missing|t is missing"),
+    "an epsilon that leads out of (0, 1)": (
+        several("della", "a", weight=1.0, density=0.9),
+        r"epsilon of a for \S+ is 0.15, which with density 0.9 leaves \(0, 1\); use one below 0.1",
+    ),
+    "part of an iteration": (
+        several("karcher", "a", max_iter=2.5),
+        r"max_iter for \S+ is '2.5'; expected a whole number",
+    ),
     "a word for a weight": (task_vectors(weight="much"), r"weight of a for \S+ is 'much'; expected a number"),
     "an infinity spelled out": (task_vectors(weight="inf"), r"weight of a for \S+ is 'inf'; expected a number"),
     "a number for a flag": (

@@ -41,8 +41,10 @@ def uniform_field(seed: int, position: int, name: str, count: int, device: torch
     return ((mixed >> 16) - 32768).to(torch.int16)
 
 
-def keep_mask(uniforms: torch.Tensor, density: float) -> torch.Tensor:
-    """True where u < density, so that the masks of two densities are nested."""
+def keep_mask(uniforms: torch.Tensor, density: float | torch.Tensor) -> torch.Tensor:
+    """True where u < density (one for all, or one per element), so that the masks of two densities are nested."""
+    if isinstance(density, torch.Tensor):
+        return uniforms.to(torch.int32) < (density * UNIFORM_STEPS).round().to(torch.int32) - 32768
     return uniforms.to(torch.int32) < round(density * UNIFORM_STEPS) - 32768
 
 
@@ -56,9 +58,26 @@ def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 def largest_magnitudes(delta: torch.Tensor, count: int) -> torch.Tensor:
     """A mask of the `count` largest |delta|; elements tied with the smallest of them are all kept."""
-    magnitude = delta.abs().flatten()
-    threshold = torch.kthvalue(magnitude, magnitude.numel() - count + 1).values
-    return delta.abs() >= threshold
+    magnitude = delta.abs()
+    return magnitude >= kth_smallest(magnitude, magnitude.numel() - count)
+
+
+def kth_smallest(tensor: torch.Tensor, k: int) -> torch.Tensor:
+    """The element at index k of the sorted tensor, as a scalar tensor."""
+    return torch.kthvalue(tensor.flatten(), k + 1).values
+
+
+def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension (kept, with size 1) in float64, by adding the second half to the first.
+
+    Element by element in a fixed order: the same bits on every device with any number of threads.
+    """
+    total = tensor.to(torch.float64)
+    while (count := total.shape[-1]) > 1:
+        half, odd = divmod(count, 2)
+        folded = total[..., :half] + total[..., half : 2 * half]
+        total = torch.cat([folded, total[..., -1:]], dim=-1) if odd else folded
+    return total.sum(dim=-1, keepdim=True)  # of one element, or none
 
 
 def divisor(value: float, like: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ class ResidentModels:
             return self._sources[reference][tensor.name].to(torch.float32)
 
         return Inputs(
-            base=source(plan.base) if plan.base is not None and plan.method.needs_base else None,
+            base=source(plan.base) if plan.base is not None else None,
             tensors=tuple(source(model) for model in tensor.models),
             per_model=tensor.per_model,
             shared=tensor.shared,

@@ -28,7 +28,7 @@ class TensorMerge:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """Every tensor of a merge, in the order of the base's parameters."""
+    """Every tensor of a merge, in the order of the base's parameters; `base` is the one that the method sets apart."""
 
     method: Method
     base: str | None
@@ -44,8 +44,22 @@ def make_plan(recipe: Recipe, names: Iterable[str], where: str = "the recipe") -
     if method.needs_base and recipe.base_model is None:
         raise InputError(f"{where}: merge_method {method.name} needs a base_model; add one.")
     slices = _slices(recipe, layer_count(names), where)
+    base = recipe.base_model if method.uses_base else None
+    for index, part in enumerate(slices):
+        _check_count(method, part, base, f"{where}: slices[{index}]" if recipe.slices else where)
     tensors = tuple(_tensor_merge(recipe, method, slices, name, where) for name in names)
-    return MergePlan(method, recipe.base_model, recipe.evomerge.seed, recipe.evomerge.rescale, tensors)
+    return MergePlan(method, base, recipe.evomerge.seed, recipe.evomerge.rescale, tensors)
+
+
+def _check_count(method: Method, part: Slice, base: str | None, place: str) -> None:
+    count = sum(source.model != base for source in part.sources)
+    if method.accepts(count):
+        return
+    besides = "besides the base" if method.uses_base else "counting a base_model"
+    advice = "add one" if count < method.least else "remove one"
+    raise InputError(
+        f"{place}: merge_method {method.name} takes {method.count} {besides}, but there are {count}; {advice}."
+    )
 
 
 def _slices(recipe: Recipe, layers: int, where: str) -> tuple[Slice, ...]:
@@ -72,18 +86,19 @@ def _slices(recipe: Recipe, layers: int, where: str) -> tuple[Slice, ...]:
 
 def _tensor_merge(recipe: Recipe, method: Method, slices: tuple[Slice, ...], name: str, where: str) -> TensorMerge:
     part, t = _place(slices, name)
-    sources = [source for source in part.sources if not (method.needs_base and source.model == recipe.base_model)]
-    if not sources:
-        raise InputError(f"{where}: no model besides the base takes part in {name}; add one.")
+    sources = [source for source in part.sources if not (method.uses_base and source.model == recipe.base_model)]
 
     def value(parameter: Parameter, source: Source | None) -> Any:
         return _value(parameter, _levels(recipe, part, source), name, t, source, where)
 
+    per_model = tuple({known.name: value(known, source) for known in method.per_model} for source in sources)
+    for source, parameters in zip(sources, per_model, strict=True):
+        _check_epsilon(parameters, f"{where}: epsilon of {source.model} for {name}")
     return TensorMerge(
         name=name,
         models=tuple(source.model for source in sources),
         positions=tuple(_position(recipe, source.model) for source in sources),
-        per_model=tuple({known.name: value(known, source) for known in method.per_model} for source in sources),
+        per_model=per_model,
         shared={known.name: value(known, None) for known in method.shared},
     )
 
@@ -127,6 +142,16 @@ def _value(
 
 
 def _in_range(parameter: Parameter, value: float | bool, what: str) -> float | bool:
-    if parameter.name == "density" and not 0 <= value <= 1:
-        raise InputError(f"{what} is {value:g}; use a value in [0, 1].")
+    if parameter.within is not None and not parameter.within[0] <= value <= parameter.within[1]:
+        raise InputError(f"{what} is {value:g}; use a value in [{parameter.within[0]:g}, {parameter.within[1]:g}].")
     return value
+
+
+def _check_epsilon(parameters: Mapping[str, Any], what: str) -> None:
+    """Like mergekit, refuses an epsilon that leads from the density out of (0, 1), where it is used at all."""
+    density, epsilon = parameters.get("density", 1.0), parameters.get("epsilon", 0.0)
+    if 0 < density < 1 and not 0 < density - abs(epsilon) <= density + abs(epsilon) < 1:
+        raise InputError(
+            f"{what} is {epsilon:g}, which with density {density:g} leaves (0, 1); "
+            f"use one below {min(density, 1 - density):g}."
+        )

@@ -1,10 +1,11 @@
 """The parameter space: weights and densities per model and per group of tensors (Akiba et al. 2025, section 3.1).
 
 Groups are the embeddings, runs of layers (each optionally split by name filters), and the final norm with the head. A
-genome decodes to a recipe of slices, one per run of layers, so that mergekit reads it as it is.
+genome decodes to a recipe of slices, one per run of layers, so that mergekit reads it as it is. Not here yet: methods
+whose models have no weight, and other parameters than weight, density and lambda, which keep their defaults.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from evomerge.errors import InputError
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
 from evomerge.merging import methods
 from evomerge.merging.methods.base import Method
+from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.recipe import Condition, Parameters, Provenance, Recipe, Setting, Slice, Source
 from evomerge.spaces import Gene, Genome
 
@@ -41,7 +43,7 @@ class ParameterSpace:
     ) -> None:
         """models: short names with references. tensors: the base's tensor names. seed: of the masks in every recipe."""
         self._config, self._base, self._models, self._seed = config, base, dict(models), seed
-        self._method: Method = methods.get(config.method, "space.method")
+        self._method = _searchable(config.method, len(models))
         self._layers = layer_groups(config, layer_count(tensors))
         self._embeddings, self._head = embedding_names(tensors), head_names(tensors)
         _check_filters(config.filters, tensors)
@@ -61,7 +63,7 @@ class ParameterSpace:
                     for model in self._models
                 ]
         shared = self._config.lambda_
-        if shared.fixed is None and self._method.needs_base:
+        if shared.fixed is None and self._method.shares("lambda"):
             start = 1.0 if shared.start is None else shared.start
             genes.append(Gene("lambda", "lambda", "lambda", shared.low, shared.high, start, shared.step))
         if not genes:
@@ -92,7 +94,7 @@ class ParameterSpace:
         slices = tuple(Slice(sources=tuple(self._sources(values, run))) for run in self._layers)
         return Recipe(
             merge_method=self._method.name,
-            base_model=self._base if self._method.needs_base else None,
+            base_model=self._base if self._method.uses_base else None,
             slices=slices,
             parameters=self._shared(values),
             evomerge=Provenance(seed=self._seed, rescale=self._config.rescale),
@@ -100,7 +102,7 @@ class ParameterSpace:
 
     def _sources(self, values: Genome, run: LayerGroup) -> list[Source]:
         layer_range = (run.start, run.end)
-        base = [Source(model=self._base, layer_range=layer_range)] if self._method.needs_base else []
+        base = [Source(model=self._base, layer_range=layer_range)] if self._method.uses_base else []
         return base + [
             Source(model=reference, layer_range=layer_range, parameters=self._parameters(values, model, run))
             for model, reference in self._models.items()
@@ -121,9 +123,14 @@ class ParameterSpace:
         return fixed
 
     def _parameters(self, values: Genome, model: str, run: LayerGroup) -> Parameters:
-        return {kind: self._setting(values, kind, model, run) for kind in self._kinds()}
+        found = {kind: self._setting(values, kind, model, run) for kind in self._kinds()}
+        if self._method.takes("epsilon"):
+            found["epsilon"] = self._setting(values, "density", model, run, _epsilon)
+        return found
 
-    def _setting(self, values: Genome, kind: str, model: str, run: LayerGroup) -> Setting:
+    def _setting(
+        self, values: Genome, kind: str, model: str, run: LayerGroup, of: Callable[[float], float] = float
+    ) -> Setting:
         """A plain number, or conditions: embeddings ride on the first slice, norm and head on the last."""
         prefix = f"{run.label}." if self._config.filters else run.label
         conditions = []
@@ -132,16 +139,16 @@ class ParameterSpace:
             (HEAD, self._head, self._layers[-1]),
         ):
             if run == owner:
-                value = self._value(values, kind, model, group) if names else 0.0
+                value = of(self._value(values, kind, model, group)) if names else 0.0
                 conditions += [Condition(filter=name, value=value) for name in names]
         for part in self._config.filters:
-            conditions.append(Condition(filter=part, value=self._value(values, kind, model, prefix + part)))
-        rest = self._value(values, kind, model, prefix + REST if self._config.filters else prefix)
+            conditions.append(Condition(filter=part, value=of(self._value(values, kind, model, prefix + part))))
+        rest = of(self._value(values, kind, model, prefix + REST if self._config.filters else prefix))
         return [*conditions, Condition(value=rest)] if conditions else rest
 
     def _shared(self, values: Genome) -> dict[str, Any]:
-        shared: dict[str, Any] = {"normalize": self._config.normalize}
-        if self._method.needs_base:
+        shared: dict[str, Any] = {"normalize": self._config.normalize} if self._method.shares("normalize") else {}
+        if self._method.shares("lambda"):
             fixed = self._config.lambda_.fixed
             shared["lambda"] = float(values[self._index["lambda"]]) if fixed is None else fixed
         if self._method.random:
@@ -154,6 +161,27 @@ class ParameterSpace:
             weights.get(gene.name.split(":")[1], 0.0) if gene.kind == "weight" else gene.start for gene in self.genes
         ]
         return self._clipped(genome)
+
+
+def _searchable(name: str, models: int) -> Method:
+    """The method to search, if its models have weights and it takes as many as there are."""
+    method = methods.get(name, "space.method")
+    if not method.takes("weight"):
+        known = [other.name for other in methods.METHODS.values() if other.takes("weight")]
+        raise InputError(
+            f"space.method is {name}, whose models have no weights to search; use one of {', '.join(known)}."
+        )
+    if not method.accepts(models):
+        raise InputError(
+            f"space.method is {name}, which takes {method.count} besides the base, but models lists {models}; "
+            "change either."
+        )
+    return method
+
+
+def _epsilon(density: float) -> float:
+    """DELLA's epsilon for a density: mergekit's default, less where density ± epsilon would leave (0, 1)."""
+    return largest_epsilon(density, wanted=0.15)
 
 
 def _name(kind: str, model: str, group: str) -> str:

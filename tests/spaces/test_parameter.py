@@ -3,6 +3,7 @@ import pytest
 
 from evomerge.config import GeneConfig, SpaceConfig
 from evomerge.errors import InputError
+from evomerge.merging.methods import METHODS
 from evomerge.merging.plan import make_plan
 from evomerge.spaces.parameter import ParameterSpace
 from tests.contracts.space import SpaceContract
@@ -33,6 +34,16 @@ class TestGroupedSpaceWithFilters(SpaceContract):
 
 class TestLinearSpace(SpaceContract):
     space = make_space(method="linear", layer_groups=["0-3", "4-5"], normalize=True)
+    tensors = TENSORS
+
+
+class TestDellaSpace(SpaceContract):
+    space = make_space(method="della", layer_granularity=2, filters=["mlp"], density={"low": 0.01, "high": 1.0})
+    tensors = TENSORS
+
+
+class TestSpaceOnASphere(SpaceContract):
+    space = make_space(method="nuslerp", layer_granularity=3)
     tensors = TENSORS
 
 
@@ -128,3 +139,41 @@ def test_lambda_is_a_gene_once_its_bounds_are_written() -> None:
 def test_a_space_that_does_not_fit_the_model_says_what_to_change(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_space(**settings)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes("weight")])
+def test_every_method_with_a_weight_per_model_is_searched_over_weights_and_densities(method: str) -> None:
+    space = make_space(method=method, **{"lambda": {"low": 0.5, "high": 1.5}})
+    row, recipe = METHODS[method], space.decode([gene.start for gene in space.genes])
+    expected = {"weight"}
+    expected |= {name for name, taken in (("density", row.takes), ("lambda", row.shares)) if taken(name)}
+    assert {gene.kind for gene in space.genes} == expected
+    assert set(recipe.parameters) <= {parameter.name for parameter in row.shared}
+    assert (recipe.base_model == "base") == row.uses_base
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.takes("weight")])
+def test_a_method_without_weights_is_refused_with_those_that_can_be_searched(method: str) -> None:
+    message = (
+        rf"^space\.method is {method}, whose models have no weights to search; use one of linear, task_arithmetic,"
+    )
+    with pytest.raises(InputError, match=message):
+        make_space(method=method)
+
+
+def test_a_method_for_two_models_is_refused_for_three() -> None:
+    config = SpaceConfig.model_validate({"method": "nuslerp"})
+    with pytest.raises(
+        InputError, match=r"^space\.method is nuslerp, which takes 2 models besides the base, .* lists 3"
+    ):
+        ParameterSpace(config, "base", {"a": "path/a", "b": "path/b", "c": "path/c"}, TENSORS, seed=7)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.05, 0.15, 0.5, 0.85, 0.9, 0.999, 1 - 1e-9])
+def test_della_s_epsilon_is_as_much_of_its_default_as_the_density_allows(density: float) -> None:
+    space = make_space(method="della", density={"low": 0.0001, "high": 1.0}, filters=["mlp"])
+    genome = [density if gene.kind == "density" else gene.start for gene in space.genes]
+    for tensor in make_plan(space.decode(genome), TENSORS).tensors:
+        for values in tensor.per_model:
+            assert 0 < values["density"] - values["epsilon"] <= values["density"] + values["epsilon"] < 1
+            assert values["epsilon"] == pytest.approx(min(0.15, density, 1 - density), abs=2e-6)

@@ -7,10 +7,19 @@ the comparison with mergekit in the tests.
 from evomerge.errors import InputError, choices
 from evomerge.merging.methods.base import Method, Parameter
 from evomerge.merging.methods.linear import merge_linear
+from evomerge.merging.methods.model_stock import merge_model_stock
+from evomerge.merging.methods.passthrough import merge_passthrough
+from evomerge.merging.methods.selection import merge_arcee_fusion, merge_nearswap, merge_ram, merge_sce
+from evomerge.merging.methods.spherical import merge_karcher, merge_multislerp, merge_nuslerp, merge_slerp
 from evomerge.merging.methods.task_vectors import TaskVectorMerge
 
 WEIGHT = Parameter("weight", float, None)
-DENSITY = Parameter("density", float, 1.0)
+DENSITY = Parameter("density", float, 1.0, within=(0.0, 1.0))
+INT8_MASK = Parameter("int8_mask", bool, False)  # mergekit's memory saver; accepted, not needed
+_OF_SPARSIFIERS = {
+    "outliers": (Parameter("gamma", float, 0.01),),
+    "magprune": (Parameter("epsilon", float, 0.15),),
+}
 
 
 def _task_vectors(
@@ -20,14 +29,14 @@ def _task_vectors(
         name=name,
         paper=paper,
         merge=TaskVectorMerge(sparsify=sparsify, consensus=consensus),
-        needs_base=True,
-        random=sparsify == "random",
-        per_model=(WEIGHT, DENSITY) if sparsify else (WEIGHT,),
+        base="required",
+        random=sparsify in ("random", "magprune"),
+        per_model=(WEIGHT, DENSITY, *_OF_SPARSIFIERS.get(sparsify, ())) if sparsify else (WEIGHT,),
         shared=(
             Parameter("normalize", bool, normalize),
             Parameter("rescale", bool, rescale),
             Parameter("lambda", float, 1.0),
-            Parameter("int8_mask", bool, False),
+            INT8_MASK,
         ),
     )
 
@@ -39,8 +48,7 @@ METHODS: dict[str, Method] = {
             name="linear",
             paper="Wortsman et al. 2022, Model soups, arXiv:2203.05482",
             merge=merge_linear,
-            needs_base=False,
-            random=False,
+            base="ignored",
             per_model=(WEIGHT,),
             shared=(Parameter("normalize", bool, True),),
         ),
@@ -75,6 +83,116 @@ METHODS: dict[str, Method] = {
             consensus=True,
             normalize=False,
             rescale=True,
+        ),
+        _task_vectors(
+            "breadcrumbs",
+            "Davari and Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795",
+            sparsify="outliers",
+            consensus=False,
+            normalize=False,
+            rescale=False,
+        ),
+        _task_vectors(
+            "breadcrumbs_ties",
+            "Davari and Belilovsky 2023 (Model Breadcrumbs), arXiv:2312.06795, with the sign election of TIES",
+            sparsify="outliers",
+            consensus=True,
+            normalize=False,
+            rescale=False,
+        ),
+        _task_vectors(
+            "della",
+            "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617",
+            sparsify="magprune",
+            consensus=True,
+            normalize=True,
+            rescale=True,
+        ),
+        _task_vectors(
+            "della_linear",
+            "Deep et al. 2024 (DELLA), arXiv:2406.11617, without the election of a sign",
+            sparsify="magprune",
+            consensus=False,
+            normalize=False,
+            rescale=True,
+        ),
+        Method(
+            name="slerp",
+            paper="Shoemake 1985, Animating rotation with quaternion curves, doi:10.1145/325334.325242",
+            merge=merge_slerp,
+            base="required",
+            shared=(Parameter("t", float, None),),
+            most=1,
+        ),
+        Method(
+            name="nuslerp",
+            paper="Goddard et al. 2024, Arcee's MergeKit, arXiv:2403.13257",
+            merge=merge_nuslerp,
+            base="optional",
+            per_model=(WEIGHT,),
+            shared=(Parameter("nuslerp_row_wise", bool, False), Parameter("nuslerp_flatten", bool, True)),
+            least=2,
+            most=2,
+        ),
+        Method(
+            name="multislerp",
+            paper="Goddard 2025, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+            merge=merge_multislerp,
+            base="optional",
+            per_model=(WEIGHT,),
+            shared=(Parameter("normalize_weights", bool, True), Parameter("eps", float, 1e-8)),
+        ),
+        Method(
+            name="karcher",
+            paper="The Karcher mean of models on the sphere, arXiv:2603.04972",
+            merge=merge_karcher,
+            base="ignored",
+            shared=(Parameter("max_iter", int, 10), Parameter("tol", float, 1e-5)),
+        ),
+        Method(
+            name="model_stock",
+            paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
+            merge=merge_model_stock,
+            base="required",
+            shared=(Parameter("filter_wise", bool, False),),
+            least=2,
+        ),
+        Method(
+            name="sce",
+            paper="Wan et al. 2024, FuseChat, arXiv:2408.07990",
+            merge=merge_sce,
+            base="required",
+            shared=(INT8_MASK, Parameter("select_topk", float, 1.0)),
+        ),
+        Method(
+            name="ram",
+            paper="Reinforced Agent Merging, arXiv:2601.13572",
+            merge=merge_ram,
+            base="required",
+            shared=(Parameter("epsilon", float, 1e-5),),
+        ),
+        Method(
+            name="nearswap",
+            paper="alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+            merge=merge_nearswap,
+            base="required",
+            shared=(Parameter("t", float, None),),
+            most=1,
+        ),
+        Method(
+            name="arcee_fusion",
+            paper="Goddard et al. 2024, Arcee's MergeKit, arXiv:2403.13257",
+            merge=merge_arcee_fusion,
+            base="required",
+            most=1,
+        ),
+        Method(
+            name="passthrough",
+            paper="Goddard et al. 2024, Arcee's MergeKit, arXiv:2403.13257",
+            merge=merge_passthrough,
+            base="ignored",
+            per_model=(Parameter("scale", float, 1.0),),
+            most=1,
         ),
     )
 }

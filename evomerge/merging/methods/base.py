@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -12,17 +12,19 @@ class Parameter:
     """A parameter of a method; no default means that a recipe must give it."""
 
     name: str
-    kind: type[float] | type[bool]
+    kind: type[float] | type[int] | type[bool]
     default: float | bool | None
+    within: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """One tensor of every model in float32, with the parameters that hold for it.
 
-    base: the base model's tensor, or None. tensors: the models', in recipe order (all of one shape). per_model: for
-    each of them its parameters by name. shared: the other parameters. uniforms: gives the fixed uniform field of the
-    i-th model for this tensor (int16, flat), made on first use. rescale: "density" or "l1".
+    base: the base model's tensor where the method sets it apart, or None. tensors: the other models', in recipe order
+    (all of one shape). per_model: for each of them its parameters by name. shared: the other parameters. uniforms:
+    gives the fixed uniform field of the i-th model for this tensor (int16, flat), made on first use. rescale:
+    "density" or "l1".
     """
 
     base: torch.Tensor | None
@@ -39,15 +41,43 @@ class MergeFunction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row of the table: a merge function with its name, source and parameters."""
+    """A row of the table: a merge function with its name, source and parameters.
+
+    base: whether the base model must be given, may be given, or is a model like any other ("ignored"). least, most:
+    how many models it takes, besides the base unless that is ignored; no `most` means any number.
+    """
 
     name: str
     paper: str
     merge: MergeFunction
-    needs_base: bool
-    random: bool
-    per_model: tuple[Parameter, ...]
-    shared: tuple[Parameter, ...]
+    base: Literal["required", "optional", "ignored"]
+    per_model: tuple[Parameter, ...] = ()
+    shared: tuple[Parameter, ...] = ()
+    random: bool = False
+    least: int = 1
+    most: int | None = None
+
+    @property
+    def needs_base(self) -> bool:
+        return self.base == "required"
+
+    @property
+    def uses_base(self) -> bool:
+        """Whether a base is set apart from the models that are merged."""
+        return self.base != "ignored"
+
+    @property
+    def count(self) -> str:
+        """How many models it takes, in words."""
+        if self.most is None:
+            return f"{self.least} or more models"
+        return f"{self.least} model{'s' * (self.least > 1)}"  # no method has a range that ends
+
+    def accepts(self, count: int) -> bool:
+        return self.least <= count and (self.most is None or count <= self.most)
 
     def takes(self, parameter: str) -> bool:
         return any(known.name == parameter for known in self.per_model)
+
+    def shares(self, parameter: str) -> bool:
+        return any(known.name == parameter for known in self.shared)

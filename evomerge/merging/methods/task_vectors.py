@@ -1,8 +1,8 @@
 """Methods on task vectors, the differences between fine-tunes and their base.
 
-delta_i = x_i - base is sparsified (magnitude: Yadav et al. 2023; random: Yu et al. 2024), weighted, optionally reduced
-to the elements that agree with the elected sign (the sign of the weighted sum, TIES), summed, optionally normalized by
-the weights that took part, scaled by lambda and added to the base: mergekit 0.1.5's order of operations, in float32.
+delta_i = x_i - base is sparsified (sparsify.py), weighted, optionally reduced to the elements that agree with the
+elected sign (the sign of the weighted sum, TIES), summed, optionally normalized by the weights that took part, scaled
+by lambda and added to the base: mergekit 0.1.5's order of operations, in float32.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from functools import reduce
 
 import torch
 
-from evomerge.merging.kernels import UNIFORM_STEPS, divisor, exact_l1, keep_mask, largest_magnitudes
+from evomerge.merging.kernels import UNIFORM_STEPS, divisor, exact_l1
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.sparsify import SPARSIFIERS
 
 _NEGLIGIBLE_L1 = 1e-7
 
@@ -39,24 +40,28 @@ class TaskVectorMerge:
         density: float = inputs.per_model[index].get("density", 1.0)
         delta = inputs.tensors[index] - inputs.base
         if self.sparsify is not None and density < 1:
-            delta = self._sparsified(delta, density, inputs, index)
+            delta = _sparsified(self.sparsify, delta, density, inputs, index)
         return delta * weight
 
-    def _sparsified(self, delta: torch.Tensor, density: float, inputs: Inputs, index: int) -> torch.Tensor:
-        if density <= 0 or delta.numel() == 0:
-            return torch.zeros_like(delta)
-        if self.sparsify == "magnitude":
-            mask = largest_magnitudes(delta, max(1, int(density * delta.numel())))
-        else:
-            mask = keep_mask(inputs.uniforms(index), density).view_as(delta)
-        kept = delta * mask
-        return kept * _scale(delta, kept, density, inputs.rescale) if inputs.shared["rescale"] else kept
+
+def _sparsified(how: str, delta: torch.Tensor, density: float, inputs: Inputs, index: int) -> torch.Tensor:
+    if density <= 0 or delta.numel() == 0:
+        return torch.zeros_like(delta)
+    mask, probability = SPARSIFIERS[how](delta, inputs.per_model[index], lambda: inputs.uniforms(index))
+    kept = delta * mask
+    return kept * _scale(delta, kept, probability, inputs.rescale) if inputs.shared["rescale"] else kept
 
 
-def _scale(delta: torch.Tensor, kept: torch.Tensor, density: float, rescale: str) -> torch.Tensor | float:
-    """What restores a sparsified delta: 1 / density (DARE, eq. 4) or the ratio of L1 norms (mergekit)."""
+def _scale(
+    delta: torch.Tensor, kept: torch.Tensor, probability: torch.Tensor | float, rescale: str
+) -> torch.Tensor | float:
+    """What restores a sparsified delta: 1 / its probability (DARE, eq. 4; DELLA, element by element) or the ratio of L1
+    norms (mergekit)."""
     if rescale == "density":
-        return 1.0 / max(density, 1.0 / UNIFORM_STEPS)  # no mask is finer than that
+        finest = 1.0 / UNIFORM_STEPS  # no mask is finer than that
+        if isinstance(probability, torch.Tensor):
+            return (1.0 / probability.clamp(min=finest)).to(torch.float32)
+        return 1.0 / max(probability, finest)
     largest = delta.abs().amax()
     before, after = exact_l1(delta, largest), exact_l1(kept, largest)
     unit = largest.to(torch.float64) / (1 << 30)
