@@ -118,7 +118,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
     stored = sum(math.prod(info.shape) * BYTES[FLOATS[info.dtype]] for info in prepared.tensors.values())
     model = sum(elements) * BYTES[config.evaluation.dtype]
     fields = 2 * sum(elements) * len(config.models) if methods.METHODS[config.space.method].random else 0
-    scratch = 4 * max(elements) * (2 * len(config.models) + 6)
+    scratch = 4 * max(elements) * (5 * len(config.models) + 6)
     memory = stored * (1 + len(config.models)) + model + fields + scratch
     return {
         "models": {"base": config.base, **config.models},
