@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.candidate import Candidate, Evaluation, Kind, Split
+from evomerge.candidate import SPLITS, Candidate, Evaluation, Kind, Split
 from evomerge.config import SearchConfig
 from evomerge.documents import shown
 from evomerge.errors import EvomergeError, InputError, WorkFailed
@@ -39,7 +39,7 @@ class Archive:
         self._config, self._genes = config, genes
         self._names = [objective.name for objective in config.objectives]
         try:
-            self._studies = {split: self._study(directory, split) for split in ("search", "heldout")}
+            self._studies = {split: self._study(directory, split) for split in SPLITS}
             self._check_config(directory)
             self._records = {split: self._load(split) for split in self._studies}
         except EvomergeError:

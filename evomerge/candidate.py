@@ -8,6 +8,7 @@ from evomerge.recipe import Recipe
 
 Split = Literal["search", "heldout"]
 Kind = Literal["control", "search"]
+SPLITS: tuple[Split, ...] = ("search", "heldout")
 
 
 @dataclass(frozen=True, slots=True)

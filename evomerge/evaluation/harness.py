@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from evomerge.candidate import Split
+from evomerge.candidate import SPLITS, Split
 from evomerge.config import EvaluationConfig, ItemsConfig, ObjectiveConfig, SearchConfig, TasksConfig
 from evomerge.errors import CandidateFailed, EvomergeError, InputError, choices
 from evomerge.evaluation.prepared import PreparedRequests, Request, Response
@@ -64,7 +64,7 @@ def check_objectives(config: SearchConfig) -> tuple[ObjectiveConfig, ...]:
         goal = objective.goal or ("maximize" if metrics[objective.metric] else "minimize")
         resolved.append(objective.model_copy(update={"goal": goal}))
     for task in tasks.values():
-        for split in ("search", "heldout"):
+        for split in SPLITS:
             _documents(task, config.items, split)
     return tuple(resolved)
 

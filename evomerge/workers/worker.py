@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from evomerge.candidate import Evaluation, Split, failure
+from evomerge.candidate import SPLITS, Evaluation, Split, failure
 from evomerge.config import SearchConfig
 from evomerge.errors import CandidateFailed, InputError
 from evomerge.evaluation.harness import Harness
@@ -29,7 +29,8 @@ class Worker:
         folders = {reference: locate(reference) for reference in dict.fromkeys(wanted)}
         self.models = ResidentModels(folders, skeleton, device, config.evaluation.dtype)
         self._harness = Harness(config, self.models.model, load_tokenizer(config))
-        self._harness.prepare("search")
+        for split in SPLITS:  # both now: an item that cannot be scored should not show after the search
+            self._harness.prepare(split)
 
     def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
         """The evaluation of a recipe; whatever goes wrong with it is recorded there, not raised."""
