@@ -50,7 +50,7 @@ class Archive:
                 f"{where}: the archive cannot be read ({_brief(error)}); check it, or restore it from a copy."
             ) from None
 
-    def _study(self, directory: Path, split: str) -> Any:
+    def _study(self, directory: Path, split: Split) -> Any:
         with quiet():
             import optuna
 
@@ -83,7 +83,7 @@ class Archive:
                 f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
 
-    def _load(self, split: str) -> dict[str, Record]:
+    def _load(self, split: Split) -> dict[str, Record]:
         trials = self._studies[split].get_trials(deepcopy=False)
         records = (self._record(trial) for trial in trials if trial.state.is_finished())
         return {record.candidate.id: record for record in records}
