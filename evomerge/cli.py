@@ -113,7 +113,7 @@ def status(directory: RunDirectory, as_json: AsJson = False) -> None:
 
     opened = runs.read(directory)
     running = is_running(directory)
-    content = views.status(opened.archive, opened.config, opened.prepared.space, running)
+    content = views.status(opened.archive, opened.config, running)
     content |= progress.pace(directory, content) if running else {"rate": None, "seconds_left": None}
     if as_json:
         return _print_json(content)

@@ -1,7 +1,7 @@
 """SearchConfig: what a search file says, checked key by key and frozen.
 
-`load` reads YAML, applies `--set` overrides, and reports the first problem with its file and key path. `resolve` fills
-in everything that the machine or the search space decides (device, population, covariance), so that the frozen copy in
+`load` reads YAML, applies `--set` overrides, and reports the first problem with its file and key path. `preparation`
+fills in everything that the machine or the search space decides (device, population, covariance), so that the frozen copy in
 a run directory says all that the archive depends on. Paths are relative to the file they stand in.
 """
 
@@ -222,10 +222,6 @@ class SearchConfig(Settings):
         for name in sorted(RESERVED_NAMES & set(self.models)):
             raise ValueError(f".models.{name}: this name is kept for a control; choose another")
         return self
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return tuple(self.models)
 
     def digest(self) -> str:
         """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage."""

@@ -60,6 +60,15 @@ def further_controls(config: SearchConfig, space: SearchSpace) -> list[Candidate
     return controls
 
 
+def count_controls(config: SearchConfig) -> int:
+    """How many controls there are, without making any."""
+    asked = config.controls
+    one_knob = len(_WEIGHTS) + 2 * len(_TIES_WEIGHTS) * len(_DENSITIES) if asked.one_knob else 0
+    per_model = len(_levels(config)) ** len(config.models) if asked.per_model else 0
+    random = config.optimizer.evaluations if asked.random_search else 0
+    return 2 + len(config.models) + one_knob + per_model + random
+
+
 def check_controls(config: SearchConfig) -> None:
     """Raises InputError for controls that cannot be made."""
     if config.controls.per_model:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evomerge import optimizers
 from evomerge.config import SearchConfig, load
-from evomerge.controls import check_controls, essential_controls, further_controls
+from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, naming
 from evomerge.merging import methods
 from evomerge.merging.sources import FLOATS, TensorInfo, locate, model_config, preflight, tensor_table
@@ -127,7 +127,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "optimizer": config.optimizer.name,
         "population": config.optimizer.population,
         "candidates": config.optimizer.evaluations,
-        "controls": len(essential_controls(config)) + len(further_controls(config, prepared.space)),
+        "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
         "items_per_task": {"search": config.items.search, "heldout": config.items.heldout},
         "device": config.evaluation.device,

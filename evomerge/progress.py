@@ -1,6 +1,7 @@
 """How fast a running search goes, read off the end of its log."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ _TAIL_BYTES = 65536
 
 def pace(directory: Path, status: dict[str, Any]) -> dict[str, Any]:
     """Evaluations a minute and seconds left (None where the log does not say), with a phrase for people."""
-    times = _recent(directory / "log.jsonl")
-    if len(times) < 2 or times[-1] <= times[0]:
-        return {"rate": None, "seconds_left": None}
-    rate = (len(times) - 1) / (times[-1] - times[0])
     done = status["evaluations"] + status["controls"]["done"]
-    left = (status["budget"] + status["controls"]["total"] - done) / rate
+    return pace_of(_recent(directory / "log.jsonl"), status["budget"] + status["controls"]["total"] - done)
+
+
+def pace_of(times: Sequence[float], left: int) -> dict[str, Any]:
+    """The same from the times, in seconds, at which the last evaluations finished, and how many are left."""
+    if len(times) < 2 or times[-1] <= times[0]:
+        return {"rate": None, "seconds_left": None, "pace": ""}
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    seconds = max(0, left) / rate
     return {
         "rate": round(rate * 60, 1),
-        "seconds_left": round(left),
-        "pace": f"{rate * 60:.0f}/min, {int(left) // 60}:{int(left) % 60:02d} left",
+        "seconds_left": round(seconds),
+        "pace": f"{rate * 60:.0f}/min, {int(seconds) // 60}:{int(seconds) % 60:02d} left",
     }
 
 

@@ -1,7 +1,7 @@
 """Recipe: a merge in mergekit's dialect, with an `evomerge:` block that mergekit ignores.
 
 Read and written are `models` and `slices` recipes with parameters at every level, name filters and layer gradients.
-`parameter` finds a value as mergekit 0.1.5 does: source before slice before recipe, the first filter that matches,
+Values are found as mergekit 0.1.5 finds them: source before slice before recipe, the first filter that matches,
 gradients interpolated over a slice's layers. Not here yet, and refused by name: `modules`, `tokenizer`, per-slice
 bases.
 """

@@ -16,11 +16,13 @@ from rich.table import Table
 
 from evomerge import views
 from evomerge.config import SearchConfig
+from evomerge.progress import pace_of
 from evomerge.runs import OpenRun
 
 _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
 _FRONT_ROWS = 8
+_REDRAW = 0.5
 
 
 def console(stderr: bool = False) -> Console:
@@ -42,6 +44,7 @@ class SearchView:
         )
         self._task: Any = None
         self._count = 0
+        self._drawn = 0.0
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         """A listener of `Search`."""
@@ -60,7 +63,7 @@ class SearchView:
 
     def _open(self, run: OpenRun) -> None:
         self._run = run
-        status = views.status(run.archive, run.config, run.prepared.space, running=True)
+        status = views.status(run.archive, run.config, running=True)
         self._total = status["budget"] + status["controls"]["total"]
         self._count = status["evaluations"] + status["controls"]["done"]
         self._say(
@@ -84,21 +87,18 @@ class SearchView:
         self._count += 1
         if self._live is not None:
             self._progress.update(self._task, completed=self._count, pace=self._pace())
-            self._live.update(Group(self._table(), self._progress))
+            if self._finished[-1] - self._drawn >= _REDRAW:  # a front of thousands takes a while to work out
+                self._drawn = self._finished[-1]
+                self._live.update(Group(self._table(), self._progress))
         elif self._count % _PLAIN_EVERY == 0 or self._count == self._total:
             self._say(self._line())
 
     def _pace(self) -> str:
-        """Evaluations a minute over the last few, and the time left at that pace."""
-        if len(self._finished) < 2 or self._finished[-1] == self._finished[0]:
-            return ""
-        rate = (len(self._finished) - 1) / (self._finished[-1] - self._finished[0])
-        left = max(0, self._total - self._count) / rate
-        return f"{rate * 60:.0f}/min, {int(left) // 60}:{int(left) % 60:02d} left"
+        return str(pace_of(self._finished, self._total - self._count)["pace"])
 
     def _status(self) -> dict[str, Any]:
         assert self._run is not None
-        return views.status(self._run.archive, self._run.config, self._run.prepared.space, running=True)
+        return views.status(self._run.archive, self._run.config, running=True)
 
     def _line(self) -> str:
         status = self._status()

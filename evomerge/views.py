@@ -6,9 +6,8 @@ from typing import Any
 from evomerge.archive import Archive, Record
 from evomerge.candidate import Evaluation
 from evomerge.config import SearchConfig
-from evomerge.controls import essential_controls, family, further_controls
+from evomerge.controls import count_controls, family
 from evomerge.search import best_found, best_of, front_of, means, reported
-from evomerge.spaces import SearchSpace
 
 Row = dict[str, Any]
 
@@ -48,11 +47,11 @@ def with_heldout(archive: Archive, record: Record) -> Row:
     return {**candidate_row(record), "heldout": scores_of(heldout.evaluation) if heldout else None}
 
 
-def status(archive: Archive, config: SearchConfig, space: SearchSpace, running: bool) -> Row:
+def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
     """State and figures of a run. `evaluations` and `budget` count search candidates; controls come on top."""
     records = archive.records()
     searched = [record for record in records if record.candidate.kind == "search"]
-    controls = len(essential_controls(config)) + len(further_controls(config, space))
+    controls = count_controls(config)
     best = best_found(records, config.objectives)
     return {
         "state": "running" if running else "finished" if _finished(archive, config, controls) else "interrupted",

@@ -88,7 +88,7 @@ def test_killed_three_times_a_search_resumes_to_the_archive_of_the_undisturbed_o
         assert process.wait() == -signal.SIGKILL
         verb = ("resume", directory)
         run = runs.read(directory)
-        assert views.status(run.archive, run.config, run.prepared.space, running=False)["state"] == "interrupted"
+        assert views.status(run.archive, run.config, running=False)["state"] == "interrupted"
     evomerge(*verb)
     assert content(directory) == content(undisturbed)
     # a kill between the archive's write and the log's leaves an evaluation out of the log, but never puts one in twice
