@@ -1,8 +1,8 @@
 """SearchConfig: what a search file says, checked key by key and frozen.
 
 `load` reads YAML, applies `--set` overrides, and reports the first problem with its file and key path. `preparation`
-fills in everything that the machine or the search space decides (device, population, covariance), so that the frozen copy in
-a run directory says all that the archive depends on. Paths are relative to the file they stand in.
+fills in everything that the machine or the search space decides (device, population, covariance), so that the frozen
+copy in a run directory says all that the archive depends on. Paths are relative to the file they stand in.
 """
 
 import hashlib
