@@ -256,10 +256,13 @@ def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
 
 
 def _anchor(key: str, reference: str, folder: Path) -> str:
-    """A model reference, absolute where it is a local path."""
-    if reference.startswith("zoo:"):
+    """A model reference, absolute where it is a local path; a model and its adapter each by itself."""
+    if reference.startswith("zoo:") and "+" not in reference:
         return reference
     path, there = _absolute(key, reference, folder)
+    model, plus, adapter = reference.partition("+")
+    if plus and not there:
+        return f"{_anchor(key, model, folder)}+{_anchor(key, adapter, folder)}"
     return path if there or reference.startswith((".", "/", "~")) else reference
 
 
