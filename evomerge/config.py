@@ -204,10 +204,11 @@ class SearchConfig(Settings):
     @field_validator("models", mode="before")
     @classmethod
     def _named_models(cls, value: Any) -> Any:
-        """A plain list of models is named by the last part of each reference."""
+        """A plain list of models is named by the last part of each reference: of the adapter, where there is one."""
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             return value
-        names = [Path(item.removeprefix("zoo:")).name for item in value]
+        paths = [item.rpartition("+")[2].partition("@")[0] for item in value]
+        names = [Path(path.removeprefix("zoo:")).name for path in paths]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"two of them would be called {repeated[0]}; give them names (name: path)")

@@ -12,12 +12,14 @@ import peft
 import pytest
 import torch
 import yaml
-from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from evomerge import config as configs
-from evomerge import export
+from evomerge import export, runs
 from evomerge.errors import InputError
 from evomerge.merging.materialize import ResidentModels
 from evomerge.merging.sources import (
@@ -32,6 +34,7 @@ from evomerge.merging.sources import (
 )
 from evomerge.recipe import Recipe, Source, linear, single
 from tests.architectures import family, shake
+from tests.conftest import REPOSITORY
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION = ["q_proj", "v_proj"]
@@ -198,6 +201,11 @@ def test_a_search_file_s_relative_paths_are_anchored_on_both_sides_of_the_plus(s
     }
 
 
+def test_a_list_of_models_is_named_by_adapters_and_without_revisions(search_file):
+    models = ["zoo:math", "zoo:base+owner/lora@refs/pr/2", "owner/name@v1"]
+    assert list(configs.load(search_file(models=models)).models) == ["math", "lora", "name"]
+
+
 @pytest.mark.parametrize("reference", ["+b", "a+", "a+b+c"])
 def test_half_a_sum_is_refused(reference):
     with pytest.raises(InputError, match=r"expected MODEL\+ADAPTER, one of each"):
@@ -216,22 +224,46 @@ def test_an_adapter_for_a_base_and_a_model_for_an_adapter_are_refused(bases, pla
 # In a merge
 
 
-def test_a_recipe_with_an_adapter_merges_to_a_checkpoint(bases, plain, tmp_path):
+def test_a_recipe_with_an_adapter_merges_as_mergekit_merges_it(bases, plain, tmp_path):
     base = str(bases["llama"])
     recipe = Recipe(
         merge_method="task_arithmetic",
         base_model=base,
         models=(Source(model=f"{base}+{plain}", parameters={"weight": 0.5}),),
+        dtype="float32",
     )
-    export.merge(recipe, tmp_path / "out", "recipe.yaml")
-    adapted, start, found = (
-        merged_by_peft(bases["llama"], plain),
-        load_tensors(bases["llama"]),
-        load_tensors(tmp_path / "out"),
-    )
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, (adapted[name] + start[name]) / 2, rtol=1e-6, atol=1e-6)
-    assert ModelReference.model_validate(yaml.safe_load(recipe.to_yaml())["models"][0]["model"]).lora.path == str(plain)
+    export.merge(recipe, tmp_path / "ours", "recipe.yaml")
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, lora_merge_cache=str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_merge(
+            MergeConfiguration.model_validate(yaml.safe_load(recipe.to_yaml())), str(tmp_path / "theirs"), options
+        )
+    ours, theirs = load_tensors(tmp_path / "ours"), load_tensors(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_a_search_over_an_adapter_exports_a_recipe_that_merges_to_what_was_scored(bases, plain, tmp_path):
+    document = {
+        "base": str(bases["llama"]),
+        "models": {"tuned": str(plain)},
+        "tasks": {"paths": [str(REPOSITORY / "evals")]},
+        "objectives": [{"task": "base_qa"}],
+        "items": {"search": 8, "heldout": 8},
+        "optimizer": {"evaluations": 4, "population": 4},
+        "workers": {"pool": "local"},
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
+    shared = export.shared_recipe(export.choose(run.archive, run.config, "g0000-00", ()), run.archive, run.config)
+    whole = f"{bases['llama']}+{plain}"
+    assert shared.references == (str(bases["llama"]), whole)
+    assert export.merge(shared, tmp_path / "out", "recipe.yaml") == (shared.evomerge.fingerprint, True)
+    elsewhere = shared.renamed({whole: "/elsewhere/base+/elsewhere/adapter"})
+    moved = elsewhere.evomerge.model_copy(update={"aliases": {"/elsewhere/base+/elsewhere/adapter": whole}})
+    assert export.located(elsewhere.model_copy(update={"evomerge": moved})).references == shared.references
 
 
 def test_resident_models_hold_the_adapted_weights(bases, plain):
