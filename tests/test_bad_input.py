@@ -417,6 +417,11 @@ WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "another kind": ({"peft_type": "IA3"}, ("adapter_config.json: peft_type is IA3; only LORA",)),
     "a start that changes the base": ({"init_lora_weights": "pissa"}, ("init_lora_weights is pissa",)),
     "a rank that is no number": ({"r": "many"}, ("adapter_config.json: r: ", "valid integer")),
+    "a rank of 0": ({"rank_pattern": {"q_proj": 0}}, ("adapter_config.json: rank_pattern.q_proj: ", "greater than 0")),
+    "a pattern that is none": (
+        {"alpha_pattern": {"q_(proj": 2}},
+        ("adapter_config.json: alpha_pattern.q_(proj", "'q_(proj' is no regular expression"),
+    ),
     "another rank": ({"r": 3}, ("says rank 3 (r, rank_pattern)",)),
     "a module that the base lacks": (
         {"target": "model.layers.0.attn.q_proj"},

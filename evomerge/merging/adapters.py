@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from evomerge.errors import InputError, choices
 from evomerge.merging.tensor_files import FLOATS, TensorInfo, read_header
@@ -41,16 +41,29 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _KEY = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.default)?(?:\.(weight|bias))?")
 
 
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression ({error})") from None
+    return pattern
+
+
+_Pattern = Annotated[str, AfterValidator(_compiles)]
+_Rank = Annotated[int, Field(gt=0)]
+_Alpha = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class _Config(BaseModel):
     """What decides a LoRA's merge in adapter_config.json; PEFT writes many more keys."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     peft_type: str
-    r: int = Field(gt=0)
-    lora_alpha: float = Field(allow_inf_nan=False)
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    r: _Rank
+    lora_alpha: _Alpha
+    rank_pattern: dict[_Pattern, _Rank] | None = None
+    alpha_pattern: dict[_Pattern, _Alpha] | None = None
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     base_model_name_or_path: str | None = None
@@ -200,7 +213,7 @@ class _Fitting:
                 replaced[self._target(plain, key)] = info
         low_rank = {self._target(f"{module}.weight", module): self._low_rank(module, parts[module]) for module in parts}
         shifts = {
-            self._target(f"{module}.bias", module): Shift(found["lora_B.bias"], self.config.scale(module))
+            self._target(f"{module}.bias", module): self._shift(module, found["lora_B.bias"])
             for module, found in parts.items()
             if "lora_B.bias" in found
         }
@@ -240,6 +253,15 @@ class _Fitting:
                 f"{list(shape)}{self._origin}; name the base that it was tuned from."
             )
         return LowRank(a, b, self.config.scale(module), shape != straight if straight != turned else embedding)
+
+    def _shift(self, module: str, vector: TensorInfo) -> Shift:
+        target = self._target(f"{module}.bias", module)
+        if vector.shape != self.table[target].shape:
+            raise InputError(
+                f"{self.folder}: {module} changes a bias of shape {list(vector.shape)}, but {target} of the base has "
+                f"{list(self.table[target].shape)}{self._origin}; name the base that it was tuned from."
+            )
+        return Shift(vector, self.config.scale(module))
 
     def _turned_alike(self, low_rank: Mapping[str, LowRank]) -> dict[str, LowRank]:
         """Square layers turned like the others: PEFT goes by the kind of layer, whatever fan_in_fan_out says."""

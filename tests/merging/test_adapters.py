@@ -348,6 +348,16 @@ def test_shapes_and_ranks_that_do_not_fit_are_named(bases, changed):
         tensor_table(adapter)
 
 
+def test_a_bias_that_does_not_fit_is_named(bases, tmp_path):
+    adapter = tune(bases["qwen2"], tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.bias"
+    save_file(load_file(adapter / WEIGHTS) | {key: torch.zeros(5)}, adapter / WEIGHTS)
+    with pytest.raises(
+        InputError, match=r"layers\.1\.self_attn\.q_proj changes a bias of shape \[5\], but .* has \[32\]"
+    ):
+        tensor_table(ModelSource(bases["qwen2"], (adapter,)))
+
+
 def test_an_adapter_that_resizes_the_vocabulary_is_refused_where_sizes_must_agree(bases, changed):
     folder = changed({"base_model.model.model.embed_tokens.weight": torch.zeros(130, 32)})
     with pytest.raises(InputError, match=r"^models\.mine: model\.embed_tokens\.weight has shape \[130, 32\], but"):
