@@ -83,7 +83,7 @@ def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Rec
     sources = {reference: find_source(reference, config.base) for reference in recipe.references}
     paths = {reference: str(source) for reference, source in sources.items()}
     whole = {
-        reference: f"{config.base}+{reference}" if source.adapters and not split_adapter(reference)[1] else reference
+        reference: f"{config.base}+{reference}" if source.adapter and not split_adapter(reference)[1] else reference
         for reference, source in sources.items()
     }
     heldout = archive.find(record.candidate.id, "heldout")

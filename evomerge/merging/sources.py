@@ -6,7 +6,8 @@ id, each with `@REVISION` and `+ADAPTER` where wanted, or an adapter's folder, w
 is read; `Weights` reads one tensor at a time. Pickled weights are never opened.
 
 Tensors go by the names that checkpoints of the whole model use: those of a model saved without its head get the
-prefix that transformers would give them, and buffers that old checkpoints hold are left out.
+prefix that transformers would give them; buffers that old checkpoints hold, and heads that are stored though the config
+ties them to the embedding, are left out.
 """
 
 import hashlib
@@ -47,13 +48,13 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model folder, and the folders of the adapters merged into it on reading, the first one first."""
+    """A model folder, and the folder of an adapter that is merged into it on reading."""
 
     folder: Path
-    adapters: tuple[Path, ...] = ()
+    adapter: Path | None = None
 
     def __str__(self) -> str:
-        return "+".join(map(str, (self.folder, *self.adapters)))
+        return str(self.folder) if self.adapter is None else f"{self.folder}+{self.adapter}"
 
 
 def find_source(reference: str, base: str) -> ModelSource:
@@ -64,13 +65,17 @@ def find_source(reference: str, base: str) -> ModelSource:
     model, adapter = split_adapter(reference)
     folder = locate(model)
     if not is_adapter(folder):
-        return ModelSource(folder, (_adapter_folder(adapter),) if adapter else ())
+        return ModelSource(folder, _adapter_folder(adapter) if adapter else None)
     if adapter or base == reference:
         raise InputError(
             f"{model} is an adapter, not a model; name the model that it changes before it (MODEL+{model})."
         )
-    changed = find_source(base, base)
-    return ModelSource(changed.folder, (*changed.adapters, folder))
+    if split_adapter(base)[1]:
+        raise InputError(
+            f"{model} is an adapter, and the base ({base}) has one already; name the model that it changes before it "
+            f"(MODEL+{model})."
+        )
+    return ModelSource(locate(base), folder)
 
 
 def split_adapter(reference: str) -> tuple[str, str | None]:
@@ -152,12 +157,13 @@ class Weights:
     def __init__(self, source: ModelSource | Path) -> None:
         """Reads the headers, no values."""
         self.source = source if isinstance(source, ModelSource) else ModelSource(source)
-        self._files, self._adapters = TensorFiles(), list[Adapter]()
+        self._files = TensorFiles()
         self._stored = self.table = _model_table(self.source.folder)
-        for folder in self.source.adapters:
+        self._adapter: Adapter | None = None
+        if self.source.adapter is not None:
             renamed = STORED_AS.get(model_config(self.source.folder)["model_type"], {})
-            self._adapters.append(load_adapter(folder, self.table, renamed))
-            self.table = self._adapters[-1].adapt_table(self.table)
+            self._adapter = load_adapter(self.source.adapter, self._stored, renamed)
+            self.table = self._adapter.adapt_table(self._stored)
 
     def find(self, name: str) -> TensorInfo | None:
         """A tensor's entry in the table; for the head of a model that ties it, that of its embedding."""
@@ -172,21 +178,24 @@ class Weights:
         if found not in self._stored:
             raise InputError(f"{self.source}: the weights lack {name}; {choices(name, self._stored)}.")
         tensor = self._files.read(self._stored[found])
-        for adapter in self._adapters:
-            tensor = adapter.adapt(found, tensor, self._files.read)
-        return tensor
+        return tensor if self._adapter is None else self._adapter.adapt(found, tensor, self._files.read)
 
     def _name(self, name: str) -> str:
         if name in self.table or name not in HEAD_NAMES:
             return name
-        config = model_config(self.source.folder)
-        return (tied_to(name, self.table) if config.get("tie_word_embeddings") is not False else None) or name
+        embeddings = [known for known in self.table if _EMBEDDING.search(known)]
+        return embeddings[0] if len(embeddings) == 1 and _ties(model_config(self.source.folder)) else name
 
 
-def tied_to(name: str, names: Iterable[str]) -> str | None:
-    """The embedding that a head missing from `names` shares its values with."""
-    embeddings = [known for known in names if _EMBEDDING.search(known)]
-    return embeddings[0] if name in HEAD_NAMES and len(embeddings) == 1 else None
+def _ties(config: Mapping[str, Any]) -> bool:
+    """Whether a model's head is its embedding, as its config says or its architecture does by default."""
+    stated = config.get("tie_word_embeddings")
+    if stated is None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        kind = config["model_type"]
+        stated = kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False)
+    return bool(stated)
 
 
 def named_weights(model: "nn.Module") -> "dict[str, nn.Parameter]":
@@ -208,7 +217,7 @@ def _model_table(folder: Path) -> dict[str, TensorInfo]:
         table = {name if name in HEAD_NAMES else f"{prefix}.{name}": info for name, info in table.items()}
     renamed = STORED_AS.get(config["model_type"], {})
     table = {renamed.get(name, name): info for name, info in table.items()}
-    if config.get("tie_word_embeddings") is True:
+    if any(head in table for head in HEAD_NAMES) and _ties(config):
         table = {name: info for name, info in table.items() if name not in HEAD_NAMES}
     return table
 
@@ -259,40 +268,30 @@ def preflight(base: str, models: Mapping[str, str]) -> None:
     _check_floats(base, base_table)
     for label, reference in models.items():
         source = find_source(reference, base)
-        config, table = model_config(source.folder), tensor_table(source)
+        config, weights = model_config(source.folder), Weights(source)
         if config["model_type"] != base_config["model_type"]:
             raise InputError(
                 f"{label} is a {config['model_type']} model, but the base ({base}) is a "
                 f"{base_config['model_type']} model; only fine-tunes of one base can be merged."
             )
-        _check_tables(label, _tied_alike(label, config, table, base, base_table), base, base_table)
-        _check_floats(label, table)
+        _check_tables(label, _with_head(label, weights, base, base_table), base, base_table)
+        _check_floats(label, weights.table)
         _check_config(label, config, base, base_config)
 
 
-def _tied_alike(
-    label: str,
-    config: Mapping[str, Any],
-    table: dict[str, TensorInfo],
-    base: str,
-    base_table: Mapping[str, TensorInfo],
-) -> dict[str, TensorInfo]:
-    """A model's table with a head where the base has one of its own: a tied model's head is its embedding.
+def _with_head(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """A model's table, with its embedding for a head where it ties them and the base does not.
 
-    The base decides. Raises InputError for a model with a head of its own where the base's is tied: it would be lost.
+    Raises InputError for a model with a head of its own where the base's is tied: it would be lost.
     """
     for head in HEAD_NAMES:
-        tied = tied_to(head, table)
-        if head in base_table and head not in table and config.get("tie_word_embeddings") is not False and tied:
-            return table | {head: table[tied]}
-        if head in table and head not in base_table:
-            if config.get("tie_word_embeddings") is False:
-                raise InputError(
-                    f"{label} has a head of its own ({head}), but the base ({base}) ties its head to its embedding; "
-                    "only models that are tied alike can be merged, so use an untied model as the base."
-                )
-            return {name: info for name, info in table.items() if name != head}
-    return table
+        if head in weights.table and head not in base_table:
+            raise InputError(
+                f"{label} has a head of its own ({head}), but the base ({base}) ties its head to its embedding; only "
+                "models that are tied alike can be merged, so use an untied model as the base."
+            )
+    shared = {head: info for head in HEAD_NAMES if head in base_table and (info := weights.find(head)) is not None}
+    return weights.table | shared
 
 
 def _check_config(label: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> None:
@@ -350,7 +349,8 @@ def identity(source: ModelSource) -> str:
     """
     digest = hashlib.sha256()
     files = [source.folder / "config.json", *_weight_files(source.folder)]
-    files += [folder / name for folder in source.adapters for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    if source.adapter is not None:
+        files += [source.adapter / ADAPTER_CONFIG, source.adapter / ADAPTER_WEIGHTS]
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())

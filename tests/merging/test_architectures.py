@@ -183,6 +183,12 @@ def test_a_tied_head_that_is_stored_all_the_same_is_ignored(name, families, tmp_
         assert models.materialize(single("full")) == models.materialize(single("first"))
 
 
+def test_an_architecture_s_default_decides_where_the_config_is_silent(families, tmp_path):
+    silent = rewritten(families["llama"]["first"], tmp_path / "silent", lambda t: t, tie_word_embeddings=None)
+    assert "lm_head.weight" in tensor_table(silent)
+    preflight(str(families["llama"]["base"]), {"models.mine": str(silent)})
+
+
 def test_a_tied_model_merges_into_an_untied_base_with_its_embedding_for_a_head(families, tmp_path):
     tied = save(build("llama", layers=2, tie_word_embeddings=True), tmp_path / "tied")
     assert "lm_head.weight" not in tensor_table(tied)
