@@ -65,7 +65,6 @@ class _Config(BaseModel):
     rank_pattern: dict[_Pattern, _Rank] | None = None
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
     use_rslora: bool = False
-    fan_in_fan_out: bool = False
     base_model_name_or_path: str | None = None
 
     def rank(self, module: str) -> int:
@@ -138,14 +137,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists() and not any(folder.glob("model*.safetensors*"))
 
 
-def load_adapter(folder: Path, table: Mapping[str, TensorInfo], renamed: Mapping[str, str]) -> Adapter:
+def load_adapter(folder: Path, table: Mapping[str, TensorInfo], renamed: Mapping[str, str], turned: bool) -> Adapter:
     """Reads an adapter's config and header, and fits them to the tensors of a base. No weight is read.
 
-    renamed: tensors that transformers calls otherwise than the base's files. Raises InputError for what cannot be
-    merged, naming the key or tensor.
+    renamed: tensors that transformers calls otherwise than the base's files. turned: whether the base stores its square
+    weights as (in, out); `fan_in_fan_out` does not decide it, since PEFT goes by the layer, too. Raises InputError for
+    what cannot be merged, naming the key or tensor.
     """
     config = _read_config(folder)
-    return _Fitting(folder, config, table, renamed).adapter()
+    return _Fitting(folder, config, table, renamed, turned).adapter()
 
 
 def _read_config(folder: Path) -> _Config:
@@ -187,6 +187,7 @@ class _Fitting:
     config: _Config
     table: Mapping[str, TensorInfo]
     renamed: Mapping[str, str]
+    turned: bool
 
     def adapter(self) -> Adapter:
         if not (self.folder / WEIGHTS).exists():
@@ -217,7 +218,7 @@ class _Fitting:
             for module, found in parts.items()
             if "lora_B.bias" in found
         }
-        return Adapter(replaced, self._turned_alike(low_rank), shifts)
+        return Adapter(replaced, low_rank, shifts)
 
     def _target(self, name: str, key: str) -> str:
         """The base's name for a tensor of the adapter, which may have been tuned without the model's head."""
@@ -252,7 +253,8 @@ class _Fitting:
                 f"{self.folder}: {module} changes a weight of shape {list(straight)}, but {target} of the base has "
                 f"{list(shape)}{self._origin}; name the base that it was tuned from."
             )
-        return LowRank(a, b, self.config.scale(module), shape != straight if straight != turned else embedding)
+        transposed = shape != straight if straight != turned else embedding or self.turned
+        return LowRank(a, b, self.config.scale(module), transposed)
 
     def _shift(self, module: str, vector: TensorInfo) -> Shift:
         target = self._target(f"{module}.bias", module)
@@ -262,20 +264,6 @@ class _Fitting:
                 f"{list(self.table[target].shape)}{self._origin}; name the base that it was tuned from."
             )
         return Shift(vector, self.config.scale(module))
-
-    def _turned_alike(self, low_rank: Mapping[str, LowRank]) -> dict[str, LowRank]:
-        """Square layers turned like the others: PEFT goes by the kind of layer, whatever fan_in_fan_out says."""
-        square = {name for name in low_rank if len(set(self.table[name].shape)) == 1}
-        telling = [
-            change.transposed
-            for name, change in low_rank.items()
-            if name not in square and "lora_embedding" not in change.a.stored
-        ]
-        turned = any(telling) if telling else self.config.fan_in_fan_out
-        return {
-            name: replace(change, transposed=change.transposed or turned) if name in square else change
-            for name, change in low_rank.items()
-        }
 
     @property
     def _origin(self) -> str:

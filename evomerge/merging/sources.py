@@ -38,6 +38,7 @@ HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 # parameters that checkpoints store under another name than transformers gives them, by model type
 STORED_AS = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
+CONV1D = ("gpt2", "openai-gpt")  # architectures whose layers store their weights as (in, out)
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _SAMPLE = 1 << 20
@@ -161,8 +162,8 @@ class Weights:
         self._stored = self.table = _model_table(self.source.folder)
         self._adapter: Adapter | None = None
         if self.source.adapter is not None:
-            renamed = STORED_AS.get(model_config(self.source.folder)["model_type"], {})
-            self._adapter = load_adapter(self.source.adapter, self._stored, renamed)
+            kind = model_config(self.source.folder)["model_type"]
+            self._adapter = load_adapter(self.source.adapter, self._stored, STORED_AS.get(kind, {}), kind in CONV1D)
             self.table = self._adapter.adapt_table(self._stored)
 
     def find(self, name: str) -> TensorInfo | None:

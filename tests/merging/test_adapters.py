@@ -114,7 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "Conv1D untold": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
     "square Conv1D": ("gpt2", {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
-    "square Linear told otherwise": ("llama", {"target_modules": ["q_proj", "up_proj"], "fan_in_fan_out": True}),
+    "square Linear told otherwise": ("llama", {"target_modules": ["q_proj"], "fan_in_fan_out": True}),
     "another prefix": ("gpt_neox", {"target_modules": ["query_key_value", "dense", "embed_in"]}),
     "a head with another name": ("gpt_neox", {"target_modules": ["lm_head"]}),
 }
@@ -132,6 +132,15 @@ def test_an_adapter_is_merged_as_peft_merges_it(case, bases, tmp_path):
     assert any(not torch.equal(tensor, untouched[key]) for key, tensor in found.items())
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_a_square_layer_is_turned_by_its_kind_whatever_the_config_says(bases, tmp_path):
+    adapter = tune(bases["gpt2"], tmp_path / "adapter", target_modules=["attn.c_proj"])
+    config = json.loads((adapter / CONFIG).read_text()) | {"fan_in_fan_out": False}
+    (adapter / CONFIG).write_text(json.dumps(config))
+    found = load_tensors(ModelSource(bases["gpt2"], adapter))
+    for name, tensor in merged_by_peft(bases["gpt2"], adapter).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
