@@ -15,7 +15,16 @@ from evomerge.config import SearchConfig, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, naming
 from evomerge.merging import methods
-from evomerge.merging.sources import FLOATS, TensorInfo, find_source, identity, model_config, preflight, tensor_table
+from evomerge.merging.sources import (
+    FLOATS,
+    TensorInfo,
+    find_source,
+    identity,
+    model_config,
+    pinned,
+    preflight,
+    tensor_table,
+)
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.parameter import ParameterSpace
 
@@ -43,6 +52,7 @@ def prepare(config: SearchConfig) -> Prepared:
     from evomerge.evaluation.harness import check_objectives
     from evomerge.workers.worker import load_tokenizer, resolve_device
 
+    config = _pinned(config)
     prepared = reopen(config)
     check_controls(config)
     load_tokenizer(config)
@@ -63,6 +73,18 @@ def prepare(config: SearchConfig) -> Prepared:
     _check_optimizer(resolved, prepared.space)
     _check_named_once(resolved)
     return Prepared(resolved, prepared.space, prepared.tensors)
+
+
+def _pinned(config: SearchConfig) -> SearchConfig:
+    """The config with every Hugging Face id at its commit, so that a resumed search finds the same weights."""
+
+    def pin(key: str, reference: str) -> str:
+        with naming(key):
+            return pinned(reference)
+
+    base = pin("base", config.base)
+    models = {name: pin(f"models.{name}", reference) for name, reference in config.models.items()}
+    return config.model_copy(update={"base": base, "models": models})
 
 
 def reopen(config: SearchConfig) -> Prepared:

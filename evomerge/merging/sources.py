@@ -89,6 +89,16 @@ def split_adapter(reference: str) -> tuple[str, str | None]:
     return model, adapter
 
 
+def pinned(reference: str) -> str:
+    """The reference, with the commit that a Hugging Face id stands for now in place of its revision."""
+    model, adapter = split_adapter(reference)
+    if adapter:
+        return f"{pinned(model)}+{pinned(adapter)}"
+    folder = locate(model)
+    downloaded = folder.parent.name == "snapshots" and not Path(model).expanduser().exists()
+    return f"{model.partition('@')[0]}@{folder.name}" if downloaded else reference
+
+
 def _adapter_folder(reference: str) -> Path:
     folder = locate(reference)
     if not (folder / ADAPTER_CONFIG).exists():
