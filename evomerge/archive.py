@@ -144,6 +144,20 @@ class Archive:
         """Every recorded evaluation, controls first, then by generation and index."""
         return sorted(self._records[split].values(), key=lambda record: place(record.candidate))
 
+    def check_sources(self, sources: Mapping[str, str]) -> None:
+        """Raises InputError naming a source model whose identity is not the one that the archive was made with."""
+        for key, recorded in self._studies["search"].user_attrs.get("sources", {}).items():
+            if key in sources and sources[key] != recorded:
+                raise InputError(
+                    f"{key}: the model's files have changed since this search began, so what it scored cannot be made "
+                    "again; restore them, or run the search in a new directory."
+                )
+
+    def record_sources(self, sources: Mapping[str, str]) -> None:
+        """Notes the identity of each source model, by its key in the config, where none is noted yet."""
+        if "sources" not in self._studies["search"].user_attrs:
+            self._studies["search"].set_user_attr("sources", dict(sources))
+
     def recorded_versions(self) -> Mapping[str, str]:
         return dict(self._studies["search"].user_attrs.get("versions", {}))
 

@@ -156,6 +156,7 @@ def export(
     from evomerge import runs, terminal
 
     opened = runs.read(directory)
+    runs.check_sources(opened)
     record = exports.choose(opened.archive, opened.config, candidate, prefer or [])
     recipe = exports.shared_recipe(record, opened.archive, opened.config)
     exports.write_recipe(recipe, output)

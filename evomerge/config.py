@@ -204,10 +204,11 @@ class SearchConfig(Settings):
     @field_validator("models", mode="before")
     @classmethod
     def _named_models(cls, value: Any) -> Any:
-        """A plain list of models is named by the last part of each reference."""
+        """A plain list of models is named by the last part of each reference: of the adapter, where there is one."""
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             return value
-        names = [Path(item.removeprefix("zoo:")).name for item in value]
+        paths = [item.rpartition("+")[2].partition("@")[0] for item in value]
+        names = [Path(path.removeprefix("zoo:")).name for path in paths]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"two of them would be called {repeated[0]}; give them names (name: path)")
@@ -256,10 +257,13 @@ def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
 
 
 def _anchor(key: str, reference: str, folder: Path) -> str:
-    """A model reference, absolute where it is a local path."""
-    if reference.startswith("zoo:"):
+    """A model reference, absolute where it is a local path; a model and its adapter each by itself."""
+    if reference.startswith("zoo:") and "+" not in reference:
         return reference
     path, there = _absolute(key, reference, folder)
+    model, plus, adapter = reference.partition("+")
+    if plus and not there:
+        return f"{_anchor(key, model, folder)}+{_anchor(key, adapter, folder)}"
     return path if there or reference.startswith((".", "/", "~")) else reference
 
 

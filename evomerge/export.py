@@ -11,7 +11,7 @@ from typing import Any
 from evomerge.archive import Archive, Record, versions
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError, WorkFailed, choices
-from evomerge.merging.sources import locate, preflight, tensor_table
+from evomerge.merging.sources import find_source, preflight, split_adapter, tensor_table
 from evomerge.preparation import resolve_dtype
 from evomerge.recipe import Provenance, Recipe, single
 from evomerge.search import best_found, best_of, front_of, means
@@ -75,9 +75,17 @@ def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float
 
 
 def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Recipe:
-    """A candidate's recipe with paths for references, dtype, fingerprint, scores and versions."""
+    """A candidate's recipe with paths for references, dtype, fingerprint, scores and versions.
+
+    An adapter becomes `MODEL+ADAPTER`, which mergekit reads too, here and in the aliases.
+    """
     recipe = record.candidate.recipe
-    paths = {reference: str(locate(reference)) for reference in recipe.references}
+    sources = {reference: find_source(reference, config.base) for reference in recipe.references}
+    paths = {reference: str(source) for reference, source in sources.items()}
+    whole = {
+        reference: f"{config.base}+{reference}" if source.adapter and not split_adapter(reference)[1] else reference
+        for reference, source in sources.items()
+    }
     heldout = archive.find(record.candidate.id, "heldout")
     provenance = recipe.evomerge.model_copy(
         update={
@@ -85,7 +93,7 @@ def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Rec
             "fingerprint": record.evaluation.fingerprint,
             "scores": _scores(record),
             "heldout": _scores(heldout) if heldout else None,
-            "aliases": {path: reference for reference, path in paths.items() if path != reference},
+            "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},
             "versions": dict(archive.recorded_versions()),
         }
     )
@@ -128,8 +136,13 @@ def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str
 def located(recipe: Recipe) -> Recipe:
     """A recipe whose missing paths are replaced by what they stood for where it was exported."""
     aliases = recipe.evomerge.aliases
-    missing = {path: aliases[path] for path in recipe.references if path in aliases and not Path(path).exists()}
+    missing = {path: aliases[path] for path in recipe.references if path in aliases and not _is_here(path)}
     return recipe.renamed(missing)
+
+
+def _is_here(path: str) -> bool:
+    model, adapter = split_adapter(path)
+    return Path(model).exists() and (adapter is None or Path(adapter).exists())
 
 
 def merge(recipe: Recipe, out: Path, where: str, device: str = "cpu") -> tuple[str, bool]:
@@ -145,18 +158,19 @@ def merge(recipe: Recipe, out: Path, where: str, device: str = "cpu") -> tuple[s
     recipe = located(recipe)
     skeleton = recipe.references[0]
     preflight(skeleton, {reference: reference for reference in recipe.references[1:]})
-    tensors = tensor_table(locate(skeleton))
+    sources = {reference: find_source(reference, skeleton) for reference in recipe.references}
+    tensors = tensor_table(sources[skeleton])
     make_plan(recipe, tensors, where)
     dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", tensors)
-    folders = {reference: locate(reference) for reference in recipe.references}
-    models = ResidentModels(folders, folders[skeleton], device, dtype)
+    folder = sources[skeleton].folder
+    models = ResidentModels(sources, folder, device, dtype)
     found = models.materialize(recipe)
     recorded = recipe.evomerge.fingerprint
     if recorded is not None and found != recorded:
         raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
     kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update={"fingerprint": found})})
     extra = [("README.md", _model_card(kept, found)), ("evomerge_recipe.yaml", kept.to_yaml())]
-    write_checkpoint(models.model, folders[skeleton], out, found, extra)
+    write_checkpoint(models.model, folder, out, found, extra)
     return found, recorded is not None
 
 

@@ -15,7 +15,16 @@ from evomerge.config import SearchConfig, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, naming
 from evomerge.merging import methods
-from evomerge.merging.sources import FLOATS, TensorInfo, locate, model_config, preflight, tensor_table
+from evomerge.merging.sources import (
+    FLOATS,
+    TensorInfo,
+    find_source,
+    identity,
+    model_config,
+    pinned,
+    preflight,
+    tensor_table,
+)
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.parameter import ParameterSpace
 
@@ -43,6 +52,7 @@ def prepare(config: SearchConfig) -> Prepared:
     from evomerge.evaluation.harness import check_objectives
     from evomerge.workers.worker import load_tokenizer, resolve_device
 
+    config = _pinned(config)
     prepared = reopen(config)
     check_controls(config)
     load_tokenizer(config)
@@ -65,22 +75,40 @@ def prepare(config: SearchConfig) -> Prepared:
     return Prepared(resolved, prepared.space, prepared.tensors)
 
 
+def _pinned(config: SearchConfig) -> SearchConfig:
+    """The config with every Hugging Face id at its commit, so that a resumed search finds the same weights."""
+
+    def pin(key: str, reference: str) -> str:
+        with naming(key):
+            return pinned(reference)
+
+    base = pin("base", config.base)
+    models = {name: pin(f"models.{name}", reference) for name, reference in config.models.items()}
+    return config.model_copy(update={"base": base, "models": models})
+
+
 def reopen(config: SearchConfig) -> Prepared:
     """The space of a config that was resolved before; checks only that the models are there and fit."""
-    tensors = _read_headers("base", config.base)
+    tensors = _read_headers("base", config.base, config.base)
     for name, reference in config.models.items():
-        _read_headers(f"models.{name}", reference)
+        _read_headers(f"models.{name}", reference, config.base)
     preflight(config.base, {f"models.{name} ({reference})": reference for name, reference in config.models.items()})
     space = ParameterSpace(config.space, config.base, config.models, tuple(tensors), config.seed)
     return Prepared(config, space, tensors)
 
 
-def _read_headers(key: str, reference: str) -> dict[str, TensorInfo]:
+def _read_headers(key: str, reference: str, base: str) -> dict[str, TensorInfo]:
     """The tensors of one model. What is wrong with it by itself is told under its key."""
     with naming(key):
-        folder = locate(reference)
-        model_config(folder)
-        return tensor_table(folder)
+        source = find_source(reference, base)
+        model_config(source.folder)
+        return tensor_table(source)
+
+
+def identities(config: SearchConfig) -> dict[str, str]:
+    """What each model's files are now, by its key in the config."""
+    models = {"base": config.base} | {f"models.{name}": reference for name, reference in config.models.items()}
+    return {key: identity(find_source(reference, config.base)) for key, reference in models.items()}
 
 
 def resolve_dtype(dtype: str, tensors: Mapping[str, TensorInfo]) -> str:

@@ -22,7 +22,7 @@ from evomerge.config import SearchConfig
 from evomerge.errors import InputError, naming
 from evomerge.export import shared_recipe
 from evomerge.lock import LOCK, run_lock
-from evomerge.preparation import Prepared, prepare_file, reopen
+from evomerge.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.search import Listener, Search, best_found, means
 from evomerge.workers import WorkerPool
 
@@ -71,10 +71,17 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
     _check_archive_kept(directory, prepared.config)
     with run_lock(directory):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
+        check_sources(run)
         listener("starting", {})
         with closing(make_pool(prepared.config, address)) as pool:
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
             return _run(run, pool, listener)
+
+
+def check_sources(run: OpenRun) -> None:
+    """Raises InputError where a source model's files are not those that the search began with."""
+    with naming(run.directory / SEARCH_FILE):
+        run.archive.check_sources(identities(run.config))
 
 
 def read(directory: Path) -> OpenRun:
@@ -149,6 +156,7 @@ def _check_writable(directory: Path) -> None:
 
 
 def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
+    run.archive.record_sources(identities(run.config))
     journal = _Journal(run)
     journal("started", {"process": os.getpid(), "recorded": len(run.archive.records())})
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from evomerge.errors import InputError, WorkFailed
 from evomerge.merging.materialize import fingerprint, load_model
+from evomerge.merging.sources import named_weights
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model")
 
@@ -66,6 +67,6 @@ def write_checkpoint(
 
 
 def _verify(folder: Path, dtype: torch.dtype, expected: str) -> None:
-    found = fingerprint(dict(load_model(folder, dtype).named_parameters()))
+    found = fingerprint(named_weights(load_model(folder, dtype)))
     if found != expected:
         raise WorkFailed(f"{folder}: the written weights have fingerprint {found}, expected {expected}; not kept.")

@@ -15,7 +15,7 @@ from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.merging.kernels import checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
-from evomerge.merging.sources import load_tensors
+from evomerge.merging.sources import ModelSource, Weights, named_weights
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 
@@ -23,32 +23,33 @@ from evomerge.recipe import Recipe
 class ResidentModels:
     """The models of a search on one device."""
 
-    def __init__(self, folders: Mapping[str, Path], skeleton: Path, device: str, dtype: str) -> None:
-        """folders: every model reference with its folder. skeleton: the folder whose config the merge takes."""
+    def __init__(self, sources: Mapping[str, ModelSource | Path], skeleton: Path, device: str, dtype: str) -> None:
+        """sources: every model reference with its source. skeleton: the folder whose config the merge takes."""
         self.device = torch.device(device)
         self.model = load_model(skeleton, getattr(torch, dtype)).to(self.device)
-        self._parameters = dict(self.model.named_parameters())
-        self._sources = {reference: self._resident(folder) for reference, folder in folders.items()}
+        self._parameters = named_weights(self.model)
+        self._sources = {reference: self._resident(source) for reference, source in sources.items()}
         self._uniforms: dict[tuple[int, int, str], torch.Tensor] = {}
 
-    def _resident(self, folder: Path) -> dict[str, torch.Tensor]:
-        tensors = load_tensors(folder)
+    def _resident(self, source: ModelSource | Path) -> dict[str, torch.Tensor]:
+        weights = Weights(source)
         for name, parameter in self._parameters.items():
-            if name not in tensors:
+            found = weights.find(name)
+            if found is None:
                 raise InputError(
-                    f"{folder}: the weights lack {name}, which {type(self.model).__name__} needs; "
-                    f"{choices(name, tensors)}."
+                    f"{source}: the weights lack {name}, which {type(self.model).__name__} needs; "
+                    f"{choices(name, weights.table)}."
                 )
-            if tensors[name].shape != parameter.shape:
+            if found.shape != parameter.shape:
                 raise InputError(
-                    f"{folder}: {name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)} "
+                    f"{source}: {name} has shape {list(found.shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
-        resident = {name: tensors[name].to(self.device) for name in self._parameters}
+        resident = {name: weights.read(name).to(self.device) for name in self._parameters}
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in resident.values()]).tolist()
         for name, good in zip(resident, finite, strict=True):
             if not good:
-                raise InputError(f"{folder}: {name} holds values that are not finite; nothing can be merged with them.")
+                raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
 
     def plan(self, recipe: Recipe) -> MergePlan:

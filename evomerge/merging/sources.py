@@ -1,42 +1,115 @@
 """Source: a model taken into a search, read from safetensors only.
 
-`locate` turns a reference (`zoo:math`, a folder, a Hugging Face id) into a folder; `tensor_table` reads names, shapes
-and dtypes from the file headers alone; `preflight` compares them before any weight is read. Pickled weights are never
-opened.
+`find_source` turns a reference into a folder with the adapters that change it: `zoo:math`, a folder, a Hugging Face
+id, each with `@REVISION` and `+ADAPTER` where wanted, or an adapter's folder, which stands for the base with it.
+`tensor_table` reads names, shapes and dtypes from the file headers alone; `preflight` compares them before any weight
+is read; `Weights` reads one tensor at a time. Pickled weights are never opened.
+
+Tensors go by the names that checkpoints of the whole model use: those of a model saved without its head get the
+prefix that transformers would give them; buffers that old checkpoints hold, and heads that are stored though the config
+ties them to the embedding, are left out.
 """
 
+import hashlib
 import json
-import struct
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge import zoo
-from evomerge.errors import InputError
+from evomerge.errors import InputError, choices
+from evomerge.merging.adapters import CONFIG as ADAPTER_CONFIG
+from evomerge.merging.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from evomerge.merging.adapters import Adapter, is_adapter, load_adapter
+from evomerge.merging.tensor_files import FLOATS as FLOATS
+from evomerge.merging.tensor_files import TensorFiles, read_header
+from evomerge.merging.tensor_files import TensorInfo as TensorInfo
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+# parameters that checkpoints store under another name than transformers gives them, by model type
+STORED_AS = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
+CONV1D = ("gpt2", "openai-gpt")  # architectures whose layers store their weights as (in, out)
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_SAMPLE = 1 << 20
+_HEADLESS = re.compile(r"(?:layers|h|blocks)\.\d+\.")
+_BUFFER = re.compile(r"\.(?:attn|attention)\.(?:bias|masked_bias)$|\.rotary_emb\.\w+$")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, without its values."""
+class ModelSource:
+    """A model folder, and the folder of an adapter that is merged into it on reading."""
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+    folder: Path
+    adapter: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.adapter is None else f"{self.folder}+{self.adapter}"
+
+
+def find_source(reference: str, base: str) -> ModelSource:
+    """The source of a model reference. Raises InputError where there is none.
+
+    base: the reference that an adapter named by itself is taken to change.
+    """
+    model, adapter = split_adapter(reference)
+    folder = locate(model)
+    if not is_adapter(folder):
+        return ModelSource(folder, _adapter_folder(adapter) if adapter else None)
+    if adapter or base == reference:
+        raise InputError(
+            f"{model} is an adapter, not a model; name the model that it changes before it (MODEL+{model})."
+        )
+    if split_adapter(base)[1]:
+        raise InputError(
+            f"{model} is an adapter, and the base ({base}) has one already; name the model that it changes before it "
+            f"(MODEL+{model})."
+        )
+    return ModelSource(locate(base), folder)
+
+
+def split_adapter(reference: str) -> tuple[str, str | None]:
+    """`MODEL+ADAPTER` taken apart; a folder that has a plus in its name is one model."""
+    if "+" not in reference or Path(reference).expanduser().is_dir():
+        return reference, None
+    model, _, adapter = reference.partition("+")
+    if not model or not adapter or "+" in adapter:
+        raise InputError(f"{reference}: expected MODEL+ADAPTER, one of each.")
+    return model, adapter
+
+
+def pinned(reference: str) -> str:
+    """The reference, with the commit that a Hugging Face id stands for now in place of its revision."""
+    model, adapter = split_adapter(reference)
+    if adapter:
+        return f"{pinned(model)}+{pinned(adapter)}"
+    folder = locate(model)
+    downloaded = folder.parent.name == "snapshots" and not Path(model).expanduser().exists()
+    return f"{model.partition('@')[0]}@{folder.name}" if downloaded else reference
+
+
+def _adapter_folder(reference: str) -> Path:
+    folder = locate(reference)
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"{reference}: {ADAPTER_CONFIG} is missing; only a LoRA as PEFT saves it can follow a plus sign."
+        )
+    return folder
 
 
 def locate(reference: str) -> Path:
-    """The folder of a model reference. Raises InputError where there is none."""
+    """The folder of one model or adapter. Raises InputError where there is none."""
     if reference.startswith("zoo:"):
         return zoo.path(reference.removeprefix("zoo:"))
     folder = Path(reference).expanduser()
@@ -44,7 +117,7 @@ def locate(reference: str) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"{reference}: expected a model folder, got a file; name the folder that holds config.json.")
-    if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
+    if reference.startswith((".", "/", "~")) or reference.partition("@")[0].count("/") != 1:
         raise InputError(
             f"{reference}: no such model folder; give a folder, a Hugging Face id (owner/name) or zoo:NAME "
             f"({', '.join(zoo.names())})."
@@ -81,12 +154,95 @@ def model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def tensor_table(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a model folder by name, from the safetensors headers."""
+def tensor_table(source: ModelSource | Path) -> dict[str, TensorInfo]:
+    """Every tensor of a source by name, from the safetensors headers."""
+    return Weights(source).table
+
+
+class Weights:
+    """The tensors of a source, read one at a time, adapters merged in.
+
+    table: every tensor's name, with the dtype and shape that `read` gives it.
+    """
+
+    def __init__(self, source: ModelSource | Path) -> None:
+        """Reads the headers, no values."""
+        self.source = source if isinstance(source, ModelSource) else ModelSource(source)
+        self._files = TensorFiles()
+        self._stored = self.table = _model_table(self.source.folder)
+        self._adapter: Adapter | None = None
+        if self.source.adapter is not None:
+            kind = model_config(self.source.folder)["model_type"]
+            self._adapter = load_adapter(self.source.adapter, self._stored, STORED_AS.get(kind, {}), kind in CONV1D)
+            self.table = self._adapter.adapt_table(self._stored)
+
+    def find(self, name: str) -> TensorInfo | None:
+        """A tensor's entry in the table; for the head of a model that ties it, that of its embedding."""
+        return self.table.get(self._name(name))
+
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor that `find` finds, on the CPU in its storage dtype; not to be written to.
+
+        It is memory-mapped where no adapter changes it.
+        """
+        found = self._name(name)
+        if found not in self._stored:
+            raise InputError(f"{self.source}: the weights lack {name}; {choices(name, self._stored)}.")
+        tensor = self._files.read(self._stored[found])
+        return tensor if self._adapter is None else self._adapter.adapt(found, tensor, self._files.read)
+
+    def _name(self, name: str) -> str:
+        if name in self.table or name not in HEAD_NAMES:
+            return name
+        embeddings = [known for known in self.table if _EMBEDDING.search(known)]
+        return embeddings[0] if len(embeddings) == 1 and _ties(model_config(self.source.folder)) else name
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    """Whether a model's head is its embedding, as its config says or its architecture does by default."""
+    stated = config.get("tie_word_embeddings")
+    if stated is None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        kind = config["model_type"]
+        stated = kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False)
+    return bool(stated)
+
+
+def named_weights(model: "nn.Module") -> "dict[str, nn.Parameter]":
+    """A model's parameters under the names that its checkpoints use."""
+    renamed = STORED_AS.get(getattr(model.config, "model_type", ""), {})
+    return {renamed.get(name, name): parameter for name, parameter in model.named_parameters()}
+
+
+def _model_table(folder: Path) -> dict[str, TensorInfo]:
     table: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
-        table |= _header(file)
+        table |= read_header(file)
+    table = {name: info for name, info in table.items() if not _BUFFER.search(name)}
+    if not (folder / "config.json").exists():
+        return table
+    config = model_config(folder)
+    if any(_HEADLESS.match(name) for name in table):
+        prefix = _base_model_prefix(config["model_type"])
+        table = {name if name in HEAD_NAMES else f"{prefix}.{name}": info for name, info in table.items()}
+    renamed = STORED_AS.get(config["model_type"], {})
+    table = {renamed.get(name, name): info for name, info in table.items()}
+    if any(head in table for head in HEAD_NAMES) and _ties(config):
+        table = {name: info for name, info in table.items() if name not in HEAD_NAMES}
     return table
+
+
+def _base_model_prefix(model_type: str) -> str:
+    """What transformers calls the part of a causal language model that is saved when it is saved without its head."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+        return str(kind.base_model_prefix)
+    except KeyError:
+        raise InputError(f"model_type {model_type} is no causal language model that transformers knows.") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -113,51 +269,53 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: holds no {WEIGHTS}; expected a Hugging Face model in safetensors.")
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
-    """The safetensors header: 8 bytes of length, then JSON; checked against the file's size."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100_000_000:
-                raise ValueError("its header is longer than 100 MB")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if file.stat().st_size != 8 + length + end:
-            raise ValueError(f"expected {8 + length + end} bytes, got {file.stat().st_size}")
-        return {name: TensorInfo(file, str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
-    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not a valid safetensors file ({error}); copy or download it again.") from None
-
-
 def preflight(base: str, models: Mapping[str, str]) -> None:
     """Raises InputError at the first difference between the base and a model that makes them unmergeable.
 
     models: how to call each model in a message, with its reference.
     """
-    base_folder = locate(base)
-    base_config, base_table = model_config(base_folder), tensor_table(base_folder)
+    base_source = find_source(base, base)
+    base_config, base_table = model_config(base_source.folder), tensor_table(base_source)
     _check_floats(base, base_table)
     for label, reference in models.items():
-        folder = locate(reference)
-        config, table = model_config(folder), tensor_table(folder)
+        source = find_source(reference, base)
+        config, weights = model_config(source.folder), Weights(source)
         if config["model_type"] != base_config["model_type"]:
             raise InputError(
                 f"{label} is a {config['model_type']} model, but the base ({base}) is a "
                 f"{base_config['model_type']} model; only fine-tunes of one base can be merged."
             )
-        _check_tables(label, table, base, base_table)
-        _check_floats(label, table)
-        _check_heads(label, config, base, base_config)
+        _check_tables(label, _with_head(label, weights, base, base_table), base, base_table)
+        _check_floats(label, weights.table)
+        _check_config(label, config, base, base_config)
 
 
-def _check_heads(label: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> None:
-    """Tensors of one shape mean different things under other numbers of heads."""
-    for key in HEADS:
-        if config.get(key) != base_config.get(key):
+def _with_head(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """A model's table, with its embedding for a head where it ties them and the base does not.
+
+    Raises InputError for a model with a head of its own where the base's is tied: it would be lost.
+    """
+    for head in HEAD_NAMES:
+        if head in weights.table and head not in base_table:
             raise InputError(
-                f"{label}: {key} in config.json is {config.get(key)}, but the base ({base}) has "
-                f"{base_config.get(key)}; only fine-tunes of one base can be merged."
+                f"{label} has a head of its own ({head}), but the base ({base}) ties its head to its embedding; only "
+                "models that are tied alike can be merged, so use an untied model as the base."
+            )
+    shared = {head: info for head in HEAD_NAMES if head in base_table and (info := weights.find(head)) is not None}
+    return weights.table | shared
+
+
+def _check_config(label: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> None:
+    """Tensors of one shape mean different things under other numbers of heads or another activation.
+
+    A key that only one config has is no difference: versions of transformers differ in which defaults they write.
+    """
+    for key in (*HEADS, *ACTIVATIONS):
+        mine, theirs = config.get(key), base_config.get(key)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise InputError(
+                f"{label}: {key} in config.json is {mine}, but the base ({base}) has {theirs}; only fine-tunes of one "
+                "base can be merged."
             )
 
 
@@ -189,16 +347,28 @@ def _check_floats(reference: str, table: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def load_tensors(folder: Path, device: str = "cpu") -> "dict[str, torch.Tensor]":
-    """Every tensor of a model folder, memory-mapped on the CPU, in its storage dtype."""
-    from safetensors import SafetensorError, safe_open
+def load_tensors(source: ModelSource | Path, names: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
+    """The named tensors of a source, or all of them, in their storage dtypes."""
+    weights = Weights(source)
+    return {name: weights.read(name) for name in (weights.table if names is None else names)}
 
-    tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(str(file), framework="pt", device=device) as stream:
-                for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
-                    tensors[name] = stream.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); copy or download it again.") from None
-    return tensors
+
+def identity(source: ModelSource) -> str:
+    """16 hexadecimal digits that change when a source's files do: config, sizes, headers, the first and last MiB.
+
+    Reads a few MiB of each file, so that terabytes take no longer than seconds.
+    """
+    digest = hashlib.sha256()
+    files = [source.folder / "config.json", *_weight_files(source.folder)]
+    if source.adapter is not None:
+        files += [source.adapter / ADAPTER_CONFIG, source.adapter / ADAPTER_WEIGHTS]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            if file.suffix == ".safetensors":
+                digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+            for start in (stream.tell(), max(stream.tell(), size - _SAMPLE)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]

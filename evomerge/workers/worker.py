@@ -11,7 +11,7 @@ from evomerge.config import SearchConfig
 from evomerge.errors import CandidateFailed, InputError
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.materialize import ResidentModels
-from evomerge.merging.sources import locate
+from evomerge.merging.sources import find_source
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.workers import first_line
@@ -24,10 +24,10 @@ class Worker:
         """references: the models that recipes may name; by default the base and the models of the config."""
         torch.set_num_threads(config.evaluation.threads)
         wanted = tuple(references) if references is not None else (config.base, *config.models.values())
-        skeleton = locate(config.base)
+        skeleton = find_source(config.base, config.base).folder
         device = resolve_device(config.evaluation.device)
-        folders = {reference: locate(reference) for reference in dict.fromkeys(wanted)}
-        self.models = ResidentModels(folders, skeleton, device, config.evaluation.dtype)
+        sources = {reference: find_source(reference, config.base) for reference in dict.fromkeys(wanted)}
+        self.models = ResidentModels(sources, skeleton, device, config.evaluation.dtype)
         self._harness = Harness(config, self.models.model, load_tokenizer(config))
         for split in SPLITS:  # both now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)
@@ -56,7 +56,7 @@ class Worker:
 
 def load_tokenizer(config: SearchConfig) -> Any:
     """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
-    folder = locate(config.base)
+    folder = find_source(config.base, config.base).folder
     try:
         with quiet():
             from transformers import AutoTokenizer

@@ -20,7 +20,8 @@ from evomerge import zoo
 from evomerge.errors import InputError
 from evomerge.merging import sources
 from evomerge.merging.materialize import ResidentModels
-from evomerge.merging.sources import load_tensors, locate, model_config, preflight, tensor_table
+from evomerge.merging.sources import load_tensors, locate, model_config, pinned, preflight, tensor_table
+from evomerge.preparation import prepare_file
 from evomerge.recipe import single
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -114,6 +115,33 @@ def test_a_hub_model_is_downloaded_at_its_revision_and_without_pickles(monkeypat
     assert len(wanted) == 6
     for name in ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "modeling.py", "training_args.bin"):
         assert not any(fnmatch.fnmatch(name, pattern) for pattern in asked["allow_patterns"])
+
+
+def test_a_revision_may_have_slashes(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda identifier, **options: str(tmp_path))
+    assert locate("owner/name@refs/pr/3") == tmp_path
+
+
+def test_a_search_is_resolved_to_the_commits_of_its_models(monkeypatch, tmp_path, search_file):
+    commits = {(None, "math"): "a1", ("main", "math"): "a1", ("v2", "lang"): "b2"}
+    for commit, name in {(commit, name) for (_, name), commit in commits.items()}:
+        shutil.copytree(zoo.path(name), tmp_path / "hub" / name / "snapshots" / commit)
+
+    def download(identifier: str, revision: str | None, **_: Any) -> str:
+        name = identifier.removeprefix("owner/")
+        return str(tmp_path / "hub" / name / "snapshots" / commits.get((revision, name), revision or ""))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert [pinned(each) for each in ("zoo:base", "owner/math+owner/lang@v2")] == [
+        "zoo:base",
+        "owner/math@a1+owner/lang@b2",
+    ]
+    folder = str(tmp_path / "hub" / "math" / "snapshots" / "a1")
+    assert pinned(folder) == folder
+    config = prepare_file(search_file(models={"math": "owner/math", "lang": "owner/lang@v2"})).config
+    assert (config.base, config.models) == ("zoo:base", {"math": "owner/math@a1", "lang": "owner/lang@b2"})
+    with pytest.raises(InputError, match=r"models\.two is owner/math@a1, which is models\.one too"):
+        prepare_file(search_file(models={"one": "owner/math", "two": "owner/math@main"}))
 
 
 # What a good folder holds

@@ -1,0 +1,62 @@
+"""Tensors in safetensors files: what the header says of them, and one of them at a time."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, without its values; `stored` is its name in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    stored: str
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The safetensors header: 8 bytes of length, then JSON; checked against the file's size."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100_000_000:
+                raise ValueError("its header is longer than 100 MB")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError(f"expected {8 + length + end} bytes, got {file.stat().st_size}")
+        return {
+            name: TensorInfo(file, str(entry["dtype"]), tuple(entry["shape"]), name) for name, entry in header.items()
+        }
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: not a valid safetensors file ({error}); copy or download it again.") from None
+
+
+class TensorFiles:
+    """Open safetensors files, memory-mapped on the CPU."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+
+    def read(self, info: TensorInfo) -> "torch.Tensor":
+        """One tensor in its storage dtype; not to be written to."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            if info.file not in self._open:
+                self._open[info.file] = safe_open(str(info.file), framework="pt")
+            tensor: torch.Tensor = self._open[info.file].get_tensor(info.stored)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{info.file}: cannot be read ({error}); copy or download it again.") from None
+        return tensor
