@@ -84,8 +84,11 @@ Comparison = Callable[..., torch.Tensor]
 
 
 def indicator(holds: Comparison, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
-    """1.0 where `holds` (torch.lt and its kin), else 0.0. Outside of compiled code a comparison that writes floats takes
-    a fraction of the time of one that writes truth values, and so does arithmetic with them."""
+    """1.0 where `holds` (torch.lt and its kin), else 0.0.
+
+    Outside of compiled code a comparison that writes floats takes a fraction of the time of one that writes truth
+    values, and so does arithmetic with them.
+    """
     if torch.compiler.is_compiling():
         return holds(a, b).to(torch.float32)
     return holds(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device))

@@ -31,7 +31,15 @@ class OrderStatistics:
         for step in range(max(nearest - 1, 0), min(nearest + 1, UNIFORM_STEPS) + 1):
             if (beside := kept - _kept(step, self.count)) in _BESIDE:
                 return self.values[step, _BESIDE.index(beside)]
-        return kth_smallest(tensor(), index)
+        if self.values.device.type != "cpu":
+            return kth_smallest(tensor(), index)  # to look at a part of it would wait for the device
+        return self._between(max(nearest - 1, 0), min(nearest + 1, UNIFORM_STEPS), index, tensor().flatten())
+
+    def _between(self, fewer: int, more: int, index: int, flat: torch.Tensor) -> torch.Tensor:
+        """The same among those elements alone that lie between two of the table."""
+        low, high = self.values[more, 1], self.values[fewer, 1]
+        below = int((flat < low).sum())
+        return kth_smallest(flat[(flat >= low) & (flat <= high)], index - below)
 
 
 def order_statistics(tensor: torch.Tensor) -> OrderStatistics:

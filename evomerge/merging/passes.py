@@ -99,4 +99,3 @@ def _compiled(element: Element) -> Callable[[torch.Tensor, Tensors, Tensors, Num
         out.copy_(element(tensors, fields, numbers))
 
     return torch.compile(step, dynamic=True, fullgraph=True)
-

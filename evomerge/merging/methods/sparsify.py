@@ -1,12 +1,12 @@
 """Which elements of a task vector are kept: one row and one class per way to choose them.
 
-Each says what must be known of a tensor beforehand (thresholds, probabilities, fields), and which elements of it are
-kept then. Elements tied at a threshold are treated alike, where mergekit takes those that its sort happens to put first.
+Each says what must be known of a tensor beforehand (thresholds, probabilities, fields), and which elements are kept
+then. Elements tied at a threshold are treated alike, where mergekit takes those that its sort happens to put first.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 

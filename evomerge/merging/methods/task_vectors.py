@@ -5,7 +5,7 @@ elected sign (the sign of the weighted sum, TIES), summed, optionally normalized
 by lambda and added to the base: mergekit 0.1.5's order of operations, in float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -83,9 +83,7 @@ class TaskVectorPass:
             merged = merged / numbers["by"][0]
         return base + merged * numbers["lambda"][0]
 
-    def _delta(
-        self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers
-    ) -> torch.Tensor:
+    def _delta(self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers) -> torch.Tensor:
         """The weighted, sparsified task vector of one model."""
         if self.sparsify is not None:
             sparsifier = SPARSIFIERS[self.sparsify]
@@ -135,8 +133,7 @@ def _l1(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact L1 norms of a delta and of what is kept of it, in units of `largest` / 2^30."""
     if how == "random" and inputs.drawn and inputs.count > UNIFORM_STEPS:
-        made = lambda: _l1_below(inputs, index, largest)  # noqa: E731
-        table = inputs.once(("l1 below", inputs.drawn[index]), (-1, index), made)
+        table = inputs.once(("l1 below", inputs.drawn[index]), (-1, index), lambda: _l1_below(inputs, index, largest))
         steps = known["steps"]
         assert isinstance(steps, float)
         return table[-1], table[int(steps)]
@@ -144,7 +141,9 @@ def _l1(
     base, tensor = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1)
     sparsifier = SPARSIFIERS[how]
     fields = sparsifier.fields(inputs, index)
-    numbers = {name: values[0] for name, values in numbers_on(inputs.device, **{k: [v] for k, v in known.items()}).items()}
+    numbers = {
+        name: values[0] for name, values in numbers_on(inputs.device, **{k: [v] for k, v in known.items()}).items()
+    }
     before, after = [], []
     for start in range(0, inputs.count, _PIECE):
         part = slice(start, start + _PIECE)
