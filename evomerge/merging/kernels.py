@@ -4,14 +4,22 @@ Uniforms, sums that scale a delta, and fingerprints are therefore made of intege
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import cache
 
+import numpy as np
 import torch
+
+from evomerge.merging.passes import for_each_chunk
 
 UNIFORM_STEPS = 1 << 16
 _MASK32 = 0xFFFFFFFF
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_SPLITMIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _L1_STEPS = float(1 << 30)
 NEGLIGIBLE_WEIGHT = 1e-8
+_PIECE = 1 << 20
+_COLUMNS = 1 << 15
 
 
 def _key(*parts: object) -> bytes:
@@ -35,36 +43,88 @@ def uniform_field(seed: int, position: int, name: str, count: int, device: torch
     """
     key = _key(seed, position, name)
     low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-    index = torch.arange(count, dtype=torch.int64, device=device)
-    mixed = _mix32((index & _MASK32) ^ low)
-    mixed = _mix32((mixed + (index >> 32) * 0x9E3779B1 + high) & _MASK32)
-    return ((mixed >> 16) - 32768).to(torch.int16)
+    field = torch.empty(count, dtype=torch.int16, device=device)
+    for start in range(0, count, _PIECE):
+        index = torch.arange(start, min(start + _PIECE, count), dtype=torch.int64, device=device)
+        mixed = _mix32((index & _MASK32) ^ low)
+        mixed = _mix32((mixed + (index >> 32) * 0x9E3779B1 + high) & _MASK32)
+        field[start : start + _PIECE].copy_((mixed >> 16) - 32768)
+    return field
+
+
+def as_field(uniforms: torch.Tensor, planes: bool) -> torch.Tensor:
+    """A field of 16-bit numbers as a pass reads it: as it is, or as two planes of bytes, shape (2, count), high bytes
+    first. torch compiles bytes to vector instructions on CPUs, and 16-bit integers not."""
+    if not planes:
+        return uniforms
+    steps = uniforms.to(torch.int32) + 32768
+    return torch.stack([(steps >> 8).to(torch.uint8), (steps & 255).to(torch.uint8)])
+
+
+def field_steps(field: torch.Tensor) -> torch.Tensor:
+    """The numbers of a field in either form, or of a wider one, as float32 from 0."""
+    if field.dtype == torch.uint8:
+        return field[0].to(torch.float32) * 256 + field[1].to(torch.float32)
+    return field.to(torch.float32) + (32768 if field.dtype == torch.int16 else 0)
 
 
 def keep_mask(uniforms: torch.Tensor, density: float | torch.Tensor) -> torch.Tensor:
     """True where u < density (one for all, or one per element), so that the masks of two densities are nested."""
+    return field_steps(uniforms) < steps_of(density)
+
+
+def steps_of(density: float | torch.Tensor) -> float | torch.Tensor:
+    """How many of the 65536 steps of a uniform lie below a density."""
     if isinstance(density, torch.Tensor):
-        return uniforms.to(torch.int32) < (density * UNIFORM_STEPS).round().to(torch.int32) - 32768
-    return uniforms.to(torch.int32) < round(density * UNIFORM_STEPS) - 32768
+        return (density * UNIFORM_STEPS).round().to(torch.float32)
+    return float(round(density * UNIFORM_STEPS))
+
+
+Comparison = Callable[..., torch.Tensor]
+
+
+def indicator(holds: Comparison, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
+    """1.0 where `holds` (torch.lt and its kin), else 0.0.
+
+    Outside of compiled code a comparison that writes floats takes a fraction of the time of one that writes truth
+    values, and so does arithmetic with them.
+    """
+    if torch.compiler.is_compiling():
+        return holds(a, b).to(torch.float32)
+    return holds(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device))
 
 
 def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """The sum of |delta| as an integer number of `largest` / 2^30; exact, so free of any order of summation."""
-    steps = (
-        delta.abs().to(torch.float64) / largest.to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
-    ) * _L1_STEPS
-    return steps.round().to(torch.int64).sum()
+    return l1_steps(delta, largest).sum()
+
+
+def l1_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """|delta| in whole numbers of `largest` / 2^30."""
+    unit = largest.to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+    return ((delta.abs().to(torch.float64) / unit) * _L1_STEPS).round().to(torch.int64)
+
+
+def ascending(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements in order, flat. NumPy's sort uses vector instructions on CPUs."""
+    flat = tensor.flatten()
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.sort(flat.numpy()))
+    return flat.sort().values
+
+
+def kth_smallest(tensor: torch.Tensor, k: int) -> torch.Tensor:
+    """The element at index k of the sorted tensor, as a scalar tensor."""
+    flat = tensor.flatten()
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.partition(flat.numpy(), k))[k]
+    return torch.kthvalue(flat, k + 1).values
 
 
 def largest_magnitudes(delta: torch.Tensor, count: int) -> torch.Tensor:
     """A mask of the `count` largest |delta|; elements tied with the smallest of them are all kept."""
     magnitude = delta.abs()
     return magnitude >= kth_smallest(magnitude, magnitude.numel() - count)
-
-
-def kth_smallest(tensor: torch.Tensor, k: int) -> torch.Tensor:
-    """The element at index k of the sorted tensor, as a scalar tensor."""
-    return torch.kthvalue(tensor.flatten(), k + 1).values
 
 
 def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,22 +140,53 @@ def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total.sum(dim=-1, keepdim=True)  # of one element, or none
 
 
-def divisor(value: float, like: torch.Tensor) -> torch.Tensor:
-    """A sum of weights to divide by, as a scalar tensor; 1 where it is negligible, since it stands for nothing.
+def ordered_total(part: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
+    """The sum of a long vector that `part` gives piece by piece: float64, shape (1,), in a fixed order, in little
+    memory."""
+    pieces = [ordered_sum(part(slice(start, start + _PIECE))) for start in range(0, count, _PIECE)]
+    return ordered_sum(torch.cat(pieces)) if pieces else ordered_sum(part(slice(0, 0)))
 
-    On the tensor's device, because CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
-    """
-    return torch.tensor(value if abs(value) >= NEGLIGIBLE_WEIGHT else 1.0, dtype=like.dtype, device=like.device)
+
+def divisor(total: float) -> float:
+    """A sum of weights to divide by; 1 where it is negligible, since it stands for nothing."""
+    return total if abs(total) >= NEGLIGIBLE_WEIGHT else 1.0
 
 
 def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """An int64 scalar of a tensor's bits and their places: the sum over elements of bits x an odd hash of the index.
+    """An int64 scalar of a tensor's bits and their places: the sum over 32-bit words of word x odd number of its place.
 
-    An odd multiplier is invertible modulo 2^64, so no single changed element goes unnoticed.
+    An odd multiplier is invertible modulo 2^64, so no single changed word goes unnoticed.
     """
-    bits = tensor.detach().contiguous().flatten()
-    view = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
     salt = int.from_bytes(_key(name, tuple(tensor.shape), tensor.dtype), "little", signed=True)
-    index = torch.arange(1, bits.numel() + 1, dtype=torch.int64, device=bits.device)
-    multiplier = (index * _GOLDEN ^ salt) | 1
-    return (bits.view(view).to(torch.int64) * multiplier).sum() + salt
+    words = _words(tensor)
+    columns = _columns(words.device)
+    whole = words.numel() // _COLUMNS * _COLUMNS
+    size = _COLUMNS * (1 if words.device.type == "cpu" else 256)  # in the cache, or in few launches
+
+    def sums(start: int) -> torch.Tensor:
+        return (words[start : min(start + size, whole)].view(-1, _COLUMNS) * columns).sum(1)
+
+    rest = (words[whole:] * columns[: words.numel() - whole]).sum().reshape(1)
+    rows = torch.cat([*for_each_chunk(sums, range(0, whole, size), words.device), rest])
+    return (rows * _multipliers(salt, rows.numel(), rows.device)).sum() + salt
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as 32-bit integers, the last one filled up with zeros."""
+    octets = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if octets.numel() % 4 or octets.storage_offset() % 4:
+        octets = torch.cat([octets, octets.new_zeros(-octets.numel() % 4)])
+    return octets.view(torch.int32)
+
+
+@cache
+def _columns(device: torch.device) -> torch.Tensor:
+    return _multipliers(0, _COLUMNS, device)
+
+
+def _multipliers(salt: int, count: int, device: torch.device) -> torch.Tensor:
+    """Odd 64-bit hashes of the places from 0 ("splitmix64", Steele et al. 2014)."""
+    mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN + salt
+    for shift, factor in _SPLITMIX:
+        mixed = (mixed ^ (mixed >> shift & ((1 << 64 - shift) - 1))) * factor
+    return mixed | 1

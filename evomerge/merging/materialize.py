@@ -1,35 +1,49 @@
 """ResidentModels: the sources in memory, and one model into whose parameters every candidate is written in place.
 
 Sources are loaded once; a candidate costs one pass over each tensor, in float32, rounded once into the model's dtype,
-and never touches the disk. Uniform fields of random methods are made on first use and kept.
+and never touches the disk. What candidates have in common (uniform fields, thresholds, scalar products) is made on
+first use and kept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from evomerge.errors import CandidateFailed, InputError, choices
-from evomerge.merging.kernels import checksum, uniform_field
+from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.sources import ModelSource, Weights, named_weights
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 
+T = TypeVar("T")
+
 
 class ResidentModels:
     """The models of a search on one device."""
 
-    def __init__(self, sources: Mapping[str, ModelSource | Path], skeleton: Path, device: str, dtype: str) -> None:
-        """sources: every model reference with its source. skeleton: the folder whose config the merge takes."""
+    def __init__(
+        self,
+        sources: Mapping[str, ModelSource | Path],
+        skeleton: Path,
+        device: str,
+        dtype: str,
+        compiled: bool = False,
+    ) -> None:
+        """sources: every model reference with its source. skeleton: the folder whose config the merge takes. compiled:
+        whether large tensors are merged by compiled code."""
         self.device = torch.device(device)
+        self.compiled = compiled
+        self._planes = compiled and self.device.type == "cpu"
         self.model = load_model(skeleton, getattr(torch, dtype)).to(self.device)
         self._parameters = named_weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in sources.items()}
-        self._uniforms: dict[tuple[int, int, str], torch.Tensor] = {}
+        self._known: dict[Hashable, Any] = {}
 
     def _resident(self, source: ModelSource | Path) -> dict[str, torch.Tensor]:
         weights = Weights(source)
@@ -62,36 +76,45 @@ class ResidentModels:
         Raises CandidateFailed where a weight is not finite.
         """
         plan = self.plan(recipe)
-        finite = []
+        extremes = []
         for tensor in plan.tensors:
-            merged = plan.method.merge(self._inputs(plan, tensor))
             parameter = self._parameters[tensor.name]
-            parameter.copy_(merged)
-            finite.append(torch.isfinite(parameter).all())
-        bad = (~torch.stack(finite)).nonzero().flatten().tolist()
+            plan.method.merge_into(parameter, self._inputs(plan, tensor), self.compiled)
+            extremes.append(torch.stack(parameter.aminmax()).to(torch.float32))  # which carry on whatever is not finite
+        bad = (~torch.isfinite(torch.stack(extremes)).all(1)).nonzero().flatten().tolist()
         if bad:
             raise CandidateFailed(f"non-finite weights after the merge in {plan.tensors[bad[0]].name}")
         return fingerprint(self._parameters)
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge) -> Inputs:
-        def source(reference: str) -> torch.Tensor:
-            return self._sources[reference][tensor.name].to(torch.float32)
-
+        sources = [self._sources[model][tensor.name] for model in tensor.models]
         return Inputs(
-            base=source(plan.base) if plan.base is not None else None,
-            tensors=tuple(source(model) for model in tensor.models),
+            base=self._sources[plan.base][tensor.name] if plan.base is not None else None,
+            tensors=tuple(sources),
             per_model=tensor.per_model,
             shared=tensor.shared,
             uniforms=lambda index: self._uniform(plan.seed, tensor.positions[index], tensor.name),
             rescale=plan.rescale,
+            once=partial(self._once, tensor.name, (plan.base, *tensor.models)),
+            drawn=tuple((plan.seed, position) for position in tensor.positions),
+            planes=self._planes,
         )
 
+    def _once(
+        self, name: str, names: tuple[str | None, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
+    ) -> T:
+        key = (name, what, *(names[index + 1] for index in models))
+        if key not in self._known:
+            self._known[key] = make()
+        known: T = self._known[key]
+        return known
+
     def _uniform(self, seed: int, position: int, name: str) -> torch.Tensor:
-        key = (seed, position, name)
-        if key not in self._uniforms:
+        def make() -> torch.Tensor:
             count = self._parameters[name].numel()
-            self._uniforms[key] = uniform_field(seed, position, name, count, self.device)
-        return self._uniforms[key]
+            return as_field(uniform_field(seed, position, name, count, self.device), self._planes)
+
+        return self._once(name, (), ("uniforms", seed, position), (), make)
 
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:

@@ -28,7 +28,7 @@ def _task_vectors(
     return Method(
         name=name,
         paper=paper,
-        merge=TaskVectorMerge(sparsify=sparsify, consensus=consensus),
+        function=TaskVectorMerge(sparsify=sparsify, consensus=consensus),
         base="required",
         random=sparsify in ("random", "magprune"),
         per_model=(WEIGHT, DENSITY, *_OF_SPARSIFIERS.get(sparsify, ())) if sparsify else (WEIGHT,),
@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="linear",
             paper="Wortsman et al. 2022, Model soups, arXiv:2203.05482",
-            merge=merge_linear,
+            function=merge_linear,
             base="ignored",
             per_model=(WEIGHT,),
             shared=(Parameter("normalize", bool, True),),
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="slerp",
             paper="Shoemake 1985, Animating rotation with quaternion curves, doi:10.1145/325334.325242",
-            merge=merge_slerp,
+            function=merge_slerp,
             base="required",
             shared=(Parameter("t", float, None),),
             most=1,
@@ -127,7 +127,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="nuslerp",
             paper="Goddard et al. 2024, Arcee's MergeKit, arXiv:2403.13257",
-            merge=merge_nuslerp,
+            function=merge_nuslerp,
             base="optional",
             per_model=(WEIGHT,),
             shared=(Parameter("nuslerp_row_wise", bool, False), Parameter("nuslerp_flatten", bool, True)),
@@ -137,7 +137,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="multislerp",
             paper="Goddard 2025, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
-            merge=merge_multislerp,
+            function=merge_multislerp,
             base="optional",
             per_model=(WEIGHT,),
             shared=(Parameter("normalize_weights", bool, True), Parameter("eps", float, 1e-8)),
@@ -145,14 +145,14 @@ METHODS: dict[str, Method] = {
         Method(
             name="karcher",
             paper="The Karcher mean of models on the sphere, arXiv:2603.04972",
-            merge=merge_karcher,
+            function=merge_karcher,
             base="ignored",
             shared=(Parameter("max_iter", int, 10), Parameter("tol", float, 1e-5)),
         ),
         Method(
             name="model_stock",
             paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
-            merge=merge_model_stock,
+            function=merge_model_stock,
             base="required",
             shared=(Parameter("filter_wise", bool, False),),
             least=2,
@@ -160,21 +160,21 @@ METHODS: dict[str, Method] = {
         Method(
             name="sce",
             paper="Wan et al. 2024, FuseChat, arXiv:2408.07990",
-            merge=merge_sce,
+            function=merge_sce,
             base="required",
             shared=(INT8_MASK, Parameter("select_topk", float, 1.0)),
         ),
         Method(
             name="ram",
             paper="Reinforced Agent Merging, arXiv:2601.13572",
-            merge=merge_ram,
+            function=merge_ram,
             base="required",
             shared=(Parameter("epsilon", float, 1e-5),),
         ),
         Method(
             name="nearswap",
             paper="alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
-            merge=merge_nearswap,
+            function=merge_nearswap,
             base="required",
             shared=(Parameter("t", float, None),),
             most=1,
@@ -182,14 +182,14 @@ METHODS: dict[str, Method] = {
         Method(
             name="arcee_fusion",
             paper="Goddard et al. 2024, Arcee's MergeKit, arXiv:2403.13257",
-            merge=merge_arcee_fusion,
+            function=merge_arcee_fusion,
             base="required",
             most=1,
         ),
         Method(
             name="passthrough",
             paper="Goddard et al. 2024, Arcee's MergeKit, arXiv:2403.13257",
-            merge=merge_passthrough,
+            function=merge_passthrough,
             base="ignored",
             per_model=(Parameter("scale", float, 1.0),),
             most=1,

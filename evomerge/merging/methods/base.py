@@ -1,10 +1,14 @@
 """What a row of the method table holds, and what a merge function is given."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+
+from evomerge.merging.passes import Pass, write
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +21,27 @@ class Parameter:
     within: tuple[float, float] | None = None
 
 
+class Once(Protocol):
+    """Keeps what depends on the sources alone, for the candidates to come: `models` are those that it depends on, by
+    index, and -1 for the base."""
+
+    def __call__(self, what: Hashable, models: tuple[int, ...], make: Callable[[], T], /) -> T: ...
+
+
+def each_time(what: Hashable, models: tuple[int, ...], make: Callable[[], T], /) -> T:
+    """For a merge that no other follows."""
+    return make()
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One tensor of every model in float32, with the parameters that hold for it.
+    """One tensor of every model as it is stored, with the parameters that hold for it.
 
     base: the base model's tensor where the method sets it apart, or None. tensors: the other models', in recipe order
     (all of one shape). per_model: for each of them its parameters by name. shared: the other parameters. uniforms:
-    gives the fixed uniform field of the i-th model for this tensor (int16, flat), made on first use. rescale:
-    "density" or "l1".
+    gives the fixed uniform field of the i-th model for this tensor, made on first use (`kernels.as_field`). rescale:
+    "density" or "l1". once: keeps what depends on the sources alone. drawn: for each model, what its uniforms depend
+    on (none: nothing that does is kept). planes: whether fields are kept as planes of bytes.
     """
 
     base: torch.Tensor | None
@@ -33,10 +50,28 @@ class Inputs:
     shared: Mapping[str, Any]
     uniforms: Callable[[int], torch.Tensor]
     rescale: str
+    once: Once = each_time
+    drawn: tuple[Hashable, ...] = ()
+    planes: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def count(self) -> int:
+        """How many elements the tensor has."""
+        return self.tensors[0].numel()
+
+    def each(self, parameter: str) -> list[float]:
+        """A per-model parameter of every model."""
+        return [values[parameter] for values in self.per_model]
 
 
 class MergeFunction(Protocol):
-    def __call__(self, inputs: Inputs, /) -> torch.Tensor: ...
+    """Works out what the elements need to know of each other, and leaves the rest to a pass; or returns the merge."""
+
+    def __call__(self, inputs: Inputs, /) -> Pass | torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +84,23 @@ class Method:
 
     name: str
     paper: str
-    merge: MergeFunction
+    function: MergeFunction
     base: Literal["required", "optional", "ignored"]
     per_model: tuple[Parameter, ...] = ()
     shared: tuple[Parameter, ...] = ()
     random: bool = False
     least: int = 1
     most: int | None = None
+
+    def merge(self, inputs: Inputs) -> torch.Tensor:
+        """The merge of one tensor, float32, of the inputs' shape."""
+        out = torch.empty(inputs.tensors[0].shape, dtype=torch.float32, device=inputs.device)
+        self.merge_into(out, inputs)
+        return out
+
+    def merge_into(self, out: torch.Tensor, inputs: Inputs, compiled: bool = False) -> None:
+        """The same, worked out in float32 and rounded once into the dtype of `out`."""
+        write(out, self.function(inputs), compiled)
 
     @property
     def needs_base(self) -> bool:

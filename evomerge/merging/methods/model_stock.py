@@ -6,36 +6,47 @@ import torch
 
 from evomerge.merging.kernels import ordered_sum
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.combination import around
+from evomerge.merging.methods.gram import gram
+from evomerge.merging.passes import Pass
 
 _LEAST_NORM = 1e-6
 _SINGULAR = 1e-6
 
 
-def merge_model_stock(inputs: Inputs) -> torch.Tensor:
+def merge_model_stock(inputs: Inputs) -> Pass | torch.Tensor:
     """(1 - t) base + t average with t = N c / (1 + (N - 1) c), c the mean cosine between task vectors.
 
-    By rows with `filter_wise`, else for the whole tensor. Task vectors that oppose each other so that the divisor
-    vanishes say nothing: t = 0.
+    By rows with `filter_wise`, else for the whole tensor.
     """
     assert inputs.base is not None
-    base = _rows(inputs.base, inputs.shared["filter_wise"])
-    tensors = [_rows(tensor, inputs.shared["filter_wise"]) for tensor in inputs.tensors]
-    deltas = [tensor - base for tensor in tensors]
-    norms = [ordered_sum(delta * delta).sqrt() for delta in deltas]
-    cosine, count = torch.zeros_like(norms[0]), len(deltas)
+    if inputs.shared["filter_wise"] and inputs.base.dim() > 1:
+        return _by_rows(inputs)
+    products, count = gram(inputs), len(inputs.tensors)
+    step = _ratio({(i, j): products[i, j] for i in range(count) for j in range(count)}, count) / count
+    return around(inputs.base, inputs.tensors, 1.0, [step] * count)
+
+
+def _by_rows(inputs: Inputs) -> torch.Tensor:
+    assert inputs.base is not None
+    base = inputs.base.to(torch.float64)
+    deltas = [tensor.to(torch.float64) - base for tensor in inputs.tensors]
+    count = len(deltas)
+    products = {(i, j): ordered_sum(deltas[i] * deltas[j]) for i in range(count) for j in range(i, count)}
+    average = deltas[0]
+    for delta in deltas[1:]:
+        average = average + delta
+    return (base + _ratio(products, count) * (average / count)).to(torch.float32)
+
+
+def _ratio(products: dict[tuple[int, int], torch.Tensor], count: int) -> torch.Tensor:
+    """t, from the scalar products of the task vectors. Where they oppose each other so that the divisor vanishes they
+    say nothing: t = 0."""
+    norms = [products[i, i].sqrt() for i in range(count)]
+    cosine = torch.zeros_like(norms[0])
     for i, j in combinations(range(count), 2):
-        cosine += (ordered_sum(deltas[i] * deltas[j]) / (norms[i] * norms[j]).clamp(min=_LEAST_NORM)).clamp(-1, 1)
-    cosine /= count * (count - 1) // 2
+        cosine = cosine + (products[i, j] / (norms[i] * norms[j]).clamp(min=_LEAST_NORM)).clamp(-1, 1)
+    cosine = cosine / (count * (count - 1) // 2)
     divisor = 1 + (count - 1) * cosine
     singular = divisor.abs() < _SINGULAR
-    t = torch.where(singular, 0.0, count * cosine / torch.where(singular, 1.0, divisor))
-
-    average = tensors[0]
-    for tensor in tensors[1:]:
-        average = average + tensor
-    merged = t * (average / count) + (1 - t) * base
-    return merged.reshape(inputs.base.shape).to(torch.float32)
-
-
-def _rows(tensor: torch.Tensor, filter_wise: bool) -> torch.Tensor:
-    return (tensor if filter_wise and tensor.dim() > 1 else tensor.reshape(1, -1)).to(torch.float64)
+    return torch.where(singular, 0.0, count * cosine / torch.where(singular, 1.0, divisor))

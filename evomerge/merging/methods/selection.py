@@ -8,76 +8,121 @@ from functools import reduce
 
 import torch
 
-from evomerge.merging.kernels import kth_smallest, ordered_sum
+from evomerge.merging.kernels import indicator, kth_smallest, ordered_sum, ordered_total
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.gram import gram
+from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
 _NEGLIGIBLE = 1e-6
 _SMOOTHING = 1e-8
 
 
-def merge_sce(inputs: Inputs) -> torch.Tensor:
+def merge_sce(inputs: Inputs) -> Pass:
     """Select the elements of highest variance, calculate a weight per model from its mean square, erase minorities."""
-    deltas = _deltas(inputs)
-    if inputs.shared["select_topk"] < 1:
-        mask = _most_varied(deltas, inputs.shared["select_topk"])
-        deltas = [delta * mask for delta in deltas]
-    elected = reduce(torch.add, deltas) >= 0
-    squares = [ordered_sum(delta.flatten().to(torch.float64).square()) / delta.numel() for delta in deltas]
+    models = range(len(inputs.tensors))
+    mask = _most_varied(inputs) if inputs.shared["select_topk"] < 1 else None
+    if mask is None:
+        sums = gram(inputs).diagonal().unbind()
+    else:
+        sums = tuple(_masked_square(inputs, index, mask) for index in models)
+    squares = [total.reshape(1) / inputs.count for total in sums]
     total = reduce(torch.add, squares)
     negligible = total < _NEGLIGIBLE
-    merged, divisors = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for delta, square in zip(deltas, squares, strict=True):
-        share = torch.where(negligible, 1 / len(deltas), square / torch.where(negligible, 1.0, total))
-        weight = torch.where(elected, delta > 0, delta < 0) * share.to(torch.float32)
-        merged += delta * weight
-        divisors += weight
-    return _base(inputs) + merged / divisors.clamp(min=_NEGLIGIBLE)
+    shares = [torch.where(negligible, 1 / len(models), each / torch.where(negligible, 1.0, total)) for each in squares]
+    fields = () if mask is None else (mask,)
+    return Pass(_erase_minorities, (_base(inputs), *inputs.tensors), numbers_on(inputs.device, share=shares), fields)
 
 
-def _most_varied(deltas: list[torch.Tensor], share: float) -> torch.Tensor:
-    """A mask of the elements with the highest variance between models, `share` of those that vary at all."""
-    wide = [delta.to(torch.float64) for delta in deltas]
-    mean = reduce(torch.add, wide) / len(wide)
-    variance = (reduce(torch.add, [(delta - mean).square() for delta in wide]) / len(wide)).to(torch.float32)
-    count: torch.Tensor = ((variance != 0).sum() * max(share, 0.0)).to(
-        torch.int64
-    )  # a product in float32, as in mergekit
-    ordered = variance.flatten().sort(descending=True).values
+def _erase_minorities(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
+    base = tensors[0].to(torch.float32)
+    deltas = [tensor.to(torch.float32) - base for tensor in tensors[1:]]
+    if fields:
+        mask = fields[0].to(torch.float32)
+        deltas = [delta * mask for delta in deltas]
+    elected = indicator(torch.ge, reduce(torch.add, deltas), 0.0) * 2 - 1
+    weights = [
+        indicator(torch.gt, delta * elected, 0.0) * share for delta, share in zip(deltas, numbers["share"], strict=True)
+    ]
+    merged = reduce(torch.add, [delta * weight for delta, weight in zip(deltas, weights, strict=True)])
+    return base + merged / reduce(torch.add, weights).clamp(min=_NEGLIGIBLE)
+
+
+def _most_varied(inputs: Inputs) -> torch.Tensor:
+    """A flat mask (bytes) of the elements with the highest variance between models, the share `select_topk` of those
+    that vary at all."""
+    variance = _variance(inputs)
+    share = max(inputs.shared["select_topk"], 0.0)
+    count: torch.Tensor = ((variance != 0).sum() * share).to(torch.int64)  # a product in float32, as in mergekit
+    ordered = variance.sort(descending=True).values
     threshold = ordered[(count - 1).clamp(min=0).reshape(1)]
     mask: torch.Tensor = (variance >= threshold) & (count > 0)
-    return mask
+    return mask.to(torch.uint8)
 
 
-def merge_ram(inputs: Inputs) -> torch.Tensor:
+def _variance(inputs: Inputs) -> torch.Tensor:
+    base = _base(inputs).to(torch.float32)
+    wide = [(tensor.to(torch.float32) - base).flatten().to(torch.float64) for tensor in inputs.tensors]
+    mean = reduce(torch.add, wide) / len(wide)
+    return (reduce(torch.add, [(delta - mean).square() for delta in wide]) / len(wide)).to(torch.float32)
+
+
+def _masked_square(inputs: Inputs, index: int, mask: torch.Tensor) -> torch.Tensor:
+    base, tensor = _base(inputs).reshape(-1), inputs.tensors[index].reshape(-1)
+
+    def squares(part: slice) -> torch.Tensor:
+        return ((tensor[part].to(torch.float32) - base[part].to(torch.float32)) * mask[part]).to(torch.float64).square()
+
+    return ordered_total(squares, inputs.count)
+
+
+def merge_ram(inputs: Inputs) -> Pass:
     """Changes of one model alone are added in full, changes that models share are averaged over those models."""
-    deltas = _deltas(inputs)
-    total, counts = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for delta in deltas:
-        changed = delta.abs() > inputs.shared["epsilon"]
-        total += delta * changed
-        counts += changed
-    return _base(inputs) + total / counts.clamp(min=1.0)
+    numbers = numbers_on(inputs.device, epsilon=[inputs.shared["epsilon"]])
+    return Pass(_average_changes, (_base(inputs), *inputs.tensors), numbers)
 
 
-def merge_nearswap(inputs: Inputs) -> torch.Tensor:
+def _average_changes(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
+    base = tensors[0].to(torch.float32)
+    deltas = [tensor.to(torch.float32) - base for tensor in tensors[1:]]
+    changed = [indicator(torch.gt, delta.abs(), numbers["epsilon"][0]) for delta in deltas]
+    total = reduce(torch.add, [delta * changes for delta, changes in zip(deltas, changed, strict=True)])
+    return base + total / reduce(torch.add, changed).clamp(min=1.0)
+
+
+def merge_nearswap(inputs: Inputs) -> Pass:
     """The other model where it is within `t` of the base, and ever less of it with the distance."""
-    a, b = _base(inputs).to(torch.float64), inputs.tensors[0].to(torch.float64)
-    t: float = inputs.shared["t"]
-    weight = (t / (a - b).abs().clamp(min=_NEGLIGIBLE)).clamp(0, 1)
-    return (weight * b + (1 - weight) * a).to(torch.float32)
+    return Pass(_swap_near, (_base(inputs), *inputs.tensors), numbers_on(inputs.device, t=[inputs.shared["t"]]))
 
 
-def merge_arcee_fusion(inputs: Inputs) -> torch.Tensor:
+def _swap_near(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
+    base, other = (tensor.to(torch.float32) for tensor in tensors)
+    weight = (numbers["t"][0] / (base - other).abs().clamp(min=_NEGLIGIBLE)).clamp(0, 1)
+    return base - (base - other) * weight
+
+
+def merge_arcee_fusion(inputs: Inputs) -> Pass:
     """The other model where its change matters most: above the median by one and a half interquartile ranges.
 
     Importance is |change| times the Kullback-Leibler divergence between softmaxed rows. The quartiles are those of all
     elements, where mergekit draws a million of a larger tensor.
     """
-    base, other = _base(inputs), inputs.tensors[0]
+    mask = inputs.once("important changes", (-1, 0), lambda: _important(inputs))
+    return Pass(_swap_important, (_base(inputs), *inputs.tensors), fields=(mask,))
+
+
+def _swap_important(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
+    base, other = (tensor.to(torch.float32) for tensor in tensors)
+    mask = fields[0].to(torch.float32)
+    return other * mask + base * (1 - mask)
+
+
+def _important(inputs: Inputs) -> torch.Tensor:
+    """A flat mask of bytes."""
+    base, other = (tensor.to(torch.float32) for tensor in (_base(inputs), inputs.tensors[0]))
     importance = (other.to(torch.float64) - base).abs() * _divergence(other, base)
     last = importance.numel() - 1
     low, middle, high = (kth_smallest(importance, last * quarter // 4) for quarter in (1, 2, 3))
-    return torch.where(importance < middle + 1.5 * (high - low), base, other)
+    return (importance >= middle + 1.5 * (high - low)).flatten().to(torch.uint8)
 
 
 def _divergence(other: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -94,7 +139,3 @@ def _softmax(rows: torch.Tensor) -> torch.Tensor:
 def _base(inputs: Inputs) -> torch.Tensor:
     assert inputs.base is not None
     return inputs.base
-
-
-def _deltas(inputs: Inputs) -> list[torch.Tensor]:
-    return [tensor - _base(inputs) for tensor in inputs.tensors]

@@ -1,67 +1,163 @@
-"""Which elements of a task vector are kept: one row and one function per way to choose them.
+"""Which elements of a task vector are kept: one row and one class per way to choose them.
 
-Each returns a mask, and the probability with which an element had been kept: a number, or one per element. Elements
-tied at a threshold are treated alike, where mergekit takes those that its sort happens to put first.
+Each says what must be known of a tensor beforehand (thresholds, probabilities, fields), and which elements are kept
+then. Elements tied at a threshold are treated alike, where mergekit takes those that its sort happens to put first.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
-from evomerge.merging.kernels import keep_mask, kth_smallest, largest_magnitudes
+from evomerge.merging.kernels import UNIFORM_STEPS, as_field, field_steps, indicator, kth_smallest, steps_of
+from evomerge.merging.methods.base import Inputs, each_time
+from evomerge.merging.order import order_statistics
+from evomerge.merging.passes import Tensors
 
-Kept = tuple[torch.Tensor, torch.Tensor | float]
-Sparsifier = Callable[[torch.Tensor, Mapping[str, Any], Callable[[], torch.Tensor]], Kept]
+Values = Mapping[str, float | torch.Tensor]
 
 
-def _magnitude(delta: torch.Tensor, parameters: Mapping[str, Any], uniforms: Callable[[], torch.Tensor]) -> Kept:
+class Sparsifier(Protocol):
+    """A way to choose the elements that are kept.
+
+    A density of 1 or more keeps all of them, one of 0 or less none.
+    """
+
+    def numbers(self, inputs: Inputs, index: int) -> Values:
+        """What the choice depends on for one model, the same names for all."""
+        ...
+
+    def fields(self, inputs: Inputs, index: int) -> Tensors:
+        """The fields that it reads for one model, as many for all."""
+        ...
+
+    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """1.0 for elements that are kept, else 0.0."""
+        ...
+
+    def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """With what probability each element had been kept, where that is not the density."""
+        ...
+
+
+class _Plain:
+    def fields(self, inputs: Inputs, index: int) -> Tensors:
+        return ()
+
+    def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        return None
+
+
+class Magnitude(_Plain):
     """The largest |delta|, at least one (TIES: Yadav et al. 2023)."""
-    density: float = parameters["density"]
-    return largest_magnitudes(delta, max(1, int(density * delta.numel()))), density
+
+    def numbers(self, inputs: Inputs, index: int) -> Values:
+        density: float = inputs.per_model[index]["density"]
+        if not 0 < density < 1:
+            return {"lower": -1.0 if density >= 1 else math.inf}
+        return {"lower": _magnitude_at(inputs, index, inputs.count - max(1, int(density * inputs.count)))}
+
+    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return indicator(torch.ge, delta.abs(), numbers["lower"])
 
 
-def _random(delta: torch.Tensor, parameters: Mapping[str, Any], uniforms: Callable[[], torch.Tensor]) -> Kept:
-    """Every element with the same probability (DARE: Yu et al. 2024)."""
-    density: float = parameters["density"]
-    return keep_mask(uniforms(), density).view_as(delta), density
-
-
-def _outliers(delta: torch.Tensor, parameters: Mapping[str, Any], uniforms: Callable[[], torch.Tensor]) -> Kept:
+class Outliers(_Plain):
     """The largest |delta| below the share `gamma` of outliers (Model Breadcrumbs: Davari and Belilovsky 2023).
 
     Fewer outliers are left out where the density could not be reached otherwise.
     """
-    density: float = parameters["density"]
-    count = delta.numel()
-    kept = int(density * count)
-    below = max(0, count - kept - int(parameters["gamma"] * count))
-    last = min(below + kept, count)
-    if below >= last:
-        return torch.zeros_like(delta, dtype=torch.bool), density
-    magnitude = delta.abs()
-    return (magnitude >= kth_smallest(magnitude, below)) & (magnitude <= kth_smallest(magnitude, last - 1)), density
+
+    def numbers(self, inputs: Inputs, index: int) -> Values:
+        density: float = inputs.per_model[index]["density"]
+        if density >= 1:
+            return {"lower": -1.0, "upper": math.inf}
+        kept = int(density * inputs.count)
+        below = max(0, inputs.count - kept - int(inputs.per_model[index]["gamma"] * inputs.count))
+        last = min(below + kept, inputs.count)
+        if density <= 0 or below >= last:
+            return {"lower": math.inf, "upper": -1.0}
+        return {"lower": _magnitude_at(inputs, index, below), "upper": _magnitude_at(inputs, index, last - 1)}
+
+    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        magnitude = delta.abs()
+        above = indicator(torch.ge, magnitude, numbers["lower"])
+        return above * indicator(torch.le, magnitude, numbers["upper"])
 
 
-def _magprune(delta: torch.Tensor, parameters: Mapping[str, Any], uniforms: Callable[[], torch.Tensor]) -> Kept:
+class Uniform(_Plain):
+    """Every element with the same probability (DARE: Yu et al. 2024)."""
+
+    def numbers(self, inputs: Inputs, index: int) -> Values:
+        return {"steps": steps_of(min(max(inputs.per_model[index]["density"], 0.0), 1.0))}
+
+    def fields(self, inputs: Inputs, index: int) -> Tensors:
+        return (inputs.uniforms(index),)
+
+    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        uniforms, steps = fields[0], numbers["steps"]
+        if uniforms.dtype == torch.int16 and not torch.compiler.is_compiling():
+            return indicator(torch.lt, uniforms, steps - 32768)
+        return indicator(torch.lt, field_steps(uniforms), steps)
+
+
+class MagPrune:
     """Larger |delta| with higher probability, from density - epsilon to density + epsilon by rank in its row (DELLA:
     Deep et al. 2024). A vector is one row; in a row of one element the probability is the density.
     """
-    density: float = parameters["density"]
-    rows = delta.abs() if delta.dim() > 1 else delta.abs().reshape(1, -1)
-    ranks = rows.argsort(dim=1, stable=True).argsort(dim=1).to(torch.float64)
-    last = rows.shape[1] - 1
-    place = 2.0 * ranks / last - 1.0 if last else torch.zeros_like(ranks)  # -1 for the smallest, 1 for the largest
-    probability = (density + place * parameters["epsilon"]).reshape(delta.shape)
-    return keep_mask(uniforms().view_as(delta), probability), probability
+
+    def numbers(self, inputs: Inputs, index: int) -> Values:
+        density: float = min(max(inputs.per_model[index]["density"], 0.0), 1.0)
+        last = _row_length(inputs) - 1
+        epsilon = inputs.per_model[index]["epsilon"] if 0 < density < 1 and last else 0.0
+        return {"density": density, "epsilon": epsilon, "last": float(max(last, 1))}
+
+    def fields(self, inputs: Inputs, index: int) -> Tensors:
+        ranks = inputs.once("ranks in rows", (-1, index), lambda: _row_ranks(inputs, index))
+        return (inputs.uniforms(index), ranks)
+
+    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return indicator(torch.lt, field_steps(fields[0]), steps_of(self.probability(fields, numbers)))
+
+    def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        place = field_steps(fields[1]) * 2 / numbers["last"] - 1  # -1 for the smallest, 1 for the largest
+        return numbers["density"] + place * numbers["epsilon"]
 
 
 SPARSIFIERS: dict[str, Sparsifier] = {
-    "magnitude": _magnitude,
-    "random": _random,
-    "outliers": _outliers,
-    "magprune": _magprune,
+    "magnitude": Magnitude(),
+    "random": Uniform(),
+    "outliers": Outliers(),
+    "magprune": MagPrune(),
 }
+
+
+def magnitude(inputs: Inputs, index: int) -> torch.Tensor:
+    """|delta| of one model, float32, of the whole tensor."""
+    assert inputs.base is not None
+    return (inputs.tensors[index].to(torch.float32) - inputs.base.to(torch.float32)).abs()
+
+
+def _magnitude_at(inputs: Inputs, index: int, rank: int) -> torch.Tensor:
+    if inputs.once is each_time:
+        return kth_smallest(magnitude(inputs, index), rank)
+    table = inputs.once("magnitudes", (-1, index), lambda: order_statistics(magnitude(inputs, index)))
+    return table.at(rank, lambda: magnitude(inputs, index))
+
+
+def _row_length(inputs: Inputs) -> int:
+    shape = inputs.tensors[0].shape
+    return shape[1] if len(shape) > 1 else inputs.count
+
+
+def _row_ranks(inputs: Inputs, index: int) -> torch.Tensor:
+    """The rank of each |delta| in its row, from 0 for the smallest, as a field."""
+    rows = magnitude(inputs, index)
+    rows = rows if rows.dim() > 1 else rows.reshape(1, -1)
+    ranks = rows.argsort(dim=1, stable=True).argsort(dim=1).flatten()
+    if _row_length(inputs) > UNIFORM_STEPS:
+        return ranks.to(torch.int32)
+    return as_field((ranks - 32768).to(torch.int16), inputs.planes)
 
 
 def largest_epsilon(density: float, wanted: float) -> float:

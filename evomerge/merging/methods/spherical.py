@@ -1,88 +1,111 @@
 """Means on a sphere: models as vectors whose direction is interpolated along arcs (SLERP and its kin).
 
-Angles are worked out in float64 from sums of a fixed order and the result is rounded once, so the number of threads
-changes no bit; another device's sine may, in the last place.
+Each is a linear combination of the models whose coefficients follow from the angles between them, so from their Gram
+matrix alone, in float64. The number of threads changes no bit; another device's sine may, in the last place.
 """
 
 import torch
 
 from evomerge.merging.kernels import divisor, ordered_sum
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.combination import Coefficient, around, combination, heaviest
+from evomerge.merging.methods.gram import gram
+from evomerge.merging.passes import Pass
 
 _NO_NORM = 1e-8
 _NO_NORM_BY_ROWS = 1e-7
 _NO_WEIGHT = 1e-6
+_NO_LENGTH = 1e-7  # of a mean of unit vectors, whose square has an error of about 1e-16
 _STRAIGHT = 0.9995  # |cosine| above which slerp is a straight line
 _NO_SINE = 1e-16  # its square, below which nuslerp is one
 
 
-def merge_slerp(inputs: Inputs) -> torch.Tensor:
+def merge_slerp(inputs: Inputs) -> Pass:
     """The point at `t` of the arc from the base to the other model; of the line where they are nearly parallel."""
     assert inputs.base is not None
-    a, b = inputs.base.to(torch.float64), inputs.tensors[0].to(torch.float64)
-    norms = [torch.where(norm > _NO_NORM, norm, 1.0) for norm in (_norm(a.flatten()), _norm(b.flatten()))]
-    cosine = (_dot(a.flatten(), b.flatten()) / (norms[0] * norms[1])).clamp(-1, 1)
-    merged = _on_arc(a.flatten(), b.flatten(), cosine, cosine.abs() > _STRAIGHT, inputs.shared["t"])
-    return merged.reshape(a.shape).to(torch.float32)
+    t: float = inputs.shared["t"]
+    products = gram(inputs, with_base=True)
+    norms = products.diagonal().sqrt()
+    norms = torch.where(norms > _NO_NORM, norms, 1.0)
+    cosine = (products[0, 1] / (norms[0] * norms[1])).clamp(-1, 1)
+    from_base, from_other = _on_arc(cosine, cosine.abs() > _STRAIGHT, t)
+    models = (inputs.base, inputs.tensors[0])
+    return combination(models, (from_base, from_other), from_base + from_other, int(t > 0.5))
 
 
-def merge_nuslerp(inputs: Inputs) -> torch.Tensor:
+def merge_nuslerp(inputs: Inputs) -> Pass | torch.Tensor:
     """The same between two models at the second's share of the weights; between task vectors where there is a base.
 
     Without `nuslerp_flatten` each row has an angle of its own, or, with what mergekit calls `nuslerp_row_wise`, each
     column.
     """
-    first, second = (parameters["weight"] for parameters in inputs.per_model)
+    first, second = inputs.each("weight")
     t = second / (first + second) if abs(first + second) >= _NO_WEIGHT else 0.5
-    axis = 0 if inputs.shared["nuslerp_row_wise"] else -1
-    flatten = inputs.shared["nuslerp_flatten"]
-    a, b = (point.flatten() if flatten else point.transpose(axis, -1) for point in _points(inputs))
+    if not inputs.shared["nuslerp_flatten"]:
+        return _nuslerp_by_lines(inputs, t, axis=0 if inputs.shared["nuslerp_row_wise"] else -1)
+    products = gram(inputs)
+    coefficients = _on_arc(*_nuslerp_cosine(products[0, 1], products[0, 0], products[1, 1]), t)
+    return _from_origin(inputs, coefficients, int(t > 0.5))
+
+
+def _nuslerp_by_lines(inputs: Inputs, t: float, axis: int) -> torch.Tensor:
+    points = [tensor.to(torch.float64) for tensor in inputs.tensors]
+    if inputs.base is not None:
+        points = [point - inputs.base.to(torch.float64) for point in points]
+    a, b = (point.transpose(axis, -1) for point in points)
+    from_a, from_b = _on_arc(*_nuslerp_cosine(ordered_sum(a * b), ordered_sum(a * a), ordered_sum(b * b)), t)
+    merged = (from_a * a + from_b * b).transpose(axis, -1)
+    return (merged if inputs.base is None else inputs.base.to(torch.float64) + merged).to(torch.float32)
+
+
+def _nuslerp_cosine(
+    product: torch.Tensor, square: torch.Tensor, other: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosine, and whether the arc is as good as straight."""
     floor = _NO_NORM_BY_ROWS**2
-    cosine = _dot(a, b) / (_dot(a, a).clamp(min=floor) * _dot(b, b).clamp(min=floor)).sqrt()
-    cosine = cosine.clamp(-1, 1)
-    merged = _on_arc(a, b, cosine, 1 - cosine.square() <= _NO_SINE, t)
-    return _from_origin(inputs, merged if flatten else merged.transpose(axis, -1))
+    cosine = (product / (square.clamp(min=floor) * other.clamp(min=floor)).sqrt()).clamp(-1, 1)
+    return cosine, 1 - cosine.square() <= _NO_SINE
 
 
-def merge_multislerp(inputs: Inputs) -> torch.Tensor:
+def merge_multislerp(inputs: Inputs) -> Pass:
     """A weighted mean in the tangent space at the normalized mean direction (Goddard's barycentric interpolation).
 
     Where directions cancel out there is no such mean, and the result is the weighted sum.
     """
     if len(inputs.tensors) == 1:
-        return inputs.tensors[0].clone()
+        return around(inputs.tensors[0], (), 1.0, ())
     eps: float = inputs.shared["eps"]
-    points = [point.flatten() for point in _points(inputs)]
-    weights: list[float] = [parameters["weight"] for parameters in inputs.per_model]
-    total = divisor(sum(weights), points[0]) if inputs.shared["normalize_weights"] else torch.ones_like(points[0][:1])
-    shares = [weight / total for weight in weights]
-    norms = [_norm(point) for point in points]
-    units = [point / (norm + eps) for point, norm in zip(points, norms, strict=True)]
+    weights = inputs.each("weight")
+    by = divisor(sum(weights)) if inputs.shared["normalize_weights"] else 1.0
+    products = gram(inputs)
+    shares = torch.tensor([weight / by for weight in weights], dtype=torch.float64).to(products.device)
+    norms = products.diagonal().sqrt()
+    units = 1 / (norms + eps)  # of each model, what makes a unit vector of it
 
-    mean = _weighted(shares, units)
-    length = _norm(mean)
-    cancelled = length < eps
+    mean = shares * units
+    length = _length(mean, products)
+    cancelled = length < max(eps, _NO_LENGTH)
     mean = mean / torch.where(cancelled, 1.0, length)
-    tangent = _weighted(shares, [unit - _dot(unit, mean) * mean for unit in units])
-    angle = _norm(tangent) + eps
+    along = units * ordered_sum(products * mean).flatten()
+    tangent = shares * units - ordered_sum(shares * along) * mean
+    angle = _length(tangent, products) + eps
     on_sphere = mean * torch.cos(angle) + tangent * (torch.sin(angle) / angle)
-    merged = torch.where(cancelled, _weighted(shares, points), on_sphere * _weighted(shares, norms))
-    return _from_origin(inputs, merged)
+    coefficients = torch.where(cancelled, shares, on_sphere * ordered_sum(shares * norms))
+    return _from_origin(inputs, tuple(coefficients), heaviest(weights))
 
 
-def merge_karcher(inputs: Inputs) -> torch.Tensor:
+def merge_karcher(inputs: Inputs) -> Pass:
     """The Riemannian centre of mass on the sphere, times the mean norm (gradient descent, `max_iter` steps at most).
 
-    All steps stay in the span of the models, so they are taken on N coefficients, with the models' N x N cosines. A
-    step shorter than `tol` is the last; later ones are computed and dropped, since to look would wait for the device.
+    A step shorter than `tol` is the last; later ones are computed and dropped, since to look would wait for the device.
     """
     if len(inputs.tensors) == 1:
-        return inputs.tensors[0].clone()
+        return around(inputs.tensors[0], (), 1.0, ())
     tol: float = inputs.shared["tol"]
-    points = [tensor.to(torch.float64).flatten() for tensor in inputs.tensors]
-    norms = torch.cat([_norm(point) for point in points])
-    units = [point / torch.where(norm == 0, 1.0, norm) for point, norm in zip(points, norms, strict=True)]
-    cosines = _cosines(units)
+    products = gram(inputs)
+    norms = products.diagonal().sqrt()
+    known = torch.where(norms == 0, 1.0, norms)
+    cosines = products / known / known.unsqueeze(1)
     counted = norms > tol
     shares = counted / counted.sum().clamp(min=1)
     first = (counted & (counted.cumsum(0) == 1)).to(torch.float64)
@@ -98,20 +121,13 @@ def merge_karcher(inputs: Inputs) -> torch.Tensor:
         arrived = arrived | (length < tol)
         step = torch.cos(length) * mean + torch.sin(length) * tangent / torch.where(arrived, 1.0, length)
         mean = torch.where(arrived, mean, _unit(step, cosines, tol, step))
-    merged = _weighted(list(mean), units) * (ordered_sum(norms) / len(units))
-    return merged.reshape(inputs.tensors[0].shape).to(torch.float32)
+    coefficients = mean / known * (ordered_sum(norms) / len(norms))
+    return combination(inputs.tensors, tuple(coefficients), ordered_sum(coefficients))
 
 
-def _cosines(units: list[torch.Tensor]) -> torch.Tensor:
-    """Those between all pairs of unit vectors, shape (N, N)."""
-    pairs = {(i, j): _dot(units[i], units[j]) for i in range(len(units)) for j in range(i + 1)}
-    rows = [torch.cat([pairs[max(i, j), min(i, j)] for j in range(len(units))]) for i in range(len(units))]
-    return torch.stack(rows)
-
-
-def _length(coefficients: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
-    """The norm of a combination of unit vectors."""
-    squared = ordered_sum(coefficients * ordered_sum(cosines * coefficients).flatten())
+def _length(coefficients: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """The norm of a combination of vectors with the given scalar products, shape (1,)."""
+    squared = ordered_sum(coefficients * ordered_sum(products * coefficients).flatten())
     return squared.clamp(min=0).sqrt()
 
 
@@ -120,35 +136,17 @@ def _unit(coefficients: torch.Tensor, cosines: torch.Tensor, tol: float, otherwi
     return torch.where(length > tol, coefficients / torch.where(length > tol, length, 1.0), otherwise)
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return ordered_sum(a * b)
+def _from_origin(inputs: Inputs, coefficients: tuple[Coefficient, ...], anchor: int) -> Pass:
+    """A combination of the models, or of their task vectors on top of the base."""
+    if inputs.base is not None:
+        return around(inputs.base, inputs.tensors, 1.0, coefficients)
+    total = ordered_sum(torch.stack([torch.as_tensor(value).reshape(()) for value in coefficients]))
+    return combination(inputs.tensors, coefficients, total, anchor)
 
 
-def _norm(a: torch.Tensor) -> torch.Tensor:
-    return _dot(a, a).sqrt()
-
-
-def _points(inputs: Inputs) -> list[torch.Tensor]:
-    """The models, or their task vectors where there is a base, in float64."""
-    points = [tensor.to(torch.float64) for tensor in inputs.tensors]
-    return points if inputs.base is None else [point - inputs.base.to(torch.float64) for point in points]
-
-
-def _from_origin(inputs: Inputs, merged: torch.Tensor) -> torch.Tensor:
-    merged = merged.reshape(inputs.tensors[0].shape)
-    return (merged if inputs.base is None else inputs.base.to(torch.float64) + merged).to(torch.float32)
-
-
-def _weighted(weights: list[torch.Tensor], points: list[torch.Tensor]) -> torch.Tensor:
-    total = weights[0] * points[0]
-    for weight, point in zip(weights[1:], points[1:], strict=True):
-        total = total + weight * point
-    return total
-
-
-def _on_arc(a: torch.Tensor, b: torch.Tensor, cosine: torch.Tensor, straight: torch.Tensor, t: float) -> torch.Tensor:
-    """(sin((1 - t) θ) a + sin(t θ) b) / sin θ, or (1 - t) a + t b where `straight` (Shoemake 1985)."""
+def _on_arc(cosine: torch.Tensor, straight: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The coefficients sin((1 - t) θ) / sin θ and sin(t θ) / sin θ, or 1 - t and t where `straight` (Shoemake 1985)."""
     theta = torch.acos(torch.where(straight, 0.0, cosine))
     sine = torch.sin(theta)
     from_a = torch.where(straight, 1 - t, torch.sin((1 - t) * theta) / sine)
-    return from_a * a + torch.where(straight, t, torch.sin(t * theta) / sine) * b
+    return from_a, torch.where(straight, t, torch.sin(t * theta) / sine)

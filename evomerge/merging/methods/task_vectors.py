@@ -11,11 +11,21 @@ from functools import reduce
 
 import torch
 
-from evomerge.merging.kernels import UNIFORM_STEPS, divisor, exact_l1
+from evomerge.merging.kernels import (
+    UNIFORM_STEPS,
+    divisor,
+    exact_l1,
+    field_steps,
+    indicator,
+    l1_steps,
+)
 from evomerge.merging.methods.base import Inputs
-from evomerge.merging.methods.sparsify import SPARSIFIERS
+from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, magnitude
+from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
 _NEGLIGIBLE_L1 = 1e-7
+_FINEST = 1.0 / UNIFORM_STEPS  # no mask is finer than that
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,63 +35,132 @@ class TaskVectorMerge:
     sparsify: str | None
     consensus: bool
 
-    def __call__(self, inputs: Inputs) -> torch.Tensor:
+    def __call__(self, inputs: Inputs) -> Pass:
         assert inputs.base is not None
-        deltas = [self._delta(inputs, index) for index in range(len(inputs.tensors))]
-        weights = [parameters["weight"] for parameters in inputs.per_model]
-        merge = _agreeing if self.consensus else _all
-        merged: torch.Tensor = merge(deltas, weights, inputs.shared["normalize"]) * inputs.shared["lambda"]
-        return inputs.base + merged
+        weights = inputs.each("weight")
+        sparse = self.sparsify is not None and any(parameters["density"] < 1 for parameters in inputs.per_model)
+        chosen = self.sparsify if sparse else None
+        by = divisor(sum(weights)) if inputs.shared["normalize"] and not self.consensus else 1.0
+        numbers: dict[str, Sequence[float | torch.Tensor]] = {
+            "weight": weights,
+            "lambda": [inputs.shared["lambda"]],
+            "by": [by],
+        }
+        fields: tuple[torch.Tensor, ...] = ()
+        if chosen is not None:
+            sparsifier, models = SPARSIFIERS[chosen], range(len(inputs.tensors))
+            known = [sparsifier.numbers(inputs, index) for index in models]
+            fields = tuple(field for index in models for field in sparsifier.fields(inputs, index))
+            numbers |= {name: [values[name] for values in known] for name in known[0]}
+            if inputs.shared["rescale"]:
+                numbers["scale"] = [_scale(inputs, index, chosen, known[index]) for index in models]
+        element = TaskVectorPass(
+            sparsify=chosen,
+            consensus=self.consensus,
+            normalize=inputs.shared["normalize"],
+            per_element=chosen == "magprune" and inputs.shared["rescale"] and inputs.rescale == "density",
+        )
+        return Pass(element, (inputs.base, *inputs.tensors), numbers_on(inputs.device, **numbers), fields)
 
-    def _delta(self, inputs: Inputs, index: int) -> torch.Tensor:
+
+@dataclass(frozen=True, slots=True)
+class TaskVectorPass:
+    """What happens to each element. per_element: divides what is kept by each element's own probability."""
+
+    sparsify: str | None
+    consensus: bool
+    normalize: bool
+    per_element: bool
+
+    def __call__(self, tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
+        base = tensors[0].to(torch.float32)
+        deltas = [
+            self._delta(tensor.to(torch.float32) - base, index, len(tensors) - 1, fields, numbers)
+            for index, tensor in enumerate(tensors[1:])
+        ]
+        merged = self._agreeing(deltas, numbers["weight"]) if self.consensus else reduce(torch.add, deltas)
+        if self.normalize and not self.consensus:
+            merged = merged / numbers["by"][0]
+        return base + merged * numbers["lambda"][0]
+
+    def _delta(self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers) -> torch.Tensor:
         """The weighted, sparsified task vector of one model."""
-        assert inputs.base is not None
-        weight: float = inputs.per_model[index]["weight"]
-        density: float = inputs.per_model[index].get("density", 1.0)
-        delta = inputs.tensors[index] - inputs.base
-        if self.sparsify is not None and density < 1:
-            delta = _sparsified(self.sparsify, delta, density, inputs, index)
-        return delta * weight
+        if self.sparsify is not None:
+            sparsifier = SPARSIFIERS[self.sparsify]
+            each = len(fields) // models
+            own = fields[index * each : (index + 1) * each]
+            known = {name: values[index] for name, values in numbers.items() if len(values) == models}
+            delta = delta * sparsifier.keep(delta, own, known)
+            if self.per_element:
+                probability = sparsifier.probability(own, known)
+                assert probability is not None
+                delta = delta * (1.0 / probability.clamp(min=_FINEST))
+            elif "scale" in numbers:
+                delta = delta * numbers["scale"][index]
+        return delta * numbers["weight"][index]
+
+    def _agreeing(self, deltas: Sequence[torch.Tensor], weights: Tensors) -> torch.Tensor:
+        """The sum, element by element, over those deltas alone that have the sign of the sum of all (TIES), and divided
+        by their weights to `normalize`."""
+        elected = indicator(torch.ge, reduce(torch.add, deltas), 0.0) * 2 - 1
+        agree = [indicator(torch.gt, delta * elected, 0.0) for delta in deltas]
+        total = reduce(torch.add, [delta * agrees for delta, agrees in zip(deltas, agree, strict=True)])
+        if not self.normalize:
+            return total
+        divisors = reduce(torch.add, [agrees * weight for agrees, weight in zip(agree, weights, strict=True)])
+        return total / (divisors + indicator(torch.eq, divisors, 0.0))
 
 
-def _sparsified(how: str, delta: torch.Tensor, density: float, inputs: Inputs, index: int) -> torch.Tensor:
-    if density <= 0 or delta.numel() == 0:
-        return torch.zeros_like(delta)
-    mask, probability = SPARSIFIERS[how](delta, inputs.per_model[index], lambda: inputs.uniforms(index))
-    kept = delta * mask
-    return kept * _scale(delta, kept, probability, inputs.rescale) if inputs.shared["rescale"] else kept
-
-
-def _scale(
-    delta: torch.Tensor, kept: torch.Tensor, probability: torch.Tensor | float, rescale: str
-) -> torch.Tensor | float:
-    """What restores a sparsified delta: 1 / its probability (DARE, eq. 4; DELLA, element by element) or the ratio of L1
-    norms (mergekit)."""
-    if rescale == "density":
-        finest = 1.0 / UNIFORM_STEPS  # no mask is finer than that
-        if isinstance(probability, torch.Tensor):
-            return (1.0 / probability.clamp(min=finest)).to(torch.float32)
-        return 1.0 / max(probability, finest)
-    largest = delta.abs().amax()
-    before, after = exact_l1(delta, largest), exact_l1(kept, largest)
+def _scale(inputs: Inputs, index: int, how: str, known: Values) -> float | torch.Tensor:
+    """What restores a sparsified delta: 1 / density (DARE, eq. 4) or the ratio of L1 norms (mergekit)."""
+    density: float = inputs.per_model[index]["density"]
+    if density >= 1:
+        return 1.0
+    if density <= 0:
+        return 0.0
+    if inputs.rescale == "density":
+        return 1.0 / max(density, _FINEST)
+    largest = inputs.once("largest magnitude", (-1, index), lambda: magnitude(inputs, index).amax())
+    before, after = _l1(inputs, index, how, known, largest)
     unit = largest.to(torch.float64) / (1 << 30)
     negligible = (before * unit < _NEGLIGIBLE_L1) | (after * unit < _NEGLIGIBLE_L1)
     ratio = before.to(torch.float64) / after.to(torch.float64).clamp(min=1.0)
-    return torch.where(negligible, torch.ones_like(ratio), ratio).to(torch.float32)
+    return torch.where(negligible, torch.ones_like(ratio), ratio)
 
 
-def _all(deltas: Sequence[torch.Tensor], weights: Sequence[float], normalize: bool) -> torch.Tensor:
-    """The sum of weighted task vectors, divided by the sum of their weights to `normalize`."""
-    total = reduce(torch.add, deltas)
-    return total / divisor(sum(weights), total) if normalize else total
+def _l1(
+    inputs: Inputs, index: int, how: str, known: Values, largest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact L1 norms of a delta and of what is kept of it, in units of `largest` / 2^30."""
+    if how == "random" and inputs.drawn and inputs.count > UNIFORM_STEPS:
+        table = inputs.once(("l1 below", inputs.drawn[index]), (-1, index), lambda: _l1_below(inputs, index, largest))
+        steps = known["steps"]
+        assert isinstance(steps, float)
+        return table[-1], table[int(steps)]
+    assert inputs.base is not None
+    base, tensor = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1)
+    sparsifier = SPARSIFIERS[how]
+    fields = sparsifier.fields(inputs, index)
+    numbers = {
+        name: values[0] for name, values in numbers_on(inputs.device, **{k: [v] for k, v in known.items()}).items()
+    }
+    before, after = [], []
+    for start in range(0, inputs.count, _PIECE):
+        part = slice(start, start + _PIECE)
+        delta = tensor[part].to(torch.float32) - base[part].to(torch.float32)
+        kept = sparsifier.keep(delta, tuple(field[..., part] for field in fields), numbers)
+        before.append(exact_l1(delta, largest))
+        after.append(exact_l1(delta * kept, largest))
+    return torch.stack(before).sum(), torch.stack(after).sum()
 
 
-def _agreeing(deltas: Sequence[torch.Tensor], weights: Sequence[float], normalize: bool) -> torch.Tensor:
-    """The same, element by element, over those alone that have the sign of the sum of all (TIES)."""
-    elected = reduce(torch.add, deltas) >= 0
-    total, divisors = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        agrees = torch.where(elected, delta > 0, delta < 0)
-        total += delta * agrees
-        divisors += agrees * weight
-    return total / torch.where(divisors == 0, 1.0, divisors) if normalize else total
+def _l1_below(inputs: Inputs, index: int, largest: torch.Tensor) -> torch.Tensor:
+    """For each number of steps of a uniform field, the L1 norm of the elements that lie below; int64, (65537,)."""
+    assert inputs.base is not None
+    base, tensor, field = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1), inputs.uniforms(index)
+    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=inputs.device)
+    for start in range(0, inputs.count, _PIECE):
+        part = slice(start, start + _PIECE)
+        delta = tensor[part].to(torch.float32) - base[part].to(torch.float32)
+        table.index_add_(0, field_steps(field[..., part]).to(torch.int64) + 1, l1_steps(delta, largest))
+    return table.cumsum(0)

@@ -1,0 +1,47 @@
+"""Linear combinations of models: the pass in which averages, arcs and means on spheres all end."""
+
+from collections.abc import Sequence
+
+import torch
+
+from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
+
+Coefficient = float | torch.Tensor
+
+
+def around(
+    anchor: torch.Tensor, tensors: Sequence[torch.Tensor], own: Coefficient, others: Sequence[Coefficient]
+) -> Pass:
+    """own * anchor + sum_i others_i (x_i - anchor).
+
+    Written around one of them so that float32 is enough for equal models to come back bit for bit.
+    """
+    return Pass(_around, (anchor, *tensors), numbers_on(anchor.device, own=[own], others=others))
+
+
+def combination(
+    tensors: Sequence[torch.Tensor], coefficients: Sequence[Coefficient], total: Coefficient, anchor: int = 0
+) -> Pass:
+    """sum_i coefficients_i x_i, where `total` is the sum of the coefficients. A model that has all of the weight comes
+    back bit for bit if it is the anchor."""
+    others = [index for index in range(len(tensors)) if index != anchor]
+    return around(tensors[anchor], [tensors[i] for i in others], total, [coefficients[i] for i in others])
+
+
+def heaviest(weights: Sequence[float]) -> int:
+    return max(range(len(weights)), key=lambda index: abs(weights[index]))
+
+
+def _around(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
+    anchor = tensors[0].to(torch.float32)
+    merged = anchor * numbers["own"][0]
+    away = [
+        (anchor - tensor.to(torch.float32)) * coefficient
+        for tensor, coefficient in zip(tensors[1:], numbers["others"], strict=True)
+    ]
+    if not away:
+        return merged
+    total = away[0]
+    for part in away[1:]:
+        total = total + part
+    return merged - total  # a difference of two equal zeros would lose the sign of the first as a sum

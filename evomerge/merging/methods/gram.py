@@ -1,0 +1,36 @@
+"""Gram matrices: the scalar products of models, which say all about their norms and angles, made once."""
+
+import torch
+
+from evomerge.merging.kernels import ordered_total
+from evomerge.merging.methods.base import Inputs
+
+
+def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
+    """Scalar products of the models' tensors, or, where there is a base, of their task vectors; float64, shape
+    (models, models). with_base: the base is one of the models instead, the first."""
+    assert not with_base or inputs.base is not None
+    models = range(-1 if with_base else 0, len(inputs.tensors))
+    origin = None if with_base else inputs.base
+    rows: list[list[torch.Tensor]] = []
+    for i in models:
+        rows.append([_product(inputs, i, j, origin) for j in models if j <= i])
+    count = len(rows)
+    return torch.stack([torch.cat([rows[max(i, j)][min(i, j)] for j in range(count)]) for i in range(count)])
+
+
+def _product(inputs: Inputs, i: int, j: int, origin: torch.Tensor | None) -> torch.Tensor:
+    def flat(tensor: torch.Tensor, part: slice) -> torch.Tensor:
+        return tensor.reshape(-1)[part].to(torch.float64)
+
+    def vector(index: int, part: slice) -> torch.Tensor:
+        tensor = inputs.base if index < 0 else inputs.tensors[index]
+        assert tensor is not None
+        return flat(tensor, part) if origin is None else flat(tensor, part) - flat(origin, part)
+
+    def products(part: slice) -> torch.Tensor:
+        return vector(i, part) * vector(j, part)
+
+    models = tuple(dict.fromkeys([i, j] if origin is None else [-1, i, j]))
+    what = ("product", i == j, origin is None)
+    return inputs.once(what, models, lambda: ordered_total(products, inputs.count))

@@ -1,0 +1,101 @@
+"""Pass: one walk over the elements of a tensor, in which every merge ends.
+
+A pass is a function of chunks, so it may be compiled into one loop, or run eagerly through chunks that stay in the
+cache: the same operations in the same order and precision, so on a CPU the same bits. Compiled code on a GPU may fuse a
+multiplication with an addition, so there it is asked for by name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+Numbers = Mapping[str, tuple[torch.Tensor, ...]]
+Tensors = tuple[torch.Tensor, ...]
+Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
+
+CHUNK = 1 << 15  # of float32: with its temporaries about the second-level cache, and below what an operation splits up
+_WIDE_CHUNK = 1 << 24  # where there are thousands of cores to feed
+_ELEMENT_LIMIT = 64  # compiled variants: methods x numbers of models x flags
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What is left to do for one tensor: `element` over the elements of `tensors` (of any float dtype) and `fields`.
+
+    element: (tensors, fields, numbers) -> float32 tensor, where each element depends on the same element of the inputs
+    alone; hashable, since compiled code is kept by it. fields: integer tensors whose last dimension is the elements.
+    numbers: scalar tensors by name.
+    """
+
+    element: Element
+    tensors: Tensors
+    numbers: Numbers = field(default_factory=dict)
+    fields: Tensors = ()
+
+
+def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -> Numbers:
+    """Numbers as float32 scalars on a device. Plain ones go there together; scalar tensors are there already."""
+    plain = [value for group in values.values() for value in group if not isinstance(value, torch.Tensor)]
+    moved = iter(torch.tensor(plain, dtype=torch.float32).to(device).unbind())
+
+    def scalar(value: float | torch.Tensor) -> torch.Tensor:
+        return value.reshape(()).to(torch.float32) if isinstance(value, torch.Tensor) else next(moved)
+
+    return {name: tuple(scalar(value) for value in group) for name, group in values.items()}
+
+
+def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False) -> None:
+    """Carries out a pass into `out`, rounding once into its dtype. A tensor is copied."""
+    if isinstance(work, torch.Tensor):
+        out.copy_(work.reshape(out.shape))
+        return
+    if not out.is_contiguous():
+        whole = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        write(whole, work, compiled)
+        out.copy_(whole)
+        return
+    flat, tensors = out.detach().view(-1), tuple(tensor.reshape(-1) for tensor in work.tensors)
+    if compiled and flat.numel() >= CHUNK:
+        _compiled(work.element)(flat, tensors, work.fields, dict(work.numbers))
+        return
+    _in_chunks(flat, tensors, work)
+
+
+def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass) -> None:
+    size = CHUNK if flat.device.type == "cpu" else _WIDE_CHUNK
+
+    def one(start: int) -> None:
+        part = slice(start, start + size)
+        fields = tuple(each[..., part] for each in work.fields)
+        flat[part].copy_(work.element(tuple(tensor[part] for tensor in tensors), fields, work.numbers))
+
+    for_each_chunk(one, range(0, flat.numel(), size), flat.device)
+
+
+def for_each_chunk(work: Callable[[int], Any], starts: range, device: torch.device) -> list[Any]:
+    """Results of `work` at every start, in order; on a CPU by as many threads as torch has, since each operation on a
+    chunk is too small to be divided."""
+    threads = min(torch.get_num_threads(), len(starts)) if device.type == "cpu" else 1
+    if threads <= 1:
+        return [work(start) for start in starts]
+
+    def in_thread(start: int) -> Any:
+        with torch.no_grad():  # grad mode belongs to a thread
+            return work(start)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(in_thread, starts))
+
+
+@cache
+def _compiled(element: Element) -> Callable[[torch.Tensor, Tensors, Tensors, Numbers], None]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _ELEMENT_LIMIT)
+
+    def step(out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers) -> None:
+        out.copy_(element(tensors, fields, numbers))
+
+    return torch.compile(step, dynamic=True, fullgraph=True)

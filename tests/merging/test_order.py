@@ -1,0 +1,56 @@
+"""Order statistics: the element that sorting would give, whether the table has it or not."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomerge.merging.kernels import UNIFORM_STEPS, ascending, kth_smallest
+from evomerge.merging.order import order_statistics
+
+few = settings(max_examples=60, deadline=None, derandomize=True)
+LARGE = 3 * UNIFORM_STEPS + 40_007
+
+
+@pytest.fixture(scope="module", params=["distinct", "tied"])
+def tensor(request) -> torch.Tensor:
+    values = torch.randn(LARGE, generator=torch.Generator().manual_seed(1)).abs()
+    return values if request.param == "distinct" else (values * 20).round() / 20
+
+
+def never() -> torch.Tensor:
+    raise AssertionError("the table has this element")
+
+
+@few
+@given(index=st.integers(0, LARGE - 1))
+def test_any_element_is_the_one_that_sorting_gives(tensor, index):
+    assert order_statistics(tensor).at(index, lambda: tensor) == tensor.sort().values[index]
+
+
+@pytest.mark.parametrize("density", [1 / UNIFORM_STEPS, 0.25, 40000 / UNIFORM_STEPS, 65535 / UNIFORM_STEPS])
+def test_a_density_in_steps_is_answered_from_the_table(tensor, density):
+    kept = int(density * LARGE)
+    ordered, table = tensor.sort().values, order_statistics(tensor)
+    for beside in (-1, 0, 1):
+        if 0 < kept + beside <= LARGE:
+            assert table.at(LARGE - kept - beside, never) == ordered[LARGE - kept - beside]
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_the_table_of_a_small_tensor_holds_all_of_it(count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(2))
+    assert [order_statistics(values).at(index, never) for index in range(count)] == values.sort().values.tolist()
+
+
+def test_the_table_of_a_large_tensor_is_small(tensor):
+    assert order_statistics(tensor).values.numel() <= 3 * (UNIFORM_STEPS + 1)
+
+
+@few
+@given(values=st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=50), data=st.data())
+def test_sorting_and_selecting_are_torch_s(values, data):
+    values = torch.tensor(values)
+    assert torch.equal(ascending(values), values.sort().values)
+    k = data.draw(st.integers(0, len(values) - 1))
+    assert kth_smallest(values, k) == values.sort().values[k]
