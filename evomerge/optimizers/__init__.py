@@ -6,7 +6,7 @@ gives the same proposals: that replay is how a search resumes.
 To add one: write a class with this protocol, add a row to `_MAKERS`, and run it through tests/contracts/optimizer.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,11 +16,12 @@ from evomerge.config import OptimizerConfig
 from evomerge.optimizers.ranking import Ranking
 from evomerge.pareto import Scores
 from evomerge.spaces import Gene, Genome
+from evomerge.spaces import box as box
 
 
 class Optimizer(Protocol):
     def ask(self) -> Genome:
-        """The next generation, shape (population, dimension), inside the box."""
+        """The next generation, shape (population, dimension), canonical (see `spaces.canonical`)."""
         ...
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
@@ -87,8 +88,3 @@ _MAKERS: dict[str, Maker] = {
     "group_evolution": _group_evolution,
     "random_search": _random_search,
 }
-
-
-def box(genes: Sequence[Gene]) -> tuple[Genome, Genome]:
-    """Lower and upper bounds of genes, each of shape (dimension,)."""
-    return np.array([gene.low for gene in genes]), np.array([gene.high for gene in genes])
