@@ -14,7 +14,7 @@ from evomerge.optimizers import Problem
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng
-from evomerge.spaces import Genome, at, canonical
+from evomerge.spaces import Genome, active, at, canonical
 
 _RESAMPLE = 0.3
 _DRAWS = 20
@@ -57,7 +57,11 @@ class GroupEvolution:
         else:
             drawn = parent + self._steps * random.standard_normal(len(genes))
             drawn = np.where(self._categorical, self._chosen_anew(group, random), drawn)
-        return canonical(genes, np.where(group, drawn, parent))
+        child = canonical(genes, np.where(group, drawn, parent))
+        awake = active(genes, child) & ~active(
+            genes, parent
+        )  # by a choice: always at their start, they would be one try
+        return canonical(genes, np.where(awake, drawn, child))
 
     def _chosen_anew(self, group: NDArray[np.bool_], random: np.random.Generator) -> Genome:
         """The parent with each categorical gene of a group chosen anew with one chance in their number."""

@@ -1,6 +1,7 @@
 """SearchSpace: the genome's entries by name, bounds and kind, and how a genome decodes to a recipe.
 
-To add a space: write a class with this protocol and run it through the contract in tests/contracts/space.py.
+To add a space: write a class with this protocol, add its row to table.py, and run it through the contract in
+tests/contracts/space.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from evomerge.recipe import Recipe
 
 Genome = NDArray[np.float64]
+TAKE = "take"  # the kind of gene that says whether a model takes part, a choice between out (0) and in (1)
 
 
 @dataclass(frozen=True, slots=True)
