@@ -1,8 +1,8 @@
 """Archive: every evaluation of a search, durable, and the checkpoint from which it resumes.
 
 Two Optuna studies in one storage, so that any Optuna dashboard reads them: `search` holds one trial per candidate (a
-parameter per gene, a value per objective), `heldout` the scores of chosen candidates on items that the search never
-saw. An evaluation is one transaction. The only module that knows Optuna's storage.
+parameter per gene that counts, a value per objective), `heldout` the scores of chosen candidates on items that the
+search never saw. An evaluation is one transaction. The only module that knows Optuna's storage.
 """
 
 import re
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evomerge.candidate import SPLITS, Candidate, Evaluation, Kind, Split
 from evomerge.config import SearchConfig
 from evomerge.documents import shown
 from evomerge.errors import EvomergeError, InputError, WorkFailed
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
-from evomerge.spaces import Gene
+from evomerge.spaces import Gene, active
 
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
 _FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
@@ -90,7 +92,7 @@ class Archive:
 
     def _record(self, trial: Any) -> Record:
         attributes = trial.user_attrs
-        genome = tuple(trial.params[gene.name] for gene in self._genes) if trial.params else None
+        genome = tuple(_value(gene, trial.params) for gene in self._genes) if trial.params else None
         kind: Kind = attributes["kind"]
         candidate = Candidate(
             id=attributes["id"],
@@ -118,17 +120,14 @@ class Archive:
         with quiet():
             import optuna
 
-            genes: dict[str, optuna.distributions.BaseDistribution] = {
-                gene.name: optuna.distributions.FloatDistribution(gene.low, gene.high) for gene in self._genes
-            }
-            params = dict(zip(genes, candidate.genome, strict=True)) if candidate.genome is not None else {}
+            params, distributions = self._parameters(candidate.genome) if candidate.genome is not None else ({}, {})
             state = optuna.trial.TrialState.FAIL if evaluation.failed else optuna.trial.TrialState.COMPLETE
             values = None if evaluation.scores is None else [evaluation.scores[name] for name in self._names]
             trial = optuna.trial.create_trial(
                 state=state,
                 values=values,
                 params=params,
-                distributions=genes if params else {},
+                distributions=distributions,
                 user_attrs=_attributes(candidate, evaluation),
             )
             try:
@@ -139,6 +138,27 @@ class Archive:
                     "some space or restore the storage, then resume."
                 ) from None
         self._records[split][candidate.id] = Record(candidate, evaluation)
+
+    def _parameters(self, genome: Sequence[float]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Optuna's parameters and their distributions: the genes that count, categorical ones by the chosen name."""
+        from optuna import distributions
+
+        params: dict[str, Any] = {}
+        kinds: dict[str, distributions.BaseDistribution] = {}
+        counts = active(self._genes, np.array(genome))
+        for gene, value, counted in zip(self._genes, genome, counts, strict=True):
+            if not counted:
+                continue
+            if gene.domain == "categorical":
+                params[gene.name] = gene.choices[int(value)]
+                kinds[gene.name] = distributions.CategoricalDistribution(gene.choices)
+            elif gene.domain == "integer":
+                params[gene.name] = int(value)
+                kinds[gene.name] = distributions.IntDistribution(int(gene.low), int(gene.high))
+            else:
+                params[gene.name] = value
+                kinds[gene.name] = distributions.FloatDistribution(gene.low, gene.high)
+        return params, kinds
 
     def records(self, split: Split = "search") -> list[Record]:
         """Every recorded evaluation, controls first, then by generation and index."""
@@ -160,6 +180,14 @@ class Archive:
 
     def recorded_versions(self) -> Mapping[str, str]:
         return dict(self._studies["search"].user_attrs.get("versions", {}))
+
+
+def _value(gene: Gene, params: Mapping[str, Any]) -> float:
+    """A gene's value in a trial; those that do not count are not recorded, and stand at their start."""
+    value = params.get(gene.name)
+    if value is None:
+        return gene.start
+    return float(gene.choices.index(value) if gene.domain == "categorical" else value)
 
 
 def place(candidate: Candidate) -> tuple[int, int]:

@@ -221,17 +221,19 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """The merge methods with models, parameters and sources; those with a weight per model can be searched."""
+    """The merge methods with models, parameters, what can be searched of them, and sources."""
     from evomerge import terminal
     from evomerge.merging.methods import METHODS
+    from evomerge.spaces.table import searchable
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": method.name,
             "base": method.base,
             "models": method.count,
             "per_model": [parameter.name for parameter in method.per_model],
             "shared": {parameter.name: parameter.default for parameter in method.shared},
+            "search": [gene.row() for gene in searchable(method)],
             "paper": method.paper,
         }
         for method in METHODS.values()
@@ -240,11 +242,41 @@ def methods(as_json: AsJson = False) -> None:
         return _print_json(rows)
     for row in rows:
         terminal.console().print(
-            f"{row['name']}: {row['models']}, base {row['base']}; per model {', '.join(row['per_model'])}; "
-            f"shared {row['shared']}; {row['paper']}",
+            f"{row['name']}: {row['models']}, base {row['base']}; per model {', '.join(row['per_model']) or '-'}; "
+            f"shared {row['shared'] or '-'}; searched {_kinds(row['search'], True)}, on request "
+            f"{_kinds(row['search'], False)}; {row['paper']}",
             markup=False,
         )
     return None
+
+
+def _kinds(genes: Sequence[dict[str, Any]], searched: bool) -> str:
+    """The kinds of genes that are searched anyway, or on request."""
+    return ", ".join(gene["kind"] for gene in genes if gene["searched"] is searched) or "-"
+
+
+@app.command()
+def spaces(as_json: AsJson = False) -> None:
+    """The kinds of search spaces with their options, genes and sources."""
+    from evomerge import terminal
+    from evomerge.spaces.table import SPACES
+
+    rows = [space.row() for space in SPACES.values()]
+    if as_json:
+        return _print_json(rows)
+    for row in rows:
+        lines = [f"{row['kind']}: {row['description']}; {row['paper']}", "  options:"]
+        lines += [f"    {name}: {json.dumps(value)}" for name, value in row["options"].items()]
+        lines += ["  genes:", *(f"    {_gene(gene)}" for gene in row["genes"])]
+        terminal.console().print("\n".join(lines), markup=False)
+    return None
+
+
+def _gene(gene: dict[str, Any]) -> str:
+    """A kind of gene in a line."""
+    values = gene.get("choices") or f"{gene['low']:g} to {gene['high']:g}"
+    asked = "" if gene["searched"] else ", on request"
+    return f"{gene['kind']}: {values}, one per {gene['per']} ({gene['where']}{asked})"
 
 
 def _print_json(content: Any) -> None:

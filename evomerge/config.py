@@ -45,18 +45,35 @@ class GeneConfig(Settings):
         return self
 
 
+class GeneChange(Settings):
+    """What a user changes about a gene that has bounds of its own; nothing at all asks for the gene as it is."""
+
+    low: float | None = None
+    high: float | None = None
+    start: float | None = None
+    step: float | None = None
+    fixed: float | None = None
+
+
 class SpaceConfig(Settings):
-    """The parameter space: which numbers of a merge are searched, per model and per group of tensors."""
+    """The parameter space: which numbers of a merge are searched, per model and per group of tensors.
+
+    method: one, or a list, of which the search chooses (it starts with the first). participate: the search chooses
+    which models take part. parameters: genes for the methods' own parameters, as METHOD: {PARAMETER: bounds}; those of
+    methods without weights are searched anyway. normalize: `auto` leaves it to each method.
+    """
 
     kind: Literal["parameter"] = "parameter"
-    method: str = "dare_ties"
+    method: str | tuple[str, ...] = "dare_ties"
+    participate: bool = False
+    parameters: dict[str, dict[str, GeneChange]] = Field(default_factory=dict)
     layer_groups: tuple[str, ...] | None = Field(default=None, min_length=1)
     layer_granularity: int | None = Field(default=None, ge=1)
     filters: tuple[str, ...] = ()
     weight: GeneConfig = GeneConfig(low=0.0, high=1.5, step=0.3)
     density: GeneConfig = GeneConfig(low=0.1, high=1.0, start=1.0, step=0.03)
     lambda_: GeneConfig = Field(default=GeneConfig(low=0.5, high=1.5, start=1.0, step=0.1, fixed=1.0), alias="lambda")
-    normalize: bool = False
+    normalize: bool | Literal["auto"] = False
     rescale: Literal["density", "l1"] = "density"
 
     @field_validator("weight", "density", "lambda_", mode="before")
@@ -69,6 +86,34 @@ class SpaceConfig(Settings):
         if info.field_name == "lambda_" and "fixed" not in value:
             default["fixed"] = None  # to write bounds for lambda is to ask for it
         return {**default, **value}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods that candidates may use."""
+        return (self.method,) if isinstance(self.method, str) else self.method
+
+    @field_validator("method")
+    @classmethod
+    def _each_once(cls, method: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not method:
+            raise ValueError("the list is empty; name a method, or several")
+        for index, name in enumerate(() if isinstance(method, str) else method):
+            if name in method[:index]:
+                raise ValueError(f"{name} is named twice; name each once")
+        return method
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _as_they_are(cls, value: Any) -> Any:
+        """`t:` with nothing behind it asks for the gene with its own bounds."""
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            method: {name: {} if change is None else change for name, change in changes.items()}
+            if isinstance(changes, Mapping)
+            else changes
+            for method, changes in value.items()
+        }
 
     @field_validator("density")
     @classmethod
@@ -136,14 +181,14 @@ class EvaluationConfig(Settings):
 class StageConfig(Settings):
     """A part of the search that moves only some kinds of genes; the last stage takes what is left of the budget."""
 
-    genes: tuple[Literal["weight", "density", "lambda"], ...] = Field(min_length=1)
+    genes: tuple[str, ...] = Field(min_length=1)
     evaluations: int | None = Field(default=None, ge=1)
 
 
 class OptimizerConfig(Settings):
     """How genomes are proposed. `evaluations` counts search candidates; controls come on top."""
 
-    name: Literal["cma_es", "group_evolution", "random_search"] = "cma_es"
+    name: Literal["cma_es", "group_evolution", "random_search", "greedy_soup"] = "cma_es"
     evaluations: int = Field(default=300, ge=1)
     population: int | None = Field(default=None, ge=1)
     lag: int = Field(default=1, ge=0, le=16)
@@ -157,6 +202,12 @@ class OptimizerConfig(Settings):
         for index, stage in enumerate(self.stages[:-1]):
             if stage.evaluations is None:
                 raise ValueError(f".stages[{index}].evaluations is missing; every stage but the last needs a number")
+        return self
+
+    @model_validator(mode="after")
+    def _soup(self) -> Self:
+        if self.name == "greedy_soup" and self.stages:
+            raise ValueError(".stages are given, but greedy_soup has none; leave them out")
         return self
 
     @model_validator(mode="after")
@@ -223,6 +274,12 @@ class SearchConfig(Settings):
         for name in sorted(RESERVED_NAMES & set(self.models)):
             raise ValueError(f".models.{name}: this name is kept for a control; choose another")
         return self
+
+    @property
+    def budget(self) -> int:
+        """How many search candidates there are to be: a greedy soup ends once it has tried each model."""
+        most = self.optimizer.evaluations
+        return min(most, len(self.models)) if self.optimizer.name == "greedy_soup" else most
 
     def digest(self) -> str:
         """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage."""

@@ -14,7 +14,7 @@ from evomerge.config import SearchConfig
 from evomerge.errors import InputError
 from evomerge.optimizers.random_search import random_genome
 from evomerge.recipe import Parameters, Provenance, Recipe, Source, linear, single
-from evomerge.spaces import Genome, SearchSpace
+from evomerge.spaces import Genome, SearchSpace, canonical
 
 GENERATION = -1
 BASE, UNIFORM, PARENT = "base", "uniform", "parent"
@@ -65,7 +65,7 @@ def count_controls(config: SearchConfig) -> int:
     asked = config.controls
     one_knob = len(_WEIGHTS) + 2 * len(_TIES_WEIGHTS) * len(_DENSITIES) if asked.one_knob else 0
     per_model = len(_levels(config)) ** len(config.models) if asked.per_model else 0
-    random = config.optimizer.evaluations if asked.random_search else 0
+    random = config.budget if asked.random_search else 0
     return 2 + len(config.models) + one_knob + per_model + random
 
 
@@ -80,8 +80,8 @@ def _random_search(config: SearchConfig, space: SearchSpace, first: int) -> list
     stages = config.optimizer.stages
     moves = np.array([not stages or gene.kind in stages[0].genes for gene in space.genes])
     start = space.encode({})
-    drawn = (random_genome(space.genes, config.seed, index) for index in range(config.optimizer.evaluations))
-    genomes = [np.where(moves, genome, start) for genome in drawn]
+    drawn = (random_genome(space.genes, config.seed, index) for index in range(config.budget))
+    genomes = [canonical(space.genes, np.where(moves, genome, start)) for genome in drawn]
     return [
         _control(f"{RANDOM}-{i:04d}", first + i, space.decode(genome), tuple(genome.tolist()))
         for i, genome in enumerate(genomes)

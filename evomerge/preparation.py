@@ -13,7 +13,7 @@ from typing import Any
 from evomerge import optimizers
 from evomerge.config import SearchConfig, load
 from evomerge.controls import check_controls, count_controls
-from evomerge.errors import InputError, naming
+from evomerge.errors import InputError, choices, naming
 from evomerge.merging import methods
 from evomerge.merging.sources import (
     FLOATS,
@@ -25,7 +25,7 @@ from evomerge.merging.sources import (
     preflight,
     tensor_table,
 )
-from evomerge.spaces import SearchSpace
+from evomerge.spaces import TAKE, SearchSpace
 from evomerge.spaces.parameter import ParameterSpace
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -130,13 +130,24 @@ def _check_named_once(config: SearchConfig) -> None:
 
 def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
     kinds = {gene.kind for gene in space.genes}
+    if config.optimizer.name == "greedy_soup" and kinds != {TAKE}:
+        others = sorted(kinds - {TAKE})
+        raise InputError(
+            "optimizer.name is greedy_soup, which chooses models and nothing else, so space.participate must be true"
+            + (f" and {', '.join(others)} fixed" if others else "")
+            + "; change the space, or use another optimizer."
+        )
     for index, stage in enumerate(config.optimizer.stages):
         missing = sorted(set(stage.genes) - kinds)
         if missing:
             raise InputError(
-                f"optimizer.stages[{index}].genes names {missing[0]}, but the space has no such free gene "
-                f"(it has: {', '.join(sorted(kinds))}); free it or leave it out."
+                f"optimizer.stages[{index}].genes names {missing[0]}, but the space has no such free gene; "
+                f"{choices(missing[0], kinds)}."
             )
+
+
+def _draws_masks(config: SearchConfig) -> bool:
+    return any(methods.METHODS[name].random for name in config.space.methods)
 
 
 def summarize(prepared: Prepared) -> dict[str, Any]:
@@ -145,7 +156,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
     elements = [math.prod(info.shape) for info in prepared.tensors.values()]
     stored = sum(math.prod(info.shape) * BYTES[FLOATS[info.dtype]] for info in prepared.tensors.values())
     model = sum(elements) * BYTES[config.evaluation.dtype]
-    fields = 2 * sum(elements) * len(config.models) if methods.METHODS[config.space.method].random else 0
+    fields = 2 * sum(elements) * len(config.models) if _draws_masks(config) else 0
     scratch = 4 * max(elements) * (5 * len(config.models) + 6)
     memory = stored * (1 + len(config.models)) + model + fields + scratch
     return {
@@ -154,7 +165,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
         "optimizer": config.optimizer.name,
         "population": config.optimizer.population,
-        "candidates": config.optimizer.evaluations,
+        "candidates": config.budget,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
         "items_per_task": {"search": config.items.search, "heldout": config.items.heldout},

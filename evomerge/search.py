@@ -138,6 +138,7 @@ class Generations:
     _asked: int = field(init=False, default=0)
     _told: int = field(init=False, default=0)
     _created: int = field(init=False, default=0)
+    _exhausted: bool = field(init=False, default=False)
     _open: dict[int, _Generation] = field(init=False, default_factory=dict)
     _queue: deque[Candidate] = field(init=False, default_factory=deque)
 
@@ -148,7 +149,7 @@ class Generations:
     def _advance(self) -> None:
         """Asks and tells in their fixed order, as far as what has been received allows; tells only what leads to an
         ask."""
-        while self._created < self.config.optimizer.evaluations:
+        while self._created < self.config.budget and not self._exhausted:
             if self._asked - self._told <= self.config.optimizer.lag:
                 self._ask()
             elif self._open[self._told].complete:
@@ -158,7 +159,8 @@ class Generations:
 
     def _ask(self) -> None:
         genomes = self.optimizer.ask()
-        left = self.config.optimizer.evaluations - self._created
+        self._exhausted = len(genomes) == 0
+        left = self.config.budget - self._created
         for index, genome in enumerate(genomes[:left]):
             self._queue.append(
                 Candidate(
@@ -220,7 +222,10 @@ class Search:
         if given is not None:
             start = self.space.encode(dict.fromkeys(self.config.models, given))
         self.listener("start", {"control": leader})
-        problem = Problem(self.space.genes, start, self.config.seed, ranking)
+        weights = [start_weights(self.config, control) for control in essential.evaluations]
+        merges = np.array([bool(each) for each in weights])  # all but the base
+        known = np.stack([self.space.encode(each) for each in weights if each]), scores[merges]
+        problem = Problem(self.space.genes, start, self.config.seed, ranking, known)
         return Generations(make_optimizer(self.config.optimizer, problem), self.space, self.config)
 
     def _drain(self, schedules: Sequence[Schedule], split: Split) -> None:

@@ -56,7 +56,7 @@ def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
     return {
         "state": "running" if running else "finished" if _finished(archive, config, controls) else "interrupted",
         "evaluations": len(searched),
-        "budget": config.optimizer.evaluations,
+        "budget": config.budget,
         "controls": {"done": len(records) - len(searched), "total": controls},
         "failed": sum(record.evaluation.failed for record in records),
         "front_size": len(front_of(records, config.objectives)),
@@ -78,7 +78,7 @@ def _best_per_objective(records: Sequence[Record], config: SearchConfig) -> Row:
 def _finished(archive: Archive, config: SearchConfig, controls: int) -> bool:
     records = archive.records()
     searched = sum(record.candidate.kind == "search" for record in records)
-    if searched < config.optimizer.evaluations or len(records) - searched < controls:
+    if searched < config.budget or len(records) - searched < controls:
         return False
     return all(archive.find(candidate.id, "heldout") for candidate in reported(records, config.objectives))
 

@@ -214,6 +214,35 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "text for a number": ({"space.weight.fixed": "much"}, 'space.weight.fixed is "much"; use a valid number'),
     "bounds as a list": ({"space.weight": [0, 1]}, "space.weight is [0, 1]; write keys and values"),
     "an unknown method": ({"space.method": "dare_tie"}, "space.method is 'dare_tie'", "did you mean 'dare_ties'?"),
+    "an unknown method among several": ({"space.method": ["ties", "slrp"]}, "space.method is 'slrp'", "'slerp'?"),
+    "no method": ({"space.method": []}, "space.method: the list is empty; name a method, or several"),
+    "a method twice": ({"space.method": ["ties", "ties"]}, "space.method: ties is named twice; name each once"),
+    "a number for a method": ({"space.method": 3}, "space.method is 3; "),
+    "a parameter of a method that is not used": (
+        {"space.parameters": {"slerp": {"t": None}}},
+        "space.parameters.slerp is for no method in space.method",
+    ),
+    "an unknown parameter of a method": (
+        {"space.method": "sce", "space.parameters": {"sce": {"topk": None}}},
+        "space.parameters.sce.topk cannot be searched; did you mean 'select_topk'?",
+    ),
+    "a parameter's bounds in the wrong order": (
+        {"space.method": "slerp", "space.parameters": {"slerp": {"t": {"low": 2}}}},
+        "space.parameters.slerp.t: low is 2; use a value below high, which is 1",
+    ),
+    "an unknown key of a parameter": (
+        {"space.method": "slerp", "space.parameters": {"slerp": {"t": {"lo": 0}}}},
+        "space.parameters.slerp.t.lo is not a known key; did you mean 'low'?",
+    ),
+    "a greedy soup of weights": (
+        {"optimizer.name": "greedy_soup"},
+        "optimizer.name is greedy_soup",
+        "density, weight fixed",
+    ),
+    "a greedy soup in stages": (
+        {"optimizer": {"name": "greedy_soup", "stages": [{"genes": ["take"]}]}},
+        "optimizer.stages are given, but greedy_soup has none",
+    ),
     "groups that leave layers out": (
         {"space.layer_groups": ["0-1"]},
         "space.layer_groups end at layer 1",
@@ -249,11 +278,15 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     ),
     "half an evaluation": ({"optimizer.evaluations": 1.5}, "optimizer.evaluations is 1.5; use a valid integer"),
     "an unknown optimizer": ({"optimizer.name": "cmaes"}, "optimizer.name is \"cmaes\"; did you mean 'cma_es'?"),
-    "an unknown gene in a stage": ({"optimizer.stages": [{"genes": ["densty"]}]}, "stages[0].genes[0]", "'density'?"),
+    "an unknown gene in a stage": (
+        {"optimizer.stages": [{"genes": ["densty"]}]},
+        "stages[0].genes names densty",
+        "'density'?",
+    ),
     "a fixed gene in a stage": (
         {"space.density.fixed": 1, "optimizer.stages": [{"genes": ["density"]}]},
         "optimizer.stages[0].genes names density",
-        "it has: weight",
+        "valid names: weight",
     ),
     "a stage without end": (
         {"optimizer.stages": [{"genes": ["weight"]}, {"genes": ["density"]}]},

@@ -1,5 +1,13 @@
+import json
 import subprocess
 import sys
+
+import pytest
+
+from evomerge import cli
+from evomerge.config import SpaceConfig
+from evomerge.merging.methods import METHODS
+from evomerge.spaces.parameter import ParameterSpace
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -16,5 +24,55 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = run(code)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "resume", "status", "front", "candidates", "export", "merge", "evaluate", "check"):
+    for command in (
+        "run",
+        "resume",
+        "status",
+        "front",
+        "candidates",
+        "export",
+        "merge",
+        "evaluate",
+        "check",
+        "methods",
+        "spaces",
+    ):
         assert f"\n  {command} " in done.stdout
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    return capsys.readouterr().out
+
+
+def test_spaces_lists_every_gene_that_a_space_of_all_methods_has_with_its_bounds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {row["kind"]: row for row in json.loads(shown(monkeypatch, capsys, "spaces", "--json"))}
+    listed = {gene["kind"]: gene for gene in rows["parameter"]["genes"]}
+    asked = {name: {own.name: {} for own in method.own} for name, method in METHODS.items() if name != "nuslerp"}
+    config = SpaceConfig.model_validate(
+        {"method": list(asked), "participate": True, "parameters": asked, "lambda": {"low": 0.5}}
+    )
+    assert set(rows["parameter"]["options"]) == set(config.model_dump(by_alias=True))
+    space = ParameterSpace(config, "b", {"x": "x", "y": "y"}, ("model.layers.0.mlp.weight",), 0)
+    found = {gene.kind: gene for gene in space.genes}
+    assert set(found) == {kind for kind in listed if not kind.startswith("nuslerp")}
+    for kind, gene in found.items():
+        assert listed[kind]["domain"] == gene.domain
+        if gene.domain != "categorical":
+            assert (listed[kind]["low"], listed[kind]["high"]) == (gene.low, gene.high)
+
+
+def test_spaces_and_methods_speak_to_people_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "slerp.t: 0 to 1, one per group of tensors (space.parameters.slerp.t)" in shown(
+        monkeypatch, capsys, "spaces"
+    )
+    listed = shown(monkeypatch, capsys, "methods")
+    assert "della: 1 or more models" in listed
+    assert "searched weight, density, on request lambda, della.epsilon" in listed

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 
 from evomerge import views
@@ -109,6 +110,55 @@ def test_the_budget_is_kept_to_the_candidate_even_within_a_generation(prepared: 
     archive, _ = run(prepared, tmp_path / "run", size=4)
     kinds = Counter(row["kind"] for row in views.candidates(archive))
     assert kinds == {"search": 15, "control": 4 + 15}
+
+
+@pytest.fixture
+def with_choices(search_file: SearchFile) -> Prepared:
+    space = {"method": ["ties", "slerp", "karcher"], "participate": True, "layer_granularity": 6}
+    return prepare(load(search_file(optimizer={"evaluations": 30, "population": 8}, space=space)))
+
+
+def test_choices_are_parameters_by_name_and_only_what_counts_is_one(with_choices: Prepared, tmp_path: Path) -> None:
+    archive, _ = run(with_choices, tmp_path / "run", scorer=quality)
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'run' / 'archive.db'}")
+    trials = [trial for trial in study.trials if trial.params]
+    assert {trial.params["method"] for trial in trials} == {"ties", "slerp", "karcher"}
+    for trial in trials:
+        kinds = {name.split(":")[0] for name in trial.params}
+        own = {"ties": {"weight", "density"}, "slerp": {"from", "to", "slerp.t"}, "karcher": {"karcher.max_iter"}}
+        assert kinds - {"method", "take"} <= own[trial.params["method"]]
+    genes = with_choices.space.genes
+    again = Archive(tmp_path / "run", with_choices.config, genes)
+    assert [r.candidate.genome for r in again.records()] == [r.candidate.genome for r in archive.records()]
+
+
+def test_a_search_over_choices_killed_midway_resumes_to_the_same_archive(
+    with_choices: Prepared, tmp_path: Path
+) -> None:
+    whole, _ = run(with_choices, tmp_path / "whole", scorer=quality)
+    with pytest.raises(Killed):
+        run(with_choices, tmp_path / "killed", scorer=quality, size=3, dies_after=19)
+    resumed, _ = run(with_choices, tmp_path / "killed", scorer=quality, size=2)
+    assert content(resumed, with_choices) == content(whole, with_choices)
+
+
+def test_a_greedy_soup_starts_with_the_best_parent_and_ends_when_every_model_was_tried(
+    search_file: SearchFile, tmp_path: Path
+) -> None:
+    space = {"method": "linear", "participate": True, "weight": {"fixed": 1}, "normalize": True}
+    soup = prepare(load(search_file(optimizer={"name": "greedy_soup", "evaluations": 50}, space=space)))
+
+    def lang_alone(candidate: Candidate) -> tuple[float, float]:
+        return (0.9, 0.9) if {*candidate.recipe.references} == {"zoo:lang"} else (0.4, 0.5)
+
+    archive, _ = run(soup, tmp_path / "run", scorer=lang_alone, size=3)
+    searched = [record.candidate for record in archive.records() if record.candidate.kind == "search"]
+    assert [{*candidate.recipe.references} for candidate in searched] == [{"zoo:lang"}, {"zoo:math", "zoo:lang"}]
+    status = views.status(archive, soup.config, running=False)
+    assert (status["state"], status["evaluations"], status["budget"]) == ("finished", 2, 2)
+    assert status["best"]["id"] == "g0000-00"
+    _, again = run(soup, tmp_path / "run", scorer=lang_alone)
+    assert not again.evaluated
 
 
 def test_failures_are_recorded_with_their_reason_and_never_win(prepared: Prepared, tmp_path: Path) -> None:

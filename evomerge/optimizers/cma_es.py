@@ -1,4 +1,4 @@
-"""CMA-ES (Hansen 2016, arXiv:1604.00772) by pycma, on genes scaled by their steps.
+"""CMA-ES (Hansen 2016, arXiv:1604.00772) by pycma, on genes scaled by their steps, other than real ones relaxed.
 
 pycma draws from a private generator, so a replay of what was told proposes the same genomes bit for bit. When its own
 criteria say that it has stalled, it starts again from the best candidate told, with twice the population.
@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem, box
+from evomerge.optimizers import Problem
 from evomerge.optimizers.ranking import Incumbent
+from evomerge.optimizers.relaxation import Relaxation
 from evomerge.pareto import Scores
 from evomerge.quiet import quiet
 from evomerge.spaces import Genome
@@ -25,8 +26,7 @@ class CmaEs:
     def __init__(self, config: OptimizerConfig, problem: Problem) -> None:
         assert config.population is not None
         self._config, self._problem = config, problem
-        self._low, self._high = box(problem.genes)
-        self._scale = np.array([gene.step for gene in problem.genes])
+        self._relaxed = Relaxation(problem.genes)
         self._population, self._restarts = config.population, 0
         self._best = Incumbent(problem.start)
         self._pending: list[tuple[Any, list[NDArray[np.float64]]]] = []
@@ -36,10 +36,11 @@ class CmaEs:
         with quiet():
             import cma
 
-        margin = _MARGIN * (self._high - self._low)
-        inside = np.clip(start, self._low + margin, self._high - margin)
+        low, high, scale = self._relaxed.low, self._relaxed.high, self._relaxed.scale
+        margin = _MARGIN * (high - low)
+        inside = np.clip(self._relaxed.points(start), low + margin, high - margin)
         options = {
-            "bounds": [self._low / self._scale, self._high / self._scale],
+            "bounds": [low / scale, high / scale],
             "popsize": self._population,
             "CMA_diagonal": self._config.covariance == "diagonal",
             "CMA_mirrors": 0,
@@ -54,15 +55,14 @@ class CmaEs:
             "tolx": 1e-2,
         }
         with quiet():
-            return cma.CMAEvolutionStrategy(inside / self._scale, 1.0, options)
+            return cma.CMAEvolutionStrategy(inside / scale, 1.0, options)
 
     def ask(self) -> Genome:
         if self._config.restarts and self._strategy.stop():
             self._restart()
         solutions = self._strategy.ask()
         self._pending.append((self._strategy, solutions))
-        genomes: Genome = np.clip(np.stack(solutions) * self._scale, self._low, self._high)
-        return genomes
+        return self._relaxed.genomes(np.stack(solutions) * self._relaxed.scale)
 
     def _restart(self) -> None:
         self._restarts += 1

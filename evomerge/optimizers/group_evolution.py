@@ -1,18 +1,20 @@
 """Group-wise (1+lambda) evolution: each child changes the genes of one group of tensors of the best candidate so far.
 
-With probability 0.3 the group is drawn anew from its box, else moved by a Gaussian of the genes' steps; a child that is
-not worse takes over (a (1+1)-ES by blocks, after Rechenberg 1973). Strong at budgets below a few hundred evaluations,
-where a covariance cannot be learned. Candidates are compared by their weighted mean, whatever the ranking.
+With probability 0.3 the group is drawn anew from its box, else moved by a Gaussian of the genes' steps, with about one
+of its categorical genes chosen anew; a child that is not worse takes over (a (1+1)-ES by blocks, after Rechenberg
+1973). Strong at budgets below a few hundred evaluations, where a covariance cannot be learned. Candidates are compared
+by their weighted mean, whatever the ranking.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem, box
+from evomerge.optimizers import Problem
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng
-from evomerge.spaces import Genome
+from evomerge.spaces import Genome, active, at, canonical
 
 _RESAMPLE = 0.3
 _DRAWS = 20
@@ -24,8 +26,8 @@ class GroupEvolution:
     def __init__(self, config: OptimizerConfig, problem: Problem) -> None:
         assert config.population is not None
         self._population, self._problem = config.population, problem
-        self._low, self._high = box(problem.genes)
         self._steps = np.array([gene.step for gene in problem.genes])
+        self._categorical = np.array([gene.domain == "categorical" for gene in problem.genes])
         self._members = [
             np.array([gene.group == group for gene in problem.genes])
             for group in dict.fromkeys(gene.group for gene in problem.genes)
@@ -48,12 +50,26 @@ class GroupEvolution:
         return next((child for child in drawn if not np.array_equal(child, self._parent.genome)), self._parent.genome)
 
     def _draw(self, random: np.random.Generator) -> Genome:
+        genes, parent = self._problem.genes, self._parent.genome
         group = self._members[random.integers(len(self._members))]
         if random.random() < _RESAMPLE:
-            drawn = self._low + (self._high - self._low) * random.random(len(self._low))
+            drawn = at(genes, random.random(len(genes)))
         else:
-            drawn = self._parent.genome + self._steps * random.standard_normal(len(self._low))
-        return np.clip(np.where(group, drawn, self._parent.genome), self._low, self._high)
+            drawn = parent + self._steps * random.standard_normal(len(genes))
+            drawn = np.where(self._categorical, self._chosen_anew(group, random), drawn)
+        child = canonical(genes, np.where(group, drawn, parent))
+        awake = active(genes, child) & ~active(
+            genes, parent
+        )  # by a choice: always at their start, they would be one try
+        return canonical(genes, np.where(awake, drawn, child))
+
+    def _chosen_anew(self, group: NDArray[np.bool_], random: np.random.Generator) -> Genome:
+        """The parent with each categorical gene of a group chosen anew with one chance in their number."""
+        count = int((group & self._categorical).sum())
+        if count == 0:
+            return self._parent.genome
+        anew = random.random(len(group)) < 1 / count
+        return np.where(anew, at(self._problem.genes, random.random(len(group))), self._parent.genome)
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
         self._parent.offer(genomes, self._problem.ranking.means(scores))

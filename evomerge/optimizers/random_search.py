@@ -3,16 +3,15 @@
 import numpy as np
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem, box
+from evomerge.optimizers import Problem
 from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng
-from evomerge.spaces import Gene, Genome
+from evomerge.spaces import Gene, Genome, at, canonical
 
 
 def random_genome(genes: tuple[Gene, ...], seed: int, index: int) -> Genome:
     """The index-th uniform point of the box, shape (dimension,)."""
-    low, high = box(genes)
-    return low + (high - low) * counter_rng(seed, "random_search", index).random(len(genes))
+    return canonical(genes, at(genes, counter_rng(seed, "random_search", index).random(len(genes))))
 
 
 class RandomSearch:

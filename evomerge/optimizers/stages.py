@@ -1,6 +1,7 @@
 """Stages: parts of a search that move only some kinds of genes, each starting at the best candidate told so far."""
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from evomerge.config import OptimizerConfig, StageConfig
 from evomerge.optimizers import Maker, Optimizer, Problem
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
-from evomerge.spaces import Genome
+from evomerge.spaces import Genome, active, canonical
 
 
 class StagedOptimizer:
@@ -25,16 +26,26 @@ class StagedOptimizer:
     def _enter_next(self) -> None:
         self._stage += 1
         stage = self._config.stages[self._stage]
-        self._moves = np.array([gene.kind in stage.genes for gene in self._problem.genes])
         self._start = self._best.genome
+        self._moves = self._movable(stage)
         part = Problem(
-            genes=tuple(gene for gene in self._problem.genes if gene.kind in stage.genes),
+            genes=tuple(gene for gene, moves in zip(self._problem.genes, self._moves, strict=True) if moves),
             start=self._start[self._moves],
             seed=self._problem.seed + 7919 * self._stage,
             ranking=self._problem.ranking,
         )
         self._optimizer = self._maker(self._config, part)
         self._asked = 0
+
+    def _movable(self, stage: StageConfig) -> NDArray[np.bool_]:
+        """The stage's genes, but for those that none of them could make count (all, where none would be left)."""
+        genes = self._problem.genes
+        wanted = np.array([gene.kind in stage.genes for gene in genes])
+        moving = {gene.name for gene, moves in zip(genes, wanted, strict=True) if moves}
+        settled = [tuple(each for each in gene.when if each.gene not in moving) for gene in genes]
+        fixed = [replace(gene, when=conditions) for gene, conditions in zip(genes, settled, strict=True)]
+        movable = wanted & active(fixed, self._start)
+        return movable if movable.any() else wanted
 
     def _left(self, stage: StageConfig) -> bool:
         last = self._stage == len(self._config.stages) - 1
@@ -48,7 +59,7 @@ class StagedOptimizer:
         self._told_of.append((self._optimizer, self._moves))
         generation = np.tile(self._start, (len(moved), 1))
         generation[:, self._moves] = moved
-        return generation
+        return canonical(self._problem.genes, generation)
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
         self._best.offer(genomes, self._problem.ranking.means(scores))

@@ -1,8 +1,8 @@
-"""The parameter space: weights and densities per model and per group of tensors (Akiba et al. 2025, section 3.1).
+"""The parameter space: numbers of merge methods per model and per group of tensors (Akiba et al. 2025, section 3.1).
 
-Groups are the embeddings, runs of layers (each optionally split by name filters), and the final norm with the head. A
-genome decodes to a recipe of slices, one per run of layers, so that mergekit reads it as it is. Not here yet: methods
-whose models have no weight, and other parameters than weight, density and lambda, which keep their defaults.
+Groups are the embeddings, runs of layers (each optionally split by name filters), and the final norm with the head.
+Which method merges may be a gene, and so may which models take part; a gene that the chosen method has no use for does
+not count. A genome decodes to a recipe of slices, one per run of layers, so that mergekit reads it as it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,12 @@ from evomerge.merging import methods
 from evomerge.merging.methods.base import Method
 from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.recipe import Condition, Parameters, Provenance, Recipe, Setting, Slice, Source
-from evomerge.spaces import Gene, Genome
+from evomerge.spaces import TAKE, Gene, Genome, canonical, categorical
+from evomerge.spaces.own_parameters import own_parameters
+from evomerge.spaces.participants import BASE, FROM, TO, Participants
 
 EMBEDDINGS, HEAD, REST = "embeddings", "head", "rest"
+Values = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,45 +39,83 @@ class LayerGroup:
 
 
 class ParameterSpace:
-    """Weights and densities of one merge method over groups of tensors."""
+    """Numbers of merge methods over groups of tensors, which method it is, and which models it merges."""
 
     def __init__(
         self, config: SpaceConfig, base: str, models: Mapping[str, str], tensors: Sequence[str], seed: int
     ) -> None:
         """models: short names with references. tensors: the base's tensor names. seed: of the masks in every recipe."""
-        self._config, self._base, self._models, self._seed = config, base, dict(models), seed
-        self._method = _searchable(config.method, len(models))
+        self._config, self._models, self._seed = config, tuple(models), seed
+        self._references = {BASE: base, **models}
+        self._methods = _searchable(config, len(models))
+        self._participants = Participants(self._models, self._methods, config.participate)
+        self._own = own_parameters(config, self._methods)
         self._layers = layer_groups(config, layer_count(tensors))
         self._embeddings, self._head = embedding_names(tensors), head_names(tensors)
         _check_filters(config.filters, tensors)
-        self.genes = tuple(self._make_genes())
-        self._index = {gene.name: position for position, gene in enumerate(self.genes)}
+        choices = (*self._method_gene(), *self._participants.genes())
+        self.genes = (*choices, *self._numbers(), *self._lambda(), *self._own_genes())
+        if config.participate and all(gene.kind != TAKE for gene in choices):
+            raise InputError(
+                f"space.participate is true, but of {len(models)} model{'s' * (len(models) > 1)} "
+                f"{', '.join(config.methods)} leaves none out; set it to false."
+            )
+        if not self.genes:
+            raise InputError(self._nothing())
 
-    def _make_genes(self) -> list[Gene]:
+    def _method_gene(self) -> list[Gene]:
+        names = [method.name for method in self._methods]
+        return [categorical("method", "method", "method", names, names[0])] if len(names) > 1 else []
+
+    def _numbers(self) -> list[Gene]:
+        """Weights and densities, by group and model."""
         genes = []
         for kind, gene in self._kinds().items():
-            if gene.fixed is None:
+            users = [method for method in self._methods if method.takes(kind)]
+            if gene.fixed is None and users:
                 default = (
                     gene.start if gene.start is not None else min(max(1.0 / len(self._models), gene.low), gene.high)
                 )
+                when = {model: self._participants.part(model, users) for model in self._models}
                 genes += [
-                    Gene(_name(kind, model, group), kind, group, gene.low, gene.high, default, gene.step)
+                    Gene(name, kind, group, gene.low, gene.high, default, gene.step, when=when[model])
                     for group in self.groups
                     for model in self._models
+                    for name in [_name(kind, model, group)]
                 ]
-        shared = self._config.lambda_
-        if shared.fixed is None and self._method.shares("lambda"):
-            start = 1.0 if shared.start is None else shared.start
-            genes.append(Gene("lambda", "lambda", "lambda", shared.low, shared.high, start, shared.step))
-        if not genes:
-            raise InputError("space: every kind of gene is fixed, so there is nothing to search; free one of them.")
+        return genes
+
+    def _lambda(self) -> list[Gene]:
+        gene = self._config.lambda_
+        users = [method for method in self._methods if method.shares("lambda")]
+        if gene.fixed is not None or not users:
+            return []
+        start = 1.0 if gene.start is None else gene.start
+        when = self._participants.under(users)
+        return [Gene("lambda", "lambda", "lambda", gene.low, gene.high, start, gene.step, when=when)]
+
+    def _own_genes(self) -> list[Gene]:
+        genes = []
+        for own in self._own:
+            if own.bounds.fixed is None:
+                for group in self.groups if own.by_tensor else [""]:
+                    for model in self._models if own.by_model else [None]:
+                        users = [own.method]
+                        part = self._participants.part(model, users) if model else self._participants.under(users)
+                        genes.append(own.gene(group, model, part))
         return genes
 
     def _kinds(self) -> dict[str, GeneConfig]:
-        kinds = {"weight": self._config.weight}
-        if self._method.takes("density"):
-            kinds["density"] = self._config.density
-        return kinds
+        return {"weight": self._config.weight, "density": self._config.density}
+
+    def _nothing(self) -> str:
+        if any(method.takes("weight") for method in self._methods) or self._own:
+            return "space: every kind of gene is fixed, so there is nothing to search; free one of them."
+        return (
+            f"space.method is {self._methods[0].name}, which has no parameters, so with {len(self._models)} model"
+            f"{'s' * (len(self._models) > 1)} there is nothing to search; list it with other methods, or set "
+            "space.participate to true with several models."
+        )
 
     @property
     def groups(self) -> list[str]:
@@ -90,47 +131,68 @@ class ParameterSpace:
 
     def decode(self, genome: Sequence[float] | Genome) -> Recipe:
         """The recipe of a genome of shape (dimension,). Values outside the box are clipped to it."""
-        values = self._clipped(genome)
-        slices = tuple(Slice(sources=tuple(self._sources(values, run))) for run in self._layers)
+        values = self._values(genome)
+        choices = {gene.name: gene.choices[int(values[gene.name])] for gene in self.genes if gene.choices}
+        method = methods.METHODS[choices.get("method", self._methods[0].name)]
+        base, models = self._participants.chosen(method, choices)
         return Recipe(
-            merge_method=self._method.name,
-            base_model=self._base if self._method.uses_base else None,
-            slices=slices,
-            parameters=self._shared(values),
+            merge_method=method.name,
+            base_model=self._references[base] if method.uses_base else None,
+            slices=tuple(self._slice(values, method, base, models, run) for run in self._layers),
+            parameters=self._shared(values, method),
             evomerge=Provenance(seed=self._seed, rescale=self._config.rescale),
         )
 
-    def _sources(self, values: Genome, run: LayerGroup) -> list[Source]:
-        layer_range = (run.start, run.end)
-        base = [Source(model=self._base, layer_range=layer_range)] if self._method.uses_base else []
-        return base + [
-            Source(model=reference, layer_range=layer_range, parameters=self._parameters(values, model, run))
-            for model, reference in self._models.items()
-        ]
-
-    def _clipped(self, genome: Sequence[float] | Genome) -> Genome:
+    def _values(self, genome: Sequence[float] | Genome) -> Values:
         vector = np.asarray(genome, dtype=np.float64)
         if vector.shape != (len(self.genes),):
             raise ValueError(f"expected a genome of shape ({len(self.genes)},), got {vector.shape}")
-        return np.clip(vector, [gene.low for gene in self.genes], [gene.high for gene in self.genes])
+        written = canonical(self.genes, vector).tolist()
+        return {gene.name: value for gene, value in zip(self.genes, written, strict=True)}
 
-    def _value(self, values: Genome, kind: str, model: str, group: str) -> float:
-        position = self._index.get(_name(kind, model, group))
-        if position is not None:
-            return float(values[position])
+    def _slice(self, values: Values, method: Method, base: str, models: Sequence[str], run: LayerGroup) -> Slice:
+        def source(model: str, parameters: Parameters) -> Source:
+            layer_range = (run.start, run.end)
+            return Source(model=self._references[model], layer_range=layer_range, parameters=parameters)
+
+        sources = [source(model, self._per_model(values, method, model, run)) for model in models]
+        if method.uses_base:
+            sources = [source(base, {}), *sources]
+        return Slice(sources=tuple(sources), parameters=self._own_settings(values, method, None, run))
+
+    def _per_model(self, values: Values, method: Method, model: str, run: LayerGroup) -> Parameters:
+        found = {
+            kind: self._setting(lambda group, kind=kind: self._number(values, kind, model, group), run)  # type: ignore[misc]
+            for kind in self._kinds()
+            if method.takes(kind)
+        }
+        found |= self._own_settings(values, method, model, run)
+        if method.takes("epsilon"):
+            found["epsilon"] = self._setting(lambda group: self._epsilon(values, method, model, group), run)
+        return found
+
+    def _number(self, values: Values, kind: str, model: str, group: str) -> float:
+        name = _name(kind, model, group)
+        if name in values:
+            return values[name]
         fixed = self._kinds()[kind].fixed
         assert fixed is not None
         return fixed
 
-    def _parameters(self, values: Genome, model: str, run: LayerGroup) -> Parameters:
-        found = {kind: self._setting(values, kind, model, run) for kind in self._kinds()}
-        if self._method.takes("epsilon"):
-            found["epsilon"] = self._setting(values, "density", model, run, _epsilon)
-        return found
+    def _own_settings(self, values: Values, method: Method, model: str | None, run: LayerGroup) -> Parameters:
+        """The method's own numbers that vary by group of tensors: a model's, or those that models share."""
+        return {
+            own.parameter.name: self._setting(lambda group, own=own: own.value(values, group, model), run)  # type: ignore[misc]
+            for own in self._own
+            if own.method is method and own.by_tensor and own.by_model == (model is not None)
+        }
 
-    def _setting(
-        self, values: Genome, kind: str, model: str, run: LayerGroup, of: Callable[[float], float] = float
-    ) -> Setting:
+    def _epsilon(self, values: Values, method: Method, model: str, group: str) -> float:
+        """DELLA's epsilon: the gene or mergekit's default, less where density ± epsilon would leave (0, 1)."""
+        found = [own.value(values, group, model) for own in self._own if own.kind == f"{method.name}.epsilon"]
+        return largest_epsilon(self._number(values, "density", model, group), wanted=found[0] if found else 0.15)
+
+    def _setting(self, value: Callable[[str], float], run: LayerGroup) -> Setting:
         """A plain number, or conditions: embeddings ride on the first slice, norm and head on the last."""
         prefix = f"{run.label}." if self._config.filters else run.label
         conditions = []
@@ -139,49 +201,60 @@ class ParameterSpace:
             (HEAD, self._head, self._layers[-1]),
         ):
             if run == owner:
-                value = of(self._value(values, kind, model, group)) if names else 0.0
-                conditions += [Condition(filter=name, value=value) for name in names]
+                conditions += [Condition(filter=name, value=value(group)) for name in names]
         for part in self._config.filters:
-            conditions.append(Condition(filter=part, value=of(self._value(values, kind, model, prefix + part))))
-        rest = of(self._value(values, kind, model, prefix + REST if self._config.filters else prefix))
+            conditions.append(Condition(filter=part, value=value(prefix + part)))
+        rest = value(prefix + REST if self._config.filters else prefix)
         return [*conditions, Condition(value=rest)] if conditions else rest
 
-    def _shared(self, values: Genome) -> dict[str, Any]:
-        shared: dict[str, Any] = {"normalize": self._config.normalize} if self._method.shares("normalize") else {}
-        if self._method.shares("lambda"):
+    def _shared(self, values: Values, method: Method) -> dict[str, Any]:
+        shared: dict[str, Any] = {}
+        if method.shares("normalize") and self._config.normalize != "auto":
+            shared["normalize"] = self._config.normalize
+        if method.shares("lambda"):
             fixed = self._config.lambda_.fixed
-            shared["lambda"] = float(values[self._index["lambda"]]) if fixed is None else fixed
-        if self._method.random:
+            shared["lambda"] = values["lambda"] if fixed is None else fixed
+        if method.random:
             shared["rescale"] = True
+        for own in self._own:
+            if own.method is method and not own.by_tensor:
+                shared[own.parameter.name] = own.parameter.kind(own.value(values, "", None))
         return shared
 
     def encode(self, weights: Mapping[str, float]) -> Genome:
-        """The genome that gives these weights to every group, clipped to the box; other genes stand at their start."""
-        genome = [
-            weights.get(gene.name.split(":")[1], 0.0) if gene.kind == "weight" else gene.start for gene in self.genes
-        ]
-        return self._clipped(genome)
+        """The genome that gives these weights to every group, and has the models take part that have one, by the first
+        method; what weights say nothing of stands at its start."""
+        choices = self._participants.standing_for(weights)
+        ends = [weights.get(choices.get(end, ""), 0.0) for end in (FROM, TO)]
+        along = max(ends[1], 0.0) / (max(ends[0], 0.0) + max(ends[1], 0.0)) if ends[1] > 0 else 0.0
+        genome = []
+        for gene in self.genes:
+            if gene.kind == "weight":
+                genome.append(weights.get(gene.name.split(":")[1], 0.0))
+            elif gene.kind == "slerp.t":
+                genome.append(along)
+            elif gene.name in choices:
+                genome.append(float(gene.choices.index(choices[gene.name])))
+            else:
+                genome.append(gene.start)
+        return canonical(self.genes, np.array(genome))
 
 
-def _searchable(name: str, models: int) -> Method:
-    """The method to search, if its models have weights and it takes as many as there are."""
-    method = methods.get(name, "space.method")
-    if not method.takes("weight"):
-        known = [other.name for other in methods.METHODS.values() if other.takes("weight")]
-        raise InputError(
-            f"space.method is {name}, whose models have no weights to search; use one of {', '.join(known)}."
-        )
-    if not method.accepts(models):
-        raise InputError(
-            f"space.method is {name}, which takes {method.count} besides the base, but models lists {models}; "
-            "change either."
-        )
-    return method
-
-
-def _epsilon(density: float) -> float:
-    """DELLA's epsilon for a density: mergekit's default, less where density ± epsilon would leave (0, 1)."""
-    return largest_epsilon(density, wanted=0.15)
+def _searchable(config: SpaceConfig, models: int) -> tuple[Method, ...]:
+    """The methods to search, if they take as many models as there are, or can choose among them."""
+    found = tuple(methods.get(name, "space.method") for name in config.methods)
+    for method in found:
+        if not method.accepts(models) and method.most != 1:
+            raise InputError(
+                f"space.method is {method.name}, which takes {method.count} besides the base, but models lists "
+                f"{models}; change either."
+            )
+        if config.participate and method.most is not None and method.most == method.least > 1:
+            raise InputError(
+                f"space.participate is true, but {method.name} in space.method takes {method.count}, so all of them "
+                "take part; set it to false, or leave the method out."
+            )
+    return found
 
 
 def _name(kind: str, model: str, group: str) -> str:

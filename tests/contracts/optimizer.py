@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from evomerge.config import OptimizerConfig
 from evomerge.optimizers import Optimizer, Problem, make_optimizer, resolve
 from evomerge.optimizers.ranking import Ranking
-from evomerge.spaces import Gene, Genome
+from evomerge.spaces import Condition, Gene, Genome, canonical, categorical
 
 DIMENSION, OBJECTIVES = 6, 2
 
@@ -16,6 +16,18 @@ def genes() -> tuple[Gene, ...]:
         Gene(f"gene{i}", "weight" if i < 4 else "density", f"group{i // 2}", -1.0, 1.0 + i, 0.0, 0.2)
         for i in range(DIMENSION)
     )
+
+
+def mixed_genes() -> tuple[Gene, ...]:
+    """A choice of four, a choice of two, a whole number, and three numbers of which two count only sometimes."""
+    method = categorical("method", "method", "method", ("a", "b", "c", "d"), "b")
+    take = categorical("take:math", "take", "models", ("out", "in"), "in", (Condition("method", ("b", "c", "d")),))
+    steps = Gene("steps", "steps", "method", 1.0, 5.0, 2.0, 1.0, integer=True)
+    numbers = tuple(
+        Gene(f"weight{i}", "weight", f"group{i}", 0.0, 1.5, 0.5, 0.3, when=when)
+        for i, when in enumerate([(), (Condition("method", ("b", "c")),), (Condition("take:math", ("in",)),)])
+    )
+    return (method, take, steps, *numbers)
 
 
 def scores(genomes: Genome) -> NDArray[np.float64]:
@@ -28,28 +40,35 @@ class OptimizerContract:
     """To test an optimizer: subclass, and set `config`."""
 
     config: OptimizerConfig
+    genes: tuple[Gene, ...] = genes()
+    start: float | None = 0.5
+    lag = 1
 
     def make(self, seed: int = 3) -> Optimizer:
         ranking = Ranking(np.ones(OBJECTIVES), elite=True)
-        problem = Problem(genes(), np.full(DIMENSION, 0.5), seed, ranking)
+        start = np.array([gene.start if self.start is None else self.start for gene in self.genes])
+        problem = Problem(self.genes, start, seed, ranking)
         return make_optimizer(resolve(self.config, DIMENSION, OBJECTIVES), problem)
 
-    def proposals(self, optimizer: Optimizer, generations: int, lag: int = 1) -> list[Genome]:
-        """Asks and tells pipelined, with one failure in every generation."""
-        asked = [optimizer.ask() for _ in range(lag + 1)]
+    def proposals(self, optimizer: Optimizer, generations: int) -> list[Genome]:
+        """Asks and tells pipelined, with one failure in every generation, while there is something left to try."""
+        asked = [optimizer.ask() for _ in range(self.lag + 1)]
         for generation in range(generations):
+            if not len(asked[generation]):
+                break
             told = scores(asked[generation])
             told[generation % len(told)] = np.nan
             optimizer.tell(asked[generation], told)
             asked.append(optimizer.ask())
         return asked
 
-    def test_proposals_stay_inside_the_box(self) -> None:
-        low, high = np.array([gene.low for gene in genes()]), np.array([gene.high for gene in genes()])
+    def test_proposals_stay_inside_the_box_and_are_canonical(self) -> None:
+        low, high = np.array([gene.low for gene in self.genes]), np.array([gene.high for gene in self.genes])
         for genomes in self.proposals(self.make(), 12):
             assert genomes.shape[1] == DIMENSION
             assert (genomes >= low).all()
             assert (genomes <= high).all()
+            assert np.array_equal(genomes, canonical(self.genes, genomes))
 
     def test_the_same_seed_and_scores_give_the_same_proposals_whatever_else_draws_random_numbers(self) -> None:
         first = self.proposals(self.make(), 8)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evomerge.merging.plan import make_plan
 from evomerge.recipe import Recipe
-from evomerge.spaces import SearchSpace
+from evomerge.spaces import SearchSpace, active, at, canonical
 
 
 class SpaceContract:
@@ -29,6 +29,24 @@ class SpaceContract:
         high = np.array([gene.high for gene in self.space.genes])
         plan = make_plan(self.space.decode(low + (high - low) * unit), self.tensors)
         assert [tensor.name for tensor in plan.tensors] == list(self.tensors)
+
+    @settings(suppress_health_check=[HealthCheck.differing_executors], deadline=None, max_examples=50)
+    @given(st.integers(0, 2**32 - 1))
+    def test_genes_that_do_not_count_and_values_between_choices_change_nothing(self, seed: int) -> None:
+        random, genes = np.random.default_rng(seed), self.space.genes
+        written = canonical(genes, at(genes, random.random(len(genes))))
+        other = np.where(active(genes, written), written, at(genes, random.random(len(genes))))
+        whole = np.array([gene.domain != "continuous" for gene in genes])
+        other = np.where(whole, other + random.uniform(-0.49, 0.49, len(genes)), other)
+        assert self.space.decode(other) == self.space.decode(written)
+        assert np.array_equal(canonical(genes, other), written)
+
+    def test_conditions_are_on_choices_of_genes_that_come_before(self) -> None:
+        seen: dict[str, tuple[str, ...]] = {}
+        for gene in self.space.genes:
+            for condition in gene.when:
+                assert set(condition.choices) < set(seen[condition.gene]), "a condition that always holds is none"
+            seen[gene.name] = gene.choices
 
     def test_both_corners_of_the_box_decode(self) -> None:
         for corner in ("low", "high"):

@@ -5,8 +5,8 @@ from evomerge.config import OptimizerConfig, StageConfig
 from evomerge.optimizers import Problem, make_optimizer, resolve
 from evomerge.optimizers.random_search import random_genome
 from evomerge.optimizers.ranking import Ranking
-from evomerge.spaces import Gene
-from tests.contracts.optimizer import DIMENSION, OptimizerContract, genes, scores
+from evomerge.spaces import Condition, Gene, active, categorical
+from tests.contracts.optimizer import DIMENSION, OptimizerContract, genes, mixed_genes, scores
 
 
 class TestCmaEs(OptimizerContract):
@@ -30,6 +30,116 @@ class TestStages(OptimizerContract):
         population=8,
         stages=(StageConfig(genes=("weight",), evaluations=24), StageConfig(genes=("weight", "density"))),
     )
+
+
+class TestCmaEsWithChoices(OptimizerContract):
+    config = OptimizerConfig(name="cma_es", population=8)
+    genes, start = mixed_genes(), None
+
+
+class TestGroupEvolutionWithChoices(OptimizerContract):
+    config = OptimizerConfig(name="group_evolution", population=3)
+    genes, start = mixed_genes(), None
+
+
+class TestRandomSearchWithChoices(OptimizerContract):
+    config = OptimizerConfig(name="random_search")
+    genes, start = mixed_genes(), None
+
+
+class TestStagesWithChoices(OptimizerContract):
+    config = OptimizerConfig(
+        population=8,
+        stages=(StageConfig(genes=("method", "take"), evaluations=24), StageConfig(genes=("weight", "steps"))),
+    )
+    genes, start = mixed_genes(), None
+
+
+MEMBERS = tuple(categorical(f"take:{name}", "take", "models", ("out", "in"), "in") for name in "abcdef")
+
+
+class TestGreedySoup(OptimizerContract):
+    config = OptimizerConfig(name="greedy_soup")
+    genes, start, lag = MEMBERS, None, 0
+
+    def test_another_seed_gives_other_proposals(self) -> None:
+        """It draws nothing."""
+        assert np.array_equal(self.make(1).ask(), self.make(2).ask())
+
+    def test_a_generation_in_which_everything_failed_does_not_stop_it(self) -> None:
+        optimizer = self.make()
+        for index in range(len(MEMBERS)):
+            genomes = optimizer.ask()
+            assert genomes.sum() == 1, f"nothing was kept, so model {index} stands alone"
+            optimizer.tell(genomes, np.full((1, 2), np.nan))
+        assert optimizer.ask().shape == (0, len(MEMBERS))
+
+
+def greedy_soup(values: np.ndarray[tuple[int], np.dtype[np.float64]], order: list[int]) -> list[list[int]]:
+    """What Wortsman et al.'s recipe 1 tries, as the paper's pseudocode has it, with a soup's value in `values`."""
+    ingredients: list[int] = []
+    tried, best = [], -np.inf
+    for model in order:
+        soup = [*ingredients, model]
+        tried.append(sorted(soup))
+        value = values[sum(1 << index for index in soup)]
+        if value >= best:
+            ingredients, best = soup, value
+    return tried
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_greedy_soup_tries_what_the_paper_s_pseudocode_tries(seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 12, 64) / 12.0  # with ties
+    bits = 2 ** np.arange(6)
+    alone = np.eye(6)
+    known = (alone, values[bits][:, np.newaxis])
+    ranking = Ranking(np.ones(1), elite=False)
+    problem = Problem(MEMBERS, np.ones(6), seed, ranking, known)
+    optimizer = make_optimizer(resolve(OptimizerConfig(name="greedy_soup"), 6, 1), problem)
+    tried = []
+    while len(genomes := optimizer.ask()):
+        optimizer.tell(genomes, values[(genomes @ bits).astype(int)][:, np.newaxis])
+        tried.append(np.flatnonzero(genomes[0]).tolist())
+    order = sorted(range(6), key=lambda index: -values[1 << index])
+    assert tried == greedy_soup(values, order)
+
+
+@pytest.mark.parametrize("name", ["cma_es", "group_evolution", "random_search"])
+def test_every_choice_is_tried_and_a_choice_that_wins_is_found(name: str) -> None:
+    config = resolve(OptimizerConfig.model_validate({"name": name}), DIMENSION, 1)
+    start = np.array([gene.start for gene in mixed_genes()])
+    optimizer = make_optimizer(config, Problem(mixed_genes(), start, 4, Ranking(np.ones(1), elite=False)))
+    seen: set[float] = set()
+    best = (-np.inf, start)
+    for _ in range(40):
+        genomes = optimizer.ask()
+        seen |= set(genomes[:, 0])
+        told = np.where(genomes[:, 0] == 3, 2.0, 0.0) - np.abs(genomes[:, 2] - 4) / 4
+        best = max(best, (float(told.max()), genomes[told.argmax()]), key=lambda pair: pair[0])
+        optimizer.tell(genomes, told[:, np.newaxis])
+    assert seen == {0, 1, 2, 3}
+    assert best[1][[0, 2]].tolist() == [3, 4]
+
+
+def test_group_evolution_tries_a_method_with_other_numbers_each_time() -> None:
+    method = categorical("method", "method", "method", ("linear", "slerp"), "linear")
+    t = Gene("slerp.t", "slerp.t", "all", 0.0, 1.0, 0.5, 0.2, when=(Condition("method", ("slerp",)),))
+    problem = Problem((method, t), np.array([0.0, 0.5]), 1, Ranking(np.ones(1), elite=False))
+    optimizer = make_optimizer(resolve(OptimizerConfig(name="group_evolution", population=20), 2, 1), problem)
+    tried = [tuple(genome) for genome in optimizer.ask()[1:]]
+    assert {method for method, _ in tried} == {1.0}
+    assert len(set(tried)) > 15
+
+
+def test_a_stage_leaves_out_genes_that_its_start_makes_idle() -> None:
+    stages = (StageConfig(genes=("weight",)),)
+    start = np.array([3.0, 0.0, 2.0, 0.5, 0.5, 0.5])  # method d without math, so only the first weight counts
+    problem = Problem(mixed_genes(), start, 1, Ranking(np.ones(1), elite=False))
+    assert active(mixed_genes(), start)[3:].tolist() == [True, False, False]
+    config = resolve(OptimizerConfig(name="group_evolution", population=30, stages=stages), DIMENSION, 1)
+    generation = make_optimizer(config, problem).ask()
+    assert (generation[1:, 3] != 0.5).all(), "no candidate is wasted on a weight that does not count"
 
 
 def best_mean_after(config: OptimizerConfig, evaluations: int, seed: int) -> float:

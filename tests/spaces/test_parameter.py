@@ -5,6 +5,8 @@ from evomerge.config import GeneConfig, SpaceConfig
 from evomerge.errors import InputError
 from evomerge.merging.methods import METHODS
 from evomerge.merging.plan import make_plan
+from evomerge.recipe import Recipe
+from evomerge.spaces import active
 from evomerge.spaces.parameter import ParameterSpace
 from tests.contracts.space import SpaceContract
 
@@ -134,6 +136,16 @@ def test_lambda_is_a_gene_once_its_bounds_are_written() -> None:
         ({"filters": ["attention"]}, "no tensor name in the layers contains"),
         ({"weight": GeneConfig(low=0, high=1, step=0.1, fixed=1.0), "density": {"fixed": 1.0}}, "nothing to search"),
         ({"method": "dare_tie"}, "did you mean 'dare_ties'"),
+        ({"method": ["ties", "dare_tie"]}, "did you mean 'dare_ties'"),
+        ({"method": ["nuslerp", "ties"], "participate": True}, "nuslerp in space.method takes 2 models, so all"),
+        ({"method": "slerp", "participate": True}, "of 2 models slerp leaves none out; set it to false"),
+        ({"method": "model_stock", "participate": True}, "of 2 models model_stock leaves none out"),
+        ({"parameters": {"slerp": {"t": None}}}, "space.parameters.slerp is for no method in space.method"),
+        ({"method": "sce", "parameters": {"sce": {"topk": None}}}, r"sce\.topk cannot be searched; did you mean 'sel"),
+        ({"method": "slerp", "parameters": {"slerp": {"t": {"low": 2}}}}, r"slerp\.t: low is 2; use a value below"),
+        ({"method": "karcher", "parameters": {"karcher": {"max_iter": {"high": 2.5}}}}, "use a whole number"),
+        ({"method": "model_stock", "parameters": {"model_stock": {"filter_wise": {"low": 0}}}}, "is a switch"),
+        ({"method": "ram", "parameters": {"ram": {"epsilon": {"low": -1}}}}, "use a number of at least 0"),
     ],
 )
 def test_a_space_that_does_not_fit_the_model_says_what_to_change(settings: dict[str, object], message: str) -> None:
@@ -152,13 +164,168 @@ def test_every_method_with_a_weight_per_model_is_searched_over_weights_and_densi
     assert (recipe.base_model == "base") == row.uses_base
 
 
+OWN = {
+    "slerp": {"slerp.t"},
+    "nearswap": {"nearswap.t"},
+    "karcher": {"karcher.max_iter"},
+    "model_stock": {"model_stock.filter_wise"},
+    "sce": {"sce.select_topk"},
+    "ram": {"ram.epsilon"},
+    "passthrough": {"passthrough.scale"},
+    "arcee_fusion": set(),
+}
+ENDS = {"slerp": {"from", "to"}, "nearswap": {"from", "to"}, "arcee_fusion": {"from", "to"}, "passthrough": {"to"}}
+
+
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.takes("weight")])
-def test_a_method_without_weights_is_refused_with_those_that_can_be_searched(method: str) -> None:
-    message = (
-        rf"^space\.method is {method}, whose models have no weights to search; use one of linear, task_arithmetic,"
+def test_a_method_without_weights_is_searched_over_its_own_parameters_and_its_two_ends(method: str) -> None:
+    assert {gene.kind for gene in make_space(method=method).genes} == OWN[method] | ENDS.get(method, set())
+
+
+def test_a_method_with_nothing_to_search_says_so() -> None:
+    config = SpaceConfig.model_validate({"method": "arcee_fusion"})
+    with pytest.raises(InputError, match="arcee_fusion, which has no parameters, so with 1 model there is nothing"):
+        ParameterSpace(config, "base", {"math": "path/math"}, TENSORS, seed=7)
+
+
+EVERY = [name for name in METHODS if name != "nuslerp"]
+
+
+class TestEveryMethodWithParticipation(SpaceContract):
+    space = make_space(
+        method=EVERY,
+        participate=True,
+        layer_granularity=3,
+        filters=["mlp"],
+        parameters={"della": {"epsilon": None}, "breadcrumbs": {"gamma": {"high": 0.2}}},
+        normalize="auto",
+        **{"lambda": {"high": 2.0}},
     )
-    with pytest.raises(InputError, match=message):
-        make_space(method=method)
+    tensors = TENSORS
+
+
+class TestSlerp(SpaceContract):
+    space = make_space(method="slerp", layer_granularity=2)
+    tensors = TENSORS
+
+
+class TestParticipation(SpaceContract):
+    space = make_space(method="linear", participate=True, weight={"fixed": 1.0}, normalize=True)
+    tensors = TENSORS
+
+
+class TestModelStockOfSome(SpaceContract):
+    space = make_space(method=["model_stock", "sce"], participate=True)
+    tensors = TENSORS
+
+
+def genome_of(space: ParameterSpace, **chosen: float | str) -> list[float]:
+    """The space's start with some genes set, by name (`__` for a colon) and, where they are categorical, by choice."""
+    named = {name.replace("__", ":"): value for name, value in chosen.items()}
+    assert set(named) <= {gene.name for gene in space.genes}
+    values = (named.get(gene.name, gene.start) for gene in space.genes)
+    return [
+        float(gene.choices.index(value) if isinstance(value, str) else value)
+        for gene, value in zip(space.genes, values, strict=True)
+    ]
+
+
+def sources(recipe: Recipe) -> list[str]:
+    assert recipe.slices is not None
+    return [source.model for source in recipe.slices[0].sources]
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        (("base", "lang"), ["base", "path/lang"]),
+        (("math", "lang"), ["path/math", "path/lang"]),
+        (("math", "math"), ["base", "path/math"]),
+    ],
+)
+def test_the_ends_of_slerp_are_genes(ends: tuple[str, str], expected: list[str]) -> None:
+    space = make_space(method="slerp")
+    recipe = space.decode(genome_of(space, **{"from": ends[0], "to": ends[1], "slerp.t__layers_0-5": 0.25}))
+    assert recipe.base_model == expected[0]
+    assert sources(recipe) == expected
+    shared = {tensor.name: tensor.shared["t"] for tensor in make_plan(recipe, TENSORS).tensors}
+    assert shared["model.layers.3.mlp.up_proj.weight"] == 0.25
+    assert shared["lm_head.weight"] == shared["model.embed_tokens.weight"] == 0.5
+
+
+def test_slerp_starts_at_the_control_that_it_is_started_from() -> None:
+    space = make_space(method="slerp")
+    for weights, ends, t in (
+        ({"lang": 1.0}, ["base", "path/lang"], 1.0),
+        ({"math": 0.5, "lang": 0.5}, ["path/math", "path/lang"], 0.5),
+        ({}, ["base", "path/math"], 0.0),
+    ):
+        recipe = space.decode(space.encode(weights))
+        assert sources(recipe) == ends
+        assert {tensor.shared["t"] for tensor in make_plan(recipe, TENSORS).tensors} == {t}
+
+
+def test_models_take_part_by_gene_and_never_fewer_than_the_method_needs() -> None:
+    space = make_space(method=["linear", "karcher", "model_stock"], participate=True)
+    both = ["path/math", "path/lang"]
+    assert sources(space.decode(genome_of(space, method="karcher", take__math="out"))) == ["path/lang"]
+    assert sources(space.decode(genome_of(space, method="linear", take__math="out", take__lang="out"))) == both[:1]
+    assert sources(space.decode(space.encode({"lang": 1.0}))) == both[1:]
+    assert sources(space.decode(space.encode({"math": 0.5, "lang": 0.5}))) == both
+
+
+def test_the_first_models_join_where_fewer_take_part_than_the_method_needs() -> None:
+    models = {"a": "path/a", "b": "path/b", "c": "path/c"}
+    config = SpaceConfig.model_validate({"method": "model_stock", "participate": True})
+    space = ParameterSpace(config, "base", models, TENSORS, seed=7)
+    nobody = genome_of(space, take__a="out", take__b="out", take__c="out")
+    assert sources(space.decode(nobody)) == ["base", "path/a", "path/b"]
+    assert sources(space.decode(genome_of(space, take__a="out", take__b="out"))) == ["base", "path/a", "path/c"]
+
+
+def test_weights_count_for_methods_with_weights_and_models_that_take_part() -> None:
+    space = make_space(method=["ties", "linear", "sce"], participate=True)
+    counted = {
+        (method, take): {
+            gene.kind
+            for gene, counts in zip(
+                space.genes,
+                active(space.genes, np.array(genome_of(space, method=method, take__math=take, take__lang="out"))),
+                strict=True,
+            )
+            if counts
+        }
+        - {"method", "take"}
+        for method in ("ties", "linear", "sce")
+        for take in ("in", "out")
+    }
+    assert counted == {
+        ("ties", "in"): {"weight", "density"},
+        ("linear", "in"): {"weight"},
+        ("sce", "in"): {"sce.select_topk"},
+        ("ties", "out"): set(),
+        ("linear", "out"): set(),
+        ("sce", "out"): {"sce.select_topk"},
+    }
+
+
+def test_methods_own_parameters_take_a_user_s_bounds_or_stay_fixed() -> None:
+    space = make_space(method="slerp", parameters={"slerp": {"t": {"low": 0.6, "step": 0.05}}})
+    assert {(gene.low, gene.high, gene.start, gene.step) for gene in space.genes if gene.kind == "slerp.t"} == {
+        (0.6, 1.0, 0.6, 0.05)
+    }
+    fixed = make_space(method=["karcher", "linear"], parameters={"karcher": {"max_iter": {"fixed": 3}}})
+    assert fixed.decode([0.0] * len(fixed.genes)).parameters == {"max_iter": 3}
+    searched = make_space(method="model_stock")
+    assert searched.decode([1.0]).parameters == {"filter_wise": True}
+
+
+def test_the_names_and_order_of_a_plain_space_s_genes_are_those_that_archives_hold() -> None:
+    space = make_space(layer_granularity=3, **{"lambda": {"low": 0.5}})
+    groups = ("embeddings", "layers_0-2", "layers_3-5", "head")
+    names = [f"{k}:{m}:{g}" for k in ("weight", "density") for g in groups for m in ("math", "lang")]
+    assert [gene.name for gene in space.genes] == [*names, "lambda"]
+    assert all(gene.domain == "continuous" and not gene.when for gene in space.genes)
 
 
 def test_a_method_for_two_models_is_refused_for_three() -> None:

@@ -5,7 +5,7 @@ the comparison with mergekit in the tests.
 """
 
 from evomerge.errors import InputError, choices
-from evomerge.merging.methods.base import Method, Parameter
+from evomerge.merging.methods.base import Method, Parameter, Range
 from evomerge.merging.methods.linear import merge_linear
 from evomerge.merging.methods.model_stock import merge_model_stock
 from evomerge.merging.methods.passthrough import merge_passthrough
@@ -17,8 +17,8 @@ WEIGHT = Parameter("weight", float, None)
 DENSITY = Parameter("density", float, 1.0, within=(0.0, 1.0))
 INT8_MASK = Parameter("int8_mask", bool, False)  # mergekit's memory saver; accepted, not needed
 _OF_SPARSIFIERS = {
-    "outliers": (Parameter("gamma", float, 0.01),),
-    "magprune": (Parameter("epsilon", float, 0.15),),
+    "outliers": (Parameter("gamma", float, 0.01, search=Range(0.0, 0.1, 0.01, 0.01)),),
+    "magprune": (Parameter("epsilon", float, 0.15, search=Range(0.0, 0.3, 0.15, 0.05)),),
 }
 
 
@@ -121,7 +121,7 @@ METHODS: dict[str, Method] = {
             paper="Shoemake 1985, Animating rotation with quaternion curves, doi:10.1145/325334.325242",
             function=merge_slerp,
             base="required",
-            shared=(Parameter("t", float, None),),
+            shared=(Parameter("t", float, None, search=Range(0.0, 1.0, 0.5, 0.2)),),
             most=1,
         ),
         Method(
@@ -130,7 +130,10 @@ METHODS: dict[str, Method] = {
             function=merge_nuslerp,
             base="optional",
             per_model=(WEIGHT,),
-            shared=(Parameter("nuslerp_row_wise", bool, False), Parameter("nuslerp_flatten", bool, True)),
+            shared=(
+                Parameter("nuslerp_row_wise", bool, False, search=Range(0, 1, 0, 1)),
+                Parameter("nuslerp_flatten", bool, True, search=Range(0, 1, 1, 1)),
+            ),
             least=2,
             most=2,
         ),
@@ -147,14 +150,14 @@ METHODS: dict[str, Method] = {
             paper="The Karcher mean of models on the sphere, arXiv:2603.04972",
             function=merge_karcher,
             base="ignored",
-            shared=(Parameter("max_iter", int, 10), Parameter("tol", float, 1e-5)),
+            shared=(Parameter("max_iter", int, 10, search=Range(1, 20, 10, 4)), Parameter("tol", float, 1e-5)),
         ),
         Method(
             name="model_stock",
             paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
             function=merge_model_stock,
             base="required",
-            shared=(Parameter("filter_wise", bool, False),),
+            shared=(Parameter("filter_wise", bool, False, search=Range(0, 1, 0, 1)),),
             least=2,
         ),
         Method(
@@ -162,21 +165,21 @@ METHODS: dict[str, Method] = {
             paper="Wan et al. 2024, FuseChat, arXiv:2408.07990",
             function=merge_sce,
             base="required",
-            shared=(INT8_MASK, Parameter("select_topk", float, 1.0)),
+            shared=(INT8_MASK, Parameter("select_topk", float, 1.0, search=Range(0.05, 1.0, 1.0, 0.15))),
         ),
         Method(
             name="ram",
             paper="Reinforced Agent Merging, arXiv:2601.13572",
             function=merge_ram,
             base="required",
-            shared=(Parameter("epsilon", float, 1e-5),),
+            shared=(Parameter("epsilon", float, 1e-5, search=Range(0.0, 1e-3, 1e-5, 1e-4)),),
         ),
         Method(
             name="nearswap",
             paper="alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
             function=merge_nearswap,
             base="required",
-            shared=(Parameter("t", float, None),),
+            shared=(Parameter("t", float, None, search=Range(0.0, 0.01, 0.001, 0.002)),),
             most=1,
         ),
         Method(
@@ -191,7 +194,7 @@ METHODS: dict[str, Method] = {
             paper="Goddard et al. 2024, Arcee's MergeKit, arXiv:2403.13257",
             function=merge_passthrough,
             base="ignored",
-            per_model=(Parameter("scale", float, 1.0),),
+            per_model=(Parameter("scale", float, 1.0, search=Range(0.5, 1.5, 1.0, 0.1)),),
             most=1,
         ),
     )

@@ -12,13 +12,24 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """Where a search looks for a parameter unless told otherwise; a switch goes from 0 (false) to 1 (true)."""
+
+    low: float
+    high: float
+    start: float
+    step: float
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a method; no default means that a recipe must give it."""
+    """A parameter of a method; no default means that a recipe must give it, no `search` that none looks for it."""
 
     name: str
     kind: type[float] | type[int] | type[bool]
     default: float | bool | None
     within: tuple[float, float] | None = None
+    search: Range | None = None
 
 
 class Once(Protocol):
@@ -120,6 +131,11 @@ class Method:
 
     def accepts(self, count: int) -> bool:
         return self.least <= count and (self.most is None or count <= self.most)
+
+    @property
+    def own(self) -> tuple[Parameter, ...]:
+        """The parameters with a range to search: all but weight, density and lambda, which methods have in common."""
+        return tuple(known for known in (*self.per_model, *self.shared) if known.search is not None)
 
     def takes(self, parameter: str) -> bool:
         return any(known.name == parameter for known in self.per_model)

@@ -1,0 +1,48 @@
+"""Greedy soup (Wortsman et al. 2022, Model soups, arXiv:2203.05482, recipe 1).
+
+Models join one after the other, the best by itself first, and stay where the mean score does not fall. It needs a space
+in which every gene says whether a model takes part; of a soup without weights that is the uniform average.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from evomerge.config import OptimizerConfig
+from evomerge.optimizers import Problem
+from evomerge.optimizers.ranking import Incumbent
+from evomerge.pareto import Scores
+from evomerge.spaces import TAKE, Genome, canonical
+
+
+class GreedySoup:
+    """One candidate a generation, each built on the last one kept, until every model has been tried."""
+
+    def __init__(self, config: OptimizerConfig, problem: Problem) -> None:
+        self._problem = problem
+        takes = np.array([gene.kind == TAKE for gene in problem.genes])
+        nobody = np.where(takes, 0.0, problem.start)
+        self._soup = Incumbent(nobody)
+        alone = {index: self._with(nobody, index) for index in np.flatnonzero(takes).tolist()}
+        self._queue = deque(sorted(alone, key=lambda index: -self._known_mean(alone[index])))
+
+    def _with(self, soup: Genome, index: int) -> Genome:
+        genome = soup.copy()
+        genome[index] = 1.0
+        return canonical(self._problem.genes, genome)
+
+    def _known_mean(self, genome: Genome) -> float:
+        """The mean score with which a genome is known already, -inf where it is not."""
+        if self._problem.known is None:
+            return -np.inf
+        known, scores = self._problem.known
+        same = (known == genome).all(axis=1)
+        return float(self._problem.ranking.means(scores)[same].max(initial=-np.inf))
+
+    def ask(self) -> Genome:
+        if not self._queue:
+            return np.empty((0, len(self._problem.genes)))
+        return self._with(self._soup.genome, self._queue.popleft())[np.newaxis]
+
+    def tell(self, genomes: Genome, scores: Scores) -> None:
+        self._soup.offer(genomes, self._problem.ranking.means(scores))

@@ -1,0 +1,104 @@
+"""Genes for parameters that belong to one method: slerp's `t`, sce's `select_topk`, karcher's `max_iter` and the like.
+
+Those of methods without weights are searched unless fixed, the others where the search file names them. Numbers vary by
+group of tensors (and by model where the method takes them by model); whole numbers and switches hold for the merge.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from evomerge.config import GeneChange, GeneConfig, SpaceConfig
+from evomerge.documents import validate
+from evomerge.errors import InputError, choices
+from evomerge.merging.methods.base import Method, Parameter
+from evomerge.spaces import Condition, Gene, categorical
+
+_SWITCH = ("false", "true")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnParameter:
+    """One parameter of one method in a search: its bounds, or the value at which it is fixed."""
+
+    method: Method
+    parameter: Parameter
+    bounds: GeneConfig
+
+    @property
+    def kind(self) -> str:
+        return f"{self.method.name}.{self.parameter.name}"
+
+    @property
+    def by_tensor(self) -> bool:
+        return self.parameter.kind is float
+
+    @property
+    def by_model(self) -> bool:
+        return self.method.takes(self.parameter.name)
+
+    def name(self, group: str, model: str | None) -> str:
+        """The gene of a group of tensors (of the whole merge, where the parameter cannot vary) and a model."""
+        parts = [self.kind, model if self.by_model else None, group if self.by_tensor else None]
+        return ":".join(part for part in parts if part is not None)
+
+    def value(self, values: Mapping[str, float], group: str, model: str | None) -> float:
+        """The gene's value by its name, or the one at which it is fixed."""
+        fixed = self.bounds.fixed
+        return values[self.name(group, model)] if fixed is None else fixed
+
+    def gene(self, group: str, model: str | None, when: tuple[Condition, ...]) -> Gene:
+        name, low, high, start = self.name(group, model), self.bounds.low, self.bounds.high, self.bounds.start
+        governs = group if self.by_tensor else "method"
+        assert start is not None
+        if self.parameter.kind is bool:
+            return categorical(name, self.kind, governs, _SWITCH, _SWITCH[int(start)], when)
+        integer = self.parameter.kind is int
+        return Gene(name, self.kind, governs, low, high, start, self.bounds.step, integer=integer, when=when)
+
+
+def own_parameters(config: SpaceConfig, methods: Sequence[Method]) -> list[OwnParameter]:
+    """The methods' own parameters that are searched or fixed. Raises InputError for unknown names and wrong bounds."""
+    _check_names(config, methods)
+    found = []
+    for method in methods:
+        named = config.parameters.get(method.name, {})
+        for parameter in method.own:
+            change = named.get(parameter.name)
+            if change is not None or not method.takes("weight"):
+                where = f"space.parameters.{method.name}.{parameter.name}"
+                found.append(OwnParameter(method, parameter, _bounds(parameter, change or GeneChange(), where)))
+    return found
+
+
+def _check_names(config: SpaceConfig, methods: Sequence[Method]) -> None:
+    used = {method.name: method for method in methods}
+    for name, named in config.parameters.items():
+        if name not in used:
+            raise InputError(f"space.parameters.{name} is for no method in space.method; {choices(name, used)}.")
+        known = [parameter.name for parameter in used[name].own]
+        for parameter in named:
+            if parameter not in known:
+                raise InputError(
+                    f"space.parameters.{name}.{parameter} cannot be searched; {choices(parameter, known)}."
+                )
+
+
+def _bounds(parameter: Parameter, change: GeneChange, where: str) -> GeneConfig:
+    """The table's range with a user's changes; a start that was not given follows the bounds."""
+    table = parameter.search
+    assert table is not None
+    given = change.model_dump(exclude_none=True)
+    low, high = given.get("low", table.low), given.get("high", table.high)
+    start = min(max(table.start, low), high)
+    bounds = {"low": low, "high": high, "start": start, "step": table.step, **given}
+    checked = validate(GeneConfig, bounds, where)
+    if parameter.kind is bool and given.keys() & {"low", "high", "step"}:
+        raise InputError(f"{where} is a switch without bounds; give start or fixed (0 or 1), or nothing.")
+    for key, value in bounds.items():
+        if parameter.kind is not float and key != "step" and value != int(value):
+            raise InputError(f"{where}.{key} is {value:g}; use a whole number.")
+        if parameter.kind is bool and value not in (0, 1):
+            raise InputError(f"{where}.{key} is {value:g}; use 0 (false) or 1 (true).")
+        if value < 0:
+            raise InputError(f"{where}.{key} is {value:g}; use a number of at least 0.")
+    return checked

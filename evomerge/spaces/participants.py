@@ -1,0 +1,91 @@
+"""Which models take part in a merge, and as what: genes of their own where a search leaves it open.
+
+Methods that take any number of models take all of them, or, with `participate`, those that a gene each has in; where
+fewer are in than the method needs, the first of the others join. Methods between two models have a gene for each end:
+`from` is the base or a model, `to` a model; where both name the same one, `from` is the base.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from evomerge.merging.methods.base import Method
+from evomerge.spaces import TAKE, Condition, Gene, categorical
+
+BASE, OUT, IN = "base", "out", "in"
+FROM, TO = "from", "to"
+_GROUP = "models"
+
+
+def between_two(method: Method) -> bool:
+    """Whether a method takes the base and one model, or just one."""
+    return method.most == 1
+
+
+class Participants:
+    """The models of a search, by name, for the methods that it uses."""
+
+    def __init__(self, models: Sequence[str], methods: Sequence[Method], participate: bool) -> None:
+        self._models = tuple(models)
+        self._methods = tuple(methods)
+        self._chosen = participate and len(models) > 1
+
+    def genes(self) -> list[Gene]:
+        return [*self._ends(), *self._takes()]
+
+    def _ends(self) -> list[Gene]:
+        if len(self._models) == 1:
+            return []
+        between = [method for method in self._methods if between_two(method)]
+        ends = [
+            (FROM, (BASE, *self._models), [method for method in between if method.needs_base]),
+            (TO, self._models, between),
+        ]
+        return [
+            categorical(name, name, _GROUP, choices, choices[0], self.under(users))
+            for name, choices, users in ends
+            if users
+        ]
+
+    def _takes(self) -> list[Gene]:
+        users = [method for method in self._methods if not between_two(method) and method.least < len(self._models)]
+        if not self._chosen or not users:
+            return []
+        when = self.under(users)
+        return [categorical(_take(model), TAKE, _GROUP, (OUT, IN), IN, when) for model in self._models]
+
+    def under(self, users: Sequence[Method]) -> tuple[Condition, ...]:
+        """The condition that one of these methods is used: none at all where every method is among them."""
+        names = tuple(method.name for method in users)
+        return () if len(names) == len(self._methods) else (Condition("method", names),)
+
+    def part(self, model: str, users: Sequence[Method]) -> tuple[Condition, ...]:
+        """The conditions under which a model takes part in a merge by one of these methods."""
+        if not all(map(between_two, users)):
+            taken = (Condition(_take(model), (IN,)),) if self._chosen else ()
+        else:
+            taken = (Condition(TO, (model,)),) if len(self._models) > 1 else ()
+        return (*self.under(users), *taken)
+
+    def chosen(self, method: Method, choices: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+        """The base (a name, or `base`) and the models, given the names that categorical genes stand at."""
+        if between_two(method):
+            to = choices.get(TO, self._models[0])
+            source = choices.get(FROM, BASE) if method.needs_base else BASE
+            return (BASE if source == to else source), (to,)
+        taken = [model for model in self._models if choices.get(_take(model), IN) == IN]
+        missing = [model for model in self._models if model not in taken][: max(0, method.least - len(taken))]
+        return BASE, tuple(model for model in self._models if model in (*taken, *missing))
+
+    def standing_for(self, weights: Mapping[str, float]) -> dict[str, str]:
+        """The choices that come nearest to these weights per model; none where all are 0."""
+        heaviest = sorted(
+            (name for name in self._models if weights.get(name, 0.0) > 0), key=lambda name: -weights[name]
+        )
+        if not heaviest:
+            return {}
+        takes = {_take(name): IN if name in heaviest else OUT for name in self._models}
+        first, second = [BASE, *heaviest][:2] if len(heaviest) == 1 else heaviest[:2]
+        return {FROM: first, TO: second, **takes}
+
+
+def _take(model: str) -> str:
+    return f"{TAKE}:{model}"
