@@ -172,6 +172,17 @@ def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False)],
     device: Annotated[str, typer.Option(help="Where to merge (cpu, cuda).")] = "cpu",
+    cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            "--max-shard-size",
+            "--out-shard-size",
+            help="Most of one file: bytes, as in 5GB, or numbers of parameters, as mergekit's 5B.",
+        ),
+    ] = "5GB",
+    copy_tokenizer: Annotated[bool, typer.Option(help="Write a tokenizer too.")] = True,
+    write_model_card: Annotated[bool, typer.Option(help="Write a README.md too.")] = True,
 ) -> None:
     """Write a recipe's merge as a plain Hugging Face checkpoint and check its fingerprint."""
     from evomerge import export as exports
@@ -179,7 +190,16 @@ def merge(
     from evomerge import terminal
     from evomerge.workers.worker import resolve_device
 
-    fingerprint, checked = exports.merge(recipes.load(recipe), out, str(recipe), resolve_device(device, "--device"))
+    fingerprint, checked = exports.merge(
+        recipes.load(recipe),
+        out,
+        str(recipe),
+        resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device"),
+        shard_size=max_shard_size,
+        tokenizer=copy_tokenizer,
+        card=write_model_card,
+        warn=lambda warning: terminal.fail(f"warning: {warning}"),
+    )
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
     terminal.console().print(f"{out}: fingerprint {fingerprint} ({verdict})")
 

@@ -4,13 +4,14 @@ Model references become paths that mergekit can read; `evomerge.aliases` keeps w
 can be merged again on another machine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from evomerge.archive import Archive, Record, versions
+from evomerge.card import model_card
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError, WorkFailed, choices
+from evomerge.licenses import combined, stated_license
 from evomerge.merging.sources import find_source, preflight, split_adapter, tensor_table
 from evomerge.preparation import resolve_dtype
 from evomerge.recipe import Provenance, Recipe, single
@@ -145,33 +146,63 @@ def _is_here(path: str) -> bool:
     return Path(model).exists() and (adapter is None or Path(adapter).exists())
 
 
-def merge(recipe: Recipe, out: Path, where: str, device: str = "cpu") -> tuple[str, bool]:
+def merge(
+    recipe: Recipe,
+    out: Path,
+    where: str,
+    device: str = "cpu",
+    *,
+    shard_size: str = "5GB",
+    tokenizer: bool = True,
+    card: bool = True,
+    warn: Callable[[str], None] = lambda _: None,
+) -> tuple[str, bool]:
     """Writes a recipe's checkpoint. Returns its fingerprint and whether the recipe recorded the same one.
 
+    shard_size: of a file of weights, as in 5GB (bytes) or 5B (parameters). warn: is told what the user should know.
     Raises WorkFailed, leaving nothing, where the recipe records another fingerprint than the merge has.
     """
-    from evomerge.merging.checkpoint import check_writable, write_checkpoint
-    from evomerge.merging.materialize import ResidentModels
-    from evomerge.merging.plan import make_plan
+    import torch
+
+    from evomerge.merging.checkpoint import check_writable, parse_size, staged
+    from evomerge.merging.stream import StreamedMerge, stored_fingerprint
 
     check_writable(out)
     recipe = located(recipe)
     skeleton = recipe.references[0]
-    preflight(skeleton, {reference: reference for reference in recipe.references[1:]})
-    sources = {reference: find_source(reference, skeleton) for reference in recipe.references}
-    tensors = tensor_table(sources[skeleton])
-    make_plan(recipe, tensors, where)
-    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", tensors)
-    folder = sources[skeleton].folder
-    models = ResidentModels(sources, folder, device, dtype)
-    found = models.materialize(recipe)
+    preflight(skeleton, {reference: reference for reference in recipe.references[1:]}, same_tensors=False)
+    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", tensor_table(find_source(skeleton, skeleton)))
+    size = parse_size(shard_size, getattr(torch, dtype).itemsize)
+    merged = StreamedMerge(recipe, where, device, dtype)
+    if merged.unknown_tokens:
+        shown = ", ".join(merged.unknown_tokens[:8])
+        warn(f"{where}: no model has an embedding for {shown}; zeros are taken (tokenizer.tokens can name a source).")
+    verdict = combined(_licenses(recipe))
+    for warning in verdict.warnings:
+        warn(warning)
     recorded = recipe.evomerge.fingerprint
-    if recorded is not None and found != recorded:
-        raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
-    kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update={"fingerprint": found})})
-    extra = [("README.md", _model_card(kept, found)), ("evomerge_recipe.yaml", kept.to_yaml())]
-    write_checkpoint(models.model, folder, out, found, extra)
+    with staged(out) as folder:
+        found = merged.write(folder, size, tokenizer)
+        if recorded is not None and found != recorded:
+            raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
+        read = stored_fingerprint(folder)
+        if read != found:
+            raise WorkFailed(f"{folder}: the written weights have fingerprint {read}, expected {found}; not kept.")
+        kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update={"fingerprint": found})})
+        (folder / "evomerge_recipe.yaml").write_text(kept.to_yaml(), encoding="utf-8")
+        if card:
+            (folder / "README.md").write_text(model_card(kept, found, verdict), encoding="utf-8")
     return found, recorded is not None
+
+
+def _licenses(recipe: Recipe) -> dict[str, str | None]:
+    """What the card of each parent states, by the name that the merge's card calls it."""
+    aliases, found = recipe.evomerge.aliases, {}
+    for reference in recipe.references:
+        source = find_source(reference, recipe.references[0])
+        folders = [source.folder] if source.adapter is None else [source.folder, source.adapter]
+        found[aliases.get(reference, reference)] = stated_license(folders)
+    return found
 
 
 def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> str:
@@ -179,28 +210,6 @@ def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> 
     changed = [f"{name} {was} → {now.get(name)}" for name, was in provenance.versions.items() if now.get(name) != was]
     cause = f"versions changed: {', '.join(changed)}" if changed else "a source model or a parameter has changed"
     return f"{where}: the merge has fingerprint {found}, but {recorded} was scored ({cause}); nothing was written."
-
-
-def _model_card(recipe: Recipe, fingerprint: str) -> str:
-    """README.md of a merged checkpoint: front matter of the hub, then recipe and scores."""
-    import yaml
-
-    aliases = recipe.evomerge.aliases
-    names = [aliases.get(reference, reference) for reference in recipe.references]
-    front: dict[str, Any] = {"base_model": names, "library_name": "transformers", "tags": ["merge", "evomerge"]}
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "# Merged model", ""]
-    lines += [f"Merged by evomerge with `{recipe.merge_method}` from:", "", *(f"- `{name}`" for name in names), ""]
-    lines += [f"Fingerprint of the weights: `{fingerprint}`", ""]
-    for title, scores in (("Search items", recipe.evomerge.scores), ("Held-out items", recipe.evomerge.heldout)):
-        lines += _score_lines(title, scores)
-    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])
-
-
-def _score_lines(title: str, scores: Mapping[str, float | None] | None) -> list[str]:
-    if not scores:
-        return []
-    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None]
-    return [f"## {title}", "", "| objective | score |", "|---|---|", *rows, ""]
 
 
 def read(target: str) -> Recipe:

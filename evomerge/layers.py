@@ -13,6 +13,12 @@ def layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def with_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer."""
+    match = _LAYER.search(name)
+    return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}" if match else name
+
+
 def layer_count(names: Iterable[str]) -> int:
     return 1 + max((index for name in names if (index := layer_index(name)) is not None), default=-1)
 

@@ -2,8 +2,11 @@
 
 Read and written are `models` and `slices` recipes with parameters at every level, name filters and layer gradients.
 Values are found as mergekit 0.1.5 finds them: source before slice before recipe, the first filter that matches,
-gradients interpolated over a slice's layers. Not here yet, and refused by name: `modules`, `tokenizer`, per-slice
-bases.
+gradients interpolated over a slice's layers. Missing on purpose, and refused by name: `modules`.
+
+Where the two differ: mergekit rounds its inputs to `dtype`, computes in it, and rounds to `out_dtype` if there is one.
+Here everything is computed in float32 from the stored weights and rounded once, to `out_dtype` or else `dtype`, or else
+to the dtype of most of the base's tensors (mergekit then keeps every tensor's own).
 """
 
 import hashlib
@@ -22,7 +25,7 @@ from evomerge.errors import InputError
 Scalar = bool | int | float | str
 Kind = type[float] | type[int] | type[bool]
 DTYPES = Literal["float32", "bfloat16", "float16"]
-UNSUPPORTED = ("modules", "tokenizer", "chat_template")
+UNSUPPORTED = ("modules",)
 
 
 class Condition(Settings):
@@ -48,25 +51,71 @@ class Source(Settings):
 
 
 class Slice(Settings):
-    """A run of layers merged from the same layers of its sources."""
+    """A run of output layers, each merged from one layer of every source; their ranges are equally long."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
+    base_model: str | None = None
     parameters: Parameters = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        ranges = {source.layer_range for source in self.sources}
-        if None in ranges:
-            raise ValueError("every source of a slice needs a layer_range")
-        if len(ranges) > 1:
-            raise ValueError(f"sources of one slice must have the same layer_range, got {sorted(map(str, ranges))}")
+        ranges = [source.layer_range for source in self.sources]
+        for found in ranges:
+            if found is None:
+                raise ValueError("every source of a slice needs a layer_range")
+            if not 0 <= found[0] < found[1]:
+                raise ValueError(f"layer_range {list(found)} holds no layers; write [first, last + 1], counted from 0")
+        lengths = {end - start for start, end in filter(None, ranges)}
+        if len(lengths) > 1:
+            raise ValueError(
+                "sources of one slice must have equally many layers, got "
+                + " and ".join(str(list(found)) for found in ranges if found)
+            )
         return self
 
     @property
-    def layer_range(self) -> tuple[int, int]:
-        layers = self.sources[0].layer_range
-        assert layers is not None
-        return layers
+    def length(self) -> int:
+        """How many output layers the slice makes."""
+        start, end = self.sources[0].layer_range or (0, 0)
+        return end - start
+
+
+class ModelToken(Settings):
+    """The embedding of one token of one model, by id or by text."""
+
+    kind: Literal["model_token"]
+    model: str
+    token_id: int | None = Field(default=None, ge=0)
+    token: str | None = None
+
+
+class ZeroToken(Settings):
+    """An embedding of zeros."""
+
+    kind: Literal["zero"]
+
+
+class TokenSettings(Settings):
+    """Where a token's embedding comes from in models that lack it, or with `force` in all of them."""
+
+    source: str | Annotated[ModelToken | ZeroToken, Field(discriminator="kind")] | None = None
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if isinstance(self.source, ModelToken) and (self.source.token_id is None) == (self.source.token is None):
+            raise ValueError(".source: give exactly one of token_id and token")
+        if self.force and self.source is None:
+            raise ValueError("force needs a source to take the embedding from")
+        return self
+
+
+class TokenizerSettings(Settings):
+    """The tokenizer of the output: `base`, `union`, or a model's, with more tokens and rows for padding."""
+
+    source: str = "union"
+    tokens: dict[str, TokenSettings] | None = None
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 
 class Provenance(Settings):
@@ -98,6 +147,8 @@ class Recipe(Settings):
     dtype: DTYPES | None = None
     out_dtype: DTYPES | None = None
     tokenizer_source: str | None = None
+    tokenizer: TokenizerSettings | None = None
+    chat_template: str | None = None
     evomerge: Provenance = Provenance()
 
     @model_validator(mode="after")
@@ -106,9 +157,14 @@ class Recipe(Settings):
             raise ValueError("give exactly one of models and slices")
         if any(source.layer_range for source in self.models or ()):
             raise ValueError("models are merged whole and take no layer_range; write slices instead")
-        if self.tokenizer_source not in (None, "base", self.base_model):
-            raise ValueError(f"tokenizer_source is {self.tokenizer_source}; only the base's tokenizer is supported")
+        if self.tokenizer_source is not None and self.tokenizer is not None:
+            raise ValueError("give at most one of tokenizer_source and tokenizer")
         return self
+
+    @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """How the output's tokenizer is built, in either form; None where it is the base's as it stands."""
+        return TokenizerSettings(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -133,14 +189,15 @@ class Recipe(Settings):
             return source.model_copy(update={"model": names.get(source.model, source.model)})
 
         def rename_slice(part: Slice) -> Slice:
-            return part.model_copy(update={"sources": tuple(map(rename, part.sources))})
+            sources = tuple(map(rename, part.sources))
+            return part.model_copy(update={"sources": sources, "base_model": _renamed(part.base_model, names)})
 
         return self.model_copy(
             update={
-                "base_model": names.get(self.base_model, self.base_model) if self.base_model else None,
-                "tokenizer_source": names.get(self.tokenizer_source, self.tokenizer_source)
-                if self.tokenizer_source not in (None, "base")
-                else self.tokenizer_source,
+                "base_model": _renamed(self.base_model, names),
+                "tokenizer_source": _renamed_tokenizer(self.tokenizer_source, names),
+                "tokenizer": self.tokenizer and _renamed_tokens(self.tokenizer, names),
+                "chat_template": _renamed(self.chat_template, names),
                 "models": tuple(map(rename, self.models)) if self.models else None,
                 "slices": tuple(map(rename_slice, self.slices)) if self.slices else None,
             }
@@ -160,6 +217,27 @@ class Recipe(Settings):
             **content.get("evomerge", {}),
         }
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _renamed(reference: str | None, names: Mapping[str, str]) -> str | None:
+    return None if reference is None else names.get(reference, reference)
+
+
+def _renamed_tokenizer(source: str | None, names: Mapping[str, str]) -> str | None:
+    """`base` and `union` are mergekit's words, not models."""
+    return source if source in ("base", "union") else _renamed(source, names)
+
+
+def _renamed_tokens(settings: TokenizerSettings, names: Mapping[str, str]) -> TokenizerSettings:
+    def rename(token: TokenSettings) -> TokenSettings:
+        if isinstance(token.source, ModelToken):
+            model = names.get(token.source.model, token.source.model)
+            return token.model_copy(update={"source": token.source.model_copy(update={"model": model})})
+        source = _renamed(token.source, names) if isinstance(token.source, str) else token.source
+        return token.model_copy(update={"source": source})
+
+    tokens = settings.tokens and {text: rename(token) for text, token in settings.tokens.items()}
+    return settings.model_copy(update={"source": _renamed_tokenizer(settings.source, names), "tokens": tokens})
 
 
 class _Dumper(yaml.SafeDumper):

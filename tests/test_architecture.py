@@ -23,6 +23,8 @@ NEVER = {
     "evomerge/evaluation": {"merging", "spaces", "optimizers", "workers", "archive", "search", "runs", "cli"},
     "evomerge/workers": {"spaces", "optimizers", "archive", "search", "runs", "cli"},
     "evomerge/recipe.py": {"merging", "spaces", "optimizers", "evaluation", "workers", "archive", "search", "runs"},
+    "evomerge/card.py": {"merging", "evaluation", "workers", "archive", "search", "runs", "cli"},
+    "evomerge/licenses.py": {"merging", "evaluation", "workers", "archive", "search", "runs", "cli"},
     "evomerge/pareto.py": {"candidate", "archive", "search", "merging", "spaces"},
 }
 

@@ -792,6 +792,15 @@ RECIPES: dict[str, tuple[Any, ...]] = {
         "models[0].parameters.weight.value is required",
     ),
     "a method without its base": ({"merge_method": "ties"}, "merge_method ties needs a base_model"),
+    "modules": ({"modules": {"text": {}}, "models": REMOVED}, "modules is not supported; remove it"),
+    "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "give at most one of tokenizer_source and"),
+    "a tokenizer that is not there": ({"tokenizer_source": "./nowhere"}, "./nowhere: no such model folder"),
+    "a key of the tokenizer": ({"tokenizer.sauce": "union"}, "tokenizer.sauce", "did you mean 'source'?"),
+    "a token with two sources": (
+        {"tokenizer.tokens": {"x": {"source": {"kind": "model_token", "model": "a", "token": "b", "token_id": 1}}}},
+        "tokenizer.tokens.x.source: give exactly one of token_id and token",
+    ),
+    "a template by name": ({"chat_template": "chatml"}, "chat_template is 'chatml', and templates by name are not"),
     "an unknown dtype": ({"dtype": "float61"}, "dtype is \"float61\"; did you mean 'float16'?"),
 }
 
@@ -827,6 +836,7 @@ def test_a_merge_goes_nowhere_but_to_a_new_folder(
     refuses("merge", recipe(), "recipe.yaml", says=("recipe.yaml: exists",))
     refuses("merge", recipe(), "recipe.yaml/merged", says=("is a file; choose a path inside a folder",))
     refuses("merge", recipe(), "merged", "--device", "banana", says=("--device is 'banana'; use auto, cpu",))
+    refuses("merge", recipe(), "merged", "--max-shard-size", "5", says=("--max-shard-size is '5'; use a size such",))
     refuses("merge", "nowhere.yaml", "merged", says=("nowhere.yaml: no such file; check the path",))
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge import export
+from evomerge import cli, export
 from evomerge import recipe as recipes
 from evomerge.config import GeneConfig, SpaceConfig
 from evomerge.errors import InputError, WorkFailed
-from evomerge.merging import checkpoint
+from evomerge.merging import stream
+from evomerge.merging.checkpoint import write_weights
 from evomerge.merging.materialize import fingerprint, load_model
 from evomerge.merging.methods import METHODS
 from evomerge.merging.sources import tensor_table
@@ -65,7 +67,11 @@ def decoded(paths, tiny_models) -> Callable[..., Recipe]:
 
 def merged_by_mergekit(recipe: Recipe, out: Path, **options: Any) -> dict[str, torch.Tensor]:
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe.to_yaml()))
-    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, **options))
+    run_merge(
+        config,
+        str(out),
+        MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, clone_tensors=True, **options),
+    )
     return load_file(out / "model.safetensors")
 
 
@@ -255,6 +261,62 @@ RECIPES = {
                     - {filter: down_proj, value: [0.5, 0.25]}
                     - value: 1.0
         """,
+    "a frankenmerge of overlapping layers with scales": """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: FIRST, layer_range: [0, 3]}]
+          - sources:
+              - model: SECOND
+                layer_range: [1, 4]
+                parameters:
+                  scale:
+                    - {filter: o_proj, value: 0.0}
+                    - {filter: layers.2.mlp, value: 0.9}
+                    - {filter: down_proj, value: [0.5, 0.25]}
+                    - value: 1.0
+          - sources: [{model: FIRST, layer_range: [2, 4]}]
+        dtype: float32
+        """,
+    "layers dropped and in another order": """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: FIRST, layer_range: [2, 4]}]
+          - sources: [{model: FIRST, layer_range: [0, 1]}]
+        """,
+    "slerp between different layers": """
+        merge_method: slerp
+        base_model: FIRST
+        slices:
+          - sources: [{model: FIRST, layer_range: [0, 3]}, {model: SECOND, layer_range: [1, 4]}]
+          - sources: [{model: SECOND, layer_range: [3, 4]}, {model: FIRST, layer_range: [0, 1]}]
+            base_model: SECOND
+        parameters:
+          t:
+            - {filter: layers.1., value: 0.1}
+            - {filter: self_attn, value: [0, 0.5, 1]}
+            - value: 0.4
+        """,
+    "task vectors of layers that lie elsewhere": """
+        merge_method: ties
+        base_model: BASE
+        slices:
+          - sources:
+              - {model: BASE, layer_range: [1, 3]}
+              - {model: FIRST, layer_range: [0, 2], parameters: {weight: 0.7, density: 0.6}}
+              - {model: SECOND, layer_range: [2, 4], parameters: {weight: [0.2, 0.5]}}
+          - sources:
+              - {model: BASE, layer_range: [0, 4]}
+              - {model: FIRST, layer_range: [0, 4], parameters: {weight: 0.7}}
+              - {model: THIRD, layer_range: [0, 4], parameters: {weight: 0.4, density: 0.9}}
+        """,
+    "an average of two parts of one depth": """
+        merge_method: linear
+        slices:
+          - sources:
+              - {model: FIRST, layer_range: [0, 2], parameters: {weight: 0.7}}
+              - {model: SECOND, layer_range: [2, 4], parameters: {weight: 0.2}}
+        out_dtype: float32
+        """,
 }
 
 
@@ -425,27 +487,26 @@ def test_another_fingerprint_than_the_recorded_one_fails_and_leaves_nothing(deco
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device"), SystemExit(143)])
-@pytest.mark.parametrize("moment", ["save_pretrained", "copyfile", "_verify"])
+@pytest.mark.parametrize("moment", ["write_weights", "copyfile", "stored_fingerprint"])
 def test_an_interrupted_write_leaves_nothing(moment, stop, paths, empty, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         assert [path.name.startswith(".out-") for path in empty.iterdir()] == [True]
         raise stop
 
-    owners = {"save_pretrained": "transformers.PreTrainedModel", "copyfile": "shutil", "_verify": checkpoint.__name__}
-    monkeypatch.setattr(f"{owners[moment]}.{moment}", fail)
+    monkeypatch.setattr(f"{'shutil' if moment == 'copyfile' else stream.__name__}.{moment}", fail)
     with pytest.raises(WorkFailed if isinstance(stop, OSError) else type(stop)):
         export.merge(recipes.single(paths["first"]), empty / "out", "recipe.yaml")
     assert not list(empty.iterdir())
 
 
 def test_weights_that_read_back_otherwise_are_not_kept(paths, empty, monkeypatch):
-    def tamper(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-        model = load_model(folder, dtype)
-        if folder.name.startswith(".out-"):
-            next(model.parameters()).data[0, 0] += 1
-        return model
+    def tamper(folder: Path, *arguments: Any) -> None:
+        write_weights(folder, *arguments)
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"?")
 
-    monkeypatch.setattr(checkpoint, "load_model", tamper)
+    monkeypatch.setattr(stream, "write_weights", tamper)
     with pytest.raises(WorkFailed, match=r"the written weights have fingerprint [0-9a-f]{16}, expected [0-9a-f]{16}"):
         export.merge(recipes.single(paths["first"]), empty / "out", "recipe.yaml")
     assert not list(empty.iterdir())
@@ -482,3 +543,18 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(paths, tiny
             recipes.single(paths["base"]).model_copy(update={"merge_method": "slurp"}), empty / "out", "my.yaml"
         )
     assert not list(empty.iterdir())
+
+
+def test_the_merge_command_takes_mergekit_s_options(paths, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(recipes.single(paths["first"]).to_yaml())
+    options = ["--out-shard-size", "10K", "--no-copy-tokenizer", "--no-write-model-card"]
+    monkeypatch.setattr(
+        sys, "argv", ["evomerge", "merge", *map(str, [tmp_path / "recipe.yaml", tmp_path / "out"]), *options]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert "licence of" in capsys.readouterr().err
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "evomerge_recipe.yaml"} <= names
+    assert not [name for name in names if name.startswith(("README", "tokenizer", "chat_template"))]

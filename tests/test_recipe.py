@@ -1,6 +1,5 @@
 """Recipes as mergekit reads them, YAML without loss, and what is refused."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -84,22 +83,29 @@ def documents(draw: st.DrawFn, base: str = "base", fine_tunes: tuple[str, ...] =
         listed = row.needs_base or "base_model" in document or not row.most
         document["models"] = sources() + ([{"model": base}] if listed and draw(st.booleans()) else [])
         return document
-    cuts = sorted({0, LAYERS, *draw(st.sets(st.integers(1, LAYERS - 1)))})
+    with_base = "base_model" in document or not row.most
+
+    def layer_range(length: int) -> list[int]:
+        start = draw(st.integers(0, LAYERS - length))
+        return [start, start + length]
+
     document["slices"] = [
         {
             "sources": [
-                source | {"layer_range": [start, end]}
-                for source in [{"model": base}] * ("base_model" in document or not row.most) + sources()
+                source | {"layer_range": layer_range(length)} for source in [{"model": base}] * with_base + sources()
             ],
             "parameters": draw(slice_parameters),
         }
-        for start, end in pairwise(cuts)
+        for length in draw(st.lists(st.integers(1, LAYERS), min_size=1, max_size=3))
     ]
     return document
 
 
 def resolved_by_mergekit(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Per tensor its models, their parameters and the shared ones; None where a required parameter is missing."""
+    """Per tensor its models with their tensors and parameters, and the shared ones.
+
+    None where a required parameter is missing.
+    """
     config = MergeConfiguration.model_validate(document)
     options = MergeOptions(quiet=True)
     architecture = get_architecture_info(config, options)
@@ -115,6 +121,7 @@ def resolved_by_mergekit(document: dict[str, Any]) -> dict[str, Any] | None:
         found[weight.name] = (
             {str(model): dict(task.input_parameters[model]) for model in task.model_order},
             dict(task.parameters),
+            {str(model): source.name for model, source in task.gather_tensors.weight_info.items()},
         )
     return found
 
@@ -129,7 +136,13 @@ def resolved_here(recipe: Recipe, names: list[str]) -> dict[str, Any] | None:
             reject()  # mergekit refuses these too, but only when it merges
         raise
     return {
-        tensor.name: (list(zip(tensor.models, tensor.per_model, strict=True)), tensor.shared) for tensor in plan.tensors
+        tensor.name: (
+            list(zip(tensor.models, tensor.per_model, strict=True)),
+            tensor.shared,
+            dict(zip(tensor.models, tensor.sources, strict=True))
+            | ({tensor.base: tensor.base_source} if tensor.base else {}),
+        )
+        for tensor in plan.tensors
     }
 
 
@@ -168,8 +181,9 @@ def test_every_parameter_of_every_tensor_is_resolved_as_by_mergekit(data, tiny_m
         return
     assert here.keys() == theirs.keys()
     base = ours.base_model if METHODS[ours.merge_method].uses_base else None
-    for name, (per_model, shared) in here.items():
-        their_models, their_shared = theirs[name]
+    for name, (per_model, shared, sources) in here.items():
+        their_models, their_shared, their_sources = theirs[name]
+        assert sources == their_sources
         assert [model for model, _ in per_model] == [model for model in their_models if model != base]
         for model, values in per_model:
             unset = {"scale": 1.0}  # mergekit's default is no scale at all
@@ -351,13 +365,46 @@ provenances = st.fixed_dictionaries(
 )
 
 
-@few
-@given(
-    document=documents(), provenance=provenances, dtype=st.sampled_from([None, "float32", "bfloat16"]), names=st.data()
+model_tokens = st.fixed_dictionaries({"kind": st.just("model_token"), "model": st.sampled_from("abc")})
+token_sources = st.sampled_from(["a", "base", {"kind": "zero"}]) | st.one_of(
+    model_tokens.map(lambda token: token | {"token": "<x>"}), model_tokens.map(lambda token: token | {"token_id": 3})
 )
-@example(document={"merge_method": "linear", "models": [{"model": "yes"}]}, provenance={}, dtype=None, names=None)
-def test_a_recipe_survives_yaml_without_loss(document, provenance, dtype, names, tmp_path_factory):
-    written = validate(Recipe, document | {"evomerge": provenance, "dtype": dtype}, "recipe.yaml")
+tokens = st.fixed_dictionaries({"source": token_sources}, optional={"force": st.booleans()})
+tokenizers = st.fixed_dictionaries(
+    {},
+    optional={
+        "source": st.sampled_from(["union", "base", "a"]),
+        "tokens": st.dictionaries(texts, tokens, max_size=2),
+        "pad_to_multiple_of": st.none() | st.integers(1, 64),
+    },
+)
+outputs = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from([None, "float32", "bfloat16"]),
+        "out_dtype": st.sampled_from([None, "float32", "bfloat16"]),
+        "chat_template": st.sampled_from([None, "auto", "a", "{{ messages }}"]),
+    },
+)
+vocabularies = (
+    st.just({})
+    | st.fixed_dictionaries({"tokenizer_source": st.sampled_from([None, "base", "union", "a"])})
+    | st.fixed_dictionaries({"tokenizer": tokenizers})
+)
+
+
+@few
+@given(document=documents(), provenance=provenances, output=outputs, vocabulary=vocabularies, names=st.data())
+@example(
+    document={"merge_method": "linear", "models": [{"model": "yes"}]},
+    provenance={},
+    output={},
+    vocabulary={"tokenizer": {}},
+    names=None,
+)
+def test_a_recipe_survives_yaml_without_loss(document, provenance, output, vocabulary, names, tmp_path_factory):
+    written = validate(Recipe, document | {"evomerge": provenance} | output | vocabulary, "recipe.yaml")
+    MergeConfiguration.model_validate(yaml.safe_load(written.to_yaml()))  # mergekit reads it too
     if names is not None:
         written = written.renamed({model: names.draw(texts) for model in "abc"})
     path = tmp_path_factory.getbasetemp() / "survivor.yaml"
@@ -397,15 +444,16 @@ def test_the_content_id_takes_in_all_that_decides_the_weights():
 
 
 @few
-@given(document=documents())
-def test_renaming_there_and_back_gives_the_same_recipe(document):
-    plain = validate(Recipe, document, "recipe.yaml")
+@given(document=documents(), vocabulary=vocabularies)
+def test_renaming_there_and_back_gives_the_same_recipe(document, vocabulary):
+    plain = validate(Recipe, document | vocabulary, "recipe.yaml")
     there = {name: f"/models/{name}" for name in ("base", "a", "b", "c")}
     back = {path: name for name, path in there.items()}
     moved = plain.renamed(there)
     assert set(moved.references) == {there[name] for name in plain.references}
     assert moved.fine_tunes == tuple(there[name] for name in plain.fine_tunes)
     assert moved.renamed(back) == plain
+    assert '"a"' not in moved.model_dump_json()  # wherever a model is named
     assert plain.renamed({}) == plain
 
 
@@ -432,11 +480,10 @@ def test_single_and_linear_recipes_average_whole_models():
 # What is refused
 
 
-@pytest.mark.parametrize("key", ["modules", "tokenizer", "chat_template"])
-def test_what_is_not_supported_is_refused_by_name(key, tmp_path):
+def test_modules_are_refused_by_name(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"merge_method": "linear", "models": [{"model": "a"}], key: {"source": "union"}}))
-    with pytest.raises(InputError, match=rf"recipe.yaml: {key} is not supported; remove it"):
+    path.write_text(yaml.safe_dump({"merge_method": "linear", "modules": {"text_decoder": {"models": []}}}))
+    with pytest.raises(InputError, match=r"recipe.yaml: modules is not supported; remove it"):
         recipes.load(path)
 
 
@@ -449,13 +496,41 @@ REFUSED = {
     "a slice without sources": ({"slices": [{"sources": []}]}, r"slices\[0\]\.sources"),
     "sources of different layers": (
         {"slices": [{"sources": [A, {"model": "b", "layer_range": [0, 3]}]}]},
-        r"slices\[0\]: sources of one slice must have the same layer_range",
+        r"slices\[0\]: sources of one slice must have equally many layers, got \[0, 4\] and \[0, 3\]",
     ),
-    "a base per slice": (
-        {"slices": [{"sources": [A], "base_model": "b"}]},
-        r"slices\[0\]\.base_model is not a known key",
+    "a slice of no layers": (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]},
+        r"slices\[0\]: layer_range \[2, 2\] holds no layers",
     ),
-    "another tokenizer": ({"models": [{"model": "a"}], "tokenizer_source": "union"}, "tokenizer_source is union"),
+    "a layer before the first": (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [-1, 2]}]}]},
+        r"slices\[0\]: layer_range \[-1, 2\] holds no layers",
+    ),
+    "two tokenizers": (
+        {"models": [{"model": "a"}], "tokenizer_source": "union", "tokenizer": {"source": "base"}},
+        "give at most one of tokenizer_source and tokenizer",
+    ),
+    "a token named twice": (
+        {
+            "models": [{"model": "a"}],
+            "tokenizer": {
+                "tokens": {"<x>": {"source": {"kind": "model_token", "model": "a", "token": "b", "token_id": 3}}}
+            },
+        },
+        r"tokenizer\.tokens\.<x>\.source: give exactly one of token_id and token",
+    ),
+    "a token forced without a source": (
+        {"models": [{"model": "a"}], "tokenizer": {"tokens": {"<x>": {"force": True}}}},
+        r"tokenizer\.tokens\.<x>: force needs a source",
+    ),
+    "padding to nothing": (
+        {"models": [{"model": "a"}], "tokenizer": {"pad_to_multiple_of": 0}},
+        r"tokenizer\.pad_to_multiple_of is 0",
+    ),
+    "a misspelled key of the tokenizer": (
+        {"models": [{"model": "a"}], "tokenizer": {"pad_to_multiple": 8}},
+        "did you mean 'pad_to_multiple_of'",
+    ),
     "a misspelled key": ({"models": [{"model": "a", "parameter": {}}]}, "did you mean 'parameters'"),
     "an unknown dtype": ({"models": [{"model": "a"}], "dtype": "int8"}, 'dtype is "int8"'),
     "an infinite weight": ({"models": [{"model": "a", "parameters": {"weight": float("inf")}}]}, "finite"),
@@ -476,20 +551,74 @@ def sliced(*ranges: tuple[int, int]) -> Recipe:
     return Recipe(merge_method="linear", slices=parts)
 
 
+def test_slices_repeat_drop_and_reorder_layers():
+    plan = make_plan(sliced((2, 4), (0, 1), (3, 4)), NAMES)
+    assert plan.layers == ({"a": 2}, {"a": 3}, {"a": 0}, {"a": 3})
+    assert not plan.keeps_layers
+    found = {tensor.name: tensor.sources for tensor in plan.tensors}
+    assert found["model.layers.2.mlp.up_proj.weight"] == ("model.layers.0.mlp.up_proj.weight",)
+    assert found["model.layers.3.norm.weight"] == ("model.layers.3.norm.weight",)
+    assert found[EMBEDDINGS] == (EMBEDDINGS,)
+    assert make_plan(sliced((0, 3), (3, 4)), NAMES).keeps_layers
+    assert len(make_plan(sliced((0, 4), (1, 4), (0, 4)), NAMES).layers) == 11
+
+
+def test_sources_of_one_slice_may_lie_anywhere_in_their_models():
+    """Here even in a longer one, whose own layers are known from its own names."""
+    longer = [f"model.layers.{layer}.norm.weight" for layer in range(9)]
+    sources = tuple(
+        Source(model=model, layer_range=(start, start + 2), parameters={"weight": 1.0})
+        for model, start in (("a", 2), ("base", 0), ("b", 7))
+    )
+    slices = (Slice(sources=sources),)
+    plan = make_plan(Recipe(merge_method="ties", base_model="base", slices=slices), NAMES, tables={"b": longer})
+    assert plan.layers == ({"a": 2, "base": 0, "b": 7}, {"a": 3, "base": 1, "b": 8})
+    second = next(tensor for tensor in plan.tensors if tensor.name == "model.layers.1.norm.weight")
+    assert second.sources == ("model.layers.3.norm.weight", "model.layers.8.norm.weight")
+    assert (second.base, second.base_source) == ("base", "model.layers.1.norm.weight")
+
+
+def test_a_slice_may_set_another_base_apart():
+    def part(base: str | None) -> Slice:
+        sources = tuple(Source(model=model, layer_range=(0, 2)) for model in ("a", "base"))
+        return Slice(sources=sources, base_model=base)
+
+    recipe = Recipe(merge_method="slerp", base_model="base", slices=(part(None), part("a")), parameters={"t": 0.5})
+    plan = {tensor.name: tensor for tensor in make_plan(recipe, NAMES).tensors}
+    assert (plan[EMBEDDINGS].base, plan[EMBEDDINGS].models) == ("base", ("a",))
+    assert (plan[HEAD].base, plan[HEAD].models) == ("a", ("base",))
+
+
 @pytest.mark.parametrize(
-    ("ranges", "message"),
+    ("recipe", "message"),
     [
-        (((0, 2), (3, 4)), r"slices\[1\] covers layers \[3, 4\), expected them to start at 2"),
-        (((0, 2), (1, 4)), r"slices\[1\] covers layers \[1, 4\), expected them to start at 2"),
-        (((2, 4), (0, 2)), r"slices\[0\] covers layers \[2, 4\), expected them to start at 0"),
-        (((0, 2), (2, 2), (2, 4)), r"slices\[1\] covers layers \[2, 2\)"),
-        (((0, 3),), "slices cover 3 layers, but the model has 4"),
-        (((0, 5),), "slices cover 5 layers, but the model has 4"),
+        (
+            sliced((0, 2), (2, 5)),
+            r"slices\[1\] takes layers \[2, 5\) of a, which has 4; use a layer_range within \[0, 4\]",
+        ),
+        (
+            Recipe(merge_method="linear", models=(Source(model="a"), Source(model="long")), parameters={"weight": 1}),
+            "long has 9 layers, but a has 4; models are merged whole, so write slices",
+        ),
+        (
+            Recipe(
+                merge_method="slerp",
+                base_model="base",
+                slices=(Slice(sources=(Source(model="a", layer_range=(0, 4)),)),),
+                parameters={"t": 0.5},
+            ),
+            r"slices\[0\]: base_model base is none of its sources",
+        ),
+        (
+            Recipe(merge_method="linear", models=(Source(model="a"), Source(model="a")), parameters={"weight": 1}),
+            "the model a is given twice",
+        ),
     ],
 )
-def test_slices_that_do_not_cover_the_layers_once_in_order_are_refused(ranges, message):
+def test_layers_that_are_not_there_are_refused(recipe, message):
+    tables = {"long": [f"model.layers.{layer}.norm.weight" for layer in range(9)]}
     with pytest.raises(InputError, match=rf"^my.yaml: {message}"):
-        make_plan(sliced(*ranges), NAMES, "my.yaml")
+        make_plan(recipe, NAMES, "my.yaml", tables)
 
 
 def task_vectors(method: str = "ties", base: str | None = "base", **parameters: Any) -> Recipe:

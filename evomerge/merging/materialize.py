@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from evomerge.errors import CandidateFailed, InputError, choices
+from evomerge.layers import layer_count
 from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.sources import ModelSource, Weights, named_weights
 from evomerge.quiet import quiet
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ class ResidentModels:
         Raises CandidateFailed where a weight is not finite.
         """
         plan = self.plan(recipe)
+        _check_tokenizer(recipe)
+        self._check_structure(plan)
         extremes = []
         for tensor in plan.tensors:
             parameter = self._parameters[tensor.name]
@@ -86,24 +89,34 @@ class ResidentModels:
             raise CandidateFailed(f"non-finite weights after the merge in {plan.tensors[bad[0]].name}")
         return fingerprint(self._parameters)
 
+    def _check_structure(self, plan: MergePlan) -> None:
+        """The resident model has the skeleton's layers, and its config says things about each of them."""
+        if len(plan.layers) != layer_count(self._parameters) or not plan.keeps_layers:
+            raise InputError(
+                "the recipe repeats, drops or reorders layers, and a model in memory keeps its own; "
+                "write the checkpoint with `evomerge merge` and use that."
+            )
+
     def _inputs(self, plan: MergePlan, tensor: TensorMerge) -> Inputs:
-        sources = [self._sources[model][tensor.name] for model in tensor.models]
+        given = list(zip(tensor.models, tensor.sources, strict=True))
+        base = (tensor.base, tensor.base_source) if tensor.base is not None else None
         return Inputs(
-            base=self._sources[plan.base][tensor.name] if plan.base is not None else None,
-            tensors=tuple(sources),
+            base=self._sources[base[0]][base[1]] if base is not None else None,
+            tensors=tuple(self._sources[model][name] for model, name in given),
             per_model=tensor.per_model,
             shared=tensor.shared,
             uniforms=lambda index: self._uniform(plan.seed, tensor.positions[index], tensor.name),
             rescale=plan.rescale,
-            once=partial(self._once, tensor.name, (plan.base, *tensor.models)),
+            once=partial(self._once, tensor.name, (base, *given)),
             drawn=tuple((plan.seed, position) for position in tensor.positions),
             planes=self._planes,
         )
 
     def _once(
-        self, name: str, names: tuple[str | None, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
+        self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
     ) -> T:
-        key = (name, what, *(names[index + 1] for index in models))
+        """given: the tensors that are merged into `name`, the base's first."""
+        key = (name, what, *(given[index + 1] for index in models))
         if key not in self._known:
             self._known[key] = make()
         known: T = self._known[key]
@@ -115,6 +128,16 @@ class ResidentModels:
             return as_field(uniform_field(seed, position, name, count, self.device), self._planes)
 
         return self._once(name, (), ("uniforms", seed, position), (), make)
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    """A model in memory has the base's tokens, like all of its sources."""
+    base = [TokenizerSettings(source=source) for source in ("base", recipe.base_model) if source]
+    if recipe.vocabulary is not None and recipe.vocabulary not in base:
+        raise InputError(
+            "the recipe builds a tokenizer, and a model in memory keeps the base's; "
+            "write the checkpoint with `evomerge merge` and use that."
+        )
 
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:

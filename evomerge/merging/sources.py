@@ -44,7 +44,7 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\
 _SAMPLE = 1 << 20
 _HEADLESS = re.compile(r"(?:layers|h|blocks)\.\d+\.")
 _BUFFER = re.compile(r"\.(?:attn|attention)\.(?:bias|masked_bias)$|\.rotary_emb\.\w+$")
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,10 @@ class Weights:
         tensor = self._files.read(self._stored[found])
         return tensor if self._adapter is None else self._adapter.adapt(found, tensor, self._files.read)
 
+    def close(self) -> None:
+        """Gives back the memory that reading has mapped, as soon as no tensor needs it."""
+        self._files.close()
+
     def _name(self, name: str) -> str:
         if name in self.table or name not in HEAD_NAMES:
             return name
@@ -269,10 +273,11 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: holds no {WEIGHTS}; expected a Hugging Face model in safetensors.")
 
 
-def preflight(base: str, models: Mapping[str, str]) -> None:
+def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -> None:
     """Raises InputError at the first difference between the base and a model that makes them unmergeable.
 
-    models: how to call each model in a message, with its reference.
+    models: how to call each model in a message, with its reference. same_tensors: whether names and shapes have to be
+    the base's too.
     """
     base_source = find_source(base, base)
     base_config, base_table = model_config(base_source.folder), tensor_table(base_source)
@@ -285,7 +290,8 @@ def preflight(base: str, models: Mapping[str, str]) -> None:
                 f"{label} is a {config['model_type']} model, but the base ({base}) is a "
                 f"{base_config['model_type']} model; only fine-tunes of one base can be merged."
             )
-        _check_tables(label, _with_head(label, weights, base, base_table), base, base_table)
+        if same_tensors:
+            _check_tables(label, _with_head(label, weights, base, base_table), base, base_table)
         _check_floats(label, weights.table)
         _check_config(label, config, base, base_config)
 

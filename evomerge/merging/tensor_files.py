@@ -60,3 +60,6 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{info.file}: cannot be read ({error}); copy or download it again.") from None
         return tensor
+
+    def close(self) -> None:
+        self._open.clear()

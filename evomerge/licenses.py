@@ -1,0 +1,99 @@
+"""Licences of models, read off their cards, and the one that a merge of them has to carry.
+
+A merge is a derivative of all of its parents, so the terms of all of them hold at once: its card carries the most
+restrictive one, and the user is told where that is not the whole story. This is bookkeeping, not legal advice.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+OTHER = "other"
+
+# The hub's ids, from the least restrictive kind to the most: what each kind asks, and why it stands where it does.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "asks nothing": ("anyone may do anything", ("cc0-1.0", "unlicense", "wtfpl", "pddl")),
+    "asks for its notice": (
+        "anyone may do anything as long as the notice is kept",
+        ("mit", "isc", "bsd", "bsd-2-clause", "bsd-3-clause", "apache-2.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0"),
+    ),
+    "forbids some uses": (
+        "a list of forbidden uses has to be handed on",
+        ("openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "bigcode-openrail-m"),
+    ),
+    "has terms of its own": (
+        "its owner's terms on use, size of business and naming have to be handed on",
+        ("gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "deepfloyd-if-license"),
+    ),
+    "asks for the same licence": (
+        "what is made of it may only be shared under the same licence, without further terms",
+        ("lgpl-3.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "agpl-3.0"),
+    ),
+    "forbids commerce": (
+        "it may not be used commercially",
+        ("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
+    ),
+    "forbids derivatives": (
+        "what is made of it, as a merge is, may not be shared at all",
+        ("cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
+    ),
+}
+_KIND = {identifier: kind for kind, (_, identifiers) in KINDS.items() for identifier in identifiers}
+_RANK = {identifier: rank for rank, identifier in enumerate(_KIND)}
+_COMPATIBLE = ("asks nothing", "asks for its notice")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The licence id for a merge's card, and what its user has to look at."""
+
+    license: str
+    warnings: tuple[str, ...]
+
+
+def stated_license(folders: Iterable[Path]) -> str | None:
+    """The licence in the front matter of a model's README.md; of several folders (an adapter's), the most restrictive.
+
+    None where one of them states none.
+    """
+    found = [_front_matter(folder / "README.md").get("license") for folder in folders]
+    stated = [
+        str(each).lower() for item in found for each in (item if isinstance(item, list) and item else [item]) if each
+    ]
+    if len(stated) < len(found):
+        return None
+    return max(stated, key=lambda identifier: _RANK.get(identifier, len(_RANK)), default=None)
+
+
+def _front_matter(card: Path) -> Mapping[str, object]:
+    """What stands between the dashes at the top of a card; nothing where that is not readable."""
+    try:
+        before, separator, rest = card.read_text(encoding="utf-8").partition("---\n")
+        front, end, _ = rest.partition("\n---")
+        content = yaml.safe_load(front) if separator and end and not before.strip() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def combined(licenses: Mapping[str, str | None]) -> Verdict:
+    """The most restrictive of the parents' licences, with warnings; `other` where one of them is not known here."""
+    warnings = [
+        f"the licence of {model} is unknown "
+        f"({f'its card says {stated}' if stated else 'its card states none'}); look it up before you share the merge."
+        for model, stated in licenses.items()
+        if stated not in _KIND
+    ]
+    known = {model: stated for model, stated in licenses.items() if stated in _KIND and stated is not None}
+    terms = {stated: model for model, stated in known.items() if _KIND[stated] not in _COMPATIBLE}
+    if len(terms) > 1:
+        listed = ", ".join(f"{stated} ({model}: {KINDS[_KIND[stated]][0]})" for stated, model in terms.items())
+        warnings.append(f"the licences of the models may contradict each other, since all hold at once: {listed}.")
+    for model, stated in known.items():
+        if _KIND[stated] == "forbids derivatives":
+            warnings.append(f"the licence of {model}, {stated}, forbids to share what is made of it, as a merge is.")
+    if len(known) < len(licenses) or not known:
+        return Verdict(OTHER, tuple(warnings))
+    return Verdict(max(known.values(), key=_RANK.__getitem__), tuple(warnings))
