@@ -31,6 +31,7 @@ def _task_vectors(
         function=TaskVectorMerge(sparsify=sparsify, consensus=consensus),
         base="required",
         random=sparsify in ("random", "magprune"),
+        by_magnitude=sparsify in ("magnitude", "outliers"),
         per_model=(WEIGHT, DENSITY, *_OF_SPARSIFIERS.get(sparsify, ())) if sparsify else (WEIGHT,),
         shared=(
             Parameter("normalize", bool, normalize),

@@ -89,7 +89,8 @@ class MergeFunction(Protocol):
 class Method:
     """A row of the table: a merge function with its name, source and parameters.
 
-    base: whether the base model must be given, may be given, or is a model like any other ("ignored"). least, most:
+    base: whether the base model must be given, may be given, or is a model like any other ("ignored"). by_magnitude:
+    whether its densities cut a tensor at a magnitude. least, most:
     how many models it takes, besides the base unless that is ignored; no `most` means any number.
     """
 
@@ -100,6 +101,7 @@ class Method:
     per_model: tuple[Parameter, ...] = ()
     shared: tuple[Parameter, ...] = ()
     random: bool = False
+    by_magnitude: bool = False
     least: int = 1
     most: int | None = None
 
