@@ -15,7 +15,6 @@ from evomerge.config import GeneConfig, SpaceConfig
 from evomerge.errors import InputError
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
 from evomerge.merging import methods
-from evomerge.merging.kernels import UNIFORM_STEPS
 from evomerge.merging.methods.base import Method
 from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.recipe import Condition, Parameters, Provenance, Recipe, Setting, Slice, Source
@@ -163,19 +162,17 @@ class ParameterSpace:
 
     def _per_model(self, values: Values, method: Method, model: str, run: LayerGroup) -> Parameters:
         found = {
-            kind: self._setting(lambda group, kind=kind: self._written(values, method, kind, model, group), run)  # type: ignore[misc]
-            for kind in self._kinds()
-            if method.takes(kind)
+            known.name: self._setting(
+                lambda group, known=known: known.written(self._number(values, known.name, model, group)),  # type: ignore[misc]
+                run,
+            )
+            for known in method.per_model
+            if known.name in self._kinds()
         }
         found |= self._own_settings(values, method, model, run)
         if method.takes("epsilon"):
             found["epsilon"] = self._setting(lambda group: self._epsilon(values, method, model, group), run)
         return found
-
-    def _written(self, values: Values, method: Method, kind: str, model: str, group: str) -> float:
-        """A number as recipes have it: densities that cut a tensor by magnitude in steps with known thresholds."""
-        number = self._number(values, kind, model, group)
-        return round(number * UNIFORM_STEPS) / UNIFORM_STEPS if kind == "density" and method.by_magnitude else number
 
     def _number(self, values: Values, kind: str, model: str, group: str) -> float:
         name = _name(kind, model, group)
