@@ -167,12 +167,17 @@ class ItemsConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """Everything that changes the floating-point results of a score, so all of it is frozen with the search."""
+    """Everything that changes the floating-point results of a score, so all of it is frozen with the search.
+
+    compile: whether merges run as compiled code; `auto` does for large models on CPUs that have a compiler, where the
+    bits are those of uncompiled code.
+    """
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: int = Field(default=128, ge=1)
     threads: int = Field(default=1, ge=1)
+    compile: bool | Literal["auto"] = "auto"
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
     system_instruction: str | None = None

@@ -4,6 +4,8 @@ All of a user's mistakes should show here, within seconds, before anything is wr
 """
 
 import math
+import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from evomerge.merging.sources import (
 from evomerge.spaces import TAKE, SearchSpace
 from evomerge.spaces.parameter import ParameterSpace
 
+_WORTH_COMPILING = 50_000_000  # parameters
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -58,14 +61,16 @@ def prepare(config: SearchConfig) -> Prepared:
     load_tokenizer(config)
     objectives = check_objectives(config)
     dimension = len(prepared.space.genes)
+    device = resolve_device(config.evaluation.device)
     resolved = config.model_copy(
         update={
             "objectives": objectives,
             "optimizer": optimizers.resolve(config.optimizer, dimension, len(objectives)),
             "evaluation": config.evaluation.model_copy(
                 update={
-                    "device": resolve_device(config.evaluation.device),
+                    "device": device,
                     "dtype": resolve_dtype(config.evaluation.dtype, prepared.tensors),
+                    "compile": resolve_compile(config.evaluation.compile, device, prepared.tensors),
                 }
             ),
         }
@@ -117,6 +122,19 @@ def resolve_dtype(dtype: str, tensors: Mapping[str, TensorInfo]) -> str:
         return dtype
     stored = Counter(FLOATS[info.dtype] for info in tensors.values()).most_common(1)[0][0]
     return "float32" if stored == "float64" else stored
+
+
+def resolve_compile(wanted: bool | str, device: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether merges are compiled: where that pays for the seconds that it takes, and changes no bit."""
+    compiler = os.environ.get("CXX", "g++")
+    found = shutil.which(compiler) is not None
+    if wanted is True and device == "cpu" and not found:
+        raise InputError(
+            f"evaluation.compile is true, but there is no C++ compiler ({compiler}); install one, or set it to false."
+        )
+    if wanted != "auto":
+        return bool(wanted)
+    return device == "cpu" and found and sum(math.prod(info.shape) for info in tensors.values()) >= _WORTH_COMPILING
 
 
 def _check_named_once(config: SearchConfig) -> None:

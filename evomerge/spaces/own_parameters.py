@@ -44,7 +44,7 @@ class OwnParameter:
     def value(self, values: Mapping[str, float], group: str, model: str | None) -> float:
         """The gene's value by its name, or the one at which it is fixed."""
         fixed = self.bounds.fixed
-        return values[self.name(group, model)] if fixed is None else fixed
+        return self.parameter.written(values[self.name(group, model)]) if fixed is None else fixed
 
     def gene(self, group: str, model: str | None, when: tuple[Condition, ...]) -> Gene:
         name, low, high, start = self.name(group, model), self.bounds.low, self.bounds.high, self.bounds.start

@@ -162,9 +162,12 @@ class ParameterSpace:
 
     def _per_model(self, values: Values, method: Method, model: str, run: LayerGroup) -> Parameters:
         found = {
-            kind: self._setting(lambda group, kind=kind: self._number(values, kind, model, group), run)  # type: ignore[misc]
-            for kind in self._kinds()
-            if method.takes(kind)
+            known.name: self._setting(
+                lambda group, known=known: known.written(self._number(values, known.name, model, group)),  # type: ignore[misc]
+                run,
+            )
+            for known in method.per_model
+            if known.name in self._kinds()
         }
         found |= self._own_settings(values, method, model, run)
         if method.takes("epsilon"):

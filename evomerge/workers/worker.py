@@ -27,7 +27,9 @@ class Worker:
         skeleton = find_source(config.base, config.base).folder
         device = resolve_device(config.evaluation.device)
         sources = {reference: find_source(reference, config.base) for reference in dict.fromkeys(wanted)}
-        self.models = ResidentModels(sources, skeleton, device, config.evaluation.dtype)
+        self.models = ResidentModels(
+            sources, skeleton, device, config.evaluation.dtype, compiled=config.evaluation.compile is True
+        )
         self._harness = Harness(config, self.models.model, load_tokenizer(config))
         for split in SPLITS:  # both now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)

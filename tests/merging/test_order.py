@@ -37,6 +37,15 @@ def test_a_density_in_steps_is_answered_from_the_table(tensor, density):
             assert table.at(LARGE - kept - beside, never) == ordered[LARGE - kept - beside]
 
 
+@pytest.mark.parametrize("beyond", [1, 12_345, LARGE - 10])
+def test_a_density_may_count_from_the_largest_that_are_left_out(tensor, beyond):
+    ordered, table = tensor.sort().values, order_statistics(tensor, beyond)
+    for density in (0.0, 1 / UNIFORM_STEPS, 0.25):
+        index = LARGE - beyond - int(density * LARGE)
+        if 0 <= index < LARGE:
+            assert table.at(index, never) == ordered[index]
+
+
 @pytest.mark.parametrize("count", [1, 2, 1000])
 def test_the_table_of_a_small_tensor_holds_all_of_it(count):
     values = torch.randn(count, generator=torch.Generator().manual_seed(2))

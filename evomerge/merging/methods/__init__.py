@@ -4,6 +4,8 @@ To add a method: write the function (float32 tensors in, one float32 tensor out)
 the comparison with mergekit in the tests.
 """
 
+from dataclasses import replace
+
 from evomerge.errors import InputError, choices
 from evomerge.merging.methods.base import Method, Parameter, Range
 from evomerge.merging.methods.linear import merge_linear
@@ -17,7 +19,7 @@ WEIGHT = Parameter("weight", float, None)
 DENSITY = Parameter("density", float, 1.0, within=(0.0, 1.0))
 INT8_MASK = Parameter("int8_mask", bool, False)  # mergekit's memory saver; accepted, not needed
 _OF_SPARSIFIERS = {
-    "outliers": (Parameter("gamma", float, 0.01, search=Range(0.0, 0.1, 0.01, 0.01)),),
+    "outliers": (Parameter("gamma", float, 0.01, search=Range(0.0, 0.1, 0.01, 0.01), cuts=True),),
     "magprune": (Parameter("epsilon", float, 0.15, search=Range(0.0, 0.3, 0.15, 0.05)),),
 }
 
@@ -25,13 +27,14 @@ _OF_SPARSIFIERS = {
 def _task_vectors(
     name: str, paper: str, *, sparsify: str | None, consensus: bool, normalize: bool, rescale: bool
 ) -> Method:
+    cuts = sparsify in ("magnitude", "outliers")
     return Method(
         name=name,
         paper=paper,
         function=TaskVectorMerge(sparsify=sparsify, consensus=consensus),
         base="required",
         random=sparsify in ("random", "magprune"),
-        per_model=(WEIGHT, DENSITY, *_OF_SPARSIFIERS.get(sparsify, ())) if sparsify else (WEIGHT,),
+        per_model=(WEIGHT, replace(DENSITY, cuts=cuts), *_OF_SPARSIFIERS.get(sparsify, ())) if sparsify else (WEIGHT,),
         shared=(
             Parameter("normalize", bool, normalize),
             Parameter("rescale", bool, rescale),

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
+from evomerge.merging.kernels import UNIFORM_STEPS
 from evomerge.merging.passes import Pass, write
 
 T = TypeVar("T")
@@ -23,13 +24,21 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a method; no default means that a recipe must give it, no `search` that none looks for it."""
+    """A parameter of a method; no default means that a recipe must give it, no `search` that none looks for it.
+
+    cuts: whether it is a share of the elements, cut off at a magnitude.
+    """
 
     name: str
     kind: type[float] | type[int] | type[bool]
     default: float | bool | None
     within: tuple[float, float] | None = None
     search: Range | None = None
+    cuts: bool = False
+
+    def written(self, value: float) -> float:
+        """A searched value as recipes have it: a share that is cut off, in steps whose thresholds tables hold."""
+        return round(value * UNIFORM_STEPS) / UNIFORM_STEPS if self.cuts else value
 
 
 class Once(Protocol):

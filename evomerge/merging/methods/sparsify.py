@@ -73,11 +73,17 @@ class Outliers(_Plain):
         if density >= 1:
             return {"lower": -1.0, "upper": math.inf}
         kept = int(density * inputs.count)
-        below = max(0, inputs.count - kept - int(inputs.per_model[index]["gamma"] * inputs.count))
+        outliers = int(inputs.per_model[index]["gamma"] * inputs.count)
+        below = max(0, inputs.count - kept - outliers)
         last = min(below + kept, inputs.count)
         if density <= 0 or below >= last:
             return {"lower": math.inf, "upper": -1.0}
-        return {"lower": _magnitude_at(inputs, index, below), "upper": _magnitude_at(inputs, index, last - 1)}
+        known = (
+            inputs.per_model[index]["gamma"] * UNIFORM_STEPS
+        ).is_integer()  # to the table without outliers left out
+        beyond = 0 if known else outliers
+        lower, upper = (_magnitude_at(inputs, index, rank, beyond) for rank in (below, last - 1))
+        return {"lower": lower, "upper": upper}
 
     def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
         magnitude = delta.abs()
@@ -138,10 +144,10 @@ def magnitude(inputs: Inputs, index: int) -> torch.Tensor:
     return (inputs.tensors[index].to(torch.float32) - inputs.base.to(torch.float32)).abs()
 
 
-def _magnitude_at(inputs: Inputs, index: int, rank: int) -> torch.Tensor:
+def _magnitude_at(inputs: Inputs, index: int, rank: int, beyond: int = 0) -> torch.Tensor:
     if inputs.once is each_time:
         return kth_smallest(magnitude(inputs, index), rank)
-    table = inputs.once("magnitudes", (-1, index), lambda: order_statistics(magnitude(inputs, index)))
+    table = inputs.once(("magnitudes", beyond), (-1, index), lambda: order_statistics(magnitude(inputs, index), beyond))
     return table.at(rank, lambda: magnitude(inputs, index))
 
 
