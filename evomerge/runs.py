@@ -27,6 +27,7 @@ from evomerge.search import Listener, Search, best_found, means
 from evomerge.workers import WorkerPool
 
 LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
+TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,25 @@ class OpenRun:
 
 
 def start(
-    search_file: Path, directory: Path, overrides: Sequence[str], address: str | None, listener: Listener
+    search_file: Path,
+    directory: Path,
+    overrides: Sequence[str],
+    address: str | None,
+    listener: Listener,
+    again: bool = False,
 ) -> OpenRun:
-    """Runs a search file in a new directory. Raises InputError before anything is written, so the pool comes first."""
+    """Runs a search file in a new directory, or with `again` goes on where the directory holds that search already.
+
+    Raises InputError before anything is written, so the pool comes first.
+    """
     held = _held(directory)
     if held and SEARCH_FILE not in held:
         raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
     prepared = prepare_file(search_file, overrides)
     if SEARCH_FILE in held:
-        raise InputError(_occupied(directory, prepared.config))
+        if not again or not _same_search(directory, prepared.config):
+            raise InputError(_occupied(directory, prepared.config))
+        return _go_on(directory, prepared, address, listener)
     _check_writable(directory)
     with naming(search_file):
         check_storage(prepared.config.storage)
@@ -67,7 +78,10 @@ def start(
 
 def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
     """Goes on with an interrupted run, or with a finished one whose budget has grown."""
-    prepared = _reopen(directory, overrides)
+    return _go_on(directory, _reopen(directory, overrides), address, listener)
+
+
+def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     _check_archive_kept(directory, prepared.config)
     with run_lock(directory):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
@@ -125,7 +139,7 @@ def _archive(directory: Path, prepared: Prepared) -> Archive:
 def _held(directory: Path) -> list[str]:
     """The names in a directory that is to hold a run."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name != LOCK)
+        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS))
     except FileNotFoundError:
         return []
     except NotADirectoryError:
@@ -136,8 +150,13 @@ def _held(directory: Path) -> list[str]:
         raise InputError(f"{directory}: cannot be used ({error.strerror}); choose another --output.") from None
 
 
+def _same_search(directory: Path, config: SearchConfig) -> bool:
+    held = read_config(directory)
+    return (held.digest(), held.storage) == (config.digest(), config.storage)
+
+
 def _occupied(directory: Path, config: SearchConfig) -> str:
-    if read_config(directory).digest() == config.digest():
+    if _same_search(directory, config):
         return f"{directory}: already holds this search; go on with `evomerge resume {directory}`."
     return (
         f"{directory}: already holds another search; choose another --output, or resume that one with "
