@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import ipaddress
 import json
+import logging
 import os
 import re
 import shlex
@@ -70,6 +71,8 @@ class Cluster:
         with self._asking():
             from ray.job_submission import JobSubmissionClient
 
+            for handler in logging.getLogger("ray").handlers:
+                handler.setLevel(logging.ERROR)
             self._client = JobSubmissionClient(self.address, headers=headers, verify=verify)
 
     @contextmanager

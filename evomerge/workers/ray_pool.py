@@ -8,10 +8,13 @@ recorded as failed. The pool goes on with the actors that are left, and gives up
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,9 +82,10 @@ class RayPool:
         local: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
             _check_reachable(address or "")
-            self._ray.init(
-                address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local
-            )
+            with _own_sigterm():
+                self._ray.init(
+                    address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local
+                )
         except (OSError, OverflowError, ValueError, RuntimeError) as error:
             where = "--address" if self.address else "RAY_ADDRESS"
             raise InputError(
@@ -243,6 +247,15 @@ class RayPool:
             self._group = None
         if self._started_ray and self._ray.is_initialized():
             self._ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Puts back the SIGTERM handler that Ray replaces when it connects: ours ends a search cleanly."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_reachable(address: str) -> None:
