@@ -36,6 +36,9 @@ Ca = Annotated[Path | None, typer.Option(help="Certificates to trust, a file or 
 Insecure = Annotated[bool, typer.Option("--insecure", help="Use plain HTTP to another machine.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job, as `evomerge jobs` lists it.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Changes one setting.")]
+RunOrStorage = Annotated[
+    str, typer.Argument(metavar="DIR", help="A run directory, or the URL of a shared storage.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
 
 _DASHBOARD = "http://127.0.0.1:8265"
@@ -119,40 +122,49 @@ class _Interruption:
 
 
 @app.command()
-def status(directory: RunDirectory, as_json: AsJson = False) -> None:
+def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Where a run stands, while it runs or after."""
-    from evomerge import progress, runs, terminal, views
-    from evomerge.lock import is_running
+    from evomerge import progress, terminal, views
 
-    opened = runs.read(directory)
-    running = is_running(directory)
-    content = views.status(opened.archive, opened.config, running)
-    content |= progress.pace(directory, content) if running else {"rate": None, "seconds_left": None}
+    archive, config, running = _read(directory)
+    content = views.status(archive, config, running)
+    content |= progress.pace(Path(directory), content) if running else {"rate": None, "seconds_left": None}
     if as_json:
         return _print_json(content)
-    return terminal.show_status(terminal.console(), content, opened.config)
+    return terminal.show_status(terminal.console(), content, config)
+
+
+def _read(target: str) -> tuple[Any, Any, bool]:
+    """The archive and config of a run, given by its directory or by the storage, and whether it is running."""
+    from evomerge import archive, runs
+    from evomerge.lock import is_running
+
+    if "://" in target or target.startswith("${"):
+        return archive.open_shared(target)
+    opened = runs.read(Path(target))
+    return opened.archive, opened.config, is_running(opened.directory)
 
 
 @app.command()
-def front(directory: RunDirectory, as_json: AsJson = False) -> None:
+def front(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """The Pareto front on all search items, with held-out scores where they are known."""
-    from evomerge import runs, terminal, views
+    from evomerge import terminal, views
 
-    opened = runs.read(directory)
+    archive, config, _ = _read(directory)
     if as_json:
-        return _print_json(views.front(opened.archive, opened.config))
-    return terminal.show_front(terminal.console(), opened)
+        return _print_json(views.front(archive, config))
+    return terminal.show_front(terminal.console(), archive, config)
 
 
 @app.command()
-def candidates(directory: RunDirectory, as_json: AsJson = False) -> None:
+def candidates(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Every evaluation, in the order of the search."""
-    from evomerge import runs, terminal, views
+    from evomerge import terminal, views
 
-    opened = runs.read(directory)
+    archive, config, _ = _read(directory)
     if as_json:
-        return _print_json(views.candidates(opened.archive))
-    return terminal.show_candidates(terminal.console(), opened)
+        return _print_json(views.candidates(archive))
+    return terminal.show_candidates(terminal.console(), archive, config)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from evomerge.documents import read_yaml, set_value, shown, validate
 from evomerge.errors import InputError, naming
+from evomerge.storage import refuse_password
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 RESERVED_NAMES = {"base", "uniform"}
@@ -264,6 +265,11 @@ class SearchConfig(Settings):
         if repeated:
             raise ValueError(f"two of them would be called {repeated[0]}; give them names (name: path)")
         return dict(zip(names, value, strict=True))
+
+    @field_validator("storage")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        return refuse_password(value) if value is not None else None
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

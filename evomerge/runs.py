@@ -10,14 +10,14 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge import config as configs
-from evomerge.archive import DATABASE, SEARCH_FILE, Archive, Record, check_storage
+from evomerge.archive import DATABASE, SEARCH_FILE, Archive, Record, check_storage, presence, study_prefix
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError, naming
 from evomerge.export import shared_recipe
@@ -69,7 +69,7 @@ def start(
     listener("starting", {})
     with closing(make_pool(prepared.config, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
-        with run_lock(directory):
+        with run_lock(directory), _present(directory, prepared.config):
             if (directory / SEARCH_FILE).exists():  # somebody was faster
                 raise InputError(_occupied(directory, prepared.config))
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
@@ -83,7 +83,7 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     _check_archive_kept(directory, prepared.config)
-    with run_lock(directory):
+    with run_lock(directory), _present(directory, prepared.config):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
         check_sources(run)
         listener("starting", {})
@@ -119,6 +119,11 @@ def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     if not (directory / SEARCH_FILE).exists():
         raise InputError(f"{directory}: holds no {SEARCH_FILE}, so it is no run directory; check the path.")
     return configs.load(directory / SEARCH_FILE, overrides)
+
+
+def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[None]:
+    """The lock that others than this directory's see, where the archive is shared."""
+    return presence(config.storage, study_prefix(directory, config))
 
 
 def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
