@@ -31,10 +31,10 @@ from evomerge.config import SearchConfig
 from evomerge.errors import EvomergeError, InputError, WorkFailed, choices
 from evomerge.runs import TASKS
 from evomerge.workers import first_line
+from evomerge.workers.ray_address import TOKEN_FILE, token_header
 
 EXAMPLE = "http://127.0.0.1:8265"
 _KEY = "evomerge"  # in a job's metadata, with the run directory
-_TOKEN_FILE = "~/.ray/auth_token"
 _PROBE = 5.0  # seconds; Ray itself tries for minutes
 _STOP = 60  # seconds from SIGTERM to SIGKILL: a search records nothing by halves, but its workers take a while to end
 _LIMIT = 100 * 2**20  # of what Ray takes with a job
@@ -299,11 +299,11 @@ def _own_headers() -> dict[str, str]:
 def _check_ray(address: str, headers: Mapping[str, str], verify: str | bool) -> dict[str, str]:
     """The header that lets us into the head at an address. A token is shown only to a head that asks for tokens."""
     mode = _get(f"{address}/api/authentication_mode", headers, verify)
-    login = _token_header() if _says(mode, "authentication_mode") == "token" else {}
+    login = token_header() if _says(mode, "authentication_mode") == "token" else {}
     if not login and _says(mode, "authentication_mode") == "token":
         raise InputError(
             f"--address {address}: the cluster asks for a token, and there is none here; put it into RAY_AUTH_TOKEN or "
-            f"{_TOKEN_FILE} (on the head: `ray get-auth-token`)."
+            f"{TOKEN_FILE} (on the head: `ray get-auth-token`)."
         )
     reply = _get(f"{address}/api/version", {**headers, **login}, verify)
     if reply.status_code in (401, 403):
@@ -341,15 +341,3 @@ def _says(reply: Any, key: str) -> str | None:
     except ValueError:
         return None
     return str(content[key]) if reply.status_code == 200 and isinstance(content, dict) and key in content else None
-
-
-def _token_header() -> dict[str, str]:
-    """Ray's token from where Ray looks for it."""
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    if not token:
-        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", _TOKEN_FILE)).expanduser()
-        try:
-            token = file.read_text(encoding="utf-8")
-        except OSError:
-            return {}
-    return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}

@@ -227,10 +227,15 @@ class ControlsConfig(Settings):
 
 
 class WorkersConfig(Settings):
-    """Where candidates are evaluated. Nothing here may change a result."""
+    """Where candidates are evaluated. Nothing here may change a result.
+
+    Without a count there are as many workers as the cluster holds, now and later. `minimum` of them must be there for
+    the search to start: all of a count by default, else one.
+    """
 
     pool: Literal["ray", "local"] = "ray"
     count: int | None = Field(default=None, ge=1)
+    minimum: int | None = Field(default=None, ge=1)
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
     placement_timeout: float = Field(default=45, gt=0)

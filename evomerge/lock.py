@@ -35,8 +35,8 @@ def run_lock(directory: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise InputError(
-                f"{directory}: its file system has no locks ({error.strerror}), and two processes must not write to one "
-                "run; mount it with locks, or choose another directory."
+                f"{directory}: its file system has no locks ({error.strerror}), and two processes must not write "
+                "to one run; mount it with locks, or choose another directory."
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

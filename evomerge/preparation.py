@@ -50,7 +50,7 @@ def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
     from evomerge.evaluation.harness import check_objectives
-    from evomerge.workers.worker import load_tokenizer, resolve_device
+    from evomerge.workers.worker import load_tokenizer
 
     config = _pinned(config)
     prepared = reopen(config)
@@ -64,7 +64,7 @@ def prepare(config: SearchConfig) -> Prepared:
             "optimizer": optimizers.resolve(config.optimizer, dimension, len(objectives)),
             "evaluation": config.evaluation.model_copy(
                 update={
-                    "device": resolve_device(config.evaluation.device),
+                    "device": _device(config),
                     "dtype": resolve_dtype(config.evaluation.dtype, prepared.tensors),
                 }
             ),
@@ -85,6 +85,16 @@ def _pinned(config: SearchConfig) -> SearchConfig:
     base = pin("base", config.base)
     models = {name: pin(f"models.{name}", reference) for name, reference in config.models.items()}
     return config.model_copy(update={"base": base, "models": models})
+
+
+def _device(config: SearchConfig) -> str:
+    """The device that the workers will have. Ray's may run where there are GPUs, though there is none here."""
+    from evomerge.workers.worker import resolve_device
+
+    name, workers = config.evaluation.device, config.workers
+    if workers.pool == "ray" and (name == "cuda" or (name == "auto" and workers.num_gpus)):
+        return "cuda"
+    return resolve_device(name)
 
 
 def reopen(config: SearchConfig) -> Prepared:

@@ -62,11 +62,11 @@ def signal_after(process: "subprocess.Popen[str]", directory: Path, count: int, 
     os.kill(process.pid, number)
 
 
-def start(errors: Path, *arguments: object) -> "subprocess.Popen[str]":
-    """A command in the background, its standard error in a file."""
+def start(errors: Path, *arguments: object, output: Path = Path(os.devnull)) -> "subprocess.Popen[str]":
+    """A command in the background, its standard error in a file, and its output if that is wanted."""
     command = [sys.executable, "-c", "from evomerge.cli import main; main()", *map(str, arguments)]
-    with errors.open("w") as stream:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, text=True)
+    with errors.open("w") as stream, output.open("w") as printed:
+        return subprocess.Popen(command, stdout=printed, stderr=stream, text=True)
 
 
 @pytest.fixture(scope="module")
