@@ -18,6 +18,7 @@ import shlex
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ class Cluster:
                 write(lines)
 
         self.job(job_id)
-        with self._asking():
+        with self._asking(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries below Ray
             asyncio.run(tail())
         return self._ended(job_id, 10)
 
