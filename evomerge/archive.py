@@ -26,6 +26,7 @@ from evomerge.spaces import Gene, active
 from evomerge.storage import expanded, masked
 
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
+TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 _FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
 
 

@@ -27,10 +27,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from evomerge.archive import SEARCH_FILE
+from evomerge.archive import SEARCH_FILE, TASKS
 from evomerge.config import SearchConfig
 from evomerge.errors import EvomergeError, InputError, WorkFailed, choices
-from evomerge.runs import TASKS
 from evomerge.workers import first_line
 from evomerge.workers.ray_address import TOKEN_FILE, token_header
 

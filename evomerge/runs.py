@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import config as configs
-from evomerge.archive import DATABASE, SEARCH_FILE, Archive, Record, check_storage, presence, study_prefix
+from evomerge.archive import DATABASE, SEARCH_FILE, TASKS, Archive, Record, check_storage, presence, study_prefix
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError, naming
 from evomerge.export import shared_recipe
@@ -27,7 +27,6 @@ from evomerge.search import Listener, Search, best_found, means
 from evomerge.workers import WorkerPool
 
 LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
-TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 
 
 @dataclass(frozen=True, slots=True)

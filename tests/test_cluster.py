@@ -14,20 +14,22 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 
 from evomerge import cluster, config
 from evomerge.errors import InputError
-from evomerge.workers.ray_address import LOOPBACK_ONLY
+from evomerge.preparation import prepare
+from evomerge.workers import ray_address
+from evomerge.workers.ray_address import LOOPBACK_ONLY, reach
 from tests.conftest import REPOSITORY
 from tests.test_runs import evaluated, evomerge, start
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 TOKEN = "open-sesame"
 SMALL = (
-    "optimizer.evaluations=60",
+    "optimizer.evaluations=40",
     "optimizer.stages=[]",
     "items={search: 10, heldout: 10}",
     "controls={}",
@@ -52,9 +54,14 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+class Head(NamedTuple):
+    dashboard: str
+    gcs: str
+
+
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """The dashboard's address of a Ray head that asks for a token and listens on loopback only."""
+def head() -> Iterator[Head]:
+    """The addresses of a Ray head that asks for a token and listens on loopback only."""
     folder, (port, dashboard, client) = Path(tempfile.mkdtemp(prefix="rh")), free_ports(3)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--temp-dir={folder}"]
     command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=1"]
@@ -77,7 +84,7 @@ def head() -> Iterator[str]:
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.3)
-        yield address
+        yield Head(address, f"127.0.0.1:{port}")
     process.terminate()
     process.wait(timeout=60)
     shutil.rmtree(folder, ignore_errors=True)
@@ -85,14 +92,14 @@ def head() -> Iterator[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_submitted_search_is_followed_stopped_and_resumed_by_submitting_it_again(head: str, tmp_path: Path) -> None:
+def test_a_submitted_search_is_followed_stopped_and_resumed_by_submitting_it_again(head: Head, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     command = ["submit", DEMO, "--output", directory, *(part for setting in SMALL for part in ("--set", setting))]
     first = evomerge(*command).split()[0]
     followed = tmp_path / "followed"
     process = start(tmp_path / "errors", "logs", first, "--follow", output=followed)
     deadline = time.monotonic() + 120
-    while "25/64" not in followed.read_text():
+    while "25/44" not in followed.read_text():
         assert time.monotonic() < deadline, followed.read_text()
         assert process.poll() is None, (tmp_path / "errors").read_text()
         time.sleep(0.1)
@@ -119,14 +126,58 @@ def test_a_submitted_search_is_followed_stopped_and_resumed_by_submitting_it_aga
 
 
 @pytest.mark.ray
-def test_a_head_lets_nobody_in_without_its_token(head: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_head_lets_nobody_in_without_its_token(head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
     with pytest.raises(InputError, match="the cluster asks for a token, and there is none here"):
-        cluster.Cluster(head)
+        cluster.Cluster(head.dashboard)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     with pytest.raises(InputError, match="the cluster refuses the token"):
-        cluster.Cluster(head)
+        cluster.Cluster(head.dashboard)
+
+
+@pytest.mark.ray
+def test_a_token_is_asked_for_in_seconds_where_ray_would_take_half_a_minute(
+    head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    for name in LOOPBACK_ONLY:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    for token, says in (("", "asks for a token, and there is none here"), ("wrong", "refuses the token that is here")):
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        with pytest.raises(InputError, match=says):
+            reach(head.gcs)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    reach(head.gcs)
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_a_live_port_that_is_not_ray_is_told_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_address, "_PATIENCE", 0.5)
+    for name in LOOPBACK_ONLY:
+        monkeypatch.setenv(name, "")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for scheme in ("", "ray://"):
+            with pytest.raises(OSError, match="something answers there, but it is not Ray"):
+                reach(f"{scheme}127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_a_driver_without_a_gpu_takes_the_searchs_word_for_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    smoke = config.load(
+        REPOSITORY / "search_spaces" / "smoke.yaml", ("workers.pool=ray", "items={search: 4, heldout: 4}")
+    )
+
+    def device(**changes: object) -> str:
+        workers = smoke.workers.model_copy(update={key: changes[key] for key in changes.keys() - {"device"}})
+        evaluation = smoke.evaluation.model_copy(update={"device": changes.get("device", "auto")})
+        return prepare(smoke.model_copy(update={"workers": workers, "evaluation": evaluation})).config.evaluation.device
+
+    assert device(device="cuda") == device(num_gpus=0.5) == "cuda"
+    assert device() == device(num_gpus=0) == "cpu"
+    with pytest.raises(InputError, match="torch sees 0 CUDA devices here"):
+        device(device="cuda", pool="local")
 
 
 class Page(http.server.BaseHTTPRequestHandler):

@@ -76,14 +76,14 @@ def test_a_run_in_a_shared_storage_is_read_from_its_url_alone_and_its_password_i
     import psycopg
 
     monkeypatch.setenv("EVOMERGE_STORAGE", postgres)
-    changes = {"items": {"search": 8, "heldout": 8}, "optimizer": {"evaluations": 4, "population": 4}}
+    changes = {"items": {"search": 4, "heldout": 4}, "optimizer": {"evaluations": 1, "population": 4}}
     search, directory = search_file(storage="${EVOMERGE_STORAGE}", **changes), tmp_path / "run"
     evomerge("run", search, "--output", directory)
-    evomerge("resume", directory, "--set", "optimizer.evaluations=5")
+    evomerge("resume", directory, "--set", "optimizer.evaluations=2")
 
     shared = json.loads(evomerge("status", postgres, "--json"))
-    assert (shared["state"], shared["evaluations"]) == ("finished", 5)
-    assert shared["budget"] == 5
+    assert (shared["state"], shared["evaluations"]) == ("finished", 2)
+    assert shared["budget"] == 2
     assert evomerge("candidates", "${EVOMERGE_STORAGE}", "--json") == evomerge("candidates", directory, "--json")
     assert evomerge("front", f"{postgres}#{run_name(directory)}", "--json") == evomerge("front", directory, "--json")
 
