@@ -1,5 +1,7 @@
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -8,6 +10,7 @@ import pytest
 from evomerge.config import WorkersConfig
 from evomerge.errors import InputError
 from evomerge.workers import ray_pool
+from evomerge.workers.ray_address import LOOPBACK_ONLY
 from evomerge.workers.ray_pool import RayPool
 from tests.contracts.pool import PoolContract, job
 from tests.fakes import make_fake_worker
@@ -101,3 +104,16 @@ def test_workers_join_when_a_node_arrives_and_the_pool_goes_on_when_it_leaves(
         assert done == [{"score": 0.5}] * len(done)
     finally:
         made.close()
+
+
+def test_a_ray_started_here_asks_for_a_token_that_stands_in_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *LOOPBACK_ONLY):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ray_pool._keep_to_this_machine()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert not list(tmp_path.iterdir())
