@@ -5,23 +5,28 @@ parameter per gene that counts, a value per objective), `heldout` the scores of 
 search never saw. An evaluation is one transaction. The only module that knows Optuna's storage.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from evomerge.candidate import SPLITS, Candidate, Evaluation, Kind, Split
 from evomerge.config import SearchConfig
 from evomerge.documents import shown
-from evomerge.errors import EvomergeError, InputError, WorkFailed
+from evomerge.errors import EvomergeError, InputError, WorkFailed, choices
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, active
+from evomerge.storage import expanded, masked
 
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
+TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 _FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
 
 
@@ -36,9 +41,13 @@ class Record:
 class Archive:
     """The recorded evaluations of one run directory, in memory and in its storage."""
 
-    def __init__(self, directory: Path, config: SearchConfig, genes: Sequence[Gene]) -> None:
-        """Opens the archive of a run, or creates it. Raises InputError where it holds another search."""
+    def __init__(self, directory: Path, config: SearchConfig, genes: Sequence[Gene], prefix: str | None = None) -> None:
+        """Opens the archive of a run, or creates it. Raises InputError where it holds another search.
+
+        prefix: of the names of its studies, where it is not the directory that says it.
+        """
         self._config, self._genes = config, genes
+        self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
             self._studies = {split: self._study(directory, split) for split in SPLITS}
@@ -47,7 +56,7 @@ class Archive:
         except EvomergeError:
             raise
         except Exception as error:  # a damaged storage raises anything, and so do trials that evomerge did not write
-            where = directory / DATABASE if config.storage is None else _without_password(config.storage)
+            where = directory / DATABASE if config.storage is None else masked(config.storage)
             raise InputError(
                 f"{where}: the archive cannot be read ({_brief(error)}); check it, or restore it from a copy."
             ) from None
@@ -57,10 +66,9 @@ class Archive:
             import optuna
 
             goals = [objective.goal or "maximize" for objective in self._config.objectives]
-            prefix = "" if self._config.storage is None else f"{directory.name}-{self._config.digest()}-"
             return optuna.create_study(
-                storage=storage_url(directory, self._config),
-                study_name=prefix + split,
+                storage=_open(storage_url(directory, self._config)),
+                study_name=self._prefix + split,
                 directions=goals,
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(seed=0),
@@ -75,6 +83,7 @@ class Archive:
                 for each in self._studies.values():
                     each.set_metric_names(self._names)
             study.set_user_attr("versions", versions())
+            study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
             study.set_user_attr("config", current)  # last: a kill before it has all of this done again
             return
         difference = _first_difference(recorded, current)
@@ -84,6 +93,8 @@ class Archive:
                 f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
                 f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
+        if recorded != current:
+            study.set_user_attr("config", current)
 
     def _load(self, split: Split) -> dict[str, Record]:
         trials = self._studies[split].get_trials(deepcopy=False)
@@ -229,31 +240,117 @@ def _unpack(packed: Any) -> tuple[float, ...]:
     return tuple(float(bit) for bit in f"{int(digits, 16):0{count}b}")
 
 
+def study_prefix(directory: Path, config: SearchConfig) -> str:
+    """Tells a run's studies from those of others in a shared storage."""
+    return "" if config.storage is None else f"{directory.name}-{config.digest()}-"
+
+
 def storage_url(directory: Path, config: SearchConfig) -> str:
-    return config.storage or f"sqlite:///{(directory / DATABASE).absolute()}"
+    return expanded(config.storage) if config.storage else f"sqlite:///{(directory / DATABASE).absolute()}"
+
+
+def _open(url: str) -> Any:
+    """The storage at a URL. A connection that a server has closed meanwhile is opened again before it is used."""
+    import optuna
+
+    if url.startswith("sqlite"):
+        return url
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    weakref.finalize(storage, storage.engine.dispose)  # nothing else closes its connections
+    return storage
 
 
 def check_storage(url: str | None) -> None:
     """Raises InputError where a named storage cannot be reached."""
     if url is None:
         return
+    full = expanded(url)
     try:
         import sqlalchemy
 
-        engine = sqlalchemy.create_engine(url)
+        engine = sqlalchemy.create_engine(full)
         if engine.url.get_backend_name() == "sqlite":  # to connect would make the file
             Path(engine.url.database or ".").absolute().parent.stat()
         else:
             engine.connect().close()
+            engine.dispose()
     except Exception as error:
-        raise InputError(
-            f"storage is {_without_password(url)}, which cannot be opened ({_brief(error)}); give a database URL such "
-            "as postgresql://USER@HOST/NAME that this machine can reach."
-        ) from None
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "psycopg"
+        advice = (
+            "pip install 'evomerge[postgres]'"
+            if missing
+            else ("give a database URL such as postgresql://USER@HOST/NAME that this machine can reach")
+        )
+        raise InputError(f"storage is {masked(full)}, which cannot be opened ({_brief(error)}); {advice}.") from None
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", url)
+@contextmanager
+def presence(url: str | None, name: str) -> Iterator[None]:
+    """Held while a process writes to a run in a PostgreSQL: the server forgets it when the process dies, on whichever
+    machine. Raises InputError where another holds it."""
+    if url is None or not _is_postgres(url):
+        yield
+        return
+    with _held(expanded(url), name) as free:
+        if not free:
+            raise InputError(
+                f"storage {masked(expanded(url))}: another process is at work on {name.rstrip('-')}; wait for it or "
+                "stop it."
+            )
+        yield
+
+
+@contextmanager
+def _held(url: str, name: str) -> Iterator[bool]:
+    """Whether the server's lock of a name was free; it is ours within."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    try:
+        with engine.connect() as connection:
+            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+            yield bool(connection.scalar(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}))
+    finally:
+        engine.dispose()
+
+
+def open_shared(url: str) -> tuple[Archive, SearchConfig, bool]:
+    """The archive of a run in a shared storage, its config, and whether a process is at work on it.
+
+    url: of the storage; where it holds several runs, with #RUN for the one that is meant.
+    """
+    url, _, wanted = url.partition("#")
+    check_storage(url)
+    try:
+        with quiet():
+            import optuna
+
+            storage = _open(expanded(url))
+            names = optuna.get_all_study_names(storage)
+            runs = [name.removesuffix("search") for name in names if name.endswith("-search")]
+            prefix = _chosen(runs, f"{wanted}-" if wanted else "", url)
+            attributes = optuna.load_study(study_name=f"{prefix}search", storage=storage).user_attrs
+        config = SearchConfig.model_validate(attributes["config"]).model_copy(update={"storage": url})
+        archive = Archive(Path(prefix), config, TypeAdapter(list[Gene]).validate_python(attributes["genes"]), prefix)
+        with _held(expanded(url), prefix) if _is_postgres(url) else nullcontext(True) as free:
+            return archive, config, not free
+    except EvomergeError:
+        raise
+    except Exception as error:
+        raise InputError(f"{masked(url)}: holds no run that can be read ({_brief(error)}); check the URL.") from None
+
+
+def _chosen(runs: Sequence[str], wanted: str, url: str) -> str:
+    if wanted in runs:
+        return wanted
+    if not wanted and len(runs) == 1:
+        return runs[0]
+    known = choices(wanted.rstrip("-"), [run.rstrip("-") for run in runs])
+    raise InputError(f"{masked(url)}: say which run is meant, as in '{masked(url)}#RUN'; {known}.")
+
+
+def _is_postgres(url: str) -> bool:
+    return expanded(url).startswith("postgresql")
 
 
 def versions() -> dict[str, str]:
@@ -279,5 +376,5 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
 
 
 def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = masked(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -29,8 +29,19 @@ Workers = Annotated[
     int | None, typer.Option(help="How many workers; 0 evaluates in this process. Does not change results.")
 ]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster to use (auto, HOST:PORT or ray://...).")]
+Dashboard = Annotated[
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the cluster's head.")
+]
+Ca = Annotated[Path | None, typer.Option(help="Certificates to trust, a file or a folder.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Use plain HTTP to another machine.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job, as `evomerge jobs` lists it.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Changes one setting.")]
+RunOrStorage = Annotated[
+    str, typer.Argument(metavar="DIR", help="A run directory, or the URL of a shared storage.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
+
+_DASHBOARD = "http://127.0.0.1:8265"
 
 
 @app.command()
@@ -40,10 +51,13 @@ def run(
     workers: Workers = None,
     address: Address = None,
     set_: Set = None,
+    again: Annotated[
+        bool, typer.Option("--resume", help="Go on where the directory holds this search already.")
+    ] = False,
 ) -> None:
     """Run a search."""
-    directory = output or Path("runs") / search.stem
-    _search(directory, [*(set_ or []), *_worker_settings(workers)], address, search)
+    directory = (output or Path("runs") / search.stem).expanduser()
+    _search(directory, [*(set_ or []), *_worker_settings(workers)], address, search, again)
 
 
 @app.command()
@@ -60,7 +74,9 @@ def _worker_settings(workers: int | None) -> list[str]:
     return ["workers.pool=local"] if workers == 0 else ["workers.pool=ray", f"workers.count={workers}"]
 
 
-def _search(directory: Path, overrides: Sequence[str], address: str | None, search: Path | None) -> None:
+def _search(
+    directory: Path, overrides: Sequence[str], address: str | None, search: Path | None, again: bool = False
+) -> None:
     from evomerge import runs, terminal
 
     output = terminal.console()
@@ -73,7 +89,7 @@ def _search(directory: Path, overrides: Sequence[str], address: str | None, sear
 
     try:
         if search is not None:
-            finished = runs.start(search, directory, overrides, address, listen)
+            finished = runs.start(search, directory, overrides, address, listen, again)
         else:
             finished = runs.resume(directory, overrides, address, listen)
     except KeyboardInterrupt:
@@ -106,40 +122,49 @@ class _Interruption:
 
 
 @app.command()
-def status(directory: RunDirectory, as_json: AsJson = False) -> None:
+def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Where a run stands, while it runs or after."""
-    from evomerge import progress, runs, terminal, views
-    from evomerge.lock import is_running
+    from evomerge import progress, terminal, views
 
-    opened = runs.read(directory)
-    running = is_running(directory)
-    content = views.status(opened.archive, opened.config, running)
-    content |= progress.pace(directory, content) if running else {"rate": None, "seconds_left": None}
+    archive, config, running = _read(directory)
+    content = views.status(archive, config, running)
+    content |= progress.pace(Path(directory), content) if running else {"rate": None, "seconds_left": None}
     if as_json:
         return _print_json(content)
-    return terminal.show_status(terminal.console(), content, opened.config)
+    return terminal.show_status(terminal.console(), content, config)
+
+
+def _read(target: str) -> tuple[Any, Any, bool]:
+    """The archive and config of a run, given by its directory or by the storage, and whether it is running."""
+    from evomerge import archive, runs
+    from evomerge.lock import is_running
+
+    if "://" in target or target.startswith("${"):
+        return archive.open_shared(target)
+    opened = runs.read(Path(target))
+    return opened.archive, opened.config, is_running(opened.directory)
 
 
 @app.command()
-def front(directory: RunDirectory, as_json: AsJson = False) -> None:
+def front(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """The Pareto front on all search items, with held-out scores where they are known."""
-    from evomerge import runs, terminal, views
+    from evomerge import terminal, views
 
-    opened = runs.read(directory)
+    archive, config, _ = _read(directory)
     if as_json:
-        return _print_json(views.front(opened.archive, opened.config))
-    return terminal.show_front(terminal.console(), opened)
+        return _print_json(views.front(archive, config))
+    return terminal.show_front(terminal.console(), archive, config)
 
 
 @app.command()
-def candidates(directory: RunDirectory, as_json: AsJson = False) -> None:
+def candidates(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Every evaluation, in the order of the search."""
-    from evomerge import runs, terminal, views
+    from evomerge import terminal, views
 
-    opened = runs.read(directory)
+    archive, config, _ = _read(directory)
     if as_json:
-        return _print_json(views.candidates(opened.archive))
-    return terminal.show_candidates(terminal.console(), opened)
+        return _print_json(views.candidates(archive))
+    return terminal.show_candidates(terminal.console(), archive, config)
 
 
 @app.command()
@@ -237,6 +262,85 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
         shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
         terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)
     return None
+
+
+@app.command()
+def submit(
+    search: SearchFile,
+    address: Dashboard = _DASHBOARD,
+    output: Annotated[
+        str | None, typer.Option(help="Run directory on the cluster [default: ~/evomerge-runs/NAME of the file].")
+    ] = None,
+    set_: Set = None,
+    pip: Annotated[
+        list[str] | None, typer.Option(metavar="REQUIREMENT", help="Install this for the job.", show_default=False)
+    ] = None,
+    ca: Ca = None,
+    insecure: Insecure = False,
+) -> None:
+    """Run a search as a job of a Ray cluster; the same directory again goes on with it."""
+    from evomerge import cluster, config, terminal
+
+    loaded = config.load(search, set_ or [])
+    job = cluster.Cluster(address, ca, insecure).submit(
+        loaded, search.stem, output or f"~/evomerge-runs/{search.stem}", pip or []
+    )
+    for note in cluster.notes(loaded):
+        terminal.fail(f"note: {note}")
+    terminal.console().print(f"{job} submitted; follow it with `evomerge logs {job} --follow`", markup=False)
+
+
+@app.command()
+def jobs(address: Dashboard = _DASHBOARD, ca: Ca = None, insecure: Insecure = False, as_json: AsJson = False) -> None:
+    """The searches on a Ray cluster."""
+    from dataclasses import asdict
+
+    from evomerge import cluster, terminal
+
+    found = cluster.Cluster(address, ca, insecure).jobs()
+    if as_json:
+        return _print_json([asdict(job) for job in found])
+    for job in found:
+        terminal.console().print(f"{job.id}  {job.state}  {job.directory}", markup=False)
+    return None
+
+
+@app.command()
+def logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    address: Dashboard = _DASHBOARD,
+    ca: Ca = None,
+    insecure: Insecure = False,
+) -> None:
+    """What a job prints; with --follow the exit status says how it ended."""
+    from evomerge import cluster, terminal
+
+    head = cluster.Cluster(address, ca, insecure)
+    if not follow:
+        sys.stdout.write(head.logs(job))
+        return
+    ended = head.follow(job, lambda lines: print(lines, end="", flush=True))
+    terminal.fail(f"{job} {ended.state}")
+    if ended.state == "failed":
+        raise typer.Exit(1)
+
+
+@app.command()
+def stop(job: JobId, address: Dashboard = _DASHBOARD, ca: Ca = None, insecure: Insecure = False) -> None:
+    """Stop a job as Ctrl-C does; what it has evaluated stays."""
+    from evomerge import cluster, terminal
+
+    ended = cluster.Cluster(address, ca, insecure).stop(job)
+    terminal.console().print(f"{job} {ended.state}; go on by submitting the search to {ended.directory} again")
+
+
+@app.command(hidden=True)
+def unpack(directory: RunDirectory, version: Annotated[str, typer.Option()]) -> None:
+    """What a submitted job does first."""
+    from evomerge import cluster
+
+    cluster.unpack(Path(), directory.expanduser(), version)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from evomerge.documents import read_yaml, set_value, shown, validate
 from evomerge.errors import InputError, naming
+from evomerge.storage import refuse_password
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 RESERVED_NAMES = {"base", "uniform"}
@@ -231,10 +232,15 @@ class ControlsConfig(Settings):
 
 
 class WorkersConfig(Settings):
-    """Where candidates are evaluated. Nothing here may change a result."""
+    """Where candidates are evaluated. Nothing here may change a result.
+
+    Without a count there are as many workers as the cluster holds, now and later. `minimum` of them must be there for
+    the search to start: all of a count by default, else one.
+    """
 
     pool: Literal["ray", "local"] = "ray"
     count: int | None = Field(default=None, ge=1)
+    minimum: int | None = Field(default=None, ge=1)
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
     placement_timeout: float = Field(default=45, gt=0)
@@ -269,6 +275,11 @@ class SearchConfig(Settings):
         if repeated:
             raise ValueError(f"two of them would be called {repeated[0]}; give them names (name: path)")
         return dict(zip(names, value, strict=True))
+
+    @field_validator("storage")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        return refuse_password(value) if value is not None else None
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -1,4 +1,8 @@
-"""The lock of a run directory: one process writes to a run, and the system frees it when that process dies."""
+"""The lock of a run directory: one process writes to a run, and the system frees it when that process dies.
+
+On Linux, NFS passes flock on to its server, so that other machines see it; a mount without a lock service refuses, and
+so do we. SQLite must not be trusted on network file systems: a run whose directory lies on one names a storage.
+"""
 
 import fcntl
 import os
@@ -24,10 +28,15 @@ def run_lock(directory: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
             raise InputError(
                 f"{directory}: already in use by {holder}; wait for it, stop it, or choose another directory."
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{directory}: its file system has no locks ({error.strerror}), and two processes must not write "
+                "to one run; mount it with locks, or choose another directory."
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -44,8 +53,10 @@ def is_running(directory: Path) -> bool:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:
+        return False
     else:
         return False
     finally:

@@ -53,7 +53,7 @@ def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
     from evomerge.evaluation.harness import check_objectives
-    from evomerge.workers.worker import load_tokenizer, resolve_device
+    from evomerge.workers.worker import load_tokenizer
 
     config = _pinned(config)
     prepared = reopen(config)
@@ -61,7 +61,7 @@ def prepare(config: SearchConfig) -> Prepared:
     load_tokenizer(config)
     objectives = check_objectives(config)
     dimension = len(prepared.space.genes)
-    device = resolve_device(config.evaluation.device)
+    device = _device(config)
     resolved = config.model_copy(
         update={
             "objectives": objectives,
@@ -90,6 +90,16 @@ def _pinned(config: SearchConfig) -> SearchConfig:
     base = pin("base", config.base)
     models = {name: pin(f"models.{name}", reference) for name, reference in config.models.items()}
     return config.model_copy(update={"base": base, "models": models})
+
+
+def _device(config: SearchConfig) -> str:
+    """The device that the workers will have. Ray's may run where there are GPUs, though there is none here."""
+    from evomerge.workers.worker import resolve_device
+
+    name, workers = config.evaluation.device, config.workers
+    if workers.pool == "ray" and (name == "cuda" or (name == "auto" and workers.num_gpus)):
+        return "cuda"
+    return resolve_device(name)
 
 
 def reopen(config: SearchConfig) -> Prepared:

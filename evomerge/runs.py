@@ -10,14 +10,14 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evomerge import config as configs
-from evomerge.archive import DATABASE, SEARCH_FILE, Archive, Record, check_storage
+from evomerge.archive import DATABASE, SEARCH_FILE, TASKS, Archive, Record, check_storage, presence, study_prefix
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError, naming
 from evomerge.export import shared_recipe
@@ -43,22 +43,32 @@ class OpenRun:
 
 
 def start(
-    search_file: Path, directory: Path, overrides: Sequence[str], address: str | None, listener: Listener
+    search_file: Path,
+    directory: Path,
+    overrides: Sequence[str],
+    address: str | None,
+    listener: Listener,
+    again: bool = False,
 ) -> OpenRun:
-    """Runs a search file in a new directory. Raises InputError before anything is written, so the pool comes first."""
+    """Runs a search file in a new directory, or with `again` goes on where the directory holds that search already.
+
+    Raises InputError before anything is written, so the pool comes first.
+    """
     held = _held(directory)
     if held and SEARCH_FILE not in held:
         raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
     prepared = prepare_file(search_file, overrides)
     if SEARCH_FILE in held:
-        raise InputError(_occupied(directory, prepared.config))
+        if not again or not _same_search(directory, prepared.config):
+            raise InputError(_occupied(directory, prepared.config))
+        return _go_on(directory, prepared, address, listener)
     _check_writable(directory)
     with naming(search_file):
         check_storage(prepared.config.storage)
     listener("starting", {})
     with closing(make_pool(prepared.config, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
-        with run_lock(directory):
+        with run_lock(directory), _present(directory, prepared.config):
             if (directory / SEARCH_FILE).exists():  # somebody was faster
                 raise InputError(_occupied(directory, prepared.config))
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
@@ -67,9 +77,12 @@ def start(
 
 def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
     """Goes on with an interrupted run, or with a finished one whose budget has grown."""
-    prepared = _reopen(directory, overrides)
+    return _go_on(directory, _reopen(directory, overrides), address, listener)
+
+
+def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     _check_archive_kept(directory, prepared.config)
-    with run_lock(directory):
+    with run_lock(directory), _present(directory, prepared.config):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
         check_sources(run)
         listener("starting", {})
@@ -107,6 +120,11 @@ def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     return configs.load(directory / SEARCH_FILE, overrides)
 
 
+def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[None]:
+    """The lock that others than this directory's see, where the archive is shared."""
+    return presence(config.storage, study_prefix(directory, config))
+
+
 def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
     """Raises InputError where the log tells of an archive that is gone: going on would begin all over, silently."""
     database = directory / DATABASE
@@ -125,7 +143,7 @@ def _archive(directory: Path, prepared: Prepared) -> Archive:
 def _held(directory: Path) -> list[str]:
     """The names in a directory that is to hold a run."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name != LOCK)
+        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS))
     except FileNotFoundError:
         return []
     except NotADirectoryError:
@@ -136,8 +154,13 @@ def _held(directory: Path) -> list[str]:
         raise InputError(f"{directory}: cannot be used ({error.strerror}); choose another --output.") from None
 
 
+def _same_search(directory: Path, config: SearchConfig) -> bool:
+    held = read_config(directory)
+    return (held.digest(), held.storage) == (config.digest(), config.storage)
+
+
 def _occupied(directory: Path, config: SearchConfig) -> str:
-    if read_config(directory).digest() == config.digest():
+    if _same_search(directory, config):
         return f"{directory}: already holds this search; go on with `evomerge resume {directory}`."
     return (
         f"{directory}: already holds another search; choose another --output, or resume that one with "

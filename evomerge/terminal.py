@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from evomerge import views
+from evomerge.archive import Archive
 from evomerge.config import SearchConfig
 from evomerge.progress import pace_of
 from evomerge.runs import OpenRun
@@ -143,39 +144,39 @@ def _mean(scores: dict[str, float] | None, config: SearchConfig) -> str:
 
 def show_result(output: Console, run: OpenRun) -> None:
     """The tables at the end of a run: the head of the front, then controls and evolved best on held-out items."""
-    show_front(output, run, _FRONT_ROWS)
+    show_front(output, run.archive, run.config, _FRONT_ROWS)
     rows = views.comparison(run.archive, run.config)
     output.print(score_table("Held-out items (every row was chosen on search items)", rows, run.config, "heldout"))
 
 
-def show_front(output: Console, run: OpenRun, most: int | None = None) -> None:
+def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
     """The front on held-out items as far as they were scored, else on search items."""
-    rows = views.front(run.archive, run.config)
+    rows = views.front(archive, config)
     split, items = ("heldout", "held-out") if rows and rows[0]["heldout"] else ("scores", "search")
     named = [(row["id"], row) for row in rows[:most]]
     title = f"Pareto front: {len(rows)} candidates" + (f", the best {most}" if most and most < len(rows) else "")
-    output.print(score_table(f"{title}, on {items} items", named, run.config, split))
+    output.print(score_table(f"{title}, on {items} items", named, config, split))
 
 
-def show_candidates(output: Console, run: OpenRun) -> None:
+def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> None:
     table = Table()
     for column in (
         "id",
         "kind",
-        *(objective.name for objective in run.config.objectives),
+        *(objective.name for objective in config.objectives),
         "mean",
         "fingerprint",
         "error",
     ):
         table.add_column(escape(column))
-    for row in views.candidates(run.archive):
+    for row in views.candidates(archive):
         scores = row["scores"]
-        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in run.config.objectives]
+        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in config.objectives]
         table.add_row(
             row["id"],
             row["kind"],
             *cells,
-            _mean(scores, run.config),
+            _mean(scores, config),
             row["fingerprint"] or "–",
             escape(row["error"] or ""),
         )

@@ -7,7 +7,9 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 
 # who may import what is at the edges
 OWNERS = {
-    "ray": {"workers/ray_pool.py"},
+    "ray": {"workers/ray_pool.py", "cluster.py"},
+    "grpc": {"workers/ray_address.py"},
+    "sqlalchemy": {"archive.py"},
     "lm_eval": {"evaluation/harness.py"},
     "optuna": {"archive.py"},
     "rich": {"terminal.py"},

@@ -339,7 +339,19 @@ def test_a_gpu_is_refused_where_there_is_none(
 
 def test_the_password_of_a_storage_is_not_repeated(search: WriteSearch, refuses: Refuses) -> None:
     path = search({"storage": "nosuchdb://me:secret@127.0.0.1:1/x"})
-    refuses("run", path, "--output", "new/run", says=("storage is nosuchdb://me:***@127.0.0.1:1/x",))
+    refuses("run", path, "--output", "new/run", says=("storage: nosuchdb://me:***@127.0.0.1:1/x holds a password",))
+
+
+def test_the_password_of_a_storage_from_the_environment_is_not_repeated(
+    search: WriteSearch, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOMERGE_STORAGE", "nosuchdb://me:secret@127.0.0.1:1/x")
+    path = search({"storage": "${EVOMERGE_STORAGE}"})
+    refuses("run", path, "--output", "new/run", says=("storage is nosuchdb://me:***@127.0.0.1:1/x, which cannot",))
+    refuses("status", "${EVOMERGE_STORAGE}", says=("storage is nosuchdb://me:***@127.0.0.1:1/x, which cannot",))
+    monkeypatch.delenv("EVOMERGE_STORAGE")
+    says = ("storage is ${EVOMERGE_STORAGE}, but the environment variable EVOMERGE_STORAGE is not set here",)
+    refuses("run", path, "--output", "new/run", says=says)
 
 
 # Models

@@ -13,7 +13,8 @@ from evomerge.preparation import prepare
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
-CODE = "\n".join(README.split("```")[1::2])
+PAGES = README + (REPOSITORY / "scripts" / "cluster" / "README.md").read_text()
+CODE = "\n".join(PAGES.split("```")[1::2])
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -42,3 +43,14 @@ def test_every_path_in_the_file_map_exists() -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_search_can_start(path: Path) -> None:
     assert prepare(load(path)).space.genes
+
+
+def test_every_file_that_security_points_at_exists() -> None:
+    rows = [line.split("|") for line in (REPOSITORY / "SECURITY.md").read_text().splitlines() if line.startswith("| ")]
+    guards = [name for row in rows[1:] for name in re.findall(r"`([^`]+)`", row[3])]
+    proofs = [name for row in rows[1:] for name in re.findall(r"`([^`]+)`", row[4])]
+    assert len(rows) > 5
+    assert len(guards) >= len(rows) - 1
+    assert len(proofs) >= len(rows) - 1
+    for path in [*(REPOSITORY / "evomerge" / name for name in guards), *(REPOSITORY / name for name in proofs)]:
+        assert path.exists(), path

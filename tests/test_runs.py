@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 
 from evomerge import runs, views
@@ -62,11 +63,22 @@ def signal_after(process: "subprocess.Popen[str]", directory: Path, count: int, 
     os.kill(process.pid, number)
 
 
-def start(errors: Path, *arguments: object) -> "subprocess.Popen[str]":
-    """A command in the background, its standard error in a file."""
+def start(errors: Path, *arguments: object, output: Path = Path(os.devnull)) -> "subprocess.Popen[str]":
+    """A command in the background, its standard error in a file, and its output if that is wanted."""
     command = [sys.executable, "-c", "from evomerge.cli import main; main()", *map(str, arguments)]
-    with errors.open("w") as stream:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, text=True)
+    with errors.open("w") as stream, output.open("w") as printed:
+        return subprocess.Popen(command, stdout=printed, stderr=stream, text=True)
+
+
+def listening(process: int) -> set[str]:
+    """The addresses at which a process and its descendants accept connections."""
+    root = psutil.Process(process)
+    found = set()
+    for each in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            found |= {socket.laddr.ip for socket in each.net_connections() if socket.status == psutil.CONN_LISTEN}
+    assert found
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +115,9 @@ def test_one_and_two_ray_workers_and_a_kill_among_them_give_the_archive_of_the_i
     expected = content(undisturbed)
     directory = tmp_path / "two"
     process = start(tmp_path / "errors", "run", SMOKE, "--output", directory, "--workers", 2)
-    signal_after(process, directory, 9, signal.SIGKILL)
+    signal_after(process, directory, 9, 0)
+    assert listening(process.pid) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    process.kill()
     process.wait()
     evomerge("resume", directory, "--workers", 1)
     assert content(directory) == expected

@@ -1,17 +1,22 @@
 """A pool of Ray actors, each holding the models; the only module that imports ray for evaluating.
 
-Actors are placed by a placement group, so that one without resources is a sentence and not a hang. An actor that dies
-is restarted by Ray, loads its models again, and its job is run again; a job that has taken `attempts` actors down is
-recorded as failed. The pool goes on with the actors that are left, and gives up only when none has come back for long.
+Actors are asked for one by one, and those that find a place load their models in parallel; too few of them is a
+sentence and not a hang. The others join when there is room: as nodes arrive, where no count is given. An actor that
+dies is restarted by Ray, loads its models again, and its job is run again; a job that has taken `attempts` actors down
+is recorded as failed. The pool goes on with the actors that are left, and gives up only when none has come back for
+long.
 """
 
 import logging
 import os
-import re
-import socket
+import secrets
+import signal
+import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +24,13 @@ from evomerge.candidate import Evaluation, failure
 from evomerge.config import WorkersConfig
 from evomerge.errors import EvomergeError, InputError, WorkFailed
 from evomerge.workers import Evaluator, Job, evaluate_guarded, first_line
+from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
 
 _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver
 _BACKOFF = 0.3
 _POLL = 5.0
 _PATIENCE = 300.0
-_REACH = 15.0
+_GROWTH = 10.0
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
@@ -54,34 +60,40 @@ class RayPool:
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
     _reviving: dict[Any, tuple[int, float]] = field(init=False, default_factory=dict)
-    _group: Any = field(init=False, default=None)
+    _resting: deque[tuple[float, int, float]] = field(init=False, default_factory=deque)
+    _looked: float = field(init=False, default_factory=time.monotonic)
     _ray: Any = field(init=False, default=None)
     _own_ray: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
-        import ray
-
-        self._ray = ray
-        self._started_ray = not ray.is_initialized()
+        self._started_ray = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        self._own_ray = self._started_ray and not address
         try:
-            self._connect()
+            if self._started_ray:
+                self._connect(address)
+            else:
+                self._ray = sys.modules["ray"]
             self._place()
         except BaseException:
             self.close()
             raise
 
-    def _connect(self) -> None:
-        if not self._started_ray:
-            return
-        address = self.address or os.environ.get("RAY_ADDRESS")
-        self._own_ray = not address
+    def _connect(self, address: str | None) -> None:
         local: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            _check_reachable(address or "")
-            self._ray.init(
-                address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local
-            )
+            if address:
+                reach(address)
+            else:
+                _keep_to_this_machine()
+            import ray
+
+            self._ray = ray
+            with _own_sigterm():
+                ray.init(
+                    address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local
+                )
         except (OSError, OverflowError, ValueError, RuntimeError) as error:
             where = "--address" if self.address else "RAY_ADDRESS"
             raise InputError(
@@ -90,42 +102,59 @@ class RayPool:
             ) from None
 
     def _place(self) -> None:
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        bundle = {"CPU": self.config.num_cpus, "GPU": self.num_gpus}
-        bundle = {resource: amount for resource, amount in bundle.items() if amount}
-        count = self.config.count or self._fitting(bundle)
+        """Waits for the actors that have room now, and for `minimum` of them in any case; the others join later."""
+        fitting = self._fitting()
+        count = self.config.count or max(1, fitting)
+        least = min(count, self.config.minimum or self.config.count or 1)
         if self._own_ray:
-            self._check_enough(bundle, count)  # only a cluster may grow, which is worth waiting for
-        self._group = placement_group([dict(bundle or {"CPU": 0.01}) for _ in range(count)], strategy="PACK")
-        if not self._group.wait(self.config.placement_timeout):
-            self._check_enough(bundle, count)
-            raise InputError(self._busy(bundle, count))
-        actor = self._ray.remote(EvaluationActor)
-        for index in range(count):
-            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-            self._actors.append(
-                actor.options(
-                    num_cpus=self.config.num_cpus,
-                    num_gpus=self.num_gpus,
-                    max_restarts=-1,
-                    max_task_retries=0,
-                    scheduling_strategy=strategy,
-                ).remote(self.make_worker)
-            )
-        self._await_models()
-        self._free.extend(actor for _ in range(_DEPTH) for actor in range(count))
+            self._check_enough(least)  # only a cluster may grow, which is worth waiting for
+        self._add(count)
+        asked = {actor.ready.remote(): index for index, actor in enumerate(self._actors)}
+        placed, waiting = self._ray.wait(
+            list(asked), num_returns=max(least, min(count, fitting)), timeout=self.config.placement_timeout
+        )
+        if len(placed) < least:
+            self._check_enough(least)
+            raise InputError(self._busy(least))
+        self._await_models([asked[reference] for reference in placed])
+        for reference in waiting:
+            self._revive(asked[reference], time.monotonic())
 
-    def _fitting(self, bundle: dict[str, float]) -> int:
-        """As many workers as the cluster's resources hold."""
-        total = self._ray.cluster_resources()
-        return max(1, min((int(total.get(name, 0) / amount) for name, amount in bundle.items()), default=1))
+    @property
+    def _bundle(self) -> dict[str, float]:
+        """What one actor takes."""
+        bundle = {"CPU": self.config.num_cpus, "GPU": self.num_gpus}
+        return {resource: amount for resource, amount in bundle.items() if amount}
 
-    def _check_enough(self, bundle: dict[str, float], count: int) -> None:
+    def _add(self, count: int) -> None:
+        actor = self._ray.remote(EvaluationActor).options(
+            num_cpus=self.config.num_cpus, num_gpus=self.num_gpus, max_restarts=-1, max_task_retries=0
+        )
+        self._actors.extend(actor.remote(self.make_worker) for _ in range(count))
+
+    def _fitting(self) -> int:
+        """As many workers as the cluster's nodes hold."""
+        bundle = self._bundle
+        if not bundle:
+            return 1
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in nodes)
+
+    def _grow(self) -> None:
+        """Asks for more actors where the cluster has grown and no count limits them."""
+        now = time.monotonic()
+        if self.config.count is not None or self._own_ray or now - self._looked < _GROWTH:
+            return
+        self._looked = now
+        known = len(self._actors)
+        self._add(max(0, self._fitting() - known))
+        for actor in range(known, len(self._actors)):
+            self._revive(actor, now)
+
+    def _check_enough(self, count: int) -> None:
         """Raises InputError where all of the cluster together has too little for the workers."""
         total = self._ray.cluster_resources()
-        for name, amount in bundle.items():
+        for name, amount in self._bundle.items():
             if total.get(name, 0) < amount * count:
                 raise InputError(
                     f"workers: {count} worker(s) of {amount:g} {name} each need {amount * count:g} {name}, but the Ray "
@@ -133,16 +162,16 @@ class RayPool:
                     "or add nodes."
                 )
 
-    def _busy(self, bundle: dict[str, float], count: int) -> str:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    def _busy(self, count: int) -> str:
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in self._bundle.items())
         return (
             f"workers: {count} worker(s) of {wanted} each found no free place in {self.config.placement_timeout:g} s, "
             "since other work holds the cluster's resources; wait for it, or lower workers.count."
         )
 
-    def _await_models(self) -> None:
-        """Waits for all actors at once, so that they load in parallel."""
-        loading = [actor.load.remote() for actor in self._actors]
+    def _await_models(self, actors: list[int]) -> None:
+        """Waits for all at once, so that they load in parallel."""
+        loading = [self._actors[actor].load.remote() for actor in actors]
         try:
             problems = self._ray.get(loading)
         except self._ray.exceptions.RayError as error:
@@ -150,10 +179,11 @@ class RayPool:
         for problem in problems:
             if problem is not None:
                 raise InputError(problem)
+        self._free.extend(actor for _ in range(_DEPTH) for actor in actors)
 
     @property
     def size(self) -> int:
-        return len(self._actors)
+        return max(1, len(self._actors) - len(self._reviving) - len(self._resting))
 
     def submit(self, job: Job) -> None:
         self._waiting.append((job, 0))
@@ -167,8 +197,14 @@ class RayPool:
 
     def wait(self) -> tuple[Job, Evaluation]:
         while True:
+            self._grow()
+            self._wake()
             self._dispatch()
-            ready, _ = self._ray.wait([*self._running, *self._reviving], num_returns=1, timeout=_POLL)
+            watched = [*self._running, *self._reviving]
+            if not watched:
+                time.sleep(_BACKOFF)
+                continue
+            ready, _ = self._ray.wait(watched, num_returns=1, timeout=_BACKOFF if self._resting else _POLL)
             if not ready:
                 self._check_patience()
             elif ready[0] in self._reviving:
@@ -216,16 +252,24 @@ class RayPool:
             problem = self._ray.get(reference)
         except self._ray.exceptions.RayError:
             self._check_patience(since)
-            time.sleep(_BACKOFF)
-            self._revive(actor, since)
+            self._resting.append((time.monotonic() + _BACKOFF, actor, since))
             return
-        if problem is not None:
+        if problem is None:
+            self._free.extend([actor] * _DEPTH)
+        elif self._running or self._free or self._reviving:
+            self._ray.kill(self._actors[actor])  # its node lacks something that the others have: they go on
+        else:
             raise WorkFailed(problem)
-        self._free.extend([actor] * _DEPTH)
+
+    def _wake(self) -> None:
+        """Tries again the actors that had not come back yet; the others must not wait for that."""
+        while self._resting and self._resting[0][0] <= time.monotonic():
+            _, actor, since = self._resting.popleft()
+            self._revive(actor, since)
 
     def _check_patience(self, *more: float) -> None:
         """Raises WorkFailed where every worker has been gone for too long."""
-        gone = [*more, *(since for _, since in self._reviving.values())]
+        gone = [*more, *(since for _, since in self._reviving.values()), *(since for _, _, since in self._resting)]
         if gone and not self._running and not self._free and time.monotonic() - max(gone) > _PATIENCE:
             raise WorkFailed(
                 f"workers: all {self.size} are gone and none has come back in {_PATIENCE:g} s; add nodes and resume."
@@ -236,20 +280,24 @@ class RayPool:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
-        if self._group is not None:
-            from ray.util.placement_group import remove_placement_group
-
-            remove_placement_group(self._group)
-            self._group = None
-        if self._started_ray and self._ray.is_initialized():
+        if self._started_ray and self._ray is not None and self._ray.is_initialized():
             self._ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
-    """Raises OSError where nothing listens at an address: Ray would go on trying for minutes."""
-    found = re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address)
-    if found is not None:
-        socket.create_connection((found[1], int(found[2])), timeout=_REACH).close()
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Puts back the SIGTERM handler that Ray replaces when it connects: ours ends a search cleanly."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _keep_to_this_machine() -> None:
+    """Has the Ray that is started here listen on loopback only, and ask for a token that stands in no file."""
+    os.environ |= LOOPBACK_ONLY
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and not token_header():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 class EvaluationActor:
@@ -258,6 +306,9 @@ class EvaluationActor:
     def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
         self._make_worker = make_worker
         self._worker: Evaluator | None = None
+
+    def ready(self) -> None:
+        """Returns once the actor has a place."""
 
     def load(self) -> str | None:
         """Loads the models; a sentence where that cannot be done."""

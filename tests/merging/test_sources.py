@@ -412,3 +412,16 @@ def test_quantized_weights_are_refused(dtype, rewrite, tiny_models):
         check(tiny_models, folder)
     with pytest.raises(InputError, match="dequantize"):
         preflight(str(folder), {})
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+def test_sources_on_the_cpu_are_mapped_so_that_workers_of_one_node_share_their_pages() -> None:
+    def mapped_file(tensor: torch.Tensor) -> str:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            first, last = (int(bound, 16) for bound in line.split()[0].split("-"))
+            if first <= tensor.data_ptr() < last:
+                return line.split()[-1]
+        return ""
+
+    file = str(zoo.path("math") / "model.safetensors")
+    assert {mapped_file(tensor) for tensor in load_tensors(zoo.path("math")).values()} == {file}

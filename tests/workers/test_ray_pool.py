@@ -1,11 +1,16 @@
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from evomerge.config import WorkersConfig
 from evomerge.errors import InputError
+from evomerge.workers import ray_pool
+from evomerge.workers.ray_address import LOOPBACK_ONLY
 from evomerge.workers.ray_pool import RayPool
 from tests.contracts.pool import PoolContract, job
 from tests.fakes import make_fake_worker
@@ -14,17 +19,20 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    """One Ray for all tests of this module: starting it takes seconds."""
+def ray_here() -> Iterator[Any]:
+    """One cluster of one node for all tests of this module: starting it takes seconds."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture
-def pool(ray_here: None) -> Iterator[RayPool]:
+def pool(ray_here: Any) -> Iterator[RayPool]:
     made = RayPool(WorkersConfig(count=2, num_cpus=1, attempts=2), make_fake_worker, num_gpus=0)
     yield made
     made.close()
@@ -55,7 +63,7 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(po
     assert [evaluation.scores for evaluation in results] == [{"score": 0.5}] * 2
 
 
-def test_a_worker_without_resources_is_a_sentence_that_names_them_within_a_minute(ray_here: None) -> None:
+def test_a_worker_without_resources_is_a_sentence_that_names_them_within_a_minute(ray_here: Any) -> None:
     started = time.monotonic()
     with pytest.raises(InputError, match=r"1 worker\(s\) of 1 GPU each need 1 GPU, but the Ray cluster has 0"):
         RayPool(WorkersConfig(count=1, placement_timeout=2), make_fake_worker, num_gpus=1)
@@ -64,9 +72,48 @@ def test_a_worker_without_resources_is_a_sentence_that_names_them_within_a_minut
     assert time.monotonic() - started < 60
 
 
-def test_without_a_count_there_are_as_many_workers_as_fit(ray_here: None) -> None:
+def test_without_a_count_there_are_as_many_workers_as_fit(ray_here: Any) -> None:
     made = RayPool(WorkersConfig(num_cpus=0.8), make_fake_worker, num_gpus=0)
     try:
         assert made.size == 2
     finally:
         made.close()
+
+
+def test_workers_join_when_a_node_arrives_and_the_pool_goes_on_when_it_leaves(
+    ray_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "_GROWTH", 0.1)
+    made = RayPool(WorkersConfig(num_cpus=2), make_fake_worker, num_gpus=0)
+    sizes, done = [made.size], []
+
+    def run_until(size: int) -> None:
+        deadline = time.monotonic() + 60
+        while sizes[-1] != size:
+            assert time.monotonic() < deadline, sizes
+            made.submit(job(f"job{len(done)}", 0.5))
+            done.append(made.wait()[1].scores)
+            sizes.append(made.size)
+            time.sleep(0.05)
+
+    try:
+        node = ray_here.add_node(num_cpus=2)
+        run_until(2)
+        ray_here.remove_node(node, allow_graceful=False)
+        run_until(1)
+        assert done == [{"score": 0.5}] * len(done)
+    finally:
+        made.close()
+
+
+def test_a_ray_started_here_asks_for_a_token_that_stands_in_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *LOOPBACK_ONLY):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ray_pool._keep_to_this_machine()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert not list(tmp_path.iterdir())
