@@ -20,6 +20,7 @@ from evomerge.candidate import SPLITS, Candidate, Evaluation, Kind, Split
 from evomerge.config import SearchConfig
 from evomerge.documents import shown
 from evomerge.errors import EvomergeError, InputError, WorkFailed, choices
+from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, active
@@ -116,10 +117,11 @@ class Archive:
         evaluation = Evaluation(
             scores=dict(zip(self._names, trial.values, strict=True)) if trial.values is not None else None,
             error=attributes.get("error"),
-            outcomes={name: _unpack(packed) for name, packed in attributes.get("outcomes", {}).items()},
+            outcomes={name: Outcomes.from_json(each) for name, each in attributes.get("outcomes", {}).items()},
             items=attributes["items"],
             fingerprint=attributes.get("fingerprint"),
             seconds=attributes["seconds"],
+            truncated=attributes.get("truncated", 0),
         )
         return Record(candidate, evaluation)
 
@@ -220,24 +222,11 @@ def _attributes(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         attributes["fingerprint"] = evaluation.fingerprint
     if evaluation.error is not None:
         attributes["error"] = evaluation.error
+    if evaluation.truncated:
+        attributes["truncated"] = evaluation.truncated
     if evaluation.outcomes:
-        attributes["outcomes"] = {name: _pack(values) for name, values in evaluation.outcomes.items()}
+        attributes["outcomes"] = {name: each.to_json() for name, each in evaluation.outcomes.items()}
     return attributes
-
-
-def _pack(values: tuple[float, ...]) -> Any:
-    """Right or wrong per item as hexadecimal digits behind their number; other values as they are."""
-    if not all(value in (0.0, 1.0) for value in values):
-        return list(values)
-    bits = "".join(str(int(value)) for value in values)
-    return f"{len(values)}:{int(bits, 2):x}"
-
-
-def _unpack(packed: Any) -> tuple[float, ...]:
-    if isinstance(packed, list):
-        return tuple(packed)
-    count, _, digits = packed.partition(":")
-    return tuple(float(bit) for bit in f"{int(digits, 16):0{count}b}")
 
 
 def study_prefix(directory: Path, config: SearchConfig) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from evomerge.outcomes import Outcomes
 from evomerge.recipe import Recipe
 
 Split = Literal["search", "heldout"]
@@ -27,16 +28,18 @@ class Candidate:
 class Evaluation:
     """The scores of one candidate on one split, or the reason why there are none.
 
-    `scores` maps objective names to metric values in their own direction; `outcomes` maps them to one value per item,
-    in the order of the split's items (empty for metrics that are no mean over items).
+    `scores` maps objective names to metric values in their own direction; `outcomes` maps them to what became of
+    each item, in the order of the split's items (empty for metrics that are no mean over items). `truncated` counts
+    prompts that lost their beginning because the model's context is shorter.
     """
 
     scores: Mapping[str, float] | None
     error: str | None = None
-    outcomes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
     items: int = 0
     fingerprint: str | None = None
     seconds: float = 0.0
+    truncated: int = 0
 
     @property
     def failed(self) -> bool:

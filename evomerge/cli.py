@@ -245,6 +245,8 @@ def evaluate(
     else:
         table = terminal.score_table(f"{split} items", [(target, row)], prepared, "scores")
         terminal.console().print(table)
+    if row["truncated"]:
+        terminal.fail(f"warning: {terminal.truncation(row['truncated'])}")
     if row["error"]:
         terminal.fail(f"{target}: {row['error']}")
         raise typer.Exit(1)
@@ -258,6 +260,8 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
     summary = preparation.summarize(preparation.prepare_file(search, set_ or []))
     if as_json:
         return _print_json(summary)
+    for warning in summary.pop("warnings"):
+        terminal.fail(f"warning: {warning}")
     for key, value in summary.items():
         shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
         terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)

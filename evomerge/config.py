@@ -172,6 +172,8 @@ class EvaluationConfig(Settings):
 
     compile: whether merges run as compiled code; `auto` does for large models on CPUs that have a compiler, where the
     bits are those of uncompiled code.
+    prefix_sharing: whether the options of a document share one row behind a mask; auto asks for it where the base's
+    architecture takes such masks. generation_kwargs go over those of the tasks' files.
     """
 
     device: str = "auto"
@@ -181,7 +183,10 @@ class EvaluationConfig(Settings):
     compile: bool | Literal["auto"] = "auto"
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
     system_instruction: str | None = None
+    generation_kwargs: dict[str, bool | int | float | str | list[str] | None] = {}
+    prefix_sharing: Literal["auto", "mask", "none"] = "auto"
 
 
 class StageConfig(Settings):

@@ -22,6 +22,7 @@ from evomerge.merging.sources import (
     TensorInfo,
     find_source,
     identity,
+    locate,
     model_config,
     pinned,
     preflight,
@@ -41,6 +42,7 @@ class Prepared:
     config: SearchConfig
     space: SearchSpace
     tensors: dict[str, TensorInfo]
+    warnings: tuple[str, ...] = ()
 
 
 def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
@@ -52,14 +54,19 @@ def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
 
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
-    from evomerge.evaluation.harness import check_objectives
+    from evomerge.evaluation.loading import check_objectives, exam_warnings, load_targets
+    from evomerge.evaluation.packing import takes_packed_rows
     from evomerge.workers.worker import load_tokenizer
 
     config = _pinned(config)
     prepared = reopen(config)
     check_controls(config)
     load_tokenizer(config)
-    objectives = check_objectives(config)
+    targets = load_targets(config.objectives, config.tasks, config.evaluation)
+    objectives = check_objectives(config, targets)
+    sharing = config.evaluation.prefix_sharing
+    if sharing == "auto":
+        sharing = "mask" if takes_packed_rows(locate(config.base)) else "none"
     dimension = len(prepared.space.genes)
     device = _device(config)
     resolved = config.model_copy(
@@ -71,13 +78,14 @@ def prepare(config: SearchConfig) -> Prepared:
                     "device": device,
                     "dtype": resolve_dtype(config.evaluation.dtype, prepared.tensors),
                     "compile": resolve_compile(config.evaluation.compile, device, prepared.tensors),
+                    "prefix_sharing": sharing,
                 }
             ),
         }
     )
     _check_optimizer(resolved, prepared.space)
     _check_named_once(resolved)
-    return Prepared(resolved, prepared.space, prepared.tensors)
+    return Prepared(resolved, prepared.space, prepared.tensors, exam_warnings(targets))
 
 
 def _pinned(config: SearchConfig) -> SearchConfig:
@@ -199,5 +207,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "items_per_task": {"search": config.items.search, "heldout": config.items.heldout},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,
+        "prefix_sharing": config.evaluation.prefix_sharing,
         "gib_of_weights_per_worker": round(memory / 2**30, 3),
+        "warnings": list(prepared.warnings),
     }

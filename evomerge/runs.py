@@ -65,6 +65,8 @@ def start(
     _check_writable(directory)
     with naming(search_file):
         check_storage(prepared.config.storage)
+    for warning in prepared.warnings:
+        listener("warning", {"message": warning})
     listener("starting", {})
     with closing(make_pool(prepared.config, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)

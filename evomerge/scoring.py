@@ -29,5 +29,6 @@ def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dic
         "scores": dict(evaluation.scores) if evaluation.scores is not None else None,
         "error": evaluation.error,
         "items": evaluation.items,
+        "truncated": evaluation.truncated,
         "fingerprint": evaluation.fingerprint,
     }

@@ -45,12 +45,15 @@ class SearchView:
         )
         self._task: Any = None
         self._count = 0
+        self._truncated: set[str] = set()
         self._drawn = 0.0
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         """A listener of `Search`."""
         if event == "starting" and self._console.is_terminal:
             self._say("starting workers ...")
+        elif event == "warning":
+            self._say(f"warning: {fields['message']}")
         elif event == "opened":
             self._open(fields["run"])
         elif event == "workers":
@@ -78,6 +81,10 @@ class SearchView:
             self._live.start()
 
     def _evaluated(self, fields: dict[str, Any]) -> None:
+        truncated = fields["evaluation"].truncated
+        if truncated and fields["split"] not in self._truncated:
+            self._truncated.add(fields["split"])
+            self._say(f"warning: {fields['split']} items: {truncation(truncated)}")
         self._finished.append(time.monotonic())
         if fields["evaluation"].failed:
             self._say(f"{fields['candidate'].id} failed: {fields['evaluation'].error}")
@@ -206,6 +213,10 @@ def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -
         + (f", {status['pace']}" if status.get("pace") else "")
     )
     output.print(progress_table(status, config))
+
+
+def truncation(count: int) -> str:
+    return f"{count} prompts do not fit the model's context and lose their beginning, as in lm-eval."
 
 
 def fail(message: str) -> None:

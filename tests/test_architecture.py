@@ -10,7 +10,7 @@ OWNERS = {
     "ray": {"workers/ray_pool.py", "cluster.py"},
     "grpc": {"workers/ray_address.py"},
     "sqlalchemy": {"archive.py"},
-    "lm_eval": {"evaluation/harness.py"},
+    "lm_eval": {"evaluation/harness.py", "evaluation/loading.py", "evaluation/generation.py"},
     "optuna": {"archive.py"},
     "rich": {"terminal.py"},
     "typer": {"cli.py"},

@@ -307,6 +307,14 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         "CUDA devices here",
     ),
     "a device for no weights": ({"evaluation.device": "meta"}, "evaluation.device is 'meta'; use auto"),
+    "an unknown way to share prefixes": (
+        {"evaluation.prefix_sharing": "masks"},
+        "evaluation.prefix_sharing is \"masks\"; did you mean 'mask'?",
+    ),
+    "an unknown argument of generation": (
+        {"evaluation.generation_kwargs": {"temperatur": 0.5}},
+        "evaluation.generation_kwargs.temperatur is no argument of generation; did you mean 'temperature'?",
+    ),
     "an unknown dtype": ({"evaluation.dtype": "fp16"}, "evaluation.dtype is \"fp16\"; did you mean 'float16'?"),
     "chat without a template": ({"evaluation.apply_chat_template": True}, "evaluation.apply_chat_template is true"),
     "a storage that is no address": ({"storage": "nonsense"}, "storage is nonsense, which cannot be opened"),

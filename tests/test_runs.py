@@ -16,6 +16,7 @@ from unittest import mock
 
 import psutil
 import pytest
+import yaml
 
 from evomerge import runs, views
 from evomerge.cli import main
@@ -175,6 +176,47 @@ def test_every_row_of_candidates_holds_the_agreed_keys(undisturbed: Path) -> Non
     assert {row["kind"] for row in rows} == {"control", "search"}
     assert [row["id"] for row in rows[:4]] == ["base", "parent-math", "parent-lang", "uniform"]
     assert all(row["items"] == 80 for row in rows)
+
+
+def test_a_search_warns_of_exams_and_once_of_prompts_longer_than_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from evomerge import zoo
+
+    monkeypatch.setattr("evomerge.evaluation.loading._local", lambda _: False)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    for name in ("base", "tune"):  # only the last four tokens of a prompt fit
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=79, max_position_embeddings=4, **shape))
+        model.save_pretrained(tmp_path / name)
+        for file in zoo.path("base").glob("tokenizer*"):
+            shutil.copyfile(file, tmp_path / name / file.name)
+    task = yaml.safe_load((REPOSITORY / "evals" / "base_qa" / "base_qa.yaml").read_text()) | {"task": "exam"}
+    task["dataset_kwargs"]["data_files"] = {"test": str(REPOSITORY / "evals" / "base_qa" / "heldout.jsonl")}
+    task |= {"validation_split": None, "test_split": "test"}
+    (tmp_path / "exam.yaml").write_text(yaml.safe_dump(task))
+    document = yaml.safe_load(SMOKE.read_text()) | {
+        "objectives": [{"task": "exam"}],
+        "base": "base",
+        "models": {"tune": "tune"},
+        "tasks": {"paths": ["exam.yaml"]},
+        "optimizer": {"evaluations": 4, "population": 4},
+    }
+    search = tmp_path / "short.yaml"
+    search.write_text(yaml.safe_dump(document))
+    exam = "warning: objective exam: the search would choose by items of the test split of json"
+    evomerge("check", search)
+    assert f"evomerge: {exam}" in capfd.readouterr().err
+    printed = evomerge("run", search, "--output", tmp_path / "run")
+    assert exam in printed
+    assert printed.count("warning: search items: ") == printed.count("warning: heldout items: ") == 1
+    assert "prompts do not fit the model's context and lose their beginning" in printed
+    run = runs.read(tmp_path / "run")
+    assert {(r.evaluation.truncated, r.evaluation.error) for r in run.archive.records()} == {(40, None)}
+    assert run.config.evaluation.prefix_sharing == "mask"  # decided once, for every worker and for a resumed search
 
 
 def test_optuna_dashboard_reads_the_archive(undisturbed: Path) -> None:

@@ -1,152 +1,41 @@
-"""lm-eval's tasks on the resident model: the only module that imports lm_eval.
+"""lm-eval's tasks on the resident model, prepared once and scored for every candidate.
 
 Requests are built and tokenized once; for each candidate only the model runs, and lm-eval's own filters, metrics and
-aggregations turn its responses into scores. Its exceptions become ours here.
+aggregations turn its responses into scores.
 """
 
-import contextlib
-import functools
 import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from evomerge.candidate import SPLITS, Split
-from evomerge.config import EvaluationConfig, ItemsConfig, ObjectiveConfig, SearchConfig, TasksConfig
-from evomerge.errors import CandidateFailed, EvomergeError, InputError, choices
+from evomerge.candidate import Split
+from evomerge.config import ObjectiveConfig, SearchConfig
+from evomerge.errors import CandidateFailed, EvomergeError, InputError
+from evomerge.evaluation.generation import GenerationPlan
+from evomerge.evaluation.loading import both_splits, cause, distinct_tasks, documents, load_targets
+from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.prepared import PreparedRequests, Request, Response
-from evomerge.evaluation.tasks import TaskFile, absolute_data_files, choose, divide, find_tasks
+from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 
-LIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 FEWSHOT_SEED = 1234
-SAMPLING_SEED = 1234
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # in nats per token; 0.1 in half precision
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """scores: objective name to metric value. outcomes: objective name to one value per item, where the score is their
-    mean. items: how many in all.
+    """scores: objective name to metric value. outcomes: objective name to what became of each item, where the score is
+    the mean of that. items: how many in all. truncated: how many prompts lost their beginning to the model's context.
     """
 
     scores: Mapping[str, float]
-    outcomes: Mapping[str, tuple[float, ...]]
+    outcomes: Mapping[str, Outcomes]
     items: int
-
-
-def check_objectives(config: SearchConfig) -> tuple[ObjectiveConfig, ...]:
-    """The objectives with their goals filled in, after every task, metric and item count has been checked."""
-    tasks = load_tasks(config.objectives, config.tasks, config.evaluation)
-    resolved = []
-    for position, objective in enumerate(config.objectives):
-        task = tasks[objective.task]
-        metrics = task.higher_is_better()
-        if objective.metric not in metrics:
-            raise InputError(
-                f"objectives[{position}].metric is '{objective.metric}', which task '{objective.task}' does not "
-                f"report; {choices(objective.metric, metrics)}."
-            )
-        if not callable(task.aggregation().get(objective.metric)):
-            raise InputError(
-                f"objectives[{position}].metric is '{objective.metric}', to which task '{objective.task}' gives no "
-                "aggregation that lm-eval knows; correct metric_list in the task's file."
-            )
-        filters = [ensemble.name for ensemble in task._filters]
-        if objective.filter is not None and objective.filter not in filters:
-            raise InputError(
-                f"objectives[{position}].filter is '{objective.filter}', which task '{objective.task}' lacks; "
-                f"{choices(objective.filter, filters)}."
-            )
-        goal = objective.goal or ("maximize" if metrics[objective.metric] else "minimize")
-        resolved.append(objective.model_copy(update={"goal": goal}))
-    for task in tasks.values():
-        for split in SPLITS:
-            _documents(task, config.items, split)
-    return tuple(resolved)
-
-
-def load_tasks(
-    objectives: Iterable[ObjectiveConfig], tasks: TasksConfig, evaluation: EvaluationConfig
-) -> dict[str, Any]:
-    """lm-eval tasks by name."""
-    names = [objective.task for objective in objectives]
-    return {name: _load(file, tasks, evaluation) for name, file in find_tasks(names, tasks).items()}
-
-
-def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> Any:
-    with quiet():
-        from lm_eval.tasks import TaskManager
-        from lm_eval.tasks._yaml_loader import load_yaml
-
-        _prepare_templates()
-        try:
-            content = absolute_data_files(load_yaml(file.path), file.path.parent)
-            _refuse_downloaded_metrics(content, file, tasks)
-            content.pop("tag", None)
-            if evaluation.num_fewshot is not None:
-                content["num_fewshot"] = evaluation.num_fewshot
-            task = TaskManager(include_defaults=False).load([content])["tasks"][file.name]
-        except EvomergeError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{file.path}: lm-eval cannot load task '{file.name}' ({_cause(error)}); correct the file."
-            ) from None
-    if task.OUTPUT_TYPE not in (*LIKELIHOODS, "generate_until"):
-        raise InputError(f"{file.path}: output_type {task.OUTPUT_TYPE} of task '{file.name}' is not supported.")
-    return task
-
-
-def _prepare_templates() -> None:
-    """Makes lm-eval render its templates in a sandbox, since a plain one can call anything, and compile each only once
-    instead of once per item and candidate.
-    """
-    from jinja2.sandbox import SandboxedEnvironment
-    from lm_eval import utils
-
-    plain = utils.env
-    if isinstance(plain, SandboxedEnvironment):
-        return
-    sandbox = SandboxedEnvironment(
-        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
-    )
-    sandbox.filters.update(plain.filters)
-    sandbox.from_string = functools.lru_cache(1000)(sandbox.from_string)  # type: ignore[assignment,method-assign]
-    utils.env = sandbox
-
-
-def _refuse_downloaded_metrics(content: Mapping[str, Any], file: TaskFile, tasks: TasksConfig) -> None:
-    """A metric that lm-eval does not know is a script, which the evaluate library fetches by that name and runs."""
-    from lm_eval.api.metrics import mean  # noqa: F401 - fills the registry
-    from lm_eval.api.registry import METRIC_REGISTRY
-
-    if file.builtin or file.name in tasks.allow_code or content.get("process_results") is not None:
-        return
-    for entry in content.get("metric_list") or ():
-        metric = entry.get("metric")
-        if isinstance(metric, str) and (entry.get("hf_evaluate") or metric not in METRIC_REGISTRY):
-            raise InputError(
-                f"{file.path}: metric '{metric}' is none of lm-eval's own, so it would be fetched and run as code; "
-                f"if you trust it add '{file.name}' to tasks.allow_code, else {choices(metric, METRIC_REGISTRY)}."
-            )
-
-
-def _both_splits(task: Any) -> bool:
-    return bool(task.has_validation_docs() and task.has_test_docs())
-
-
-def _documents(task: Any, items: ItemsConfig, split: str) -> list[int]:
-    """The numbers of the documents that a split of a task holds."""
-    name = task.config.task
-    if _both_splits(task):
-        documents = task.validation_docs() if split == "search" else task.test_docs()
-        return choose(items, split, name, len(documents))
-    search, heldout = divide(items, name, len(task.eval_docs))
-    return search if split == "search" else heldout
+    truncated: int = 0
 
 
 class Harness:
@@ -161,10 +50,12 @@ class Harness:
         self._splits: dict[str, _PreparedSplit] = {}
 
     def prepare(self, split: Split) -> None:
-        """Builds and tokenizes a split's requests. Raises InputError for a task whose requests cannot be built."""
+        """Builds and tokenizes a split's requests. Raises InputError for a task whose requests cannot be built, and
+        where the model scores packed rows otherwise than full ones."""
         if split not in self._splits:
             with quiet():
                 self._splits[split] = _PreparedSplit(self._config, self._lm, split)
+                self._splits[split].check_packing(self._model)
 
     def evaluate(self, split: Split) -> Scores:
         """The resident model's scores on a split. Raises CandidateFailed where a metric is not finite."""
@@ -178,104 +69,144 @@ class _PreparedSplit:
 
     def __init__(self, config: SearchConfig, lm: Any, split: Split) -> None:
         self._config, self._lm = config, lm
-        self._tasks = load_tasks(config.objectives, config.tasks, config.evaluation)
-        for task in self._tasks.values():
-            self._build_or_explain(task, split)
-        self._documents = {name: _by_document(task._instances) for name, task in self._tasks.items()}
-        instances = [instance for task in self._tasks.values() for instance in task._instances]
-        self._likelihoods = [instance for instance in instances if instance.request_type != "generate_until"]
-        self._generations = [instance for instance in instances if instance.request_type == "generate_until"]
-        encoded = [self._encode(instance) for instance in self._likelihoods]
+        self._targets = load_targets(config.objectives, config.tasks, config.evaluation)
+        self._tasks = [_PreparedTask(task, config, lm, split) for task in distinct_tasks(self._targets)]
+        pairs = [
+            (instance, document)
+            for document, instances in enumerate(each for task in self._tasks for each in task.documents)
+            for instance in instances
+        ]
+        self._likelihoods = [instance for instance, _ in pairs if instance.request_type != "generate_until"]
+        self._generations = [instance for instance, _ in pairs if instance.request_type == "generate_until"]
+        encoded = [_encode(lm, *pair) for pair in pairs if pair[0].request_type != "generate_until"]
         self._spans = [len(requests) for requests in encoded]
-        self._prepared = PreparedRequests(
+        self.requests = PreparedRequests(
             [request for requests in encoded for request in requests],
             config.evaluation.batch_size,
             lm.max_length,
             torch.device(lm.device),
+            packed=config.evaluation.prefix_sharing == "mask",
         )
-        self._plan = _GenerationPlan(lm, self._generations, config.evaluation.batch_size)
+        self._plan = GenerationPlan(lm, self._generations, config.evaluation.batch_size)
 
-    def _build_or_explain(self, task: Any, split: Split) -> None:
+    def check_packing(self, model: Any) -> None:
+        """Raises InputError where packed rows, tried on this very model, give other log-likelihoods than full ones."""
+        both = self.requests.sample()
+        if both is None:
+            return
+        full = both[1].run(model)
         try:
-            self._build(task, split)
+            packed = both[0].run(model)
+        except Exception as error:  # each architecture has its own way to refuse a mask
+            raise InputError(
+                f"evaluation.prefix_sharing is 'mask', which this model does not take ({cause(error)}); use 'none'."
+            ) from None
+        difference = max(abs(one.log_likelihood - two.log_likelihood) for one, two in zip(packed, full, strict=True))
+        longest = max(len(request.continuation) for request in both[1].requests)
+        if not difference <= _TOLERANCE.get(model.dtype, 0.1) * longest:
+            raise InputError(
+                "evaluation.prefix_sharing is 'mask', but with it this model's log-likelihoods differ by "
+                f"{difference:.2g} from those without; set it to 'none'."
+            )
+
+    def run(self, model: Any) -> Scores:
+        responses = iter(self.requests.run(model))
+        answers = {}
+        for instance, span in zip(self._likelihoods, self._spans, strict=True):
+            answers[id(instance)] = [next(responses) for _ in range(span)]
+            _respond(instance, answers[id(instance)])
+        for instance, texts in zip(self._generations, self._plan.run(), strict=True):
+            instance.resps, instance.filtered_resps = texts, {}
+        results = {id(task.task): task.results(answers) for task in self._tasks}
+        scores, outcomes = {}, {}
+        for objective in self._config.objectives:
+            scores[objective.name], by_item = self._score(objective, results)
+            if by_item is not None:
+                outcomes[objective.name] = by_item
+        items = sum(len(task.documents) for task in self._tasks)
+        return Scores(scores, outcomes, items, self.requests.truncated + self._plan.truncated)
+
+    def _score(self, objective: ObjectiveConfig, results: "Mapping[int, _Results]") -> tuple[float, Outcomes | None]:
+        """An objective's score, and its items' outcomes where it is their mean."""
+        from lm_eval.api.metrics import aggregate_subtask_metrics, mean
+
+        target = self._targets[objective.task]
+        metric, filter_name = objective.metric, objective.filter or target.filters()[0]
+        values = [results[id(task)].values[metric, filter_name] for task in target.tasks]
+        aggregates = [task.aggregation()[metric] for task in target.tasks]
+        scores = [_finite(objective.name, *pair) for pair in zip(aggregates, values, strict=True)]
+        by_size = target.by_size is None or target.by_size[metric]
+        sizes = [len(each) for each in values]
+        score = scores[0] if target.by_size is None else aggregate_subtask_metrics(scores, sizes, by_size)
+        if any(aggregate is not mean for aggregate in aggregates) or not (by_size or len(set(sizes)) == 1):
+            return score, None
+        margins = [results[id(task)].margins.get(metric) for task in target.tasks]
+        known = [each for each in margins if each is not None]
+        return score, Outcomes.of(
+            [float(value) for each in values for value in each],
+            [margin for each in known for margin in each] if len(known) == len(margins) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """values: (metric, filter) to one value per document. margins: metric to one margin per document."""
+
+    values: Mapping[tuple[str, str], list[Any]]
+    margins: Mapping[str, list[float]]
+
+
+class _PreparedTask:
+    """One of lm-eval's tasks with the instances of a split, by document."""
+
+    def __init__(self, task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
+        self.task = task
+        try:
+            _build(task, config, lm, split)
+            self.documents = _by_document(task._instances)
+            self._choices: list[Choices] | None = choices_of(task, self.documents)
         except EvomergeError:
             raise
         except Exception as error:
             raise InputError(
-                f"task '{task.config.task}': lm-eval cannot build its requests ({_cause(error)}); correct its file, or "
+                f"task '{task.config.task}': lm-eval cannot build its requests ({cause(error)}); correct its file, or "
                 "evaluation.num_fewshot where that is set."
             ) from None
 
-    def _build(self, task: Any, split: Split) -> None:
-        """Builds a task's instances on all documents (so that few-shot examples do not depend on the choice), then
-        keeps those of the split."""
-        documents = set(_documents(task, self._config.items, split))
-        _leave_own_answer_out(task, split)
-        if split == "search" and _both_splits(task):
-            task.test_docs = task.validation_docs
-        task.set_fewshot_seed(FEWSHOT_SEED)
-        evaluation = self._config.evaluation
-        task.build_all_requests(
-            system_instruction=evaluation.system_instruction,
-            apply_chat_template=evaluation.apply_chat_template,
-            chat_template=self._lm.apply_chat_template if evaluation.apply_chat_template else None,
-            tokenizer_name=self._lm.tokenizer_name if evaluation.apply_chat_template else "",
-        )
-        task._instances = [instance for instance in task._instances if instance.doc_id in documents]
+    def results(self, answers: Mapping[int, Sequence[Response]]) -> _Results:
+        """By lm-eval's own filters and metrics, in the order of the documents. answers: responses by instance."""
+        return _Results(_task_metrics(self.task, self.documents), self._margins(answers))
 
-    def _encode(self, instance: Any) -> list[Request]:
-        """The log-likelihoods that an instance needs: one, or one per window of a rolling one."""
-        if instance.request_type == "loglikelihood_rolling":
-            return self._windows(instance.args[0])
-        context, continuation = instance.args
-        if context:
-            before, after = self._lm._encode_pair(context, continuation)
-        else:
-            prefix = self._lm.prefix_token_id
-            after = self._lm.tok_encode(continuation, add_special_tokens=False)
-            before, after = (after[:1], after[1:]) if after[:1] == [prefix] else ([prefix], after)
-        if not before or not after:
-            part, text = ("answer", continuation) if before else ("question", context)
-            raise InputError(
-                f"task '{instance.task_name}': the {part} of item {instance.doc_id} ({text!r}) has no tokens of its "
-                "own; it must not be empty, and an answer that follows a word begins with a space."
-            )
-        return [Request(tuple(before), tuple(after))]
+    def _margins(self, answers: Mapping[int, Sequence[Response]]) -> dict[str, list[float]]:
+        if self.task.OUTPUT_TYPE == "loglikelihood":
+            return {"acc": [answers[id(instances[0])][0].margin for instances in self.documents]}
+        if self._choices is None:
+            return {}
+        margins: dict[str, list[float]] = defaultdict(list)
+        for choices, instances in zip(self._choices, self.documents, strict=True):
+            likelihoods = [answers[id(instance)][0].log_likelihood for instance in instances]
+            for metric, margin in choices.margins(likelihoods).items():
+                margins[metric].append(margin)
+        return margins
 
-    def _windows(self, text: str) -> list[Request]:
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows = get_rolling_token_windows(
-            token_list=self._lm.tok_encode(text),
-            prefix_token=self._lm.prefix_token_id,
-            max_seq_len=self._lm.max_length,
-            context_len=1,
-        )
-        return [Request(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
-
-    def run(self, model: Any) -> Scores:
-        responses = iter(self._prepared.run(model))
-        for instance, span in zip(self._likelihoods, self._spans, strict=True):
-            _respond(instance, [next(responses) for _ in range(span)])
-        for instance, texts in zip(self._generations, self._plan.run(), strict=True):
-            instance.resps, instance.filtered_resps = texts, {}
-        metrics = {name: _task_metrics(task, self._documents[name]) for name, task in self._tasks.items()}
-        return self._scores(metrics)
-
-    def _scores(self, metrics: Mapping[str, Mapping[tuple[str, str], list[Any]]]) -> Scores:
-        from lm_eval.api.metrics import mean
-
-        scores, outcomes = {}, {}
-        for objective in self._config.objectives:
-            task = self._tasks[objective.task]
-            filter_name = objective.filter or task._filters[0].name
-            values = metrics[objective.task][objective.metric, filter_name]
-            aggregate = task.aggregation()[objective.metric]
-            score = _finite(objective.name, aggregate, values)
-            scores[objective.name] = score
-            if aggregate is mean:
-                outcomes[objective.name] = tuple(float(value) for value in values)
-        return Scores(scores, outcomes, items=sum(map(len, self._documents.values())))
+def _build(task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
+    """Builds a task's instances on all documents (so that few-shot examples do not depend on the choice), then keeps
+    those of the split."""
+    chosen = set(documents(task, config.items, split))
+    _leave_own_answer_out(task, split)
+    if split == "search" and both_splits(task):
+        task.test_docs = task.validation_docs
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    evaluation = config.evaluation
+    task.build_all_requests(
+        system_instruction=evaluation.system_instruction,
+        apply_chat_template=evaluation.apply_chat_template,
+        fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+        chat_template=lm.apply_chat_template if evaluation.apply_chat_template else None,
+        tokenizer_name=lm.tokenizer_name if evaluation.apply_chat_template else "",
+    )
+    task._instances = [instance for instance in task._instances if instance.doc_id in chosen]
 
 
 def _leave_own_answer_out(task: Any, split: str) -> None:
@@ -292,15 +223,41 @@ def _leave_own_answer_out(task: Any, split: str) -> None:
         fewshot.split = config.test_split
 
 
-def _finite(name: str, aggregate: Callable[[list[Any]], float], values: list[Any]) -> float:
-    """An objective's score; CandidateFailed for one that is none."""
-    try:
-        score = float(aggregate(values))
-    except OverflowError:
-        score = math.inf
-    if not math.isfinite(score):
-        raise CandidateFailed(f"{name} is {score}")
-    return score
+def _by_document(instances: Sequence[Any]) -> list[list[Any]]:
+    """Instances in the order of the documents, each document's in the order of its options."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for instance in sorted(instances, key=lambda instance: (instance.doc_id, instance.idx)):
+        found[instance.doc_id].append(instance)
+    return list(found.values())
+
+
+def _encode(lm: Any, instance: Any, document: int) -> list[Request]:
+    """The log-likelihoods that an instance needs: one, or one per window of a rolling one."""
+    if instance.request_type == "loglikelihood_rolling":
+        return _windows(lm, instance.args[0])
+    context, continuation = instance.args
+    if context:
+        before, after = lm._encode_pair(context, continuation)
+    else:
+        prefix = lm.prefix_token_id
+        after = lm.tok_encode(continuation, add_special_tokens=False)
+        before, after = (after[:1], after[1:]) if after[:1] == [prefix] else ([prefix], after)
+    if not before or not after:
+        part, text = ("answer", continuation) if before else ("question", context)
+        raise InputError(
+            f"task '{instance.task_name}': the {part} of item {instance.doc_id} ({text!r}) has no tokens of its own; "
+            "it must not be empty, and an answer that follows a word begins with a space."
+        )
+    return [Request(tuple(before), tuple(after), document)]
+
+
+def _windows(lm: Any, text: str) -> list[Request]:
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    windows = get_rolling_token_windows(
+        token_list=lm.tok_encode(text), prefix_token=lm.prefix_token_id, max_seq_len=lm.max_length, context_len=1
+    )
+    return [Request(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
 
 
 def _respond(instance: Any, responses: Sequence[Response]) -> None:
@@ -313,108 +270,24 @@ def _respond(instance: Any, responses: Sequence[Response]) -> None:
     instance.resps, instance.filtered_resps = [value] * instance.repeats, {}
 
 
-def _by_document(instances: Sequence[Any]) -> list[list[Any]]:
-    """Instances in the order of the documents, each document's in the order of its options."""
-    documents: dict[int, list[Any]] = defaultdict(list)
-    for instance in sorted(instances, key=lambda instance: (instance.doc_id, instance.idx)):
-        documents[instance.doc_id].append(instance)
-    return list(documents.values())
-
-
-def _task_metrics(task: Any, documents: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
+def _task_metrics(task: Any, by_document: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
     """(metric, filter) to one value per document, in the order of the documents, by lm-eval's own code."""
     task.apply_filters()
     values: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for filter_name in task._instances[0].filtered_resps:
-        for instances in documents:
+        for instances in by_document:
             responses = [instance.filtered_resps[filter_name] for instance in instances]
             for metric, value in task.process_results(instances[0].doc, responses).items():
                 values[metric, filter_name].append(value)
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class _GenerationBatch:
-    """members: instance numbers. ids and mask (members, length), padded on the left."""
-
-    members: tuple[int, ...]
-    ids: torch.Tensor
-    mask: torch.Tensor
-    stop: list[str]
-    arguments: Mapping[str, Any]
-
-
-class _GenerationPlan:
-    """generate_until requests in fixed batches: same arguments together, sorted by length."""
-
-    def __init__(self, lm: Any, instances: Sequence[Any], batch_size: int) -> None:
-        self._lm, self._instances, self._batch_size = lm, instances, batch_size
-        groups: dict[str, list[int]] = defaultdict(list)
-        for number, instance in enumerate(instances):
-            groups[repr(instance.args[1])].append(number)
-        self._batches = [batch for members in groups.values() for batch in self._group(members)]
-
-    def _group(self, members: Sequence[int]) -> Iterator[_GenerationBatch]:
-        """The batches of instances that have the same arguments."""
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
-        first = self._instances[members[0]]
-        arguments = dict(normalize_gen_kwargs(dict(first.args[1]), self._lm.max_gen_toks))
-        end = self._lm.tok_decode(self._lm.eot_token_id, skip_special_tokens=False)
-        stop = handle_stop_sequences(arguments.pop("until", None), eos=end)
-        fresh = arguments.pop("max_gen_toks")
-        room = self._lm.max_length - fresh
-        if room <= 0:
-            raise InputError(
-                f"task '{first.task_name}' asks for {fresh} new tokens, but the model's context holds only "
-                f"{self._lm.max_length}; set generation_kwargs.max_gen_toks below that in the task's file."
-            )
-        lengths = {number: len(self._lm.tok_encode(self._instances[number].args[0])) for number in members}
-        # Greedy answers to one question are all alike; sampled ones are drawn as often as the task asks.
-        copies = {number: self._instances[number].repeats if arguments.get("do_sample") else 1 for number in members}
-        queue = [n for n in sorted(members, key=lambda n: (-lengths[n], n)) for _ in range(copies[n])]
-        for start in range(0, len(queue), self._batch_size):
-            batch = tuple(queue[start : start + self._batch_size])
-            prompts = [self._instances[number].args[0] for number in batch]
-            ids, mask = self._lm.tok_batch_encode(prompts, left_truncate_len=room)
-            limits = {"max_length": ids.shape[1] + fresh, **arguments}
-            yield _GenerationBatch(batch, ids.to(self._lm.device), mask.to(self._lm.device), stop, limits)
-
-    def run(self) -> list[list[str]]:
-        """As many texts per instance as its task asks for; the same ones each time."""
-        from lm_eval.models.utils import postprocess_generated_text
-
-        texts: list[list[str]] = [[] for _ in self._instances]
-        with _seeded(self._lm.device):
-            for batch in self._batches:
-                written = self._lm._model_generate(
-                    context=batch.ids, attention_mask=batch.mask, stop=batch.stop, **batch.arguments
-                )
-                for number, tokens in zip(batch.members, written[:, batch.ids.shape[1] :].tolist(), strict=True):
-                    text = self._lm.tok_decode(tokens)
-                    texts[number].append(
-                        postprocess_generated_text(generation=text, stop=batch.stop, think_end_token=None)
-                    )
-        return [
-            found * (instance.repeats // len(found)) for instance, found in zip(self._instances, texts, strict=True)
-        ]
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """Within it, torch's global generators, which sampled texts are drawn from, start from one seed."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(SAMPLING_SEED)
-        yield
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong in lm-eval, in a phrase; for a key of a task's file that it does not know, the closest one."""
-    from lm_eval.api.task import TaskConfig
-
-    error = error.__cause__ or error
-    text = " ".join(str(error).split()).rstrip(".")
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
-    if unknown is not None:
-        return f"{unknown[1]} is not a known key; {choices(unknown[1], (key.name for key in fields(TaskConfig)))}"
-    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}".removesuffix(": ")
+def _finite(name: str, aggregate: Callable[[list[Any]], float], values: list[Any]) -> float:
+    """A task's score; CandidateFailed for one that is none."""
+    try:
+        score = float(aggregate(values))
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise CandidateFailed(f"{name} is {score}")
+    return score

@@ -1,114 +1,228 @@
 """Log-likelihood requests as frozen batches: tokenized, deduplicated, sorted and padded once, run for every candidate.
 
-Requests that share context + continuation[:-1] (one-token options of one question, say) share a row. The head is
-applied only to the columns that are read. Rows are padded on the right, which a causal model does not see. Batches
-never change, because batch composition moves logits in the last digits.
+Requests that share context + continuation[:-1] (one-token options of one question, say) share a row, and where the
+model takes it, the other options of a document share their prefix in one packed row. The head is applied only to the
+columns that are read. Rows are padded on the right, which a causal model does not see. Batches never change, because
+batch composition moves logits in the last digits.
 """
 
-import inspect
-from collections.abc import Sequence
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
+from numpy.typing import NDArray
 
-Tokens = tuple[int, ...]
+from evomerge.evaluation.packing import PADDING, PackedRow, Tokens, attention, pack
+
+MOST_READS = 4096  # per batch: each read column costs a row of logits over the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The log-likelihood of `continuation` after `context` (neither empty) is asked for."""
+    """The log-likelihood of `continuation` after `context` (neither empty) is asked for.
+
+    Requests of the same document may be packed together.
+    """
 
     context: Tokens
     continuation: Tokens
+    document: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """The sum of the continuation's log-probabilities, and whether greedy decoding would have written it."""
+    """The sum of the continuation's log-probabilities, whether greedy decoding would have written it, and by how much
+    the likeliest other token falls short of its own, at the token where that is closest (negative where not greedy).
+    """
 
     log_likelihood: float
     greedy: bool
+    margin: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """ids (rows, length). For each scored token: its row, column (from `first` on) and target; `owners` are
-    requests.
+class _Row:
+    """One row of a batch, and for each of its scored tokens the column, the target and the request."""
+
+    packed: PackedRow
+    scored: tuple[tuple[int, int, int], ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.packed.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """ids (rows, length); positions and segments likewise where the rows are packed. reads: the places of the flattened
+    ids whose logits are wanted. For each scored token: which read, which target, which request.
     """
 
     ids: torch.Tensor
-    first: int
-    rows: torch.Tensor
-    columns: torch.Tensor
+    positions: torch.Tensor | None
+    segments: torch.Tensor | None
+    reads: torch.Tensor
+    places: torch.Tensor
     targets: torch.Tensor
-    owners: np.ndarray[Any, np.dtype[np.int64]]
+    owners: NDArray[np.int64]
+
+    def inputs(self, model: Any) -> dict[str, Any]:
+        """The model's arguments."""
+        plain = {"input_ids": self.ids, "use_cache": False}
+        if self.positions is None or self.segments is None:
+            return plain
+        mask = attention(model.config, self.segments, self.positions)
+        return {**plain, "attention_mask": mask, "position_ids": self.positions}
 
 
 class PreparedRequests:
     """All log-likelihood requests of a split, ready to run."""
 
-    def __init__(self, requests: Sequence[Request], batch_size: int, max_length: int, device: torch.device) -> None:
-        """max_length: the model's context; longer requests lose tokens on the left, as in lm-eval."""
-        self._count = len(requests)
-        rows: dict[Tokens, list[tuple[int, Tokens]]] = {}
-        for owner, request in enumerate(requests):
-            continuation = request.continuation[-max_length:]
-            whole = (*request.context, *continuation)[-(max_length + 1) :]
-            rows.setdefault(whole[:-1], []).append((owner, continuation))
-        ordered = sorted(rows, key=lambda row: (-len(row), row))
-        self._batches = [
-            _batch([(row, rows[row]) for row in ordered[start : start + batch_size]], device)
-            for start in range(0, len(ordered), batch_size)
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        batch_size: int,
+        max_length: int,
+        device: torch.device,
+        packed: bool = False,
+    ) -> None:
+        """max_length: the model's context; longer requests lose tokens on the left, as in lm-eval. packed: whether the
+        requests of a document share a row; the batch size still counts single ones."""
+        self.requests, self._max_length, self._device = requests, max_length, device
+        self.truncated = sum(len(each.context) + len(each.continuation) > max_length + 1 for each in requests)
+        rows = self._rows(packed)
+        self._packed = [row for row in rows if len(row.packed.rows) > 1]
+        self.batches = [
+            _batch(members, device)
+            for kind in (False, True)
+            for members in _divide([row for row in rows if (len(row.packed.rows) > 1) == kind], batch_size)
         ]
+
+    def _rows(self, packed: bool) -> list[_Row]:
+        """Every distinct row with what is read from it, the longest first."""
+        owners: dict[Tokens, list[tuple[int, Tokens]]] = {}
+        documents: dict[object, list[Tokens]] = defaultdict(list)
+        for owner, request in enumerate(self.requests):
+            continuation = request.continuation[-self._max_length :]
+            row = (*request.context, *continuation)[-(self._max_length + 1) : -1]
+            if row not in owners:
+                document = request.document if packed and request.document is not None else row
+                documents[document].append(row)
+            owners.setdefault(row, []).append((owner, continuation))
+        found = [_scored(each, owners) for rows in documents.values() for each in pack(rows)]
+        return sorted(found, key=lambda row: (-row.length, row.packed.tokens))
 
     @torch.inference_mode()
     def run(self, model: torch.nn.Module) -> list[Response]:
         """A response per request, in the order given."""
-        likelihoods = np.zeros(self._count)
-        misses = np.zeros(self._count)
-        for batch in self._batches:
-            scores, greedy = _score(model, batch)
-            np.add.at(likelihoods, batch.owners, scores)
-            np.add.at(misses, batch.owners, ~greedy)
-        return [Response(float(value), bool(miss == 0)) for value, miss in zip(likelihoods, misses, strict=True)]
+        if not self.batches:
+            return []
+        scores = torch.cat([_score(model, batch) for batch in self.batches], dim=1)
+        chosen, greedy, margins = scores.cpu().numpy().astype(np.float64)
+        owners = np.concatenate([batch.owners for batch in self.batches])
+        count = len(self.requests)
+        likelihoods, misses, closest = np.zeros(count), np.zeros(count), np.full(count, np.inf)
+        np.add.at(likelihoods, owners, chosen)
+        np.add.at(misses, owners, 1 - greedy)
+        np.minimum.at(closest, owners, margins)
+        return [
+            Response(value, miss == 0, margin)
+            for value, miss, margin in zip(likelihoods.tolist(), misses.tolist(), closest.tolist(), strict=True)
+        ]
+
+    def sample(self) -> "tuple[PreparedRequests, PreparedRequests] | None":
+        """The requests of the document with the longest branches, packed and as full rows, to compare what a model
+        makes of them; None where nothing is packed."""
+        if not self._packed:
+            return None
+        widest = max(self._packed, key=lambda row: row.length - row.packed.prefix)
+        document = self.requests[widest.scored[0][2]].document
+        requests = [request for request in self.requests if request.document == document]
+        both = [PreparedRequests(requests, len(requests), self._max_length, self._device, how) for how in (True, False)]
+        return both[0], both[1]
 
 
-def _batch(rows: Sequence[tuple[Tokens, Sequence[tuple[int, Tokens]]]], device: torch.device) -> _Batch:
-    length = max(len(row) for row, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    scored: list[tuple[int, int, int, int]] = []
-    for place, (row, continuations) in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        for owner, continuation in continuations:
-            start = len(row) - len(continuation)
-            scored += [(place, start + offset, token, owner) for offset, token in enumerate(continuation)]
-    first = min(column for _, column, _, _ in scored)
-    places, columns, targets, owners = (torch.tensor(values) for values in zip(*scored, strict=True))
-    return _Batch(
-        ids=ids.to(device),
-        first=first,
-        rows=places.to(device),
-        columns=(columns - first).to(device),
-        targets=targets.to(device),
-        owners=owners.numpy(),
+def _scored(packed: PackedRow, owners: dict[Tokens, list[tuple[int, Tokens]]]) -> _Row:
+    """A packed row with all that is read from it."""
+    scored = []
+    for row, offset in zip(packed.rows, packed.offsets(), strict=True):
+        for owner, continuation in owners[row]:
+            for column, target in enumerate(continuation, len(row) - len(continuation)):
+                scored.append((column if column < packed.prefix else column + offset, target, owner))
+    return _Row(packed, tuple(scored))
+
+
+def _divide(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
+    """Rows in their order, in batches of at most so many single rows and so many columns to be read."""
+    batch: list[_Row] = []
+    singles = reads = 0
+    for row in rows:
+        wanted = len({column for column, _, _ in row.scored})
+        if batch and (singles + len(row.packed.rows) > batch_size or reads + wanted > MOST_READS):
+            yield batch
+            batch, singles, reads = [], 0, 0
+        batch.append(row)
+        singles += len(row.packed.rows)
+        reads += wanted
+    if batch:
+        yield batch
+
+
+def _batch(rows: Sequence[_Row], device: torch.device) -> Batch:
+    length = max(row.length for row in rows)
+
+    def padded(lists: Iterator[Sequence[int]], value: int = 0) -> torch.Tensor:
+        return torch.tensor([[*each, *[value] * (length - len(each))] for each in lists], device=device)
+
+    packed = any(len(row.packed.rows) > 1 for row in rows)
+    scored = [(place * length + column, *rest) for place, row in enumerate(rows) for column, *rest in row.scored]
+    columns, targets, owners = (np.array(values) for values in zip(*scored, strict=True))
+    reads, places = np.unique(columns, return_inverse=True)
+    return Batch(
+        ids=padded(row.packed.tokens for row in rows),
+        positions=padded(row.packed.positions for row in rows) if packed else None,
+        segments=padded((row.packed.segments for row in rows), PADDING) if packed else None,
+        reads=torch.from_numpy(reads).to(device),
+        places=torch.from_numpy(places).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        owners=owners,
     )
 
 
-def _score(model: torch.nn.Module, batch: _Batch) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Log-probability of each scored token in float32, and whether it is the most likely one."""
-    keep = batch.ids.shape[1] - batch.first
-    if _takes_logits_to_keep(model):
-        logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=keep).logits
-    else:
-        logits = model(input_ids=batch.ids, use_cache=False).logits[:, -keep:]
-    logits = logits[batch.rows, batch.columns].to(torch.float32)
-    chosen = functional.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0]
-    greedy = logits.argmax(dim=-1) == batch.targets
-    return chosen.cpu().numpy().astype(np.float64), greedy.cpu().numpy()
+def _score(model: Any, batch: Batch) -> torch.Tensor:
+    """For each scored token, in float32: its log-probability, whether it is the likeliest, and its lead over the
+    likeliest other one; shape (3, tokens)."""
+    logits = read_logits(model, batch).to(torch.float32)
+    best, second = logits.topk(2, dim=-1).values.unbind(-1)
+    normalizer = logits.logsumexp(dim=-1)
+    likeliest = logits.argmax(dim=-1)[batch.places] == batch.targets
+    own = logits[batch.places, batch.targets]
+    other = torch.where(likeliest, second[batch.places], best[batch.places])
+    return torch.stack([own - normalizer[batch.places], likeliest.to(torch.float32), own - other])
 
 
-def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def read_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """The logits at a batch's reads, shape (reads, vocabulary)."""
+    with _head_reads(model, batch.reads):
+        logits: torch.Tensor = model(**batch.inputs(model)).logits
+    if logits.shape[:2] == (1, len(batch.reads)):  # where the head saw no less, the reads are all columns of one row
+        return logits[0]
+    return logits.flatten(0, 1)[batch.reads]
+
+
+@contextlib.contextmanager
+def _head_reads(model: Any, reads: torch.Tensor) -> Iterator[None]:
+    """Within it, the model's head sees only the columns that are read, and so does what comes after it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[reads][None], *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

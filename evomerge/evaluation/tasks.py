@@ -1,33 +1,60 @@
-"""Finding tasks and dividing their items, without running code that nobody allowed.
+"""Finding tasks and groups of tasks, without running code that nobody allowed.
 
-A task is a YAML file of lm-eval's dialect in one of `tasks.paths`, or else one of those that lm-eval ships. Data files
-named in it are relative to it. Files are read by a loader that treats `!function` as text, so that looking at a task
-never runs it.
+A task is a YAML file of lm-eval's dialect in one of `tasks.paths`, or else one of those that lm-eval ships; so is a
+group, which names tasks, tags and other groups. Data files named in a file are relative to it. Files are read by a
+loader that treats `!function` as text, so that looking at a task never runs it.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from evomerge.config import ItemsConfig, TasksConfig
+from evomerge.config import TasksConfig
 from evomerge.errors import InputError, choices
-from evomerge.randomness import counter_rng
 
 
 @dataclass(frozen=True, slots=True)
 class TaskFile:
-    """A task's YAML file; `code` names what it would execute, `builtin` tells whether lm-eval ships it."""
+    """A task's YAML file; `code` names what it would execute, `builtin` tells whether lm-eval ships it, `overrides` are
+    settings that a group gives the task.
+    """
 
     name: str
     path: Path
     code: tuple[str, ...]
     builtin: bool
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskGroup:
+    """Tasks that are scored as one. by_size: the metrics that the group reports, and whether a task counts by its
+    number of items or all count alike.
+    """
+
+    name: str
+    path: Path
+    tasks: tuple[TaskFile, ...]
+    by_size: Mapping[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a name stands for: the file of a task or group, or the names of a tag's tasks."""
+
+    kind: str
+    path: Path
+    builtin: bool
+    members: tuple[str, ...] = ()
+
+
+_GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "include"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,23 +76,106 @@ def _function(loader: _Loader, node: yaml.Node) -> str:
 _Loader.add_constructor("!function", _function)
 
 
-def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile]:
-    """The file of every named task. Raises InputError for unknown names and for code that is not allowed."""
-    known = dict(_task_files(config.paths))
-    found = {}
+def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile | TaskGroup]:
+    """The task or group of every name. Raises InputError for unknown names and for code that is not allowed."""
+    known = _own_entries(config.paths)
+    found: dict[str, TaskFile | TaskGroup] = {}
     for index, name in enumerate(names):
-        task = known.get(name) or _builtin(name)
-        if task is None:
+        entry = _entry(name, known)
+        if entry is None:
             raise InputError(
                 f"objectives[{index}].task is '{name}', which is neither in tasks.paths nor a task of lm-eval; "
                 f"{choices(name, known)}."
             )
-        _refuse_code(task, config)
-        found[name] = task
+        if entry.kind == "tag":
+            raise InputError(
+                f"objectives[{index}].task is '{name}', a tag on {len(entry.members)} tasks, which has no score of its "
+                f"own; name a group, or one of its tasks: {choices(name, entry.members)}."
+            )
+        if entry.kind == "group":
+            found[name] = _group(name, entry, known, config)
+        else:
+            found[name] = _task(name, entry, config, {})
     return found
 
 
-def _task_files(paths: Sequence[str]) -> Iterator[tuple[str, TaskFile]]:
+def _entry(name: str, known: Mapping[str, _Entry]) -> _Entry | None:
+    return known.get(name) or builtin_entries().get(name)
+
+
+def _task(name: str, entry: _Entry, config: TasksConfig, overrides: Mapping[str, Any]) -> TaskFile:
+    code = (*_read(entry.path)[1], *_code_keys(overrides))
+    task = TaskFile(name, entry.path, code, entry.builtin, overrides)
+    _refuse_code(task, config)
+    return task
+
+
+def _group(name: str, entry: _Entry, known: Mapping[str, _Entry], config: TasksConfig) -> TaskGroup:
+    content = _read_group(name, entry.path)
+    metrics = content.get("aggregate_metric_list") or []
+    by_size = {
+        str(each.get("metric")): bool(each.get("weight_by_size", True))
+        for each in (metrics if isinstance(metrics, list) else [metrics])
+        if isinstance(each, Mapping)
+    }
+    if not by_size:
+        raise InputError(
+            f"{entry.path}: group '{name}' has no aggregate_metric_list, so no score of its own; add one, or make "
+            "objectives of its tasks."
+        )
+    return TaskGroup(name, entry.path, tuple(_members(content, entry.path, {}, known, config, (name,))), by_size)
+
+
+def _read_group(name: str, path: Path) -> dict[str, Any]:
+    content, code = _read(path)
+    if code:
+        raise InputError(f"{path}: group '{name}' runs code ({code[0]}), which only tasks may; remove it.")
+    return content
+
+
+def _members(
+    content: Mapping[str, Any],
+    path: Path,
+    overrides: Mapping[str, Any],
+    known: Mapping[str, _Entry],
+    config: TasksConfig,
+    within: tuple[str, ...],
+) -> Iterator[TaskFile]:
+    """The tasks of a group, those of the groups and tags in it included. within: the groups that led here."""
+    overrides = {**{key: value for key, value in content.items() if key not in _GROUP_KEYS}, **overrides}
+    members = content.get("task")
+    for member in members if isinstance(members, list) else [members]:
+        own = dict(member) if isinstance(member, Mapping) else {"task": member}
+        if isinstance(own.get("group"), str) and "task" in own:  # a group written out inside this one
+            yield from _members(own, path, overrides, known, config, within)
+            continue
+        name = own.pop("group", None) or own.pop("task", None)
+        entry = _entry(str(name), known)
+        if entry is None:
+            raise InputError(
+                f"{path}: group '{within[0]}' names '{name}', which is neither in tasks.paths nor a task of lm-eval; "
+                f"{choices(str(name), known)}."
+            )
+        if name in within:
+            raise InputError(f"{path}: group '{name}' contains itself; take it out of its own tasks.")
+        if entry.kind == "group":
+            inner = _read_group(str(name), entry.path)
+            yield from _members(inner, entry.path, {**overrides, **own}, known, config, (*within, str(name)))
+        elif entry.kind == "tag":
+            for each in entry.members:
+                yield _task(each, known.get(each) or builtin_entries()[each], config, {**overrides, **own})
+        else:
+            yield _task(str(name), entry, config, {**overrides, **own})
+
+
+def _code_keys(content: Mapping[str, Any]) -> list[str]:
+    return [key for key in ("class", "unsafe_code") if content.get(key)]
+
+
+def _own_entries(paths: Sequence[str]) -> dict[str, _Entry]:
+    """What the YAML files in tasks.paths define; of two with one name the last."""
+    found: dict[str, _Entry] = {}
+    tags: dict[str, list[str]] = {}
     for index, text in enumerate(paths):
         folder = Path(text)
         if not folder.exists():
@@ -74,10 +184,64 @@ def _task_files(paths: Sequence[str]) -> Iterator[tuple[str, TaskFile]]:
             )
         files = sorted(folder.rglob("*.yaml")) + sorted(folder.rglob("*.yml")) if folder.is_dir() else [folder]
         for file in files:
-            content, code = _read(file)
-            name = content.get("task")
+            content, _ = _read(file)
+            kind = "group" if isinstance(content.get("group"), str) else "task"
+            name = content.get(kind)
             if isinstance(name, str):
-                yield name, TaskFile(name, file, code, builtin=False)
+                found[name] = _Entry(kind, file, builtin=False)
+                tag = content.get("tag") or []
+                for each in (tag if isinstance(tag, list) else [tag]) if kind == "task" else []:
+                    tags.setdefault(str(each), []).append(name)
+    return {**_tag_entries(tags, builtin=False), **found}
+
+
+def _tag_entries(tags: Mapping[str, Sequence[str]], builtin: bool) -> dict[str, _Entry]:
+    return {tag: _Entry("tag", Path(), builtin, tuple(sorted(names))) for tag, names in tags.items()}
+
+
+_NAME = re.compile(rb"""^["']?(task|group|include)["']?:[ ]*["']?([^\s"'#\[]+)["']?\s*$""", re.MULTILINE)
+_TAG = re.compile(
+    rb"""^["']?tag["']?:[ ]*(?:["']?([^\s"'#\[]+)["']?[ ]*$|\n((?:[ ]*-[ ]*\S+[ ]*\n?)+))""", re.MULTILINE
+)
+
+
+@functools.cache
+def builtin_entries() -> Mapping[str, _Entry]:
+    """The tasks, groups and tags that lm-eval ships, by a scan of their texts: a second, where its own index, which
+    parses every file, takes half a minute."""
+    spec = find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    found: dict[str, _Entry] = {}
+    tags: dict[str, list[str]] = {}
+    for file in sorted((Path(next(iter(spec.submodule_search_locations))) / "tasks").rglob("*.yaml")):
+        names, own_tags = _scan(file)
+        kind = "group" if "group" in names else "task"
+        if kind in names and names[kind] not in found:
+            found[names[kind]] = _Entry(kind, file, builtin=True)
+            for tag in own_tags if kind == "task" else ():
+                tags.setdefault(tag, []).append(names[kind])
+    return {**_tag_entries(tags, builtin=True), **found}
+
+
+@functools.cache
+def _scan(file: Path) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """The values of `task` and `group` in a file's text where they are names, and its tags or the included ones."""
+    try:
+        text = file.read_bytes()
+    except OSError:
+        return {}, ()
+    names = {key.decode(): value.decode(errors="replace") for key, value in _NAME.findall(text)}
+    tags = tuple(
+        part.strip(" -\"'")
+        for one, several in _TAG.findall(text)
+        for part in (one or several).decode(errors="replace").splitlines()
+    )
+    included = names.pop("include", None)
+    if included is None:
+        return names, tags
+    inherited, more = _scan(file.parent / included)
+    return {**inherited, **names}, tags or more
 
 
 def _read(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -98,7 +262,7 @@ def _read(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
         raise InputError(f"{file}: not valid YAML at line {line}; correct it or move it out of tasks.paths.") from None
     if not isinstance(content, dict):
         return {}, tuple(loader.code)
-    code = [key for key in ("class", "unsafe_code") if content.get(key)] + loader.code
+    code = [*_code_keys(content), *loader.code]
     includes = content.get("include", [])
     merged: dict[str, Any] = {}
     for include in includes if isinstance(includes, list) else [includes]:
@@ -106,18 +270,6 @@ def _read(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
         merged |= included
         code += included_code
     return merged | content, tuple(dict.fromkeys(code))
-
-
-def _builtin(name: str) -> TaskFile | None:
-    """A task that lm-eval ships, found by a text scan (its own index takes half a minute)."""
-    spec = find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    pattern = re.compile(rb"^task:\s*[\"']?" + re.escape(name.encode()) + rb"[\"']?\s*$", re.MULTILINE)
-    for file in sorted((Path(next(iter(spec.submodule_search_locations))) / "tasks").rglob("*.yaml")):
-        if pattern.search(file.read_bytes()):
-            return TaskFile(name, file, _read(file)[1], builtin=True)
-    return None
 
 
 def _refuse_code(task: TaskFile, config: TasksConfig) -> None:
@@ -164,30 +316,3 @@ def _check_splits(content: Mapping[str, Any], splits: Sequence[str], folder: Pat
                 f"{folder}: {key} of task '{content.get('task')}' is '{named}', which data_files does not name; "
                 f"{choices(named, splits)}."
             )
-
-
-def divide(items: ItemsConfig, task: str, count: int) -> tuple[list[int], list[int]]:
-    """Search and held-out item numbers of a task with one split, both sorted and disjoint."""
-    order = counter_rng(items.seed, "items", task).permutation(count)
-    for_search = items.search if items.search is not None else max(1, round(count * items.search_fraction))
-    search, rest = order[:for_search], order[for_search:]
-    heldout = rest if items.heldout is None else rest[: items.heldout]
-    _check_count("search", items.search, len(search), task)
-    _check_count("heldout", items.heldout, len(heldout), task)
-    return np.sort(search).tolist(), np.sort(heldout).tolist()
-
-
-def choose(items: ItemsConfig, split: str, task: str, count: int) -> list[int]:
-    """Item numbers of one split of a task that has two."""
-    wanted = items.search if split == "search" else items.heldout
-    chosen = counter_rng(items.seed, "items", task, split).permutation(count)[:wanted]
-    _check_count(split, wanted, len(chosen), task)
-    return [int(number) for number in np.sort(chosen)]
-
-
-def _check_count(key: str, wanted: int | None, found: int, task: str) -> None:
-    if found == 0 or (wanted is not None and found < wanted):
-        raise InputError(
-            f"items.{key} asks for {wanted or 'some'} items, but task '{task}' has only {found} left for it; "
-            "ask for fewer."
-        )

@@ -53,6 +53,7 @@ class Worker:
             items=scores.items,
             fingerprint=fingerprint,
             seconds=time.perf_counter() - started,
+            truncated=scores.truncated,
         )
 
 

@@ -9,7 +9,15 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from evomerge import zoo
 from evomerge.config import SearchConfig
@@ -30,7 +38,8 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders: the zoo's base (a Llama), a random Qwen2 and a random GPT-2 with its vocabulary."""
+    """Folders: the zoo's base (a Llama), and with its vocabulary a random Qwen2, GPT-2, and Gemma 3, whose layers but
+    the last see eight tokens."""
     root = tmp_path_factory.mktemp("architectures")
     torch.manual_seed(0)
     qwen = Qwen2Config(
@@ -44,7 +53,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         initializer_range=0.3,
     )
     gpt = GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
-    folders = {"llama": zoo.path("base"), "qwen2": root / "qwen2", "gpt2": root / "gpt2"}
+    gemma = Gemma3TextConfig(
+        **SIZES,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=96,
+        sliding_window=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        initializer_range=0.3,
+    )
+    folders = {"llama": zoo.path("base"), **{name: root / name for name in ("qwen2", "gpt2", "gemma3")}}
+    Gemma3ForCausalLM(gemma).save_pretrained(folders["gemma3"])
     Qwen2ForCausalLM(qwen).save_pretrained(folders["qwen2"])
     GPT2LMHeadModel(gpt).save_pretrained(folders["gpt2"])
     return folders

@@ -9,20 +9,23 @@ from random import Random
 import lm_eval.utils
 import pytest
 import torch
+import yaml
 from jinja2 import BaseLoader, Environment, StrictUndefined
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from torch.nn import functional
 
 from evomerge.errors import CandidateFailed, InputError
-from evomerge.evaluation.harness import FEWSHOT_SEED, Harness, check_objectives
+from evomerge.evaluation.harness import FEWSHOT_SEED, Harness
+from evomerge.evaluation.loading import check_objectives, exam_warnings, load_targets
 from evomerge.zoo.language import DIGITS, NAMES, NUMBERS, OBJECTS, VERBS
 
 EVALS = Path(__file__).parents[2] / "evals"
 WORDS = (*DIGITS, *NAMES, *NUMBERS, *OBJECTS, *VERBS)
 MEAN = {"aggregation": "mean", "higher_is_better": True}
-ARCHITECTURES = ("llama", "qwen2", "gpt2")
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma3")
 
 
 @pytest.fixture
@@ -163,6 +166,10 @@ def generation_task(write_task):
     return write
 
 
+def check(config):
+    return check_objectives(config, load_targets(config.objectives, config.tasks, config.evaluation))
+
+
 # Scores are lm-eval's
 
 
@@ -179,7 +186,7 @@ def test_the_zoo_s_accuracies_are_lm_eval_s(model, task, answer, load, zoo_task,
     scores = Harness(search_config(task, tasks={"paths": [str(EVALS)]}), *load(model)).evaluate("search")
     metrics, items = lm_eval_says(zoo_task(task, answer), *load(model))
     assert scores.scores == {task: metrics["acc,none"]}
-    assert scores.outcomes[task] == tuple(item["acc"] for item in items)
+    assert scores.outcomes[task].values.tolist() == [item["acc"] for item in items]
     assert scores.items == len(items) == 200
 
 
@@ -197,13 +204,98 @@ def test_log_likelihoods_are_lm_eval_s(architecture, split, load, qa_task, searc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_multiple_choice_is_lm_eval_s(architecture, metric, load, choice_task, search_config, lm_eval_says):
     task = choice_task(metrics=[metric])
-    scores = Harness(search_config(f"choice:{metric}"), *load(architecture)).evaluate("heldout")
+    config = search_config(f"choice:{metric}", evaluation={"prefix_sharing": "mask"})
+    scores = Harness(config, *load(architecture)).evaluate("heldout")
     metrics, items = lm_eval_says(task, *load(architecture))
     (score,) = scores.scores.values()
     (outcomes,) = scores.outcomes.values()
     assert score == metrics[f"{metric},none"]
-    assert outcomes == tuple(item[metric] for item in items)
+    assert outcomes.values.tolist() == [item[metric] for item in items]
     assert 0 < score < 1
+    assert ((outcomes.margins > 0) == (outcomes.values == 1)).all()
+
+
+def mixed_questions(count, seed):
+    """Short, long and empty questions; questions beyond the context of 64 tokens; options of one to five tokens, some
+    beginning alike."""
+    rng = Random(seed)
+    rows = choices(count, seed)
+    for number, row in enumerate(rows):
+        row["question"] = ["", sentence(rng, 1, 2), sentence(rng, 30, 40), sentence(rng, 70, 120)][number % 4]
+        row["options"].append(row["options"][0] + " " + sentence(rng, 2, 4))
+    return rows
+
+
+@pytest.mark.parametrize("sharing", ["mask", "none"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_option_s_log_likelihood_is_lm_eval_s_whatever_its_length_and_its_question_s(
+    architecture, sharing, load, write_task, search_config, lm_eval_says
+):
+    task = write_task(
+        "mixed",
+        {"search": mixed_questions(16, seed=6), "heldout": mixed_questions(4, seed=7)},
+        validation_split="search",
+        test_split="heldout",
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        doc_to_choice="{{options}}",
+        doc_to_target="{{gold}}",
+        target_delimiter=" ",
+        metric_list=[{"metric": "acc", **MEAN}],
+    )
+    model, tokenizer = load(architecture)
+    harness = Harness(search_config("mixed", evaluation={"prefix_sharing": sharing}), model, tokenizer)
+    scores = harness.evaluate("search")
+    metrics, items = lm_eval_says(task | {"test_split": "search"}, model, tokenizer)
+    theirs = [answer[0] for item in items for answer in item["resps"]]
+    ours = [instance.resps[0] for instance in harness._splits["search"]._likelihoods]
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert scores.scores["mixed"] == metrics["acc,none"]
+    assert any(batch.segments is not None for batch in harness._splits["search"].requests.batches) == (
+        sharing == "mask"
+    )
+    room = model.config.max_position_embeddings
+    long = [len(tokenizer.encode(text)) > room + 1 for item in items for text in map("".join, item["arguments"])]
+    assert scores.truncated == sum(long)
+    assert any(long) == (architecture != "llama")
+
+
+def test_margins_are_the_leads_of_the_right_options_and_for_one_answer_of_its_closest_token(
+    load, qa_task, choice_task, search_config, lm_eval_says
+):
+    task = choice_task(metrics=["acc", "acc_norm"])
+    qa_task()
+    scores = Harness(search_config("choice", "choice:acc_norm", "qa"), *load("math")).evaluate("heldout")
+    _, items = lm_eval_says(task, *load("math"))
+    for name, lengths in (("choice", lambda _: 1), ("choice:acc_norm", len)):
+        for item, margin in zip(items, scores.outcomes[name].margins, strict=True):
+            options = item["doc"]["options"]
+            values = [answer[0][0] / lengths(option) for answer, option in zip(item["resps"], options, strict=True)]
+            right = values.pop(item["doc"]["gold"])
+            assert margin == pytest.approx(right - max(values), abs=2e-3, rel=1e-3)
+    answered = scores.outcomes["qa"]
+    assert ((answered.margins > 0) == (answered.values == 1)).all()
+
+
+def test_a_model_that_takes_no_packed_rows_is_refused_them(load, choice_task, search_config):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    choice_task()
+    model = BloomForCausalLM(BloomConfig(vocab_size=79, hidden_size=32, n_layer=1, n_head=2)).eval()
+    harness = Harness(search_config("choice", evaluation={"prefix_sharing": "mask"}), model, load("base")[1])
+    with pytest.raises(InputError, match=r"evaluation.prefix_sharing is 'mask', which this model does not take"):
+        harness.prepare("search")
+
+
+def test_a_model_that_takes_masks_and_misreads_them_is_refused_packed_rows(
+    load, choice_task, search_config, monkeypatch
+):
+    choice_task()
+    config = search_config("choice", evaluation={"prefix_sharing": "mask"})
+    monkeypatch.setattr("evomerge.evaluation.prepared.attention", lambda *_: None)
+    with pytest.raises(InputError, match=r"log-likelihoods differ by .* from those without; set it to 'none'"):
+        Harness(config, *load("qwen2")).prepare("search")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -230,13 +322,16 @@ def test_perplexity_of_texts_longer_than_the_context_is_lm_eval_s(
 
 
 @pytest.mark.parametrize("name", ["word", "digit"])
-@pytest.mark.parametrize("model", ["math", "base", "gpt2"])
+@pytest.mark.parametrize("model", ["math", "base", "qwen2", "gpt2", "gemma3"])
 def test_written_answers_are_lm_eval_s_and_the_objective_picks_the_filter(
     model, name, load, generation_task, search_config, lm_eval_says
 ):
     task = generation_task()
-    scores = Harness(search_config(f"writing:exact_match:{name}"), *load(model)).evaluate("search")
-    metrics, _ = lm_eval_says(task | {"test_split": "search"}, *load(model))
+    harness = Harness(search_config(f"writing:exact_match:{name}"), *load(model))
+    scores = harness.evaluate("search")
+    metrics, items = lm_eval_says(task | {"test_split": "search"}, *load(model))
+    texts = {item["doc_id"]: item["resps"] for item in items}
+    assert {each.doc_id: [each.resps] for each in harness._splits["search"]._generations} == texts
     assert scores.scores == {"writing:exact_match": metrics[f"exact_match,{name}"]}
     if model == "math":
         assert scores.scores["writing:exact_match"] == (pytest.approx(1, abs=0.2) if name == "word" else 0)
@@ -279,6 +374,100 @@ def test_a_chat_template_and_a_system_instruction_are_applied_as_lm_eval_does(
     plain = Harness(search_config("qa:perplexity"), model, tokenizer).evaluate("heldout")
     assert scores.scores["qa:perplexity"] == pytest.approx(metrics["perplexity,none"], rel=1e-4)
     assert scores.scores["qa:perplexity"] != pytest.approx(plain.scores["qa:perplexity"], rel=1e-2)
+
+
+def test_examples_as_turns_of_a_conversation_are_lm_eval_s(load, qa_task, search_config, lm_eval_says):
+    task = qa_task(training_split="train", fewshot_split="train")
+    model, tokenizer = load("base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + ' . ' }}{% endfor %}"
+    how = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    config = search_config("qa:perplexity", evaluation={**how, "num_fewshot": 2})
+    scores = Harness(config, model, tokenizer).evaluate("heldout")
+    metrics, _ = lm_eval_says(task | {"num_fewshot": 2}, model, tokenizer, **how)
+    assert scores.scores["qa:perplexity"] == pytest.approx(metrics["perplexity,none"], rel=1e-4)
+
+
+def test_generation_arguments_of_the_search_go_over_the_task_s(load, generation_task, search_config, lm_eval_says):
+    task = generation_task()
+    arguments = {"max_gen_toks": 1, "until": ["x"]}
+    config = search_config("writing:exact_match:word", evaluation={"generation_kwargs": arguments})
+    scores = Harness(config, *load("math")).evaluate("search")
+    changed = task | {"test_split": "search", "generation_kwargs": task["generation_kwargs"] | arguments}
+    metrics, _ = lm_eval_says(changed, *load("math"))
+    assert scores.scores == {"writing:exact_match": metrics["exact_match,word"]}
+
+
+# Groups
+
+
+@pytest.fixture
+def group(qa_task, choice_task, tmp_path):
+    """A group of a group, a tag and a task with a setting of its own; `by_size` as in aggregate_metric_list."""
+
+    def write(by_size, **settings):
+        metrics = ("acc",)
+        choice_task("one", count=9, metrics=metrics)
+        choice_task("two", count=14, metrics=metrics, tag="pair")
+        choice_task("three", count=5, metrics=metrics, tag="pair")
+        qa_task("four", metric_list=[{"metric": "acc", **MEAN}], training_split="train", fewshot_delimiter=" . ")
+        aggregate = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": by_size}]}
+        inner = {"group": "inner", "task": ["pair"]}
+        outer = {"group": "outer", "task": ["one", "inner", {"task": "four", "num_fewshot": 2}]} | aggregate | settings
+        for document in (inner, outer):
+            (tmp_path / f"{document['group']}.yaml").write_text(yaml.safe_dump(document))
+
+    return write
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_group_s_score_is_lm_eval_s(by_size, load, group, search_config, tmp_path, monkeypatch):
+    group(by_size)
+    scores = Harness(search_config("outer", "two"), *load("qwen2")).evaluate("heldout")
+    monkeypatch.chdir(tmp_path)
+    loaded = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["outer"])
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    model, tokenizer = load("qwen2")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=7)
+    results = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0)
+    assert scores.scores["outer"] == pytest.approx(results["groups"]["outer"]["acc,none"])
+    assert scores.scores["two"] == results["results"]["two"]["acc,none"]
+    assert scores.items == sum(count["effective"] for count in results["n-samples"].values())
+    assert 0 < scores.scores["outer"] < 1
+    assert ("outer" in scores.outcomes) == by_size
+    if by_size:
+        assert scores.outcomes["outer"].values.mean() == pytest.approx(scores.scores["outer"])
+        assert scores.outcomes["outer"].margins is not None
+
+
+def test_a_metric_that_a_group_does_not_join_is_an_input_error(group, search_config):
+    group(True, aggregate_metric_list=[{"metric": "acc_norm"}])
+    with pytest.raises(InputError, match=r"objectives\[0\].metric is 'acc', which task 'outer' does not report"):
+        check(search_config("outer"))
+
+
+# Exams
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"validation_split": None}, "heldout"),
+        ({"test_split": None}, "search"),
+        ({}, None),
+    ],
+)
+def test_searching_on_the_items_of_published_scores_is_warned_of(changes, warned, qa_task, search_config):
+    qa_task(**changes)
+    config = search_config("qa")
+    targets = load_targets(config.objectives, config.tasks, config.evaluation)
+    assert exam_warnings(targets) == ()  # the files are the user's own
+    (task,) = targets["qa"].tasks
+    task.config.dataset_path, task.config.dataset_kwargs = "owner/benchmark", None
+    found = exam_warnings(targets)
+    assert len(found) == (warned is not None)
+    if warned is not None:
+        assert found[0].startswith(f"objective qa: the search would choose by items of the {warned} split of owner/")
 
 
 # Items
@@ -327,9 +516,9 @@ def test_every_item_has_one_outcome_and_the_score_is_their_mean(load, choice_tas
     choice_task(count=31)
     scores = Harness(search_config("choice", "choice:acc_norm"), *load("qwen2")).evaluate("search")
     assert scores.items == 31
-    assert {name: len(values) for name, values in scores.outcomes.items()} == dict.fromkeys(scores.scores, 31)
-    for name, values in scores.outcomes.items():
-        assert sum(values) / len(values) == scores.scores[name]
+    assert {name: each.count for name, each in scores.outcomes.items()} == dict.fromkeys(scores.scores, 31)
+    for name, outcomes in scores.outcomes.items():
+        assert outcomes.values.mean() == scores.scores[name]
 
 
 def test_a_score_that_is_no_mean_over_items_has_no_outcomes(load, qa_task, search_config):
@@ -389,7 +578,9 @@ def test_the_order_of_the_objectives_changes_no_score(load, qa_task, choice_task
     names = ["qa", "choice", "choice:acc_norm"]
     forth, back = (Harness(search_config(*order), *load("qwen2")).evaluate("search") for order in (names, names[::-1]))
     assert forth.scores == pytest.approx(back.scores, abs=1e-6)
-    assert forth.outcomes == back.outcomes
+    assert {name: each.values.tolist() for name, each in forth.outcomes.items()} == {
+        name: each.values.tolist() for name, each in back.outcomes.items()
+    }
 
 
 def test_a_model_scores_bit_for_bit_the_same_after_others_took_its_place(
@@ -505,9 +696,9 @@ def test_more_new_tokens_than_the_context_holds_are_an_input_error(load, generat
 def test_goals_come_from_the_task_unless_the_objective_says_otherwise(qa_task, search_config):
     qa_task()
     objectives = [{"task": "qa"}, {"task": "qa", "metric": "perplexity"}]
-    assert [o.goal for o in check_objectives(search_config(objectives=objectives))] == ["maximize", "minimize"]
+    assert [objective.goal for objective in check(search_config(objectives=objectives))] == ["maximize", "minimize"]
     objectives[1]["goal"] = "maximize"
-    assert [o.goal for o in check_objectives(search_config(objectives=objectives))] == ["maximize", "maximize"]
+    assert [objective.goal for objective in check(search_config(objectives=objectives))] == ["maximize", "maximize"]
 
 
 @pytest.mark.parametrize(
@@ -525,33 +716,44 @@ def test_goals_come_from_the_task_unless_the_objective_says_otherwise(qa_task, s
 def test_what_a_task_does_not_have_is_an_input_error_before_any_model_runs(changes, message, qa_task, search_config):
     qa_task()
     with pytest.raises(InputError, match=message):
-        check_objectives(search_config("qa", **changes))
+        check(search_config("qa", **changes))
 
 
 def test_a_task_that_lm_eval_cannot_load_is_an_input_error_with_its_file(qa_task, search_config, tmp_path):
     qa_task(doc_to_text="{{no_such_field}}")
     with pytest.raises(InputError, match=rf"{tmp_path / 'qa.yaml'}: lm-eval cannot load task 'qa'"):
-        check_objectives(search_config("qa"))
+        check(search_config("qa"))
 
 
 def test_a_template_cannot_run_code(qa_task, search_config, tmp_path):
     trap = tmp_path / "trap"
     qa_task(doc_to_text="{{ cycler.__init__.__globals__.os.system('touch TRAP') }}".replace("TRAP", str(trap)))
     with pytest.raises(InputError, match="unsafe"):
-        check_objectives(search_config("qa"))
+        check(search_config("qa"))
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("extra", [{}, {"process_results": "no function"}])
 @pytest.mark.parametrize("how", [{"metric": "accuracy_of_mine"}, {"metric": "exact_match", "hf_evaluate": True}])
-def test_a_metric_that_would_be_fetched_and_run_is_refused_unless_allowed(how, qa_task, search_config, monkeypatch):
+def test_a_metric_that_would_be_fetched_and_run_is_refused_unless_allowed(
+    how, extra, qa_task, search_config, monkeypatch
+):
     import evaluate as library
 
     fetched = []
     monkeypatch.setattr(library, "load", lambda name: fetched.append(name) or functional)
-    qa_task(metric_list=[{**how, **MEAN}])
+    qa_task(metric_list=[{**how, **MEAN}], **extra)
     with pytest.raises(InputError, match=rf"metric '{how['metric']}'.*tasks.allow_code"):
-        check_objectives(search_config(f"qa:{how['metric']}"))
+        check(search_config(f"qa:{how['metric']}"))
     assert not fetched
+
+
+def test_a_group_brings_no_such_metric_to_a_task_of_lm_eval(search_config, tmp_path):
+    member = {"task": "arc_easy", "metric_list": [{"metric": "accuracy_of_mine", **MEAN}]}
+    group = {"group": "mine", "task": [member], "aggregate_metric_list": [{"metric": "accuracy_of_mine"}]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(group))
+    with pytest.raises(InputError, match=r"metric 'accuracy_of_mine'.*add 'arc_easy' to tasks.allow_code"):
+        check(search_config("mine:accuracy_of_mine"))
 
 
 def test_a_class_task_with_two_splits_is_searched_on_the_first_too(load, qa_task, search_config, tmp_path):

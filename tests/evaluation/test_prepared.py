@@ -12,11 +12,11 @@ from evomerge.merging.materialize import load_model
 from evomerge.zoo.language import VOCABULARY
 
 CPU = torch.device("cpu")
-ARCHITECTURES = ("llama", "qwen2", "gpt2")
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma3")
 
 tokens = st.lists(st.integers(3, 7), min_size=1, max_size=12).map(tuple)  # few words, so that prefixes are shared
 requests = st.lists(st.builds(Request, tokens, tokens), min_size=1, max_size=12)
-without_reset = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+without_reset = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,16 @@ def plain(model, request, max_length):
     scored = functional.log_softmax(logits, dim=-1)[-len(continuation) :]
     targets = torch.tensor(continuation)
     chosen = scored.gather(1, targets[:, None])
-    return Response(float(chosen.sum()), bool((scored.argmax(dim=-1) == targets).all()))
+    others = scored.scatter(1, targets[:, None], -torch.inf).amax(dim=1)
+    lead = float((chosen[:, 0] - others).min())
+    return Response(float(chosen.sum()), bool((scored.argmax(dim=-1) == targets).all()), lead)
 
 
 def assert_close(found, expected):
     assert [response.greedy for response in found] == [response.greedy for response in expected]
     likelihoods = [response.log_likelihood for response in expected]
     assert [response.log_likelihood for response in found] == pytest.approx(likelihoods, abs=1e-4, rel=1e-5)
+    assert [response.margin for response in found] == pytest.approx([each.margin for each in expected], abs=1e-4)
 
 
 def random_requests(count, longest, seed):
@@ -78,7 +81,7 @@ def test_likelihoods_and_truncation_are_lm_eval_s(architecture, max_length, buil
     assert max(len(r.context) + len(r.continuation) for r in requests) > lm.max_length + 1
     theirs = lm._loglikelihood_tokens([(None, list(r.context), list(r.continuation)) for r in requests])
     ours = PreparedRequests(requests, 7, lm.max_length, CPU).run(model)
-    assert_close(ours, [Response(*answer) for answer in theirs])
+    assert_close(ours, [Response(*answer, own.margin) for answer, own in zip(theirs, ours, strict=True)])
 
 
 def test_what_greedy_decoding_writes_is_greedy_and_one_other_token_is_not(built):

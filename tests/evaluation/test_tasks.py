@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from evomerge.config import ItemsConfig, TasksConfig
 from evomerge.errors import InputError
-from evomerge.evaluation.tasks import absolute_data_files, choose, divide, find_tasks
+from evomerge.evaluation.items import choose, divide
+from evomerge.evaluation.tasks import absolute_data_files, find_tasks
 
 TRAP = """
 from pathlib import Path
@@ -93,6 +94,53 @@ def test_a_task_in_tasks_paths_goes_before_lm_eval_s(folder):
     task = find(folder, "arc_easy")["arc_easy"]
     assert task.path == folder / "a.yaml"
     assert not task.builtin
+
+
+# Groups and tags
+
+
+def test_groups_and_tags_of_lm_eval_are_found_without_its_index():
+    mmlu = find_tasks(["mmlu"], TasksConfig())["mmlu"]
+    assert len(mmlu.tasks) == 57
+    assert mmlu.by_size == {"acc": True}
+    with pytest.raises(InputError, match=r"'mmlu_stem_tasks', a tag on 19 tasks.*name a group"):
+        find_tasks(["mmlu_stem_tasks"], TasksConfig())
+
+
+def test_a_group_passes_its_settings_on_and_the_inner_ones_win(folder):
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n")
+    (folder / "g.yaml").write_text(
+        "group: g\nnum_fewshot: 1\ntask:\n  - one\n  - {task: two, num_fewshot: 2}\n"
+        "  - {group: written_out, repeats: 3, task: [one]}\naggregate_metric_list: {metric: acc}\n"
+    )
+    found = find(folder, "g")["g"]
+    assert [(task.name, task.overrides) for task in found.tasks] == [
+        ("one", {"num_fewshot": 1}),
+        ("two", {"num_fewshot": 2}),
+        ("one", {"num_fewshot": 1, "repeats": 3}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: [one]", r"group 'g' has no aggregate_metric_list"),
+        ("task: [ones]\naggregate_metric_list: {metric: acc}", r"group 'g' names 'ones'.*did you mean 'one'"),
+        ("task: [g]\naggregate_metric_list: {metric: acc}", r"group 'g' contains itself"),
+        ("task: [one]\naggregate_metric_list: {metric: !function trap.function}", r"group 'g' runs code"),
+        ("task: [bad]\naggregate_metric_list: {metric: acc}", r"task 'bad' runs code"),
+        ("task: [{task: one, unsafe_code: true}]\naggregate_metric_list: {metric: acc}", r"'one' runs code \(unsafe"),
+        ("class: a.B\ntask: [one]\naggregate_metric_list: {metric: acc}", r"group 'g' runs code \(class"),
+    ],
+)
+def test_a_group_that_cannot_be_scored_is_an_input_error(text, message, folder):
+    (folder / "one.yaml").write_text("task: one\n")
+    (folder / "bad.yaml").write_text("task: bad\ndoc_to_text: !function trap.function\n")
+    (folder / "g.yaml").write_text(f"group: g\n{text}\n")
+    with pytest.raises(InputError, match=message):
+        find(folder, "g")
+    assert not (folder / "sprung").exists()
 
 
 # Code

@@ -35,7 +35,7 @@ def test_an_evaluation_tells_scores_outcomes_items_time_and_fingerprint(worker):
     evaluation = worker.evaluate(merge(0.6), "search")
     assert evaluation.error is None
     assert set(evaluation.scores) == set(evaluation.outcomes) == {"base_qa", "cross_math_b"}
-    assert {len(values) for values in evaluation.outcomes.values()} == {24}
+    assert {outcomes.count for outcomes in evaluation.outcomes.values()} == {24}
     assert evaluation.items == 48
     assert evaluation.seconds > 0
     assert len(evaluation.fingerprint) == 16

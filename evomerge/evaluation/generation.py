@@ -1,0 +1,94 @@
+"""Texts to be written, in fixed batches: same arguments together, sorted by length, one seed for what is sampled.
+
+A batch stops as soon as each of its texts has ended, by the model's end token or by a stop string of the task.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evomerge.errors import InputError
+
+SAMPLING_SEED = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class _GenerationBatch:
+    """members: instance numbers. ids and mask (members, length), padded on the left."""
+
+    members: tuple[int, ...]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    stop: list[str]
+    arguments: Mapping[str, Any]
+
+
+class GenerationPlan:
+    """generate_until requests in fixed batches: same arguments together, sorted by length. truncated: how many prompts
+    lost their beginning."""
+
+    def __init__(self, lm: Any, instances: Sequence[Any], batch_size: int) -> None:
+        self._lm, self._instances, self._batch_size = lm, instances, batch_size
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, instance in enumerate(instances):
+            groups[repr(instance.args[1])].append(number)
+        self.truncated = 0
+        self._batches = [batch for members in groups.values() for batch in self._group(members)]
+
+    def _group(self, members: Sequence[int]) -> Iterator[_GenerationBatch]:
+        """The batches of instances that have the same arguments."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        first = self._instances[members[0]]
+        arguments = dict(normalize_gen_kwargs(dict(first.args[1]), self._lm.max_gen_toks))
+        end = self._lm.tok_decode(self._lm.eot_token_id, skip_special_tokens=False)
+        stop = handle_stop_sequences(arguments.pop("until", None), eos=end)
+        fresh = arguments.pop("max_gen_toks")
+        room = self._lm.max_length - fresh
+        if room <= 0:
+            raise InputError(
+                f"task '{first.task_name}' asks for {fresh} new tokens, but the model's context holds only "
+                f"{self._lm.max_length}; set generation_kwargs.max_gen_toks below that in the task's file."
+            )
+        lengths = {number: len(self._lm.tok_encode(self._instances[number].args[0])) for number in members}
+        self.truncated += sum(length > room for length in lengths.values())
+        # Greedy answers to one question are all alike; sampled ones are drawn as often as the task asks.
+        copies = {number: self._instances[number].repeats if arguments.get("do_sample") else 1 for number in members}
+        queue = [n for n in sorted(members, key=lambda n: (-lengths[n], n)) for _ in range(copies[n])]
+        for start in range(0, len(queue), self._batch_size):
+            batch = tuple(queue[start : start + self._batch_size])
+            prompts = [self._instances[number].args[0] for number in batch]
+            ids, mask = self._lm.tok_batch_encode(prompts, left_truncate_len=room)
+            limits = {"max_length": ids.shape[1] + fresh, **arguments}
+            yield _GenerationBatch(batch, ids.to(self._lm.device), mask.to(self._lm.device), stop, limits)
+
+    def run(self) -> list[list[str]]:
+        """As many texts per instance as its task asks for; the same ones each time."""
+        from lm_eval.models.utils import postprocess_generated_text
+
+        texts: list[list[str]] = [[] for _ in self._instances]
+        with _seeded(self._lm.device):
+            for batch in self._batches:
+                written = self._lm._model_generate(
+                    context=batch.ids, attention_mask=batch.mask, stop=batch.stop, **batch.arguments
+                )
+                for number, tokens in zip(batch.members, written[:, batch.ids.shape[1] :].tolist(), strict=True):
+                    text = self._lm.tok_decode(tokens)
+                    texts[number].append(
+                        postprocess_generated_text(generation=text, stop=batch.stop, think_end_token=None)
+                    )
+        return [
+            found * (instance.repeats // len(found)) for instance, found in zip(self._instances, texts, strict=True)
+        ]
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Within it, torch's global generators, which sampled texts are drawn from, start from one seed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(SAMPLING_SEED)
+        yield

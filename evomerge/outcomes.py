@@ -1,0 +1,68 @@
+"""Outcomes: what became of every item of a task, small enough to be kept for every evaluation.
+
+Right or wrong takes a bit, any other value four bytes, a margin two. Nothing is unpacked until somebody asks.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """One value per item, in the order of the split's items, and for some metrics a margin: positive where the item was
+    right, negative where it was wrong, and near zero where little would have turned it over. In nats; for metrics that
+    divide log-likelihoods by lengths, in nats per character or byte.
+    """
+
+    count: int
+    bits: bytes | None
+    floats: bytes | None
+    packed_margins: bytes | None
+
+    @classmethod
+    def of(cls, values: Sequence[float], margins: Sequence[float] | None = None) -> Self:
+        """values that are not all 0 or 1 are rounded to float32, margins to float16."""
+        array = np.asarray(values, dtype=np.float64)
+        binary = bool(np.isin(array, (0.0, 1.0)).all())
+        return cls(
+            count=len(array),
+            bits=np.packbits(array.astype(bool)).tobytes() if binary else None,
+            floats=None if binary else array.astype("<f4").tobytes(),
+            packed_margins=None
+            if margins is None
+            else np.clip(np.asarray(margins, dtype=np.float64), -_LARGEST, _LARGEST).astype("<f2").tobytes(),
+        )
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """Shape (items,)."""
+        if self.bits is not None:
+            return np.unpackbits(np.frombuffer(self.bits, dtype=np.uint8), count=self.count).astype(np.float64)
+        return np.frombuffer(self.floats or b"", dtype="<f4").astype(np.float64)
+
+    @property
+    def margins(self) -> NDArray[np.float64] | None:
+        """Shape (items,); None for a metric that has none."""
+        if self.packed_margins is None:
+            return None
+        return np.frombuffer(self.packed_margins, dtype="<f2").astype(np.float64)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the archive keeps it: the packed bytes in base64."""
+        parts = {"bits": self.bits, "floats": self.floats, "margins": self.packed_margins}
+        packed = {key: base64.b64encode(part).decode() for key, part in parts.items() if part is not None}
+        return {"count": self.count, **packed}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        def part(key: str) -> bytes | None:
+            return base64.b64decode(content[key]) if key in content else None
+
+        return cls(content["count"], part("bits"), part("floats"), part("margins"))
