@@ -1,20 +1,24 @@
 """Memory: bytes are counted as long as tensors live, and a rehearsal on the meta device holds what a worker would."""
 
+import math
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from evomerge.memory import LiveBytes
+from evomerge.memory import LiveBytes, MemoryPlan, plan_memory, shortage
 from evomerge.merging.kernels import uniform_field
 from evomerge.merging.materialize import ResidentModels
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.passes import CHUNK
+from evomerge.preparation import prepare_file
 from evomerge.recipe import Recipe, Source
 
+DEMO = Path(__file__).parent.parent / "search_spaces" / "demo.yaml"
 PARENTS = ("first", "second", "third")
 
 
@@ -93,3 +97,19 @@ def test_a_candidate_takes_no_more_than_its_chunks(method):
         live.peak = live.now
         row.merge_into(out, inputs, chunk=CHUNK)
         assert live.peak - live.now <= 24 * 4 * CHUNK
+
+
+def test_what_a_search_needs_is_told_part_by_part():
+    prepared = prepare_file(DEMO, ["workers.pool=local"])
+    plan = plan_memory(prepared.config, prepared.space)
+    elements = sum(math.prod(info.shape) for info in prepared.tensors.values())
+    assert plan.models >= 4 * 4 * elements  # three sources and the merge, in float32
+    assert plan.shared >= 2 * 2 * elements  # sixteen bits of each model's masks
+    assert plan.candidate > 0
+    assert sum(plan.parts().values()) == 2 * plan.total
+
+
+def test_too_little_memory_is_told_with_what_to_change():
+    config = prepare_file(DEMO, ["workers.count=3"]).config
+    assert shortage(config, MemoryPlan(1, 1, 1, 1)) is None
+    assert "3 workers need 3072.0 GiB, but this machine has" in shortage(config, MemoryPlan(1 << 40, 0, 0, 0))
