@@ -1,25 +1,42 @@
 """Memory: how much a piece of work takes, found out by doing it on PyTorch's meta device, where nothing has data."""
 
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from evomerge.config import SearchConfig
+from evomerge.recipe import Recipe
+from evomerge.spaces import SearchSpace, at
+from evomerge.workers.worker import Worker
+
+_QUESTIONS = tuple(getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense"))
+_LIBRARIES = 540 << 20  # of a process that has imported torch, transformers and lm-eval
+_COMPILER = 540 << 20  # and has compiled something
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors made while it is on, as long as they live: `now`, and `peak` at the highest."""
 
-    def __init__(self) -> None:
+    def __init__(self, says_yes: bool = False) -> None:
+        """says_yes: code that asks whether something holds of a tensor without data is told that it does; else such a
+        question raises."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._says_yes = says_yes
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._says_yes and func in _QUESTIONS:
+            return True
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, torch.Tensor):
@@ -38,3 +55,63 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes that one worker needs: for the models and the one that candidates are written into, for what candidates
+    share (fields, tables), for what one of them takes beyond that while it is merged and scored, and, on the host, for
+    Python and its libraries."""
+
+    models: int
+    shared: int
+    candidate: int
+    libraries: int
+
+    @property
+    def total(self) -> int:
+        return self.models + self.shared + self.candidate + self.libraries
+
+    def parts(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+
+def plan_memory(config: SearchConfig, space: SearchSpace) -> MemoryPlan:
+    """Rehearses candidates in the middle of the space, by each of its methods. The config must be resolved."""
+    with LiveBytes(says_yes=True) as live:  # transformers looks whether a batch is one of the plain kind
+        worker = Worker(config, rehearsal=True)
+        models = live.now
+        for recipe in _typical(space):
+            worker.rehearse(recipe)
+        host = _LIBRARIES + _COMPILER * (config.evaluation.compile is True)
+        on_host = config.evaluation.device == "cpu"
+        return MemoryPlan(models, live.now - models, live.peak - live.now, host if on_host else 0)
+
+
+def shortage(config: SearchConfig, plan: MemoryPlan) -> str | None:
+    """What to do where this machine has too little memory for its workers; None where it has enough, or where another
+    machine's would be needed."""
+    if config.evaluation.device != "cpu":
+        return None
+    workers = 1 if config.workers.pool == "local" else config.workers.count or os.cpu_count() or 1
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if workers * plan.total <= there:
+        return None
+    return (
+        f"{workers} worker{'s' * (workers > 1)} need {workers * plan.total / 2**30:.1f} GiB, but this machine has "
+        f"{there / 2**30:.1f}; use fewer (workers.count), a smaller evaluation.batch_size, a narrower "
+        "evaluation.dtype, or fewer models."
+    )
+
+
+def _typical(space: SearchSpace) -> Iterator[Recipe]:
+    """The recipe in the middle of the space, for every choice of a method."""
+    middle = at(space.genes, np.full(len(space.genes), 0.5))
+    places = [index for index, gene in enumerate(space.genes) if gene.kind == "method"]
+    if not places:
+        yield space.decode(middle)
+    for place in places:
+        for choice in range(len(space.genes[place].choices)):
+            genome = middle.copy()
+            genome[place] = choice
+            yield space.decode(genome)

@@ -16,7 +16,6 @@ from evomerge import optimizers
 from evomerge.config import SearchConfig, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, choices, naming
-from evomerge.merging import methods
 from evomerge.merging.sources import (
     FLOATS,
     TensorInfo,
@@ -32,7 +31,6 @@ from evomerge.spaces import TAKE, SearchSpace
 from evomerge.spaces.parameter import ParameterSpace
 
 _WORTH_COMPILING = 50_000_000  # parameters
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,22 +180,16 @@ def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
             )
 
 
-def _draws_masks(config: SearchConfig) -> bool:
-    return any(methods.METHODS[name].random for name in config.space.methods)
-
-
 def summarize(prepared: Prepared) -> dict[str, Any]:
     """What a search will take: dimensions, candidates, items, and memory per worker in GiB."""
+    from evomerge.memory import plan_memory, shortage
+
     config = prepared.config
-    elements = [math.prod(info.shape) for info in prepared.tensors.values()]
-    stored = sum(math.prod(info.shape) * BYTES[FLOATS[info.dtype]] for info in prepared.tensors.values())
-    model = sum(elements) * BYTES[config.evaluation.dtype]
-    fields = 2 * sum(elements) * len(config.models) if _draws_masks(config) else 0
-    scratch = 4 * max(elements) * (5 * len(config.models) + 6)
-    memory = stored * (1 + len(config.models)) + model + fields + scratch
+    plan = plan_memory(config, prepared.space)
+    short = shortage(config, plan)
     return {
         "models": {"base": config.base, **config.models},
-        "parameters": sum(elements),
+        "parameters": sum(math.prod(info.shape) for info in prepared.tensors.values()),
         "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
         "optimizer": config.optimizer.name,
         "population": config.optimizer.population,
@@ -208,6 +200,6 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,
         "prefix_sharing": config.evaluation.prefix_sharing,
-        "gib_of_weights_per_worker": round(memory / 2**30, 3),
-        "warnings": list(prepared.warnings),
+        "gib_per_worker": {name: round(size / 2**30, 3) for name, size in plan.parts().items()},
+        "warnings": [*prepared.warnings, *([short] if short else [])],
     }

@@ -85,6 +85,14 @@ class GenerationPlan:
             found * (instance.repeats // len(found)) for instance, found in zip(self._instances, texts, strict=True)
         ]
 
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Has the model read the texts of the largest batch at their full length, which leaves the largest cache."""
+        if self._batches:
+            rows, length = max((len(batch.members), batch.arguments["max_length"]) for batch in self._batches)
+            ids = torch.zeros((rows, length), dtype=torch.int64, device=self._lm.device)
+            self._lm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
 
 @contextlib.contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:

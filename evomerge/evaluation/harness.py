@@ -55,7 +55,15 @@ class Harness:
         if split not in self._splits:
             with quiet():
                 self._splits[split] = _PreparedSplit(self._config, self._lm, split)
-                self._splits[split].check_packing(self._model)
+                if self._model.device.type != "meta":
+                    self._splits[split].check_packing(self._model)
+
+    def rehearse(self, split: Split) -> None:
+        """Has a model on the meta device do what takes the most memory."""
+        self.prepare(split)
+        with quiet():
+            self._splits[split].requests.rehearse(self._model)
+            self._splits[split].texts.rehearse()
 
     def evaluate(self, split: Split) -> Scores:
         """The resident model's scores on a split. Raises CandidateFailed where a metric is not finite."""
@@ -87,7 +95,7 @@ class _PreparedSplit:
             torch.device(lm.device),
             packed=config.evaluation.prefix_sharing == "mask",
         )
-        self._plan = GenerationPlan(lm, self._generations, config.evaluation.batch_size)
+        self.texts = GenerationPlan(lm, self._generations, config.evaluation.batch_size)
 
     def check_packing(self, model: Any) -> None:
         """Raises InputError where packed rows, tried on this very model, give other log-likelihoods than full ones."""
@@ -115,7 +123,7 @@ class _PreparedSplit:
         for instance, span in zip(self._likelihoods, self._spans, strict=True):
             answers[id(instance)] = [next(responses) for _ in range(span)]
             _respond(instance, answers[id(instance)])
-        for instance, texts in zip(self._generations, self._plan.run(), strict=True):
+        for instance, texts in zip(self._generations, self.texts.run(), strict=True):
             instance.resps, instance.filtered_resps = texts, {}
         results = {id(task.task): task.results(answers) for task in self._tasks}
         scores, outcomes = {}, {}
@@ -124,7 +132,7 @@ class _PreparedSplit:
             if by_item is not None:
                 outcomes[objective.name] = by_item
         items = sum(len(task.documents) for task in self._tasks)
-        return Scores(scores, outcomes, items, self.requests.truncated + self._plan.truncated)
+        return Scores(scores, outcomes, items, self.requests.truncated + self.texts.truncated)
 
     def _score(self, objective: ObjectiveConfig, results: "Mapping[int, _Results]") -> tuple[float, Outcomes | None]:
         """An objective's score, and its items' outcomes where it is their mean."""

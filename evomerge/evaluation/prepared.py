@@ -134,6 +134,13 @@ class PreparedRequests:
             for value, miss, margin in zip(likelihoods.tolist(), misses.tolist(), closest.tolist(), strict=True)
         ]
 
+    @torch.inference_mode()
+    def rehearse(self, model: torch.nn.Module) -> None:
+        """Has the model do the batches that take the most memory, without asking for the result."""
+        for size in (lambda batch: batch.ids.numel(), lambda batch: batch.reads.numel()):
+            if self.batches:
+                _score(model, max(self.batches, key=size))
+
     def sample(self) -> "tuple[PreparedRequests, PreparedRequests] | None":
         """The requests of the document with the longest branches, packed and as full rows, to compare what a model
         makes of them; None where nothing is packed."""

@@ -110,7 +110,7 @@ def ascending(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.flatten()
     if flat.device.type == "cpu":
         return torch.from_numpy(np.sort(flat.numpy()))
-    return flat.sort().values
+    return torch.empty_like(flat) if flat.is_meta else flat.sort().values
 
 
 def kth_smallest(tensor: torch.Tensor, k: int) -> torch.Tensor:

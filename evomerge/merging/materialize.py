@@ -17,8 +17,10 @@ from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count
 from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.passes import chunk_size
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
-from evomerge.merging.sources import ModelSource, Weights, named_weights
+from evomerge.merging.skeleton import empty_model, load_config
+from evomerge.merging.sources import FLOATS, ModelSource, TensorInfo, Weights, named_weights
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, TokenizerSettings
 
@@ -35,13 +37,20 @@ class ResidentModels:
         device: str,
         dtype: str,
         compiled: bool = False,
+        rehearsal: bool = False,
     ) -> None:
         """sources: every model reference with its source. skeleton: the folder whose config the merge takes. compiled:
-        whether large tensors are merged by compiled code."""
-        self.device = torch.device(device)
-        self.compiled = compiled
-        self._planes = compiled and self.device.type == "cpu"
-        self.model = load_model(skeleton, getattr(torch, dtype)).to(self.device)
+        whether large tensors are merged by compiled code. rehearsal: everything is made on the meta device, without any
+        data, as it would be on `device`."""
+        self.device = torch.device("meta" if rehearsal else device)
+        self.compiled = compiled and not rehearsal
+        self._planes = compiled and torch.device(device).type == "cpu"
+        self._chunk = chunk_size(torch.device(device))
+        self.model: Any = (
+            empty_model(load_config(skeleton), skeleton).to(getattr(torch, dtype))
+            if rehearsal
+            else load_model(skeleton, getattr(torch, dtype)).to(self.device)
+        )
         self._parameters = named_weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in sources.items()}
         self._known: dict[Hashable, Any] = {}
@@ -60,6 +69,9 @@ class ResidentModels:
                     f"{source}: {name} has shape {list(found.shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
+        if self.device.type == "meta":
+            stored = {name: weights.table[name] for name in self._parameters}
+            return {name: _empty(info) for name, info in stored.items()}
         resident = {name: weights.read(name).to(self.device) for name in self._parameters}
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in resident.values()]).tolist()
         for name, good in zip(resident, finite, strict=True):
@@ -79,15 +91,27 @@ class ResidentModels:
         plan = self.plan(recipe)
         _check_tokenizer(recipe)
         self._check_structure(plan)
-        extremes = []
-        for tensor in plan.tensors:
-            parameter = self._parameters[tensor.name]
-            plan.method.merge_into(parameter, self._inputs(plan, tensor), self.compiled)
-            extremes.append(torch.stack(parameter.aminmax()).to(torch.float32))  # which carry on whatever is not finite
-        bad = (~torch.isfinite(torch.stack(extremes)).all(1)).nonzero().flatten().tolist()
+        extremes = self._write(plan)
+        bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
         if bad:
             raise CandidateFailed(f"non-finite weights after the merge in {plan.tensors[bad[0]].name}")
         return fingerprint(self._parameters)
+
+    @torch.no_grad()
+    def rehearse(self, recipe: Recipe) -> None:
+        """Does all that a candidate makes the device do, without asking it for anything."""
+        self._write(self.plan(recipe))
+        checksums(self._parameters)
+
+    def _write(self, plan: MergePlan) -> torch.Tensor:
+        """Writes a merge; returns the least and the largest element of each tensor, shape (tensors, 2), which show
+        whatever is not finite."""
+        extremes = []
+        for tensor in plan.tensors:
+            parameter = self._parameters[tensor.name]
+            plan.method.merge_into(parameter, self._inputs(plan, tensor), self.compiled, self._chunk)
+            extremes.append(torch.stack(parameter.aminmax()).to(torch.float32))
+        return torch.stack(extremes)
 
     def _check_structure(self, plan: MergePlan) -> None:
         """The resident model has the skeleton's layers, and its config says things about each of them."""
@@ -142,8 +166,16 @@ def _check_tokenizer(recipe: Recipe) -> None:
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     """16 hexadecimal digits over all weights: a sum of per-tensor checksums, so independent of order and device."""
-    sums = torch.stack([checksum(tensor, name) for name, tensor in parameters.items()]).tolist()
-    return f"{sum(sums) % (1 << 64):016x}"
+    return f"{sum(checksums(parameters).tolist()) % (1 << 64):016x}"
+
+
+def checksums(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The checksum of every tensor; int64, shape (tensors,)."""
+    return torch.stack([checksum(tensor, name) for name, tensor in parameters.items()])
+
+
+def _empty(info: TensorInfo) -> torch.Tensor:
+    return torch.empty(info.shape, dtype=getattr(torch, FLOATS[info.dtype]), device="meta")
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:

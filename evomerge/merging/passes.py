@@ -48,25 +48,30 @@ def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -
     return {name: tuple(scalar(value) for value in group) for name, group in values.items()}
 
 
-def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False) -> None:
-    """Carries out a pass into `out`, rounding once into its dtype. A tensor is copied."""
+def chunk_size(device: torch.device) -> int:
+    """How many elements an eager pass on a device takes at a time."""
+    return CHUNK if device.type == "cpu" else _WIDE_CHUNK
+
+
+def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, chunk: int | None = None) -> None:
+    """Carries out a pass into `out`, rounding once into its dtype. A tensor is copied. chunk: elements at a time, by
+    default what suits the device."""
     if isinstance(work, torch.Tensor):
         out.copy_(work.reshape(out.shape))
         return
     if not out.is_contiguous():
         whole = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        write(whole, work, compiled)
+        write(whole, work, compiled, chunk)
         out.copy_(whole)
         return
     flat, tensors = out.detach().view(-1), tuple(tensor.reshape(-1) for tensor in work.tensors)
     if compiled and flat.numel() >= CHUNK:
         _compiled(work.element)(flat, tensors, work.fields, dict(work.numbers))
         return
-    _in_chunks(flat, tensors, work)
+    _in_chunks(flat, tensors, work, chunk or chunk_size(flat.device))
 
 
-def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass) -> None:
-    size = CHUNK if flat.device.type == "cpu" else _WIDE_CHUNK
+def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass, size: int) -> None:
 
     def one(start: int) -> None:
         part = slice(start, start + size)
@@ -78,7 +83,9 @@ def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass) -> None:
 
 def for_each_chunk(work: Callable[[int], Any], starts: range, device: torch.device) -> list[Any]:
     """Results of `work` at every start, in order; on a CPU by as many threads as torch has, since each operation on a
-    chunk is too small to be divided."""
+    chunk is too small to be divided. On the meta device, where all chunks are alike, the first stands for all."""
+    if device.type == "meta":
+        starts = starts[:1]
     threads = min(torch.get_num_threads(), len(starts)) if device.type == "cpu" else 1
     if threads <= 1:
         return [work(start) for start in starts]

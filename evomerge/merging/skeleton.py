@@ -41,16 +41,8 @@ def load_config(folder: Path) -> Any:
 
 
 def skeleton_of(config: Any, folder: Path) -> Skeleton:
-    """The causal language model of a config, on PyTorch's meta device. `folder` opens an error's message."""
-    try:
-        with quiet(), torch.device("meta"):
-            from transformers import AutoModelForCausalLM
-
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), trust_remote_code=False
-            )
-    except Exception as error:
-        raise _refusal(folder, error) from None
+    """What the causal language model of a config holds. `folder` opens an error's message."""
+    model = empty_model(config, folder)
     parameters = named_weights(model)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
@@ -65,6 +57,19 @@ def skeleton_of(config: Any, folder: Path) -> Skeleton:
         },
         vocabulary=frozenset(name for name, parameter in parameters.items() if id(parameter) in rows),
     )
+
+
+def empty_model(config: Any, folder: Path) -> Any:
+    """The causal language model of a config, on PyTorch's meta device. `folder` opens an error's message."""
+    try:
+        with quiet(), torch.device("meta"):
+            from transformers import AutoModelForCausalLM
+
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                copy.deepcopy(config), trust_remote_code=False
+            )
+    except Exception as error:
+        raise _refusal(folder, error) from None
 
 
 def layers_of(config: Any) -> int:

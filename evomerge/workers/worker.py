@@ -20,19 +20,25 @@ from evomerge.workers import first_line
 class Worker:
     """One process's models and prepared tasks. Raises InputError where they cannot be loaded."""
 
-    def __init__(self, config: SearchConfig, references: Iterable[str] | None = None) -> None:
-        """references: the models that recipes may name; by default the base and the models of the config."""
+    def __init__(self, config: SearchConfig, references: Iterable[str] | None = None, rehearsal: bool = False) -> None:
+        """references: the models that recipes may name; by default the base and the models of the config. rehearsal:
+        nothing is read and nothing computed, only prepared (`rehearse`)."""
         torch.set_num_threads(config.evaluation.threads)
         wanted = tuple(references) if references is not None else (config.base, *config.models.values())
         skeleton = find_source(config.base, config.base).folder
-        device = resolve_device(config.evaluation.device)
+        device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
         sources = {reference: find_source(reference, config.base) for reference in dict.fromkeys(wanted)}
         self.models = ResidentModels(
-            sources, skeleton, device, config.evaluation.dtype, compiled=config.evaluation.compile is True
+            sources, skeleton, device, config.evaluation.dtype, config.evaluation.compile is True, rehearsal
         )
         self._harness = Harness(config, self.models.model, load_tokenizer(config))
         for split in SPLITS:  # both now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)
+
+    def rehearse(self, recipe: Recipe) -> None:
+        """Goes through the motions of a candidate on the meta device."""
+        self.models.rehearse(recipe)
+        self._harness.rehearse("search")
 
     def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
         """The evaluation of a recipe; whatever goes wrong with it is recorded there, not raised."""

@@ -118,9 +118,9 @@ class Method:
         self.merge_into(out, inputs)
         return out
 
-    def merge_into(self, out: torch.Tensor, inputs: Inputs, compiled: bool = False) -> None:
-        """The same, worked out in float32 and rounded once into the dtype of `out`."""
-        write(out, self.function(inputs), compiled)
+    def merge_into(self, out: torch.Tensor, inputs: Inputs, compiled: bool = False, chunk: int | None = None) -> None:
+        """The same, worked out in float32 and rounded once into the dtype of `out` (`passes.write`)."""
+        write(out, self.function(inputs), compiled, chunk)
 
     @property
     def needs_base(self) -> bool:
