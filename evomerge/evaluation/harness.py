@@ -57,11 +57,15 @@ class Harness:
                 self._splits[split] = _PreparedSplit(self._config, self._lm, split)
                 self._splits[split].check_packing(self._model)
 
-    def evaluate(self, split: Split) -> Scores:
-        """The resident model's scores on a split. Raises CandidateFailed where a metric is not finite."""
+    def evaluate(self, split: Split, model: Any = None) -> Scores:
+        """The scores on a split of `model`, which may have other layers than the resident one (the default).
+
+        Raises CandidateFailed where a metric is not finite.
+        """
         self.prepare(split)
+        self._lm._model = self._model if model is None else model
         with quiet():
-            return self._splits[split].run(self._model)
+            return self._splits[split].run(self._lm._model)
 
 
 class _PreparedSplit:
@@ -120,6 +124,8 @@ class _PreparedSplit:
         results = {id(task.task): task.results(answers) for task in self._tasks}
         scores, outcomes = {}, {}
         for objective in self._config.objectives:
+            if objective.cost is not None:
+                continue
             scores[objective.name], by_item = self._score(objective, results)
             if by_item is not None:
                 outcomes[objective.name] = by_item

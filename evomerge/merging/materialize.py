@@ -1,8 +1,8 @@
 """ResidentModels: the sources in memory, and one model into whose parameters every candidate is written in place.
 
 Sources are loaded once; a candidate costs one pass over each tensor, in float32, rounded once into the model's dtype,
-and never touches the disk. What candidates have in common (uniform fields, thresholds, scalar products) is made on
-first use and kept.
+and never touches the disk. A candidate of other layers is a view, which shares the tensors that it leaves unchanged.
+What candidates have in common (uniform fields, thresholds, scalar products) is made on first use and kept.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -19,6 +19,7 @@ from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.sources import ModelSource, Weights, named_weights
+from evomerge.merging.view import make_view
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, TokenizerSettings
 
@@ -41,10 +42,13 @@ class ResidentModels:
         self.device = torch.device(device)
         self.compiled = compiled
         self._planes = compiled and self.device.type == "cpu"
-        self.model = load_model(skeleton, getattr(torch, dtype)).to(self.device)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self.model = load_model(skeleton, self._dtype).to(self.device)
         self._parameters = named_weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in sources.items()}
         self._known: dict[Hashable, Any] = {}
+        self._converted: dict[tuple[str, str], torch.Tensor] = {}
+        self.candidate: Any = self.model
 
     def _resident(self, source: ModelSource | Path) -> dict[str, torch.Tensor]:
         weights = Weights(source)
@@ -72,30 +76,47 @@ class ResidentModels:
 
     @torch.no_grad()
     def materialize(self, recipe: Recipe) -> str:
-        """Writes a recipe's merge into the resident model and returns its fingerprint.
+        """Makes a recipe's merge `candidate`, which lasts until the next one, and returns its fingerprint.
 
         Raises CandidateFailed where a weight is not finite.
         """
         plan = self.plan(recipe)
         _check_tokenizer(recipe)
-        self._check_structure(plan)
-        extremes = []
+        if not self._in_place(plan):
+            return self._view(plan)
         for tensor in plan.tensors:
-            parameter = self._parameters[tensor.name]
-            plan.method.merge_into(parameter, self._inputs(plan, tensor), self.compiled)
-            extremes.append(torch.stack(parameter.aminmax()).to(torch.float32))  # which carry on whatever is not finite
-        bad = (~torch.isfinite(torch.stack(extremes)).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise CandidateFailed(f"non-finite weights after the merge in {plan.tensors[bad[0]].name}")
+            plan.method.merge_into(self._parameters[tensor.name], self._inputs(plan, tensor), self.compiled)
+        _check_finite({tensor.name: self._parameters[tensor.name] for tensor in plan.tensors})
+        self.candidate = self.model
         return fingerprint(self._parameters)
 
-    def _check_structure(self, plan: MergePlan) -> None:
-        """The resident model has the skeleton's layers, and its config says things about each of them."""
-        if len(plan.layers) != layer_count(self._parameters) or not plan.keeps_layers:
-            raise InputError(
-                "the recipe repeats, drops or reorders layers, and a model in memory keeps its own; "
-                "write the checkpoint with `evomerge merge` and use that."
-            )
+    def _in_place(self, plan: MergePlan) -> bool:
+        """Whether the merge has the resident model's layers in their order."""
+        return len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
+
+    def _view(self, plan: MergePlan) -> str:
+        made = {tensor.name: self._merged(plan, tensor) for tensor in plan.tensors if not _unchanged(plan, tensor)}
+        _check_finite(made)
+        tensors = {
+            tensor.name: made[tensor.name] if tensor.name in made else self._shared(tensor.models[0], tensor.sources[0])
+            for tensor in plan.tensors
+        }
+        parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+        self.candidate = make_view(self.model, parameters, [next(iter(layer.values())) for layer in plan.layers])
+        return fingerprint(parameters)
+
+    def _merged(self, plan: MergePlan, tensor: TensorMerge) -> torch.Tensor:
+        shape = self._sources[tensor.models[0]][tensor.sources[0]].shape
+        merged = torch.empty(shape, dtype=self._dtype, device=self.device)
+        plan.method.merge_into(merged, self._inputs(plan, tensor), self.compiled)
+        return merged
+
+    def _shared(self, reference: str, name: str) -> torch.Tensor:
+        """A source's tensor itself; where it is stored in another dtype, one copy for all candidates."""
+        tensor = self._sources[reference][name]
+        if tensor.dtype == self._dtype:
+            return tensor
+        return self._converted.setdefault((reference, name), tensor.to(self._dtype))
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge) -> Inputs:
         given = list(zip(tensor.models, tensor.sources, strict=True))
@@ -105,7 +126,7 @@ class ResidentModels:
             tensors=tuple(self._sources[model][name] for model, name in given),
             per_model=tensor.per_model,
             shared=tensor.shared,
-            uniforms=lambda index: self._uniform(plan.seed, tensor.positions[index], tensor.name),
+            uniforms=lambda index: self._uniform(plan.seed, tensor, index),
             rescale=plan.rescale,
             once=partial(self._once, tensor.name, (base, *given)),
             drawn=tuple((plan.seed, position) for position in tensor.positions),
@@ -122,9 +143,11 @@ class ResidentModels:
         known: T = self._known[key]
         return known
 
-    def _uniform(self, seed: int, position: int, name: str) -> torch.Tensor:
+    def _uniform(self, seed: int, tensor: TensorMerge, index: int) -> torch.Tensor:
+        position, name = tensor.positions[index], tensor.name
+
         def make() -> torch.Tensor:
-            count = self._parameters[name].numel()
+            count = self._sources[tensor.models[index]][tensor.sources[index]].numel()
             return as_field(uniform_field(seed, position, name, count, self.device), self._planes)
 
         return self._once(name, (), ("uniforms", seed, position), (), make)
@@ -138,6 +161,20 @@ def _check_tokenizer(recipe: Recipe) -> None:
             "the recipe builds a tokenizer, and a model in memory keeps the base's; "
             "write the checkpoint with `evomerge merge` and use that."
         )
+
+
+def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:
+    return plan.method.name == "passthrough" and tensor.per_model[0]["scale"] == 1.0
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises CandidateFailed where a weight is not finite, which the extremes of a tensor show."""
+    if not tensors:
+        return
+    extremes = torch.stack([torch.stack(tensor.aminmax()).to(torch.float32) for tensor in tensors.values()])
+    bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise CandidateFailed(f"non-finite weights after the merge in {list(tensors)[bad[0]]}")
 
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
