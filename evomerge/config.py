@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from evomerge.documents import read_yaml, set_value, shown, validate
 from evomerge.errors import InputError, naming
 from evomerge.storage import refuse_password
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-RESERVED_NAMES = {"base", "uniform"}
+RESERVED_NAMES = {"base", "uniform", "merge", "free"}
 
 
 class Settings(BaseModel):
@@ -132,18 +132,143 @@ class SpaceConfig(Settings):
         return self
 
 
-class ObjectiveConfig(Settings):
-    """One score to be optimized: a metric of a task. `goal` defaults to what the task says of the metric."""
+class PinnedConfig(Settings):
+    """The first and last layers of a model, which every path keeps."""
 
-    task: str
+    model: str
+    first: int = Field(default=1, ge=0)
+    last: int = Field(default=1, ge=0)
+
+
+Form = Literal["path", "slots", "skip", "repeat", "reorder", "graft", "upscale", "interleave"]
+SCALED_FORMS = ("path", "slots")
+FREE = "free"
+
+
+class DataFlowConfig(Settings):
+    """The data-flow space: which layers of which models, in what order.
+
+    `sources` are names of models, or `base`; by default all of the models. `embeddings` and `head` name the model that
+    gives them, or are `free`; by default the pinned one's, or the first source's. The limits count layers of the whole
+    path, and how far a layer may lie from the one that would follow.
+    """
+
+    kind: Literal["data_flow"] = "data_flow"
+    form: Form = "path"
+    sources: tuple[str, ...] | None = Field(default=None, min_length=1)
+    granularity: int = Field(default=1, ge=1)
+    repeats: int = Field(default=2, ge=1)
+    pinned: PinnedConfig | None = None
+    embeddings: str | None = None
+    head: str | None = None
+    max_layers: int | None = Field(default=None, ge=1)
+    max_repeats: int | None = Field(default=None, ge=1)
+    max_distance: int | None = Field(default=None, ge=0)
+    scale: GeneConfig = GeneConfig(low=0.5, high=1.5, start=1.0, step=0.1, fixed=1.0)
+    scaling: Literal["mlp", "stream"] = "mlp"
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _partial(cls, value: Any) -> Any:
+        """To write bounds for the scale is to ask for it."""
+        if not isinstance(value, Mapping):
+            return value
+        default = cls.model_fields["scale"].default.model_dump()
+        return {**default, "fixed": None, **value}
+
+    @field_validator("scale")
+    @classmethod
+    def _positive(cls, gene: GeneConfig) -> GeneConfig:
+        for key in ("low", "fixed"):
+            value = getattr(gene, key)
+            if value is not None and value <= 0:
+                raise ValueError(f".{key} is {value:g}; use a value above 0")
+        return gene
+
+    @model_validator(mode="after")
+    def _scaled(self) -> Self:
+        if self.form not in SCALED_FORMS and self.scale.fixed != 1.0:
+            raise ValueError(f".scale cannot be searched in form {self.form}; use form {' or '.join(SCALED_FORMS)}")
+        return self
+
+
+class PathConfig(Settings):
+    """The path of a hybrid search: as in the data-flow space, of the merge (`merge`) and of the models named."""
+
+    sources: tuple[str, ...] = ()
+    granularity: int = Field(default=1, ge=1)
+    first: int = Field(default=0, ge=0)
+    last: int = Field(default=0, ge=0)
+    max_layers: int | None = Field(default=None, ge=1)
+    max_repeats: int | None = Field(default=None, ge=1)
+    max_distance: int | None = Field(default=None, ge=0)
+
+
+class HybridConfig(Settings):
+    """Both at once: a merge with its parameters, and a path through the merge's layers and those of the models.
+
+    With optimizer.stages the first can find the merge and the second the path (Akiba et al. 2025, section 3.3);
+    without, both genomes are searched together.
+    """
+
+    kind: Literal["hybrid"] = "hybrid"
+    parameter: SpaceConfig = SpaceConfig()
+    path: PathConfig = PathConfig()
+
+
+def _kind_of(space: Any) -> str:
+    """Which space is meant; a block that does not say is the parameter space."""
+    return str(space.get("kind", "parameter") if isinstance(space, Mapping) else getattr(space, "kind", "parameter"))
+
+
+AnySpaceConfig = Annotated[
+    Annotated[SpaceConfig, Tag("parameter")]
+    | Annotated[DataFlowConfig, Tag("data_flow")]
+    | Annotated[HybridConfig, Tag("hybrid")],
+    Discriminator(_kind_of),
+]
+
+
+class ObjectiveConfig(Settings):
+    """One score to be optimized: a metric of a task, or with `cost` what the model itself costs.
+
+    `goal` defaults to what the task says of the metric; costs are minimized. A cost takes part in means only with a
+    weight of its own, and candidates that cost more than `max` never win. `seconds` is the time that an evaluation
+    takes on the machine at hand: recorded once and replayed, but another run will measure another.
+    """
+
+    task: str = ""
     metric: str = "acc"
     filter: str | None = None
+    cost: Literal["layers", "parameters", "seconds"] | None = None
     goal: Literal["maximize", "minimize"] | None = None
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, ge=0)
+    max: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cost(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("cost") is not None:
+            return {"goal": "minimize", "weight": 0.0, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.cost is None and not self.task:
+            raise ValueError(".task is required but missing; add it, or a cost")
+        if self.cost is None and self.weight == 0:
+            raise ValueError(".weight is 0; use a value greater than 0")
+        if self.cost is None and self.max is not None:
+            raise ValueError(f".max is {self.max:g}, but only a cost has a limit; remove it")
+        if self.cost is not None and (self.task or self.filter is not None or self.metric != "acc"):
+            raise ValueError(f".cost is {self.cost}, which belongs to no task; give either a cost or a task")
+        return self
 
     @property
     def name(self) -> str:
-        """The objective's name in scores: the task, with the metric where it is not plain accuracy."""
+        """The objective's name in scores: the cost, or the task, with the metric where it is not plain accuracy."""
+        if self.cost is not None:
+            return self.cost
         return self.task if self.metric == "acc" else f"{self.task}:{self.metric}"
 
 
@@ -189,17 +314,25 @@ class EvaluationConfig(Settings):
     prefix_sharing: Literal["auto", "mask", "none"] = "auto"
 
 
+OptimizerName = Literal["cma_es", "cat_cma", "path_evolution", "group_evolution", "random_search"]
+
+
 class StageConfig(Settings):
-    """A part of the search that moves only some kinds of genes; the last stage takes what is left of the budget."""
+    """A part of the search that moves only some kinds of genes; the last stage takes what is left of the budget.
+
+    `name` is the stage's optimizer, by default that of the search.
+    """
 
     genes: tuple[str, ...] = Field(min_length=1)
     evaluations: int | None = Field(default=None, ge=1)
+    name: OptimizerName | None = None
+    population: int | None = Field(default=None, ge=1)
 
 
 class OptimizerConfig(Settings):
     """How genomes are proposed. `evaluations` counts search candidates; controls come on top."""
 
-    name: Literal["cma_es", "group_evolution", "random_search", "greedy_soup"] = "cma_es"
+    name: OptimizerName | Literal["auto", "greedy_soup"] = "auto"
     evaluations: int = Field(default=300, ge=1)
     population: int | None = Field(default=None, ge=1)
     lag: int = Field(default=1, ge=0, le=16)
@@ -223,8 +356,8 @@ class OptimizerConfig(Settings):
 
     @model_validator(mode="after")
     def _population(self) -> Self:
-        if self.name == "cma_es" and self.population is not None and self.population < 4:
-            raise ValueError(f".population is {self.population}; cma_es needs at least 4")
+        if self.name in ("cma_es", "cat_cma") and self.population is not None and self.population < 4:
+            raise ValueError(f".population is {self.population}; {self.name} needs at least 4")
         return self
 
 
@@ -256,11 +389,11 @@ class SearchConfig(Settings):
     """One search: models, objectives, space, optimizer, and where it runs."""
 
     base: str
-    models: dict[Name, str] = Field(min_length=1)
+    models: dict[Name, str]
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
     tasks: TasksConfig = TasksConfig()
     items: ItemsConfig = ItemsConfig()
-    space: SpaceConfig = SpaceConfig()
+    space: AnySpaceConfig = SpaceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     controls: ControlsConfig = ControlsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -285,6 +418,14 @@ class SearchConfig(Settings):
     @classmethod
     def _no_password(cls, value: str | None) -> str | None:
         return refuse_password(value) if value is not None else None
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if not self.models and self.space.kind != "data_flow":
+            raise ValueError(".models is {}; give at least one")
+        if all(objective.weight == 0 for objective in self.objectives):
+            raise ValueError(".objectives are all costs; add a task, or give a cost a weight")
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -10,9 +10,9 @@ from itertools import product
 import numpy as np
 
 from evomerge.candidate import Candidate
-from evomerge.config import SearchConfig
+from evomerge.config import HybridConfig, SearchConfig, SpaceConfig
 from evomerge.errors import InputError
-from evomerge.optimizers.random_search import random_genome
+from evomerge.randomness import counter_rng
 from evomerge.recipe import Parameters, Provenance, Recipe, Source, linear, single
 from evomerge.spaces import Genome, SearchSpace, canonical
 
@@ -32,10 +32,11 @@ def family(candidate: Candidate) -> str:
 
 
 def essential_controls(config: SearchConfig) -> list[Candidate]:
-    """Base, parents and uniform merge, in this order."""
+    """Base, parents and uniform merge, in this order; no merge where the search is for paths alone."""
     recipes = {BASE: single(config.base)}
     recipes |= {f"{PARENT}-{name}": single(reference) for name, reference in config.models.items()}
-    recipes[UNIFORM] = linear(dict.fromkeys(config.models.values(), 1.0))
+    if _merges(config):
+        recipes[UNIFORM] = linear(dict.fromkeys(config.models.values(), 1.0))
     return [_control(name, index, recipe) for index, (name, recipe) in enumerate(recipes.items())]
 
 
@@ -48,7 +49,7 @@ def start_weights(config: SearchConfig, control: str) -> Mapping[str, float]:
 
 def further_controls(config: SearchConfig, space: SearchSpace) -> list[Candidate]:
     """The controls that the config asks for, in a fixed order."""
-    first = len(config.models) + 2
+    first = _count_essential(config)
     recipes: list[tuple[str, Recipe, Genome | None]] = []
     if config.controls.one_knob:
         recipes += [(f"{ONE_KNOB}-{i:03d}", recipe, None) for i, recipe in enumerate(_one_knob(config))]
@@ -66,21 +67,45 @@ def count_controls(config: SearchConfig) -> int:
     one_knob = len(_WEIGHTS) + 2 * len(_TIES_WEIGHTS) * len(_DENSITIES) if asked.one_knob else 0
     per_model = len(_levels(config)) ** len(config.models) if asked.per_model else 0
     random = config.budget if asked.random_search else 0
-    return 2 + len(config.models) + one_knob + per_model + random
+    return _count_essential(config) + one_knob + per_model + random
+
+
+def _count_essential(config: SearchConfig) -> int:
+    return 1 + len(config.models) + _merges(config)
+
+
+def _merges(config: SearchConfig) -> bool:
+    return config.space.kind != "data_flow"
+
+
+def merge_space(config: SearchConfig) -> SpaceConfig | None:
+    """The parameter space of a search, whether it is all of it or a part."""
+    if isinstance(config.space, HybridConfig):
+        return config.space.parameter
+    return config.space if isinstance(config.space, SpaceConfig) else None
+
+
+def start_of_weights(config: SearchConfig) -> float | None:
+    """Where all weights start, if the config says so."""
+    space = merge_space(config)
+    return space.weight.start if space is not None else None
 
 
 def check_controls(config: SearchConfig) -> None:
     """Raises InputError for controls that cannot be made."""
+    if not _merges(config) and (config.controls.one_knob or config.controls.per_model):
+        key = "one_knob" if config.controls.one_knob else "per_model"
+        raise InputError(f"controls.{key} is true, but a data-flow search merges no weights; set it to false.")
     if config.controls.per_model:
         _levels(config)
 
 
 def _random_search(config: SearchConfig, space: SearchSpace, first: int) -> list[Candidate]:
-    """Uniform over the genes that the search itself starts with, so that both know as much beforehand."""
+    """As the space draws them, in the genes that the search itself starts with: both know as much beforehand."""
     stages = config.optimizer.stages
     moves = np.array([not stages or gene.kind in stages[0].genes for gene in space.genes])
     start = space.encode({})
-    drawn = (random_genome(space.genes, config.seed, index) for index in range(config.budget))
+    drawn = (space.draw(counter_rng(config.seed, "random_search", index)) for index in range(config.budget))
     genomes = [canonical(space.genes, np.where(moves, genome, start)) for genome in drawn]
     return [
         _control(f"{RANDOM}-{i:04d}", first + i, space.decode(genome), tuple(genome.tolist()))
@@ -123,14 +148,15 @@ def _same_for_all(config: SearchConfig, method: str, parameters: Parameters) -> 
 
 
 def _merge(config: SearchConfig, method: str, parameters: Sequence[Parameters]) -> Recipe:
-    sources = zip(config.models.values(), parameters, strict=True)
+    sources, space = zip(config.models.values(), parameters, strict=True), merge_space(config)
+    assert space is not None
     shared: Parameters = {"normalize": False}
     return Recipe(
         merge_method=method,
         base_model=config.base,
         models=tuple(Source(model=reference, parameters=given) for reference, given in sources),
         parameters=shared | {"rescale": True} if method.startswith("dare") else shared,
-        evomerge=Provenance(seed=config.seed, rescale=config.space.rescale),
+        evomerge=Provenance(seed=config.seed, rescale=space.rescale),
     )
 
 

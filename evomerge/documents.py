@@ -74,7 +74,10 @@ def _sentence(model: type[BaseModel], document: Mapping[str, Any], errors: Seque
     error, location, branches = _first_problem(document, errors)
     key = _key(location)
     if error["type"] == "extra_forbidden":
-        return f"{key} is not a known key; {choices(str(location[-1]), _keys_at(model, location[:-1]))}."
+        return f"{key} is not a known key; {choices(str(location[-1]), _keys_at(model, location[:-1], document))}."
+    if error["type"] == "union_tag_invalid":
+        kinds = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
+        return f"{key}.kind is {shown(error['ctx']['tag'])}; {choices(str(error['ctx']['tag']), kinds)}."
     if error["type"] == "missing":
         return f"{key} is required but missing; add it."
     if error["type"] == "value_error":
@@ -131,13 +134,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _keys_at(model: type[BaseModel], location: Location) -> list[str]:
+def _keys_at(model: type[BaseModel], location: Location, document: Any) -> list[str]:
     """The keys that the model at a location knows; lists and dictionaries on the way are stepped over."""
     for part in location:
         fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        document = document[part]
         if part in fields:
-            model = next(iter(_models_in(fields[str(part)].annotation)), model)
+            found = _models_in(fields[str(part)].annotation)
+            kind = document.get("kind") if isinstance(document, Mapping) else None
+            model = next((each for each in found if kind in _kinds(each)), next(iter(found), model))
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    """What `kind` may be in a model that has several siblings."""
+    field = model.model_fields.get("kind")
+    return getattr(field.annotation, "__args__", ()) if field is not None else ()
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

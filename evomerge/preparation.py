@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import optimizers
-from evomerge.config import SearchConfig, load
+from evomerge.config import DataFlowConfig, HybridConfig, SearchConfig, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, choices, naming
+from evomerge.layers import layer_count
 from evomerge.merging.sources import (
     FLOATS,
     TensorInfo,
@@ -28,7 +29,10 @@ from evomerge.merging.sources import (
     tensor_table,
 )
 from evomerge.spaces import TAKE, SearchSpace
+from evomerge.spaces.data_flow import DataFlowSpace
+from evomerge.spaces.hybrid import HybridSpace
 from evomerge.spaces.parameter import ParameterSpace
+from evomerge.spaces.paths import HOP
 
 _WORTH_COMPILING = 50_000_000  # parameters
 
@@ -65,12 +69,14 @@ def prepare(config: SearchConfig) -> Prepared:
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
         sharing = "mask" if takes_packed_rows(locate(config.base)) else "none"
-    dimension = len(prepared.space.genes)
+    _check_vocabularies(config, prepared.space)
     device = _device(config)
     resolved = config.model_copy(
         update={
             "objectives": objectives,
-            "optimizer": optimizers.resolve(config.optimizer, dimension, len(objectives)),
+            "optimizer": optimizers.resolve(
+                config.optimizer, len(prepared.space.genes), len(objectives), prepared.space.genes
+            ),
             "evaluation": config.evaluation.model_copy(
                 update={
                     "device": device,
@@ -114,8 +120,23 @@ def reopen(config: SearchConfig) -> Prepared:
     for name, reference in config.models.items():
         _read_headers(f"models.{name}", reference, config.base)
     preflight(config.base, {f"models.{name} ({reference})": reference for name, reference in config.models.items()})
-    space = ParameterSpace(config.space, config.base, config.models, tuple(tensors), config.seed)
-    return Prepared(config, space, tensors)
+    return Prepared(config, _make_space(config, tuple(tensors)), tensors)
+
+
+def _make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:
+    base, models, layers = config.base, config.models, layer_count(tensors)
+    if isinstance(config.space, DataFlowConfig):
+        space = DataFlowSpace(
+            config.space, base, models, layers, model_config(find_source(base, base).folder)["model_type"]
+        )
+        if not space.genes:
+            raise InputError("space: there is nothing to search; allow more layers, sources or blocks.")
+        return space
+    if isinstance(config.space, HybridConfig):
+        with naming("space.parameter"):
+            parameter = ParameterSpace(config.space.parameter, base, models, tensors, config.seed)
+        return HybridSpace(config.space, parameter, base, models, layers)
+    return ParameterSpace(config.space, base, models, tensors, config.seed)
 
 
 def _read_headers(key: str, reference: str, base: str) -> dict[str, TensorInfo]:
@@ -162,8 +183,33 @@ def _check_named_once(config: SearchConfig) -> None:
         seen[reference] = f"models.{name}"
 
 
+def _check_vocabularies(config: SearchConfig, space: SearchSpace) -> None:
+    """Raises InputError where a model may give its embeddings or head but numbers its tokens unlike the base."""
+    from evomerge.workers.worker import read_tokenizer
+
+    if not isinstance(space, DataFlowSpace):
+        return
+    known = read_tokenizer("base", config.base, config.base).get_vocab()
+    for name in space.embedding_models:
+        if name not in config.models:
+            continue
+        vocabulary = read_tokenizer(f"models.{name}", config.models[name], config.base).get_vocab()
+        different = sorted(token for token, number in vocabulary.items() if known.get(token) != number)
+        if different:
+            token = different[0]
+            raise InputError(
+                f"models.{name} may give the embeddings or the head, but its tokenizer is not the base's (token "
+                f"{token!r} is {vocabulary[token]} there and {known.get(token)} here); let another model give them."
+            )
+
+
 def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
     kinds = {gene.kind for gene in space.genes}
+    used = {stage.name for stage in config.optimizer.stages if stage.name} | {config.optimizer.name}
+    if "path_evolution" in used and HOP not in kinds:
+        raise InputError(
+            "optimizer.name is path_evolution, but the space has no hops; use it with space.form path or a hybrid."
+        )
     if config.optimizer.name == "greedy_soup" and kinds != {TAKE}:
         others = sorted(kinds - {TAKE})
         raise InputError(

@@ -51,7 +51,10 @@ class Source(Settings):
 
 
 class Slice(Settings):
-    """A run of output layers, each merged from one layer of every source; their ranges are equally long."""
+    """A run of output layers, each merged from one layer of every source; their ranges are equally long.
+
+    An empty run in front of the others gives the embeddings and no layers, one behind them the final norm and the head.
+    """
 
     sources: tuple[Source, ...] = Field(min_length=1)
     base_model: str | None = None
@@ -63,8 +66,8 @@ class Slice(Settings):
         for found in ranges:
             if found is None:
                 raise ValueError("every source of a slice needs a layer_range")
-            if not 0 <= found[0] < found[1]:
-                raise ValueError(f"layer_range {list(found)} holds no layers; write [first, last + 1], counted from 0")
+            if not 0 <= found[0] <= found[1]:
+                raise ValueError(f"layer_range {list(found)} is no range; write [first, last + 1], counted from 0")
         lengths = {end - start for start, end in filter(None, ranges)}
         if len(lengths) > 1:
             raise ValueError(

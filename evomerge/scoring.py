@@ -6,8 +6,9 @@ from typing import Any
 from evomerge import export
 from evomerge.config import SearchConfig
 from evomerge.errors import InputError
+from evomerge.layers import layer_count
 from evomerge.merging.plan import make_plan
-from evomerge.merging.sources import preflight
+from evomerge.merging.sources import find_source, preflight, tensor_table
 from evomerge.preparation import prepare_file
 
 
@@ -19,9 +20,14 @@ def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dic
         raise InputError(f"--split is '{split}'; use search or heldout.")
     prepared = prepare_file(search_file)
     recipe = export.read(target)
-    preflight(prepared.config.base, {reference: reference for reference in recipe.references})
-    make_plan(recipe, prepared.tensors, target)
-    worker = Worker(prepared.config, recipe.references)
+    config, tensors = prepared.config, prepared.tensors
+    if recipe.models is not None and len(recipe.references) == 1:
+        own = tensor_table(find_source(recipe.references[0], config.base))
+        if layer_count(own) != layer_count(tensors):  # as a path's checkpoint has: such a model stands for itself
+            config, tensors = config.model_copy(update={"base": recipe.references[0]}), own
+    preflight(config.base, {reference: reference for reference in recipe.references})
+    make_plan(recipe, tensors, target)
+    worker = Worker(config, recipe.references)
     evaluation = worker.evaluate(recipe, "search" if split == "search" else "heldout")
     return prepared.config, {
         "target": target,

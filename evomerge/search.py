@@ -7,7 +7,7 @@ compared.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 from evomerge.archive import Archive, Record, place, versions
 from evomerge.candidate import Candidate, Evaluation, Split
 from evomerge.config import ObjectiveConfig, SearchConfig
-from evomerge.controls import essential_controls, family, further_controls, start_weights
+from evomerge.controls import essential_controls, family, further_controls, start_of_weights, start_weights
 from evomerge.errors import WorkFailed
 from evomerge.optimizers import Optimizer, Problem, make_optimizer
 from evomerge.optimizers.ranking import Ranking, weighted_means
@@ -31,15 +31,19 @@ HELDOUT_FRONT = (
 
 
 def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> Scores:
-    """Scores turned so that larger is better, shape (n, objectives); NaN for failures."""
+    """Scores turned so that larger is better, shape (n, objectives); NaN for failures and for what costs too much."""
     signs = {objective.name: -1.0 if objective.goal == "minimize" else 1.0 for objective in objectives}
     rows = [
         [np.nan] * len(signs)
-        if evaluation.scores is None
+        if evaluation.scores is None or _costs_too_much(evaluation.scores, objectives)
         else [sign * evaluation.scores[name] for name, sign in signs.items()]
         for evaluation in evaluations
     ]
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(signs))
+
+
+def _costs_too_much(scores: Mapping[str, float], objectives: Sequence[ObjectiveConfig]) -> bool:
+    return any(objective.max is not None and scores[objective.name] > objective.max for objective in objectives)
 
 
 def objective_weights(objectives: Sequence[ObjectiveConfig]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -218,14 +222,15 @@ class Search:
             raise WorkFailed(f"no control could be evaluated, so nothing else can be ({first.error}).")
         leader = list(essential.evaluations)[int(np.argmax(values))]
         start = self.space.encode(start_weights(self.config, leader))
-        given = self.config.space.weight.start
+        given = start_of_weights(self.config)
         if given is not None:
             start = self.space.encode(dict.fromkeys(self.config.models, given))
         self.listener("start", {"control": leader})
         weights = [start_weights(self.config, control) for control in essential.evaluations]
         merges = np.array([bool(each) for each in weights])  # all but the base
-        known = np.stack([self.space.encode(each) for each in weights if each]), scores[merges]
-        problem = Problem(self.space.genes, start, self.config.seed, ranking, known)
+        encoded = [self.space.encode(each) for each in weights if each]
+        known = (np.stack(encoded), scores[merges]) if encoded else None
+        problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
         return Generations(make_optimizer(self.config.optimizer, problem), self.space, self.config)
 
     def _drain(self, schedules: Sequence[Schedule], split: Split) -> None:

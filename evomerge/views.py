@@ -69,7 +69,7 @@ def _best_per_objective(records: Sequence[Record], config: SearchConfig) -> Row:
     """For each objective the best score of any candidate, and whose it is."""
     found = {}
     for objective in config.objectives:
-        best = best_of(records, [objective])
+        best = best_of(records, [objective.model_copy(update={"weight": 1.0})])
         scores = scores_of(best.evaluation) if best else None
         found[objective.name] = {"id": best.candidate.id, "score": scores[objective.name]} if best and scores else None
     return found

@@ -15,6 +15,7 @@ OWNERS = {
     "rich": {"terminal.py"},
     "typer": {"cli.py"},
     "cma": {"optimizers/cma_es.py"},
+    "cmaes": {"optimizers/cat_cma.py"},
     "moocore": {"pareto.py"},
 }
 # config → space → optimizer → recipe → merge plan → worker → evaluation → archive → export

@@ -119,6 +119,12 @@ def run_directory(finished: Path, tmp_path: Path) -> Path:
 
 # Search files
 
+
+def flow(**keys: Any) -> dict[str, Any]:
+    """A change to a data-flow space."""
+    return {"space": {"kind": "data_flow", **keys}}
+
+
 NO_SEARCHES: dict[str, tuple[bytes, str]] = {
     "an empty file": (b"", "got nothing (it is empty)"),
     "nothing but comments": (b"# base: zoo:base\n", "got nothing (it is empty)"),
@@ -167,6 +173,40 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "no base": ({"base": REMOVED}, "base is required but missing"),
     "an empty block": ({"space": None}, "space is null; write keys and values below it"),
     "no models": ({"models": REMOVED}, "models is required but missing"),
+    "an unknown space": ({"space": {"kind": "dataflow"}}, 'space.kind is "dataflow"', "did you mean 'data_flow'?"),
+    "an unknown key of a path": (flow(granularty=2), "space.granularty is not a known key", "'granularity'?"),
+    "an unknown form": (flow(form="slot"), 'space.form is "slot"', "did you mean 'slots'?"),
+    "a path of an unknown model": (flow(sources=["frist"]), "space.sources[0] is 'frist'", "did you mean 'first'?"),
+    "fewer layers than are pinned": (
+        flow(max_layers=2, pinned={"model": "first"}),
+        "space.max_layers is 2, but space.pinned alone keeps 2; allow at least 3",
+    ),
+    "more pinned layers than there are": (
+        flow(pinned={"model": "first", "first": 3, "last": 3}),
+        "space.pinned keeps 3 + 3 layers, but the models have 4",
+    ),
+    "a scale of 0": (flow(scale={"low": 0.0}), "space.scale.low is 0; use a value above 0"),
+    "scales in a family": (flow(form="skip", scale={"low": 0.5}), "space.scale cannot be searched in form skip"),
+    "grids of merges beside paths": (
+        flow() | {"controls.one_knob": True},
+        "controls.one_knob is true, but a data-flow search merges no weights",
+    ),
+    "an evolution of paths without any": (
+        {"optimizer.name": "path_evolution"},
+        "optimizer.name is path_evolution, but the space has no hops",
+    ),
+    "a hybrid of one model's layers by a method that has no weights": (
+        {"space": {"kind": "hybrid", "parameter": {"method": "karcher"}, "path": {"sources": ["first"]}}},
+        "space.path.sources names first, but karcher cannot give one model's layers unmerged",
+    ),
+    "an unknown cost": ({"objectives.0": {"cost": "layer"}}, 'objectives[0].cost is "layer"', "'layers'?"),
+    "a cost of a task": (
+        {"objectives.0": {"cost": "layers", "task": "base_qa"}},
+        "objectives[0].cost is layers, which belongs to no task",
+    ),
+    "a limit on a task": ({"objectives.0.max": 0.5}, "objectives[0].max is 0.5, but only a cost has a limit"),
+    "nothing but costs": ({"objectives": [{"cost": "layers"}]}, "objectives are all costs; add a task"),
+    "an objective of nothing": ({"objectives.0": {}}, "objectives[0].task is required but missing"),
     "an empty list of models": ({"models": {}}, "models is {}; give at least one"),
     "one model in place of several": ({"models": "zoo:math"}, 'models is "zoo:math"; write keys and values'),
     "two models of one name": ({"models": ["zoo:math", "./math"]}, "two of them would be called math"),

@@ -498,13 +498,13 @@ REFUSED = {
         {"slices": [{"sources": [A, {"model": "b", "layer_range": [0, 3]}]}]},
         r"slices\[0\]: sources of one slice must have equally many layers, got \[0, 4\] and \[0, 3\]",
     ),
-    "a slice of no layers": (
-        {"slices": [{"sources": [{"model": "a", "layer_range": [2, 2]}]}]},
-        r"slices\[0\]: layer_range \[2, 2\] holds no layers",
+    "a slice that ends before it begins": (
+        {"slices": [{"sources": [{"model": "a", "layer_range": [2, 1]}]}]},
+        r"slices\[0\]: layer_range \[2, 1\] is no range",
     ),
     "a layer before the first": (
         {"slices": [{"sources": [{"model": "a", "layer_range": [-1, 2]}]}]},
-        r"slices\[0\]: layer_range \[-1, 2\] holds no layers",
+        r"slices\[0\]: layer_range \[-1, 2\] is no range",
     ),
     "two tokenizers": (
         {"models": [{"model": "a"}], "tokenizer_source": "union", "tokenizer": {"source": "base"}},

@@ -58,18 +58,23 @@ class Harness:
                 if self._model.device.type != "meta":
                     self._splits[split].check_packing(self._model)
 
-    def rehearse(self, split: Split) -> None:
+    def rehearse(self, split: Split, model: Any) -> None:
         """Has a model on the meta device do what takes the most memory."""
         self.prepare(split)
+        self._lm._model = model
         with quiet():
-            self._splits[split].requests.rehearse(self._model)
+            self._splits[split].requests.rehearse(model)
             self._splits[split].texts.rehearse()
 
-    def evaluate(self, split: Split) -> Scores:
-        """The resident model's scores on a split. Raises CandidateFailed where a metric is not finite."""
+    def evaluate(self, split: Split, model: Any = None) -> Scores:
+        """The scores on a split of `model`, which may have other layers than the resident one (the default).
+
+        Raises CandidateFailed where a metric is not finite.
+        """
         self.prepare(split)
+        self._lm._model = self._model if model is None else model
         with quiet():
-            return self._splits[split].run(self._model)
+            return self._splits[split].run(self._lm._model)
 
 
 class _PreparedSplit:
@@ -128,6 +133,8 @@ class _PreparedSplit:
         results = {id(task.task): task.results(answers) for task in self._tasks}
         scores, outcomes = {}, {}
         for objective in self._config.objectives:
+            if objective.cost is not None:
+                continue
             scores[objective.name], by_item = self._score(objective, results)
             if by_item is not None:
                 outcomes[objective.name] = by_item

@@ -51,6 +51,9 @@ def check_objectives(config: SearchConfig, targets: Mapping[str, Target]) -> tup
     _check_generation(config.evaluation)
     resolved = []
     for position, objective in enumerate(config.objectives):
+        if objective.cost is not None:
+            resolved.append(objective)
+            continue
         target = targets[objective.task]
         goals = target.goals()
         if objective.metric not in goals:

@@ -77,10 +77,15 @@ _Loader.add_constructor("!function", _function)
 
 
 def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile | TaskGroup]:
-    """The task or group of every name. Raises InputError for unknown names and for code that is not allowed."""
+    """The task or group of every name (of an objective without a task it is empty).
+
+    Raises InputError for unknown names and for code that is not allowed.
+    """
     known = _own_entries(config.paths)
     found: dict[str, TaskFile | TaskGroup] = {}
     for index, name in enumerate(names):
+        if not name:
+            continue
         entry = _entry(name, known)
         if entry is None:
             raise InputError(

@@ -1,8 +1,8 @@
 """ResidentModels: the sources in memory, and one model into whose parameters every candidate is written in place.
 
 Sources are loaded once; a candidate costs one pass over each tensor, in float32, rounded once into the model's dtype,
-and never touches the disk. What candidates have in common (uniform fields, thresholds, scalar products) is made on
-first use and kept.
+and never touches the disk. A candidate of other layers is a view, which shares the tensors that it leaves unchanged.
+What candidates have in common (uniform fields, thresholds, scalar products) is made on first use and kept.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -21,6 +21,7 @@ from evomerge.merging.passes import chunk_size
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import empty_model, load_config
 from evomerge.merging.sources import FLOATS, ModelSource, TensorInfo, Weights, named_weights
+from evomerge.merging.view import make_view
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, TokenizerSettings
 
@@ -46,14 +47,17 @@ class ResidentModels:
         self.compiled = compiled and not rehearsal
         self._planes = compiled and torch.device(device).type == "cpu"
         self._chunk = chunk_size(torch.device(device))
+        self._dtype: torch.dtype = getattr(torch, dtype)
         self.model: Any = (
-            empty_model(load_config(skeleton), skeleton).to(getattr(torch, dtype))
+            empty_model(load_config(skeleton), skeleton).to(self._dtype)
             if rehearsal
-            else load_model(skeleton, getattr(torch, dtype)).to(self.device)
+            else load_model(skeleton, self._dtype).to(self.device)
         )
         self._parameters = named_weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in sources.items()}
         self._known: dict[Hashable, Any] = {}
+        self._converted: dict[tuple[str, str], torch.Tensor] = {}
+        self.candidate: Any = self.model
 
     def _resident(self, source: ModelSource | Path) -> dict[str, torch.Tensor]:
         weights = Weights(source)
@@ -84,42 +88,63 @@ class ResidentModels:
 
     @torch.no_grad()
     def materialize(self, recipe: Recipe) -> str:
-        """Writes a recipe's merge into the resident model and returns its fingerprint.
+        """Makes a recipe's merge `candidate`, which lasts until the next one, and returns its fingerprint.
 
         Raises CandidateFailed where a weight is not finite.
         """
         plan = self.plan(recipe)
         _check_tokenizer(recipe)
-        self._check_structure(plan)
-        extremes = self._write(plan)
-        bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
+        parameters, made = self._make(plan)
+        bad = (~torch.isfinite(_extremes(made)).all(1)).nonzero().flatten().tolist() if made else []
         if bad:
-            raise CandidateFailed(f"non-finite weights after the merge in {plan.tensors[bad[0]].name}")
-        return fingerprint(self._parameters)
+            raise CandidateFailed(f"non-finite weights after the merge in {list(made)[bad[0]]}")
+        return fingerprint(parameters)
 
     @torch.no_grad()
     def rehearse(self, recipe: Recipe) -> None:
         """Does all that a candidate makes the device do, without asking it for anything."""
-        self._write(self.plan(recipe))
-        checksums(self._parameters)
+        parameters, made = self._make(self.plan(recipe))
+        if made:
+            _extremes(made)
+        checksums(parameters)
 
-    def _write(self, plan: MergePlan) -> torch.Tensor:
-        """Writes a merge; returns the least and the largest element of each tensor, shape (tensors, 2), which show
-        whatever is not finite."""
-        extremes = []
+    def _make(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        """Makes a merge `candidate`. Returns its parameters, and those of them that had to be worked out."""
+        if not self._in_place(plan):
+            return self._make_view(plan)
         for tensor in plan.tensors:
-            parameter = self._parameters[tensor.name]
-            plan.method.merge_into(parameter, self._inputs(plan, tensor), self.compiled, self._chunk)
-            extremes.append(torch.stack(parameter.aminmax()).to(torch.float32))
-        return torch.stack(extremes)
+            self._merge(plan, tensor, self._parameters[tensor.name])
+        self.candidate = self.model
+        return self._parameters, self._parameters
 
-    def _check_structure(self, plan: MergePlan) -> None:
-        """The resident model has the skeleton's layers, and its config says things about each of them."""
-        if len(plan.layers) != layer_count(self._parameters) or not plan.keeps_layers:
-            raise InputError(
-                "the recipe repeats, drops or reorders layers, and a model in memory keeps its own; "
-                "write the checkpoint with `evomerge merge` and use that."
-            )
+    def _in_place(self, plan: MergePlan) -> bool:
+        """Whether the merge has the resident model's layers in their order."""
+        return len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
+
+    def _make_view(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        made = {}
+        for tensor in plan.tensors:
+            source = self._sources[tensor.models[0]][tensor.sources[0]]
+            if not _unchanged(plan, tensor):
+                made[tensor.name] = torch.empty(source.shape, dtype=self._dtype, device=self.device)
+                self._merge(plan, tensor, made[tensor.name])
+        tensors = {
+            tensor.name: made[tensor.name] if tensor.name in made else self._shared(tensor.models[0], tensor.sources[0])
+            for tensor in plan.tensors
+        }
+        parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+        self.candidate = make_view(self.model, parameters, [next(iter(layer.values())) for layer in plan.layers])
+        return parameters, made
+
+    def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
+        plan.method.merge_into(out, self._inputs(plan, tensor), self.compiled, self._chunk)
+
+    def _shared(self, reference: str, name: str) -> torch.Tensor:
+        """A source's tensor itself; where it is stored in another dtype, one copy for all candidates."""
+        tensor = self._sources[reference][name]
+        if tensor.dtype == self._dtype:
+            return tensor
+        return self._converted.setdefault((reference, name), tensor.to(self._dtype))
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge) -> Inputs:
         given = list(zip(tensor.models, tensor.sources, strict=True))
@@ -129,7 +154,7 @@ class ResidentModels:
             tensors=tuple(self._sources[model][name] for model, name in given),
             per_model=tensor.per_model,
             shared=tensor.shared,
-            uniforms=lambda index: self._uniform(plan.seed, tensor.positions[index], tensor.name),
+            uniforms=lambda index: self._uniform(plan.seed, tensor, index),
             rescale=plan.rescale,
             once=partial(self._once, tensor.name, (base, *given)),
             drawn=tuple((plan.seed, position) for position in tensor.positions),
@@ -146,9 +171,11 @@ class ResidentModels:
         known: T = self._known[key]
         return known
 
-    def _uniform(self, seed: int, position: int, name: str) -> torch.Tensor:
+    def _uniform(self, seed: int, tensor: TensorMerge, index: int) -> torch.Tensor:
+        position, name = tensor.positions[index], tensor.name
+
         def make() -> torch.Tensor:
-            count = self._parameters[name].numel()
+            count = self._sources[tensor.models[index]][tensor.sources[index]].numel()
             return as_field(uniform_field(seed, position, name, count, self.device), self._planes)
 
         return self._once(name, (), ("uniforms", seed, position), (), make)
@@ -162,6 +189,15 @@ def _check_tokenizer(recipe: Recipe) -> None:
             "the recipe builds a tokenizer, and a model in memory keeps the base's; "
             "write the checkpoint with `evomerge merge` and use that."
         )
+
+
+def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:
+    return plan.method.name == "passthrough" and tensor.per_model[0]["scale"] == 1.0
+
+
+def _extremes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The least and the largest element of each tensor, shape (tensors, 2), which show whatever is not finite."""
+    return torch.stack([torch.stack(tensor.aminmax()).to(torch.float32) for tensor in tensors.values()])
 
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:

@@ -6,17 +6,18 @@ gives the same proposals: that replay is how a search resumes.
 To add one: write a class with this protocol, add a row to `_MAKERS`, and run it through tests/contracts/optimizer.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from evomerge.config import OptimizerConfig
+from evomerge.config import OptimizerConfig, OptimizerName
 from evomerge.optimizers.ranking import Ranking
 from evomerge.pareto import Scores
 from evomerge.spaces import Gene, Genome
 from evomerge.spaces import box as box
+from evomerge.spaces.paths import GATE, HOP
 
 
 class Optimizer(Protocol):
@@ -34,41 +35,65 @@ class Optimizer(Protocol):
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What an optimizer starts from: genes, the start in their units, the seed, how scores are ranked, and the genomes
-    whose scores are known from controls that they stand for, shapes (n, dimension) and (n, objectives)."""
+    whose scores are known from controls that they stand for, shapes (n, dimension) and (n, objectives). draw: how the
+    space draws a random genome; by default uniformly."""
 
     genes: tuple[Gene, ...]
     start: Genome
     seed: int
     ranking: Ranking
     known: tuple[Genome, Scores] | None = None
+    draw: Callable[[np.random.Generator], Genome] | None = None
 
 
 def make_optimizer(config: OptimizerConfig, problem: Problem) -> Optimizer:
     """The configured optimizer, in stages where there are any. The config must be resolved (`resolve`)."""
     from evomerge.optimizers.stages import StagedOptimizer
 
-    maker = _MAKERS[config.name]
     if not config.stages:
-        return maker(config, problem)
-    return StagedOptimizer(config, problem, maker)
+        return _make(config, problem)
+    return StagedOptimizer(config, problem, _make)
 
 
-def resolve(config: OptimizerConfig, dimension: int, objectives: int) -> OptimizerConfig:
+def _make(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    return _MAKERS[config.name](config, problem)
+
+
+def resolve(config: OptimizerConfig, dimension: int, objectives: int, genes: Sequence[Gene] = ()) -> OptimizerConfig:
     """The config with its automatic choices made: they must not change when a finished search is extended."""
-    population = config.population
-    if population is None:
-        usual = {"cma_es": max(8, 4 + int(3 * np.log(dimension))), "group_evolution": 2, "greedy_soup": 1}
-        population = usual.get(config.name, 16)
+    name = _suited(genes) if config.name == "auto" else config.name
+    stages = tuple(
+        stage.model_copy(
+            update={"population": stage.population or config.population or _usual_population(stage.name, dimension)}
+        )
+        if stage.name is not None
+        else stage
+        for stage in config.stages
+    )
+    population = config.population or _usual_population(name, dimension)
     covariance = config.covariance
     if covariance == "auto":
         covariance = "diagonal" if dimension >= 24 or config.evaluations <= 10 * dimension else "full"
     ranking = config.ranking
     if ranking == "auto":
         ranking = "elite" if objectives > 1 else "weighted_sum"
-    lag = 0 if config.name == "greedy_soup" else config.lag  # each soup is built on the one before
-    return config.model_copy(
-        update={"population": population, "lag": lag, "covariance": covariance, "ranking": ranking}
-    )
+    lag = 0 if name == "greedy_soup" else config.lag  # each soup is built on the one before
+    chosen = {"name": name, "population": population, "lag": lag, "covariance": covariance, "ranking": ranking}
+    return config.model_copy(update={**chosen, "stages": stages})
+
+
+def _suited(genes: Sequence[Gene]) -> OptimizerName:
+    """The optimizer for genes of these kinds (measured by scripts/bench/data_flow)."""
+    kinds, domains = {gene.kind for gene in genes}, {gene.domain for gene in genes}
+    if HOP in kinds:
+        return "path_evolution"
+    return "cma_es" if GATE in kinds or domains <= {"continuous"} else "group_evolution"
+
+
+def _usual_population(name: str, dimension: int) -> int:
+    covariances = max(8, 4 + int(3 * np.log(dimension)))
+    usual = {"cma_es": covariances, "cat_cma": covariances, "group_evolution": 2, "path_evolution": 8, "greedy_soup": 1}
+    return usual.get(name, 16)
 
 
 def _cma_es(config: OptimizerConfig, problem: Problem) -> Optimizer:
@@ -81,6 +106,18 @@ def _group_evolution(config: OptimizerConfig, problem: Problem) -> Optimizer:
     from evomerge.optimizers.group_evolution import GroupEvolution
 
     return GroupEvolution(config, problem)
+
+
+def _cat_cma(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    from evomerge.optimizers.cat_cma import CatCma
+
+    return CatCma(config, problem)
+
+
+def _path_evolution(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    from evomerge.optimizers.path_evolution import PathEvolution
+
+    return PathEvolution(config, problem)
 
 
 def _greedy_soup(config: OptimizerConfig, problem: Problem) -> Optimizer:
@@ -98,6 +135,8 @@ def _random_search(config: OptimizerConfig, problem: Problem) -> Optimizer:
 Maker = Callable[[OptimizerConfig, Problem], Optimizer]
 _MAKERS: dict[str, Maker] = {
     "cma_es": _cma_es,
+    "cat_cma": _cat_cma,
+    "path_evolution": _path_evolution,
     "group_evolution": _group_evolution,
     "greedy_soup": _greedy_soup,
     "random_search": _random_search,

@@ -14,7 +14,7 @@ from evomerge.optimizers import Problem
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng
-from evomerge.spaces import Genome, active, at, canonical
+from evomerge.spaces import Gene, Genome, active, at, canonical
 
 _RESAMPLE = 0.3
 _DRAWS = 20
@@ -26,8 +26,6 @@ class GroupEvolution:
     def __init__(self, config: OptimizerConfig, problem: Problem) -> None:
         assert config.population is not None
         self._population, self._problem = config.population, problem
-        self._steps = np.array([gene.step for gene in problem.genes])
-        self._categorical = np.array([gene.domain == "categorical" for gene in problem.genes])
         self._members = [
             np.array([gene.group == group for gene in problem.genes])
             for group in dict.fromkeys(gene.group for gene in problem.genes)
@@ -50,26 +48,34 @@ class GroupEvolution:
         return next((child for child in drawn if not np.array_equal(child, self._parent.genome)), self._parent.genome)
 
     def _draw(self, random: np.random.Generator) -> Genome:
-        genes, parent = self._problem.genes, self._parent.genome
         group = self._members[random.integers(len(self._members))]
-        if random.random() < _RESAMPLE:
-            drawn = at(genes, random.random(len(genes)))
-        else:
-            drawn = parent + self._steps * random.standard_normal(len(genes))
-            drawn = np.where(self._categorical, self._chosen_anew(group, random), drawn)
-        child = canonical(genes, np.where(group, drawn, parent))
-        awake = active(genes, child) & ~active(
-            genes, parent
-        )  # by a choice: always at their start, they would be one try
-        return canonical(genes, np.where(awake, drawn, child))
-
-    def _chosen_anew(self, group: NDArray[np.bool_], random: np.random.Generator) -> Genome:
-        """The parent with each categorical gene of a group chosen anew with one chance in their number."""
-        count = int((group & self._categorical).sum())
-        if count == 0:
-            return self._parent.genome
-        anew = random.random(len(group)) < 1 / count
-        return np.where(anew, at(self._problem.genes, random.random(len(group))), self._parent.genome)
+        return change_group(self._problem.genes, group, self._parent.genome, random)
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
         self._parent.offer(genomes, self._problem.ranking.means(scores))
+
+
+def change_group(
+    genes: tuple[Gene, ...], group: NDArray[np.bool_], parent: Genome, random: np.random.Generator
+) -> Genome:
+    """The parent with the genes of a group drawn anew, or moved by their steps."""
+    if random.random() < _RESAMPLE:
+        drawn = at(genes, random.random(len(genes)))
+    else:
+        categorical = np.array([gene.domain == "categorical" for gene in genes])
+        drawn = parent + np.array([gene.step for gene in genes]) * random.standard_normal(len(genes))
+        drawn = np.where(categorical, _chosen_anew(genes, group & categorical, parent, random), drawn)
+    child = canonical(genes, np.where(group, drawn, parent))
+    awake = active(genes, child) & ~active(genes, parent)  # by a choice: always at their start, they would be one try
+    return canonical(genes, np.where(awake, drawn, child))
+
+
+def _chosen_anew(
+    genes: tuple[Gene, ...], chosen: NDArray[np.bool_], parent: Genome, random: np.random.Generator
+) -> Genome:
+    """The parent with each of these categorical genes chosen anew with one chance in their number."""
+    count = int(chosen.sum())
+    if count == 0:
+        return parent
+    anew = random.random(len(chosen)) < 1 / count
+    return np.where(anew, at(genes, random.random(len(chosen))), parent)

@@ -15,7 +15,7 @@ def random_genome(genes: tuple[Gene, ...], seed: int, index: int) -> Genome:
 
 
 class RandomSearch:
-    """Independent uniform points; told scores change nothing."""
+    """Independent random points, as the space draws them; told scores change nothing."""
 
     def __init__(self, config: OptimizerConfig, problem: Problem) -> None:
         assert config.population is not None
@@ -23,7 +23,12 @@ class RandomSearch:
 
     def ask(self) -> Genome:
         first, self._asked = self._asked, self._asked + self._population
-        return np.stack([random_genome(self._problem.genes, self._problem.seed, i) for i in range(first, self._asked)])
+        return np.stack([self._draw(index) for index in range(first, self._asked)])
+
+    def _draw(self, index: int) -> Genome:
+        if self._problem.draw is None:
+            return random_genome(self._problem.genes, self._problem.seed, index)
+        return self._problem.draw(counter_rng(self._problem.seed, "random_search", index))
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
         return

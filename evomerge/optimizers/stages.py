@@ -34,7 +34,8 @@ class StagedOptimizer:
             seed=self._problem.seed + 7919 * self._stage,
             ranking=self._problem.ranking,
         )
-        self._optimizer = self._maker(self._config, part)
+        own = {"name": stage.name, "population": stage.population} if stage.name is not None else {}
+        self._optimizer = self._maker(self._config.model_copy(update=own), part)
         self._asked = 0
 
     def _movable(self, stage: StageConfig) -> NDArray[np.bool_]:

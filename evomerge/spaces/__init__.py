@@ -104,3 +104,7 @@ class SearchSpace(Protocol):
     def encode(self, weights: Mapping[str, float]) -> Genome:
         """The genome that gives every group of tensors these weights per model, everything else at its start."""
         ...
+
+    def draw(self, random: np.random.Generator) -> Genome:
+        """A random genome, as far as sense goes: what an optimizer has to beat."""
+        ...

@@ -18,7 +18,7 @@ from evomerge.merging import methods
 from evomerge.merging.methods.base import Method
 from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.recipe import Condition, Parameters, Provenance, Recipe, Setting, Slice, Source
-from evomerge.spaces import TAKE, Gene, Genome, canonical, categorical
+from evomerge.spaces import TAKE, Gene, Genome, at, canonical, categorical
 from evomerge.spaces.own_parameters import own_parameters
 from evomerge.spaces.participants import BASE, FROM, TO, Participants
 
@@ -241,6 +241,10 @@ class ParameterSpace:
             else:
                 genome.append(gene.start)
         return canonical(self.genes, np.array(genome))
+
+    def draw(self, random: np.random.Generator) -> Genome:
+        """A uniform point of the box."""
+        return canonical(self.genes, at(self.genes, random.random(len(self.genes))))
 
 
 def _searchable(config: SpaceConfig, models: int) -> tuple[Method, ...]:

@@ -4,12 +4,12 @@ To add a space's row: name its settings, its genes and where it comes from, and 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from evomerge.config import SpaceConfig
+from evomerge.config import DataFlowConfig, HybridConfig, SpaceConfig
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Method
 
@@ -117,6 +117,27 @@ def _of_parameter_space() -> list[GeneRow]:
     ]
 
 
+def _of_paths() -> list[GeneRow]:
+    scale = DataFlowConfig(kind="data_flow").scale.model_dump(include={"low", "high", "start", "step"})
+    return [
+        GeneRow("hop", "categorical", "place in the path", "space.form path", True, choices="nothing, the blocks"),
+        GeneRow("gate", "categorical", "slot", "space.form slots", True, choices="closed, open"),
+        GeneRow("scale", "continuous", "hop or open slot", "space.scale", False, **scale),
+        GeneRow("model", "categorical", "part of a path", "the other forms", True, choices="the sources"),
+        GeneRow("layers", "integer", "number of a family", "the other forms", True, choices="as many as fit"),
+        GeneRow("place", "continuous", "block", "space.form reorder", True, low=0.0, high=1.0),
+        GeneRow("mode", "categorical", "graft", "space.form graft", True, choices="replace, insert"),
+        GeneRow("donor", "categorical", "path", "space.embeddings, space.head", False, choices="the sources"),
+    ]
+
+
+def _of_both() -> list[GeneRow]:
+    hop = GeneRow("hop", "categorical", "place in the path", "space.path", True, choices="nothing, the blocks")
+    return [replace(row, where=row.where.replace("space.", "space.parameter.")) for row in _of_parameter_space()] + [
+        hop
+    ]
+
+
 SPACES: dict[str, SpaceRow] = {
     space.kind: space
     for space in (
@@ -127,6 +148,20 @@ SPACES: dict[str, SpaceRow] = {
             "arXiv:2403.13187",
             settings=SpaceConfig,
             genes=_of_parameter_space,
+        ),
+        SpaceRow(
+            kind="data_flow",
+            description="which layers of which models, in what order",
+            paper="Akiba et al. 2025, section 3.2",
+            settings=DataFlowConfig,
+            genes=_of_paths,
+        ),
+        SpaceRow(
+            kind="hybrid",
+            description="a merge, and a path through its layers and those of its models",
+            paper="Akiba et al. 2025, section 3.3",
+            settings=HybridConfig,
+            genes=_of_both,
         ),
     )
 }

@@ -32,13 +32,14 @@ class Worker:
             sources, skeleton, device, config.evaluation.dtype, config.evaluation.compile is True, rehearsal
         )
         self._harness = Harness(config, self.models.model, load_tokenizer(config))
+        self._asked = [objective.cost for objective in config.objectives if objective.cost is not None]
         for split in SPLITS:  # both now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)
 
     def rehearse(self, recipe: Recipe) -> None:
         """Goes through the motions of a candidate on the meta device."""
         self.models.rehearse(recipe)
-        self._harness.rehearse("search")
+        self._harness.rehearse("search", self.models.candidate)
 
     def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
         """The evaluation of a recipe; whatever goes wrong with it is recorded there, not raised."""
@@ -46,7 +47,9 @@ class Worker:
         fingerprint = None
         try:
             fingerprint = self.models.materialize(recipe)
-            scores = self._harness.evaluate(split)
+            before = time.perf_counter()
+            scores = self._harness.evaluate(split, self.models.candidate)
+            costs = self._costs(time.perf_counter() - before)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
         except InputError:
@@ -54,7 +57,7 @@ class Worker:
         except Exception as error:
             return failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", fingerprint)
         return Evaluation(
-            scores=dict(scores.scores),
+            scores={**scores.scores, **costs},
             outcomes=dict(scores.outcomes),
             items=scores.items,
             fingerprint=fingerprint,
@@ -62,21 +65,36 @@ class Worker:
             truncated=scores.truncated,
         )
 
+    def _costs(self, seconds: float) -> dict[str, float]:
+        """What the candidate in memory costs, for the objectives that ask for it."""
+        known = {
+            "layers": lambda: float(self.models.candidate.config.num_hidden_layers),
+            "parameters": lambda: float(sum(tensor.numel() for tensor in self.models.candidate.parameters())),
+            "seconds": lambda: seconds,
+        }
+        return {cost: known[cost]() for cost in self._asked}
 
-def load_tokenizer(config: SearchConfig) -> Any:
-    """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
-    folder = find_source(config.base, config.base).folder
+
+def read_tokenizer(key: str, reference: str, base: str) -> Any:
+    """A model's tokenizer. Raises InputError, opened by `key`, where there is none."""
+    folder = find_source(reference, base).folder
     try:
         with quiet():
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer files are parsed by several libraries, each with its own exceptions
         reason = first_line(error).rstrip(".: ")
         raise InputError(
-            f"base: {folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
+            f"{key}: {folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
         ) from None
+
+
+def load_tokenizer(config: SearchConfig) -> Any:
+    """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
+    tokenizer = read_tokenizer("base", config.base, config.base)
     if config.evaluation.apply_chat_template and tokenizer.chat_template is None:
+        folder = find_source(config.base, config.base).folder
         raise InputError(
             f"evaluation.apply_chat_template is true, but the tokenizer in {folder} has no chat template; "
             "set it to false, or use a base that has one."

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evomerge.layers import layer_index, with_layer
 from evomerge.merging.plan import make_plan
 from evomerge.recipe import Recipe
 from evomerge.spaces import SearchSpace, active, at, canonical
@@ -15,6 +16,19 @@ class SpaceContract:
 
     space: SearchSpace
     tensors: tuple[str, ...]
+
+    def named(self, layers: int) -> list[str]:
+        """The tensors of a model with so many layers."""
+        inside = {with_layer(name, 0) for name in self.tensors if layer_index(name) is not None}
+        outside = [name for name in self.tensors if layer_index(name) is None]
+        return [*outside, *(with_layer(name, layer) for name in inside for layer in range(layers))]
+
+    @settings(suppress_health_check=[HealthCheck.differing_executors], deadline=None, max_examples=20)
+    @given(st.integers(0, 2**32 - 1))
+    def test_what_it_draws_is_canonical(self, seed: int) -> None:
+        drawn = self.space.draw(np.random.default_rng(seed))
+        assert np.array_equal(drawn, canonical(self.space.genes, drawn))
+        assert np.array_equal(drawn, self.space.draw(np.random.default_rng(seed)))
 
     def test_gene_names_are_unique_and_starts_lie_within_bounds(self) -> None:
         names = [gene.name for gene in self.space.genes]
@@ -28,7 +42,7 @@ class SpaceContract:
         low = np.array([gene.low for gene in self.space.genes])
         high = np.array([gene.high for gene in self.space.genes])
         plan = make_plan(self.space.decode(low + (high - low) * unit), self.tensors)
-        assert [tensor.name for tensor in plan.tensors] == list(self.tensors)
+        assert {tensor.name for tensor in plan.tensors} == set(self.named(len(plan.layers)))
 
     @settings(suppress_health_check=[HealthCheck.differing_executors], deadline=None, max_examples=50)
     @given(st.integers(0, 2**32 - 1))

@@ -293,10 +293,3 @@ def test_a_model_that_transformers_cannot_load_is_an_input_error(changed):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="transformers cannot load this model"):
         load_model(folder, torch.float32)
-
-
-@pytest.mark.parametrize("ranges", [((0, 4), (2, 4)), ((0, 2),), ((2, 4), (0, 2))])
-def test_a_merge_of_other_layers_than_the_model_has_is_refused(ranges, resident):
-    slices = tuple(Slice(sources=(Source(model="first", layer_range=layers),)) for layers in ranges)
-    with pytest.raises(InputError, match=r"repeats, drops or reorders layers, .* write the checkpoint with"):
-        resident.materialize(Recipe(merge_method="passthrough", slices=slices))

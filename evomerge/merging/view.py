@@ -1,0 +1,76 @@
+"""View: a model of other layers than its own, made of modules and weights that are in memory already.
+
+A layer that stands in two places must be two modules, because each keeps its keys and values under its own number in
+the cache; and a config that says another depth would cut the layers off. So a view copies the modules, which weigh
+nothing, numbers them, and gives them the parameters that it is told to, shared or new.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from evomerge.layers import layer_index, with_layer
+from evomerge.merging.skeleton import with_layers
+
+_Parameters = Mapping[int, nn.Parameter]
+
+
+def make_view(skeleton: Any, parameters: Mapping[str, nn.Parameter], templates: Sequence[int]) -> Any:
+    """A copy of `skeleton` with len(templates) layers, layer k built like its layer templates[k].
+
+    parameters: every parameter of the view by name, tied ones once; no copies are made of them.
+    """
+    layers = _layers_of(skeleton)
+    config = with_layers(skeleton.config, [(skeleton.config, template) for template in templates])
+    own = dict(skeleton.named_parameters())
+    outside = {id(own[name]): new for name, new in parameters.items() if layer_index(name) is None}
+    inside = _by_layer(parameters, len(templates))
+    built = []
+    for place, template in enumerate(templates):
+        replaced = {id(own[with_layer(name, template)]): new for name, new in inside[place].items()}
+        built.append(_copy(layers[template], replaced, place))
+    view = _copy(skeleton, outside, None, {id(layers): nn.ModuleList(built)})
+    for module in view.modules():
+        if module.__dict__.get("config") is skeleton.config:
+            module.__dict__["config"] = config
+    return view
+
+
+def _by_layer(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:
+    found: list[dict[str, nn.Parameter]] = [{} for _ in range(count)]
+    for name, parameter in parameters.items():
+        layer = layer_index(name)
+        if layer is not None:
+            found[layer][name] = parameter
+    return found
+
+
+def _layers_of(skeleton: Any) -> nn.ModuleList:
+    """The list of layers, wherever the architecture keeps it."""
+    name = next(name for name, _ in skeleton.named_parameters() if layer_index(name) is not None)
+    prefix = name[: name.index(f".{layer_index(name)}.")]
+    return skeleton.get_submodule(prefix)  # type: ignore[no-any-return]
+
+
+def _copy(
+    module: nn.Module, parameters: _Parameters, place: int | None, instead: Mapping[int, nn.Module] | None = None
+) -> Any:
+    """A module tree with other parameters (by the id of its own), and `layer_idx` set to `place` where there is one.
+
+    instead: modules by the id of those that they replace. Everything else is shared.
+    """
+    if instead and id(module) in instead:
+        return instead[id(module)]
+    new = module.__class__.__new__(module.__class__)
+    new.__dict__ = dict(module.__dict__)
+    new.__dict__["_parameters"] = {
+        name: parameters.get(id(parameter), parameter) for name, parameter in module._parameters.items()
+    }
+    new.__dict__["_modules"] = {
+        name: child if child is None else _copy(child, parameters, place, instead)
+        for name, child in module._modules.items()
+    }
+    if place is not None and "layer_idx" in new.__dict__:
+        new.__dict__["layer_idx"] = place
+    return new
