@@ -20,6 +20,7 @@ from evomerge.config import SearchConfig
 from evomerge.progress import pace_of
 from evomerge.runs import OpenRun
 
+TITLES = {"search": "search", "selection": "selection", "heldout": "held-out"}
 _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
 _FRONT_ROWS = 8
@@ -88,9 +89,9 @@ class SearchView:
         self._finished.append(time.monotonic())
         if fields["evaluation"].failed:
             self._say(f"{fields['candidate'].id} failed: {fields['evaluation'].error}")
-        if fields["split"] == "heldout":
+        if fields["split"] != "search":
             if self._live is not None:
-                self._progress.update(self._task, description="held-out scores", pace="")
+                self._progress.update(self._task, description=f"{TITLES[fields['split']]} scores", pace="")
             return
         self._count += 1
         if self._live is not None:
@@ -111,7 +112,8 @@ class SearchView:
     def _line(self) -> str:
         status = self._status()
         best = status["best"]
-        shown = f"best mean {best['mean']:.3f} ({best['id']})" if best else "nothing scored yet"
+        none = "none keeps to the constraints yet" if status["infeasible"] else "nothing scored yet"
+        shown = f"best mean {best['mean']:.3f} ({best['id']})" if best else none
         return f"{self._count}/{self._total}  {shown}  front {status['front_size']}  {self._pace()}".rstrip()
 
     def _table(self) -> Table:
@@ -129,15 +131,15 @@ class SearchView:
 
 
 def score_table(title: str, rows: Sequence[tuple[str, dict[str, Any]]], config: SearchConfig, split: str) -> Table:
-    """Rows of (name, view) with one column per objective and their weighted mean."""
+    """Rows of (name, view) with one column per metric and the weighted mean of the objectives."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for objective in config.objectives:
-        table.add_column(escape(objective.name), justify="right")
+    for metric in config.measured:
+        table.add_column(escape(metric.name), justify="right")
     table.add_column("mean", justify="right")
     for name, row in rows:
         scores = row[split]
-        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in config.objectives]
+        cells = [f"{scores[metric.name]:.3f}" if scores else "–" for metric in config.measured]
         table.add_row(escape(name), *cells, _mean(scores, config))
     return table
 
@@ -159,7 +161,7 @@ def show_result(output: Console, run: OpenRun) -> None:
 def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
     """The front on held-out items as far as they were scored, else on search items."""
     rows = views.front(archive, config)
-    split, items = ("heldout", "held-out") if rows and rows[0]["heldout"] else ("scores", "search")
+    split, items = ("heldout", TITLES["heldout"]) if rows and rows[0]["heldout"] else ("scores", TITLES["search"])
     named = [(row["id"], row) for row in rows[:most]]
     title = f"Pareto front: {len(rows)} candidates" + (f", the best {most}" if most and most < len(rows) else "")
     output.print(score_table(f"{title}, on {items} items", named, config, split))
@@ -170,22 +172,22 @@ def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> 
     for column in (
         "id",
         "kind",
-        *(objective.name for objective in config.objectives),
+        *(metric.name for metric in config.measured),
         "mean",
         "fingerprint",
         "error",
     ):
         table.add_column(escape(column))
-    for row in views.candidates(archive):
+    for row in views.candidates(archive, config):
         scores = row["scores"]
-        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in config.objectives]
+        cells = [f"{scores[metric.name]:.3f}" if scores else "–" for metric in config.measured]
         table.add_row(
             row["id"],
             row["kind"],
             *cells,
             _mean(scores, config),
             row["fingerprint"] or "–",
-            escape(row["error"] or ""),
+            escape(row["error"] or ("" if row["feasible"] else "breaks a constraint")),
         )
     output.print(table)
 

@@ -41,7 +41,7 @@ def evomerge(*arguments: object, status: int = 0) -> str:
 def content(directory: Path) -> tuple[Any, Any]:
     """What `candidates --json` and `front --json` print, without a process for each."""
     run = runs.read(directory)
-    return views.candidates(run.archive), views.front(run.archive, run.config)
+    return views.candidates(run.archive, run.config), views.front(run.archive, run.config)
 
 
 def evaluated(directory: Path) -> list[tuple[str, str]]:
