@@ -133,6 +133,7 @@ def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
 
     archive, config, running = _read(directory)
     content = views.status(archive, config, running)
+    content["evidence"] = views.evidence(archive, config)
     content |= progress.pace(Path(directory), content) if running else {"rate": None, "seconds_left": None}
     if as_json:
         return _print_json(content)
@@ -158,7 +159,8 @@ def front(directory: RunOrStorage, as_json: AsJson = False) -> None:
     archive, config, _ = _read(directory)
     if as_json:
         return _print_json(views.front(archive, config))
-    return terminal.show_front(terminal.console(), archive, config)
+    terminal.show_front(terminal.console(), archive, config)
+    return terminal.show_evidence(terminal.console(), views.evidence(archive, config))
 
 
 @app.command()

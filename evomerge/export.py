@@ -15,6 +15,7 @@ from evomerge.card import model_card
 from evomerge.config import SearchConfig, Split
 from evomerge.criteria import Criteria, criteria_of
 from evomerge.errors import InputError, WorkFailed, choices
+from evomerge.evidence import against, phrase
 from evomerge.licenses import combined, stated_license
 from evomerge.merging.sources import find_source, preflight, split_adapter, tensor_table
 from evomerge.preparation import resolve_dtype
@@ -150,7 +151,8 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str]:
-    """What a user should know before shipping a candidate: a control that is as good on what has been measured."""
+    """What a user should know before shipping a candidate: a control that is as good on what has been measured, or from
+    which held-out items do not tell it apart."""
     found = []
     splits: dict[Split, str] = {"search": "search", "heldout": "held-out"}
     for split, items in splits.items():
@@ -163,6 +165,9 @@ def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str
         own, theirs = means([mine, rival], criteria)
         if theirs >= own:
             found.append(f"the control {rival.candidate.id} scores {theirs:.3f} on {items} items, this one {own:.3f}.")
+    for row in against(archive, config, [record.candidate.id])[record.candidate.id]:
+        if not row["distinguishable"]:
+            found.append(f"not distinguishable from {row['rival']} on held-out items: {phrase(row)}.")
     return found
 
 

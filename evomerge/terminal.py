@@ -17,6 +17,7 @@ from rich.table import Table
 from evomerge import views
 from evomerge.archive import Archive
 from evomerge.config import SearchConfig
+from evomerge.evidence import phrase
 from evomerge.progress import pace_of
 from evomerge.runs import OpenRun
 
@@ -155,7 +156,32 @@ def show_result(output: Console, run: OpenRun) -> None:
     """The tables at the end of a run: the head of the front, then controls and evolved best on held-out items."""
     show_front(output, run.archive, run.config, _FRONT_ROWS)
     rows = views.comparison(run.archive, run.config)
-    output.print(score_table("Held-out items (every row was chosen on search items)", rows, run.config, "heldout"))
+    chosen_on = "search items" if run.config.items.selection is None else "other items"
+    output.print(score_table(f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout"))
+    show_evidence(output, views.evidence(run.archive, run.config))
+
+
+def show_evidence(output: Console, evidence: dict[str, Any]) -> None:
+    """What the best candidate gains over the best parent and the best control, and what it keeps of each parent."""
+    for row in evidence["against"]:
+        output.print(f"{evidence['candidate']} over the {row['role']} ({row['rival']}): {phrase(row)}", markup=False)
+    if not evidence["retention"]:
+        return
+    items = TITLES[evidence["retention"][0]["items"]]
+    table = Table(
+        "",
+        "its best",
+        "its score",
+        "candidate's",
+        "kept",
+        title=f"Kept of each parent, on {items} items",
+        title_justify="left",
+    )
+    for row in evidence["retention"]:
+        kept = "–" if row["kept"] is None else f"{row['kept']:.0%}"
+        scores = (f"{row['parent_score']:.3f}", f"{row['score']:.3f}")
+        table.add_row(escape(row["parent"]), escape(row["metric"]), *scores, kept)
+    output.print(table)
 
 
 def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
@@ -215,6 +241,7 @@ def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -
         + (f", {status['pace']}" if status.get("pace") else "")
     )
     output.print(progress_table(status, config))
+    show_evidence(output, status["evidence"])
 
 
 def truncation(count: int) -> str:

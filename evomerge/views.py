@@ -9,6 +9,7 @@ from evomerge.candidate import Evaluation
 from evomerge.config import SPLITS, SearchConfig
 from evomerge.controls import ESSENTIAL, count_controls, family
 from evomerge.criteria import Criteria, criteria_of
+from evomerge.evidence import against, retention
 from evomerge.search import best_found, best_of, front_of, means, reported
 
 Row = dict[str, Any]
@@ -42,9 +43,26 @@ def candidates(archive: Archive, config: SearchConfig) -> list[Row]:
 
 
 def front(archive: Archive, config: SearchConfig) -> list[Row]:
-    """The Pareto front on all search items, best mean first, with held-out scores where they are known."""
+    """The Pareto front on all search items, best mean first, with held-out scores where they are known, and what they
+    say of each candidate beside the best parent and the best control."""
     criteria = criteria_of(archive, config)
-    return [with_other_splits(archive, record, criteria) for record in front_of(archive.records(), criteria)]
+    rows = [with_other_splits(archive, record, criteria) for record in front_of(archive.records(), criteria)]
+    compared = against(archive, config, [row["id"] for row in rows])
+    return [{**row, "against": compared[row["id"]]} for row in rows]
+
+
+def evidence(archive: Archive, config: SearchConfig) -> Row:
+    """The best candidate beside the best parent and the best control on held-out items, and what it keeps of each
+    parent; nothing while there is no best."""
+    best = best_found(archive, config)
+    if best is None:
+        return {"candidate": None, "against": [], "retention": []}
+    name = best.candidate.id
+    return {
+        "candidate": name,
+        "against": against(archive, config, [name])[name],
+        "retention": retention(archive, config, name),
+    }
 
 
 def with_other_splits(archive: Archive, record: Record, criteria: Criteria) -> Row:
