@@ -34,8 +34,8 @@ def compare(differences: Sequence[Floats], weights: Floats, random: np.random.Ge
     means = np.array([task.mean() for task in differences])
     resampled, flipped = np.zeros(_DRAWS), np.zeros(_DRAWS)
     for share, task in zip(shares, differences, strict=True):
-        resampled += share * _resampled(task, random)
         flipped += share * _flipped(task, random)
+        resampled += share * _resampled(task, random)
     difference = float(shares @ means)
     low, high = np.quantile(resampled, [0.025, 0.975])
     as_large = int((np.abs(flipped) >= abs(difference) - _ROUNDING).sum())
