@@ -241,7 +241,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "candidates": config.budget,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
-        "constraints": {each.name: f"{each.retain:g} of {each.of or 'best parent'}" for each in config.constraints},
+        "constraints": {f"{each.name} of {each.of or 'the best parent'}": each.retain for each in config.constraints},
         "items_per_task": {split: getattr(config.items, split) for split in config.splits},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,
