@@ -2,7 +2,8 @@
 each parent. From the archive to plain values for JSON and tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from evomerge.controls import BASE, PARENT, family
 from evomerge.criteria import Criteria, criteria_of, sign_of
 from evomerge.randomness import counter_rng
 from evomerge.search import best_of
-from evomerge.statistics import Floats, compare, holm, mcnemar
+from evomerge.statistics import Floats, holm, interval, mcnemar, sign_flip, weighted_difference
 
 Row = dict[str, Any]
 SIGNIFICANT = 0.05
@@ -26,25 +27,32 @@ def against(archive: Archive, config: SearchConfig, candidates: Sequence[str]) -
     held-out scores, since any of these could have been the one to be shown.
     """
     found: dict[str, list[Row]] = {name: [] for name in candidates}
-    looked_at = [record for record in archive.records("heldout") if record.candidate.kind == "search"]
+    heldout = {record.candidate.id: record for record in archive.records("heldout")}
     for role, rival in rivals(archive, config):
-        records = {record.candidate.id: record for record in looked_at if not record.evaluation.failed}
-        for name in candidates:
-            record = archive.find(name, "heldout")
-            if record is not None and not record.evaluation.failed and name != rival.candidate.id:
-                records[name] = record
-        rows = {name: row for name, record in records.items() if (row := _row(record, rival, config)) is not None}
-        corrected = dict(zip(rows, holm([row["p_value"] for row in rows.values()]), strict=True))
-        for name in candidates:
-            if name in rows:
+        pairs = {
+            name: pair
+            for name, record in heldout.items()
+            if (record.candidate.kind == "search" or name in candidates)
+            and record is not rival
+            and (pair := _Pair.of(record, rival, config)) is not None
+        }
+        p_values = {name: pair.p_value for name, pair in pairs.items()}
+        corrected = dict(zip(pairs, holm(list(p_values.values())), strict=True))
+        for name in found:
+            if name in pairs:
+                row = pairs[name].row()
                 found[name].append(
                     {
                         "role": role,
                         "rival": rival.candidate.id,
-                        **rows[name],
+                        "difference": row["difference"],
+                        "interval": row["interval"],
+                        "p_value": p_values[name],
                         "corrected": corrected[name],
-                        "looked_at": len(rows),
-                        "distinguishable": corrected[name] < SIGNIFICANT and rows[name]["difference"] > 0,
+                        "looked_at": len(pairs),
+                        "distinguishable": corrected[name] < SIGNIFICANT and row["difference"] > 0,
+                        "objectives": row["objectives"],
+                        "untested": row["untested"],
                     }
                 )
     return found
@@ -56,43 +64,71 @@ def rivals(archive: Archive, config: SearchConfig) -> list[tuple[str, Record]]:
     parents = [record for record in controls if family(record.candidate) == PARENT]
     parent = best_of(parents, Criteria(config.objectives))
     control = best_of(controls, criteria_of(archive, config, "heldout"))
-    found = [("best parent", parent), ("best control", control)]
-    return [(role, each) for role, each in found if each is not None and (role == "best parent" or each is not parent)]
+    if parent is not None and parent is control:
+        return [("best parent and control", parent)]
+    return [(role, each) for role, each in (("best parent", parent), ("best control", control)) if each is not None]
 
 
-def _row(mine: Record, theirs: Record, config: SearchConfig) -> Row | None:
-    """The difference of the weighted means over the objectives whose items are known one by one, and each of these."""
-    tested = {
-        objective: pair for objective in config.objectives if (pair := _outcomes(mine, theirs, objective)) is not None
-    }
-    weights = np.array([objective.weight for objective in tested])
-    if not weights.sum() > 0:
-        return None
+@dataclass(frozen=True)
+class _Pair:
+    """The items of two candidates on the objectives where these are known one by one, with a weight above 0 in all."""
 
-    def rng(*purpose: str) -> np.random.Generator:
-        return counter_rng(config.seed, "bootstrap", mine.candidate.id, theirs.candidate.id, *purpose)
+    mine: Record
+    theirs: Record
+    config: SearchConfig
+    outcomes: Mapping[ObjectiveConfig, tuple[Floats, Floats]]
 
-    differences = {objective.name: sign_of(objective) * (own - other) for objective, (own, other) in tested.items()}
-    objectives = {}
-    for objective, (own, other) in tested.items():
-        each = compare([differences[objective.name]], np.ones(1), rng(objective.name))
-        binary = bool(np.isin(np.concatenate([own, other]), (0.0, 1.0)).all())
-        objectives[objective.name] = {
-            "difference": each.difference,
-            "interval": [each.low, each.high],
-            "p_value": mcnemar(own, other) if binary else each.p_value,
-            "test": "mcnemar" if binary else "sign_flip",
-            "won": int((differences[objective.name] > 0).sum()),
-            "lost": int((differences[objective.name] < 0).sum()),
+    @classmethod
+    def of(cls, mine: Record, theirs: Record, config: SearchConfig) -> "_Pair | None":
+        known = {each: pair for each in config.objectives if (pair := _outcomes(mine, theirs, each)) is not None}
+        return cls(mine, theirs, config, known) if sum(each.weight for each in known) > 0 else None
+
+    @property
+    def differences(self) -> dict[ObjectiveConfig, Floats]:
+        """By objective, what each item gains; shape (items,), larger is better."""
+        return {each: sign_of(each) * (own - other) for each, (own, other) in self.outcomes.items()}
+
+    @property
+    def weights(self) -> Floats:
+        return np.array([objective.weight for objective in self.outcomes])
+
+    @property
+    def p_value(self) -> float:
+        """Of the difference of the weighted means."""
+        if len(self.outcomes) == 1:
+            return self._task_p_value(next(iter(self.outcomes)))[1]
+        return sign_flip(list(self.differences.values()), self.weights, self._random("flips"))
+
+    def row(self) -> Row:
+        differences = self.differences
+        every = list(differences.values())
+        return {
+            "difference": weighted_difference(every, self.weights),
+            "interval": list(interval(every, self.weights, self._random("items"))),
+            "objectives": {each.name: self._task_row(each, differences[each]) for each in differences},
+            "untested": [each.name for each in self.config.objectives if each not in differences],
         }
-    joint = compare(list(differences.values()), weights, rng())
-    return {
-        "difference": joint.difference,
-        "interval": [joint.low, joint.high],
-        "p_value": joint.p_value if len(objectives) > 1 else next(iter(objectives.values()))["p_value"],
-        "objectives": objectives,
-        "untested": [objective.name for objective in config.objectives if objective.name not in objectives],
-    }
+
+    def _task_row(self, objective: ObjectiveConfig, differences: Floats) -> Row:
+        test, p_value = self._task_p_value(objective)
+        return {
+            "difference": float(differences.mean()),
+            "interval": list(interval([differences], np.ones(1), self._random("items", objective.name))),
+            "p_value": p_value,
+            "test": test,
+            "won": int((differences > 0).sum()),
+            "lost": int((differences < 0).sum()),
+        }
+
+    def _task_p_value(self, objective: ObjectiveConfig) -> tuple[str, float]:
+        """Which test fits the outcomes of one task, and its p-value."""
+        own, other = self.outcomes[objective]
+        if np.isin(np.concatenate([own, other]), (0.0, 1.0)).all():
+            return "mcnemar", mcnemar(own, other)
+        return "sign_flip", sign_flip([own - other], np.ones(1), self._random("flips", objective.name))
+
+    def _random(self, *purpose: str) -> np.random.Generator:
+        return counter_rng(self.config.seed, *purpose, self.mine.candidate.id, self.theirs.candidate.id)
 
 
 def _outcomes(mine: Record, theirs: Record, objective: ObjectiveConfig) -> tuple[Floats, Floats] | None:
@@ -104,8 +140,11 @@ def _outcomes(mine: Record, theirs: Record, objective: ObjectiveConfig) -> tuple
 
 
 def retention(archive: Archive, config: SearchConfig, candidate: str) -> list[Row]:
-    """For each parent, how much a candidate keeps of what that parent does best: of the metric on which it leads the
-    base by most on search items, relative to the largest score of any parent there. On held-out items where known."""
+    """For each parent, how much a candidate keeps of what that parent does best, on held-out items where known.
+
+    That is the metric on which it leads the base by most on search items, relative to the largest score of base and
+    parents there; of a parent that leads on none, the one on which it comes closest to that score.
+    """
     split: Split = "heldout" if archive.find(candidate, "heldout") is not None else "search"
     rows = []
     for name in config.models:
@@ -140,11 +179,12 @@ def _own_best(archive: Archive, config: SearchConfig, parent: str) -> ObjectiveC
     if parent not in scores or BASE not in scores:
         return None
 
-    def lead(metric: ObjectiveConfig) -> float:
-        largest = max(abs(each[metric.name]) for each in scores.values()) or 1.0
-        return sign_of(metric) * (scores[parent][metric.name] - scores[BASE][metric.name]) / largest
+    def merit(metric: ObjectiveConfig) -> tuple[float, float]:
+        sign = sign_of(metric) / (max(abs(each[metric.name]) for each in scores.values()) or 1.0)
+        mine, base = sign * scores[parent][metric.name], sign * scores[BASE][metric.name]
+        return max(0.0, mine - base), mine
 
-    return max(config.measured, key=lead)
+    return max(config.measured, key=merit)
 
 
 def phrase(row: Row) -> str:

@@ -5,61 +5,58 @@ itself.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-_DRAWS = 5000
-_BLOCK = 1_000_000  # numbers drawn at once
+_DRAWS = range(2000, 20001)  # as many as the numbers below allow
+_NUMBERS = 1_000_000  # drawn for a task in all
+_BLOCK = 500_000  # and at once
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A weighted mean of differences, its bootstrap interval of 95 %, and the probability of one at least as large,
-    either way, where neither candidate is better."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
+def weighted_difference(differences: Sequence[Floats], weights: Floats) -> float:
+    """The weighted mean over tasks of their mean differences. weights: one per task, not all 0."""
+    return float(weights @ [task.mean() for task in differences] / weights.sum())
 
 
-def compare(differences: Sequence[Floats], weights: Floats, random: np.random.Generator) -> Comparison:
-    """The weighted mean over tasks of their mean differences: percentile bootstrap over items (Efron and Tibshirani
-    1993, chapter 13), and a sign-flip test (Fisher 1935), both within each task. weights: one per task, not all 0."""
-    shares = weights / weights.sum()
-    means = np.array([task.mean() for task in differences])
-    resampled, flipped = np.zeros(_DRAWS), np.zeros(_DRAWS)
-    for share, task in zip(shares, differences, strict=True):
-        flipped += share * _flipped(task, random)
-        resampled += share * _resampled(task, random)
-    difference = float(shares @ means)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    as_large = int((np.abs(flipped) >= abs(difference) - _ROUNDING).sum())
-    return Comparison(difference, float(low), float(high), (1 + as_large) / (_DRAWS + 1))
+def sign_flip(differences: Sequence[Floats], weights: Floats, random: np.random.Generator) -> float:
+    """The two-sided p-value of the weighted difference, where each item might as well have come out the other way round
+    (Fisher 1935), by Monte Carlo."""
+    drawn = _joint(differences, weights, lambda task, draws: _flipped(task, draws, random))
+    as_large = np.abs(drawn) >= abs(weighted_difference(differences, weights)) - _ROUNDING
+    return float((1 + as_large.sum()) / (1 + len(drawn)))
 
 
-def _resampled(differences: Floats, random: np.random.Generator) -> Floats:
-    """Means of as many differences drawn with replacement, shape (draws,)."""
-    values, counts = np.unique(differences, return_counts=True)
-    shares, count = counts / counts.sum(), len(differences)
-    return _drawn(lambda draws: random.multinomial(count, shares, size=draws) @ values / count, len(values))
+def interval(differences: Sequence[Floats], weights: Floats, random: np.random.Generator) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the weighted difference (Efron and Tibshirani 1993, chapter 13)."""
+    drawn = _joint(differences, weights, lambda task, draws: _resampled(task, draws, random))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
-def _flipped(differences: Floats, random: np.random.Generator) -> Floats:
-    """Means of the differences, each with a sign drawn anew, shape (draws,)."""
-    sizes, counts = np.unique(np.abs(differences), return_counts=True)
-    shape, total = len(sizes), len(differences)
-    return _drawn(lambda draws: (2 * random.binomial(counts, 0.5, (draws, shape)) - counts) @ sizes / total, shape)
-
-
-def _drawn(draw: Callable[[int], Floats], width: int) -> Floats:
-    """Draws in blocks that fit into memory."""
+def _joint(differences: Sequence[Floats], weights: Floats, draw: Callable[[Floats, int], Floats]) -> Floats:
+    """Weighted means over tasks of means that are drawn for each, shape (draws,). draw: of a task's differences and how
+    many; its cost grows with the number of different values."""
+    width = max(len(np.unique(task)) for task in differences)
+    draws = min(max(_NUMBERS // width, _DRAWS[0]), _DRAWS[-1])
     block = max(1, _BLOCK // width)
-    return np.concatenate([draw(min(block, _DRAWS - done)) for done in range(0, _DRAWS, block)])
+    sizes = [min(block, draws - done) for done in range(0, draws, block)]
+    drawn = [np.concatenate([draw(task, size) for size in sizes]) for task in differences]
+    return np.asarray(weights @ np.stack(drawn) / weights.sum())
+
+
+def _flipped(differences: Floats, draws: int, random: np.random.Generator) -> Floats:
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    positive = random.binomial(counts, 0.5, (draws, len(sizes)))
+    return np.asarray((2 * positive - counts) @ sizes / len(differences))
+
+
+def _resampled(differences: Floats, draws: int, random: np.random.Generator) -> Floats:
+    values, counts = np.unique(differences, return_counts=True)
+    total = len(differences)
+    return np.asarray(random.multinomial(total, counts / total, draws) @ values / total)
 
 
 def mcnemar(mine: Floats, theirs: Floats) -> float:

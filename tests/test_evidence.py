@@ -96,3 +96,11 @@ def test_of_a_score_that_should_be_small_the_parents_share_is_kept(config: Searc
     differences = {name: row["difference"] for name, row in parent["objectives"].items()}
     assert parent["rival"] == "parent-math"
     assert differences == {"base_qa": pytest.approx(-20 / ITEMS), "cross_math_b": pytest.approx(69 / ITEMS)}
+
+
+def test_of_a_parent_that_leads_on_nothing_what_it_does_least_badly_counts(
+    config: SearchConfig, tmp_path: Path
+) -> None:
+    scores = {**PARENTS, "base": (190, 100), "g0000-00": (120, 81)}
+    rows = retention(recorded(config, tmp_path / "run", scores), config, "g0000-00")
+    assert {row["parent"]: row["metric"] for row in rows} == {"math": "cross_math_b", "lang": "base_qa"}
