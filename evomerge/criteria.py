@@ -23,13 +23,16 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a score must reach. The bound is one where larger is better, so of the negated score where `sign` is -1; NaN
-    while the score that it is a share of is not known, and then nobody reaches it."""
+    """What a score must reach: a share of a parent's, or not more than a cost's maximum.
+
+    bound: where larger is better, so of the negated score where `sign` is -1; NaN while the parent's score is not
+    known, and then nobody reaches it. source: where the bound comes from, in a phrase.
+    """
 
     name: str
     sign: float
     bound: float
-    of: str
+    source: str
 
     def violation(self, evaluation: Evaluation) -> float:
         """By how much an evaluation misses the bound, as a share of it: 0 where it does not, NaN for a failure."""
@@ -40,7 +43,7 @@ class Limit:
 
     def __str__(self) -> str:
         side = "at least" if self.sign > 0 else "at most"
-        return f"{self.name} {side} {self.sign * self.bound:.3f} (of {self.of})"
+        return f"{self.name} {side} {round(self.sign * self.bound, 3):.12g} ({self.source})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,15 @@ def sign_of(metric: ObjectiveConfig | ConstraintConfig) -> float:
 
 
 def criteria_of(archive: Archive, config: SearchConfig, split: Split = "search") -> Criteria:
-    """A search's criteria on a split, by the scores that its parents have there."""
+    """A search's criteria on a split, by the scores that its parents have there. Costs are limited on search items: the
+    time that an evaluation takes depends on how many items there are."""
     names = [BASE, *(f"{PARENT}-{name}" for name in config.models)]
     found = {name: archive.find(name, split) for name in names}
     parents = {name: record.evaluation for name, record in found.items() if record is not None}
-    return Criteria(config.objectives, tuple(_limit(each, config, parents) for each in config.constraints))
+    limits = [_limit(each, config, parents) for each in config.constraints]
+    if split == "search":
+        limits += [Limit(cost.name, -1.0, -cost.max, "max") for cost in config.objectives if cost.max is not None]
+    return Criteria(config.objectives, tuple(limits))
 
 
 def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[str, Evaluation]) -> Limit:
@@ -110,22 +117,23 @@ def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[
         if (evaluation := parents.get(name)) is not None and evaluation.scores is not None
     }
     if not known or any(name not in parents for name in names):
-        return Limit(constraint.name, sign, np.nan, names[0])
+        return Limit(constraint.name, sign, np.nan, f"of {names[0]}'s")
     best = max(known, key=lambda name: known[name])
     bound = known[best] - (1 - constraint.retain) * abs(known[best])
-    return Limit(constraint.name, sign, bound, f"{best}'s {sign * known[best]:.3f}")
+    return Limit(constraint.name, sign, bound, f"of {best}'s {sign * known[best]:.3f}")
 
 
 def _references(constraint: ConstraintConfig, config: SearchConfig) -> list[str]:
     """The controls that a constraint compares with."""
-    if constraint.of is None:
+    if constraint.of is None and config.models:
         return [f"{PARENT}-{name}" for name in config.models]
-    return [BASE if constraint.of == "base" else f"{PARENT}-{constraint.of}"]
+    return [BASE if constraint.of in (None, "base") else f"{PARENT}-{constraint.of}"]
 
 
 def check_limits(archive: Archive, config: SearchConfig, criteria: Criteria) -> None:
     """Raises WorkFailed where no parent that a constraint compares with could be scored."""
-    for index, (constraint, limit) in enumerate(zip(config.constraints, criteria.limits, strict=True)):
+    for index, constraint in enumerate(config.constraints):
+        limit = criteria.limits[index]
         name = _references(constraint, config)[0]
         record = archive.find(name, "search")
         if np.isnan(limit.bound) and record is not None:

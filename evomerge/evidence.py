@@ -106,7 +106,7 @@ class _Pair:
             "difference": weighted_difference(every, self.weights),
             "interval": list(interval(every, self.weights, self._random("items"))),
             "objectives": {each.name: self._task_row(each, differences[each]) for each in differences},
-            "untested": [each.name for each in self.config.objectives if each not in differences],
+            "untested": [each.name for each in self.config.objectives if each.weight and each not in differences],
         }
 
     def _task_row(self, objective: ObjectiveConfig, differences: Floats) -> Row:
@@ -184,7 +184,7 @@ def _own_best(archive: Archive, config: SearchConfig, parent: str) -> ObjectiveC
         mine, base = sign * scores[parent][metric.name], sign * scores[BASE][metric.name]
         return max(0.0, mine - base), mine
 
-    return max(config.measured, key=merit)
+    return max((metric for metric in config.measured if metric.cost is None), key=merit, default=None)
 
 
 def phrase(row: Row) -> str:
