@@ -1,15 +1,16 @@
 """Stand-ins without models: a pool that scores genomes by a formula and finishes jobs in any order, and a worker."""
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evomerge.candidate import Candidate, Evaluation, Split, failure
+from evomerge.candidate import Evaluation, Split, failure
 from evomerge.recipe import Recipe
 from evomerge.workers import Job
 
-Scorer = Callable[[Candidate], Sequence[float] | str]
+Scorer = Callable[..., Sequence[float] | str]  # of a candidate, or of a candidate and a split
 
 
 class Killed(BaseException):
@@ -40,7 +41,8 @@ class FakePool:
             raise Killed
         job = self._jobs.pop(self._random.integers(min(self._size, len(self._jobs))))
         self.evaluated.append((job.candidate.id, job.split))
-        result = self._scorer(job.candidate)
+        takes_split = len(inspect.signature(self._scorer).parameters) > 1
+        result = self._scorer(job.candidate, job.split) if takes_split else self._scorer(job.candidate)
         if isinstance(result, str):
             return job, failure(result)
         scores = dict(zip(self._names, result, strict=True))

@@ -28,7 +28,8 @@ class Optimizer(Protocol):
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
         """The scores of a generation that was asked for, in order; shape (population, objectives), larger is better,
-        NaN for candidates that failed. Generations may be told while later ones are being evaluated."""
+        NaN for candidates that failed; in a search with limits more columns, which `Problem.ranking` understands (see
+        there). Generations may be told while later ones are being evaluated."""
         ...
 
 
