@@ -932,7 +932,6 @@ def test_what_cannot_be_scored_is_refused(tiny_models: dict[str, Path], search: 
     )
     refuses("evaluate", tiny_models["first"], "--config", "nowhere.yaml", says=("nowhere.yaml: no such file",))
     refuses("evaluate", "zoo:mth", "--config", path, says=("zoo:mth", "did you mean 'math'?"))
-    refuses("evaluate", "zoo:math", "--config", path, says=("zoo:math", "only models of one shape can be merged"))
     refuses("evaluate", "./nowhere", "--config", path, says=("./nowhere: no such model folder",))
     refuses("evaluate", "nowhere.yaml", "--config", path, says=("nowhere.yaml: no such file",))
 

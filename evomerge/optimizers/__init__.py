@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from evomerge.config import OptimizerConfig, OptimizerName
+from evomerge.errors import InputError
 from evomerge.optimizers.ranking import Ranking
 from evomerge.pareto import Scores
 from evomerge.spaces import Gene, Genome
@@ -72,6 +73,10 @@ def resolve(config: OptimizerConfig, dimension: int, objectives: int, genes: Seq
         for stage in config.stages
     )
     population = config.population or _usual_population(name, dimension)
+    _check_population(name, population, "optimizer")
+    for index, stage in enumerate(stages):
+        if stage.name is not None and stage.population is not None:
+            _check_population(stage.name, stage.population, f"optimizer.stages[{index}]")
     covariance = config.covariance
     if covariance == "auto":
         covariance = "diagonal" if dimension >= 24 or config.evaluations <= 10 * dimension else "full"
@@ -89,6 +94,11 @@ def _suited(genes: Sequence[Gene]) -> OptimizerName:
     if HOP in kinds:
         return "path_evolution"
     return "cma_es" if GATE in kinds or domains <= {"continuous"} else "group_evolution"
+
+
+def _check_population(name: str, population: int, where: str) -> None:
+    if name in ("cma_es", "cat_cma") and population < 4:
+        raise InputError(f"{where}.population is {population}; {name} needs at least 4.")
 
 
 def _usual_population(name: str, dimension: int) -> int:
