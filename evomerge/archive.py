@@ -32,11 +32,21 @@ _FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """When an evaluation came in an asynchronous search: how many had before it, and how many generations had been
+    asked for by then."""
+
+    number: int
+    asked: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A candidate with what happened to it."""
 
     candidate: Candidate
     evaluation: Evaluation
+    arrival: Arrival | None = None
 
 
 class Archive:
@@ -123,12 +133,15 @@ class Archive:
             seconds=attributes["seconds"],
             truncated=attributes.get("truncated", 0),
         )
-        return Record(candidate, evaluation)
+        arrival = Arrival(*attributes["arrival"]) if "arrival" in attributes else None
+        return Record(candidate, evaluation, arrival)
 
     def find(self, candidate_id: str, split: Split) -> Record | None:
         return self._records[split].get(candidate_id)
 
-    def record(self, candidate: Candidate, evaluation: Evaluation, split: Split) -> None:
+    def record(
+        self, candidate: Candidate, evaluation: Evaluation, split: Split, arrival: Arrival | None = None
+    ) -> None:
         """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it."""
         with quiet():
             import optuna
@@ -141,7 +154,7 @@ class Archive:
                 values=values,
                 params=params,
                 distributions=distributions,
-                user_attrs=_attributes(candidate, evaluation),
+                user_attrs=_attributes(candidate, evaluation, arrival),
             )
             try:
                 self._studies[split].add_trial(trial)
@@ -150,7 +163,7 @@ class Archive:
                     f"the archive refused evaluation {candidate.id} ({_brief(error)}); nothing was lost: free "
                     "some space or restore the storage, then resume."
                 ) from None
-        self._records[split][candidate.id] = Record(candidate, evaluation)
+        self._records[split][candidate.id] = Record(candidate, evaluation, arrival)
 
     def _parameters(self, genome: Sequence[float]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Optuna's parameters and their distributions: the genes that count, categorical ones by the chosen name."""
@@ -176,6 +189,11 @@ class Archive:
     def records(self, split: Split = "search") -> list[Record]:
         """Every recorded evaluation, controls first, then by generation and index."""
         return sorted(self._records[split].values(), key=lambda record: place(record.candidate))
+
+    def arrivals(self) -> list[Record]:
+        """The search candidates of an asynchronous search in the order in which their evaluations came."""
+        recorded = [(record.arrival.number, record) for record in self._records["search"].values() if record.arrival]
+        return [record for _, record in sorted(recorded, key=lambda pair: pair[0])]
 
     def check_sources(self, sources: Mapping[str, str]) -> None:
         """Raises InputError naming a source model whose identity is not the one that the archive was made with."""
@@ -208,7 +226,7 @@ def place(candidate: Candidate) -> tuple[int, int]:
     return candidate.generation, candidate.index
 
 
-def _attributes(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
+def _attributes(candidate: Candidate, evaluation: Evaluation, arrival: Arrival | None) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "id": candidate.id,
         "kind": candidate.kind,
@@ -218,6 +236,8 @@ def _attributes(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         "seconds": round(evaluation.seconds, 4),
         "recipe": candidate.recipe.model_dump(mode="json", exclude_defaults=True),
     }
+    if arrival is not None:
+        attributes["arrival"] = [arrival.number, arrival.asked]
     if evaluation.fingerprint is not None:
         attributes["fingerprint"] = evaluation.fingerprint
     if evaluation.error is not None:

@@ -330,11 +330,16 @@ class StageConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """How genomes are proposed. `evaluations` counts search candidates; controls come on top."""
+    """How genomes are proposed. `evaluations` counts search candidates; controls come on top.
+
+    schedule: `pipelined` proposes the same whatever the number of workers; `async` never lets a worker wait, but what
+    it proposes depends on the order in which evaluations finish. That order is recorded, and resuming keeps to it.
+    """
 
     name: OptimizerName | Literal["auto", "greedy_soup"] = "auto"
     evaluations: int = Field(default=300, ge=1)
     population: int | None = Field(default=None, ge=1)
+    schedule: Literal["pipelined", "async"] = "pipelined"
     lag: int = Field(default=1, ge=0, le=16)
     ranking: Literal["auto", "elite", "weighted_sum"] = "auto"
     covariance: Literal["auto", "full", "diagonal"] = "auto"
@@ -352,6 +357,8 @@ class OptimizerConfig(Settings):
     def _soup(self) -> Self:
         if self.name == "greedy_soup" and self.stages:
             raise ValueError(".stages are given, but greedy_soup has none; leave them out")
+        if self.name == "greedy_soup" and self.schedule == "async":
+            raise ValueError(".schedule is async, but greedy_soup builds each soup on the one before; use pipelined")
         return self
 
     @model_validator(mode="after")

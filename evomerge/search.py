@@ -1,9 +1,9 @@
 """The search: controls first, then ask, dispatch, tell, record, and held-out scores at the end.
 
 Generations are pipelined: g0..g_lag are asked at once, then tell(g) and ask(g + lag + 1) strictly alternate, so
-proposals depend neither on timing nor on the number of workers. There is no special code for resuming: the loop runs
-from the start, and a candidate that the archive already holds is answered from there, once its genome has been
-compared.
+proposals depend neither on timing nor on the number of workers (`evomerge.asynchronous` gives that up for busier ones).
+There is no special code for resuming: the loop runs from the start, and a candidate that the archive already holds is
+answered from there, once its genome has been compared.
 """
 
 from collections import deque
@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evomerge.archive import Archive, Record, place, versions
+from evomerge.archive import Archive, Arrival, Record, place, versions
+from evomerge.asynchronous import AsyncSchedule, propose
 from evomerge.candidate import Candidate, Evaluation, Split
 from evomerge.config import ObjectiveConfig, SearchConfig
 from evomerge.controls import essential_controls, family, further_controls, start_of_weights, start_weights
@@ -100,6 +101,10 @@ class Schedule(Protocol):
         """The next candidate, or None while there is none to hand out."""
         ...
 
+    def arrival(self) -> Arrival | None:
+        """What is recorded with the next evaluation that is received, where the order of receiving them counts."""
+        ...
+
     def receive(self, candidate: Candidate, evaluation: Evaluation) -> None: ...
 
 
@@ -112,6 +117,9 @@ class Batch:
 
     def next(self) -> Candidate | None:
         return self._queue.popleft() if self._queue else None
+
+    def arrival(self) -> None:
+        return None
 
     def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
         self._received[candidate.id] = evaluation
@@ -166,16 +174,7 @@ class Generations:
         self._exhausted = len(genomes) == 0
         left = self.config.budget - self._created
         for index, genome in enumerate(genomes[:left]):
-            self._queue.append(
-                Candidate(
-                    id=f"g{self._asked:04d}-{index:02d}",
-                    kind="search",
-                    generation=self._asked,
-                    index=index,
-                    recipe=self.space.decode(genome),
-                    genome=tuple(genome.tolist()),
-                )
-            )
+            self._queue.append(propose(self.space, genome, self._asked, index))
         self._open[self._asked] = _Generation(genomes, [None] * len(genomes))
         self._created += min(len(genomes), left)
         self._asked += 1
@@ -185,6 +184,9 @@ class Generations:
         evaluations = [evaluation for evaluation in generation.evaluations if evaluation is not None]
         self.optimizer.tell(generation.genomes, score_matrix(evaluations, self.config.objectives))
         self._told += 1
+
+    def arrival(self) -> None:
+        return None
 
     def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
         self._open[candidate.generation].evaluations[candidate.index] = evaluation
@@ -205,12 +207,12 @@ class Search:
         essential = Batch(essential_controls(self.config))
         self._drain([essential], "search")
         further = Batch(further_controls(self.config, self.space))
-        self._drain([self._generations(essential), further], "search")
+        self._drain([self._proposals(essential), further], "search")
         records = self.archive.records()
         self._drain([Batch(reported(records, self.config.objectives))], "heldout")
         self.listener("finished", {"evaluations": len(records)})
 
-    def _generations(self, essential: Batch) -> Generations:
+    def _proposals(self, essential: Batch) -> Schedule:
         """The optimizer, started at the best essential control (or where the space says)."""
         objectives = self.config.objectives
         scores = score_matrix(list(essential.evaluations.values()), objectives)
@@ -231,7 +233,17 @@ class Search:
         encoded = [self.space.encode(each) for each in weights if each]
         known = (np.stack(encoded), scores[merges]) if encoded else None
         problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
-        return Generations(make_optimizer(self.config.optimizer, problem), self.space, self.config)
+        optimizer = make_optimizer(self.config.optimizer, problem)
+        if self.config.optimizer.schedule == "pipelined":
+            return Generations(optimizer, self.space, self.config)
+        schedule = AsyncSchedule(
+            optimizer, self.space, self.config, lambda evaluations: score_matrix(evaluations, objectives)
+        )
+        for record in self.archive.arrivals():
+            candidate = schedule.replayed(record)
+            self._check_replay(candidate, record)
+            schedule.receive(candidate, record.evaluation)
+        return schedule
 
     def _drain(self, schedules: Sequence[Schedule], split: Split) -> None:
         """Evaluates all that the schedules hand out, the first ones first. Two jobs per worker and one more are
@@ -252,9 +264,10 @@ class Search:
             if not owners:
                 return
             job, evaluation = self.pool.wait()
-            self.archive.record(job.candidate, evaluation, split)
+            owner = owners.pop(job.candidate.id)
+            self.archive.record(job.candidate, evaluation, split, owner.arrival())
             self.listener("evaluated", {"candidate": job.candidate, "evaluation": evaluation, "split": split})
-            owners.pop(job.candidate.id).receive(job.candidate, evaluation)
+            owner.receive(job.candidate, evaluation)
 
     def _next(self, schedules: Sequence[Schedule]) -> tuple[Schedule | None, Candidate | None]:
         for schedule in schedules:

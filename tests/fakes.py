@@ -1,6 +1,7 @@
 """Stand-ins without models: a pool that scores genomes by a formula and finishes jobs in any order, and a worker."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,9 +21,16 @@ class FakePool:
     """Finishes a random one of the jobs that could be running; counts every evaluation; can die after some of them."""
 
     def __init__(
-        self, names: Sequence[str], scorer: Scorer, size: int = 1, seed: int = 0, dies_after: int | None = None
+        self,
+        names: Sequence[str],
+        scorer: Scorer,
+        size: int = 1,
+        seed: int = 0,
+        dies_after: int | None = None,
+        order: Sequence[str] = (),
     ) -> None:
-        self._names, self._scorer, self._size = names, scorer, size
+        """order: ids of candidates that finish one after the other, before chance decides."""
+        self._names, self._scorer, self._size, self._order = names, scorer, size, deque(order)
         self._random = np.random.default_rng(seed)
         self._jobs: list[Job] = []
         self._dies_after = dies_after
@@ -38,13 +46,19 @@ class FakePool:
     def wait(self) -> tuple[Job, Evaluation]:
         if self._dies_after is not None and len(self.evaluated) >= self._dies_after:
             raise Killed
-        job = self._jobs.pop(self._random.integers(min(self._size, len(self._jobs))))
+        job = self._jobs.pop(self._next())
         self.evaluated.append((job.candidate.id, job.split))
         result = self._scorer(job.candidate)
         if isinstance(result, str):
             return job, failure(result)
         scores = dict(zip(self._names, result, strict=True))
         return job, Evaluation(scores=scores, items=10, fingerprint=job.candidate.recipe.content_id())
+
+    def _next(self) -> int:
+        ids = [job.candidate.id for job in self._jobs]
+        if self._order and self._order[0] in ids:
+            return ids.index(self._order.popleft())
+        return int(self._random.integers(min(self._size, len(self._jobs))))
 
     def close(self) -> None:
         self._jobs.clear()

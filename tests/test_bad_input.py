@@ -283,6 +283,10 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         {"optimizer": {"name": "greedy_soup", "stages": [{"genes": ["take"]}]}},
         "optimizer.stages are given, but greedy_soup has none",
     ),
+    "a greedy soup that does not wait": (
+        {"optimizer": {"name": "greedy_soup", "schedule": "async"}},
+        "optimizer.schedule is async, but greedy_soup builds each soup on the one before; use pipelined",
+    ),
     "groups that leave layers out": (
         {"space.layer_groups": ["0-1"]},
         "space.layer_groups end at layer 1",

@@ -27,8 +27,8 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
-        """The scores of a generation that was asked for, in order; shape (population, objectives), larger is better,
-        NaN for candidates that failed. Generations may be told while later ones are being evaluated."""
+        """The scores of genomes that were asked for, shape (n, objectives), larger is better, NaN for candidates that
+        failed: a generation in its order, or (`optimizer.schedule: async`) any that were not told yet."""
         ...
 
 
