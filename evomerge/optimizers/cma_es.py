@@ -4,6 +4,7 @@ pycma draws from a private generator, so a replay of what was told proposes the 
 criteria say that it has stalled, it starts again from the best candidate told, with twice the population.
 """
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class CmaEs:
         self._config, self._problem = config, problem
         self._relaxed = Relaxation(problem.genes)
         self._population, self._restarts = config.population, 0
+        self._ranked: deque[tuple[list[NDArray[np.float64]], list[float]]] = deque()
         self._best = Incumbent(problem.start)
         self._pending: Pending[tuple[Any, NDArray[np.float64]]] = Pending()
         self._arrived: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
@@ -60,7 +62,10 @@ class CmaEs:
             return cma.CMAEvolutionStrategy(inside / scale, 1.0, options)
 
     def ask(self) -> Genome:
-        self._learn()
+        if self._ranked:  # not in `tell`, since pycma learns from one population between two asks
+            solutions, losses = self._ranked.popleft()
+            with quiet():
+                self._strategy.tell(solutions, losses)
         if self._config.restarts and self._strategy.stop():
             self._restart()
         solutions = self._strategy.ask()
@@ -71,6 +76,7 @@ class CmaEs:
     def _restart(self) -> None:
         self._observe([scores for _, scores in self._arrived])
         self._arrived.clear()
+        self._ranked.clear()
         self._restarts += 1
         self._population *= 2
         self._strategy = self._start(self._best.genome)
@@ -84,17 +90,12 @@ class CmaEs:
             else:  # a restart has replaced it, and what it would learn is lost anyway
                 late.append(row)
         self._observe(late)
-
-    def _learn(self) -> None:
-        """Tells pycma of as many candidates as a population has, whichever of those asked for they are. It takes one
-        population between two asks."""
-        if len(self._arrived) < self._population:
-            return
-        batch, self._arrived = self._arrived[: self._population], self._arrived[self._population :]
-        told = np.stack([row for _, row in batch])
-        with quiet():
-            self._strategy.tell([solution for solution, _ in batch], self._problem.ranking.losses(told).tolist())
-        self._problem.ranking.observe(told)
+        while len(self._arrived) >= self._population:
+            batch, self._arrived = self._arrived[: self._population], self._arrived[self._population :]
+            told = np.stack([row for _, row in batch])
+            losses = self._problem.ranking.losses(told).tolist()
+            self._ranked.append(([solution for solution, _ in batch], losses))
+            self._problem.ranking.observe(told)
 
     def _observe(self, rows: list[NDArray[np.float64]]) -> None:
         if rows:
