@@ -6,8 +6,9 @@ search never saw. An evaluation is one transaction. The only module that knows O
 """
 
 import hashlib
+import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, active
 from evomerge.storage import expanded, masked
 
+_PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
+_LASTING = ("full", "no space", "readonly", "read-only", "no such", "does not exist", "permission", "password")
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
 TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 _FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
@@ -58,6 +61,7 @@ class Archive:
         prefix: of the names of its studies, where it is not the directory that says it.
         """
         self._config, self._genes = config, genes
+        self.listener: Callable[[str, dict[str, Any]], None] = lambda event, fields: None  # of storage_retry
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
@@ -142,7 +146,8 @@ class Archive:
     def record(
         self, candidate: Candidate, evaluation: Evaluation, split: Split, arrival: Arrival | None = None
     ) -> None:
-        """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it."""
+        """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it, or is away for
+        longer than minutes."""
         with quiet():
             import optuna
 
@@ -156,14 +161,33 @@ class Archive:
                 distributions=distributions,
                 user_attrs=_attributes(candidate, evaluation, arrival),
             )
-            try:
-                self._studies[split].add_trial(trial)
-            except Exception as error:
-                raise WorkFailed(
-                    f"the archive refused evaluation {candidate.id} ({_brief(error)}); nothing was lost: free "
-                    "some space or restore the storage, then resume."
-                ) from None
+            self._add(trial, split)
         self._records[split][candidate.id] = Record(candidate, evaluation, arrival)
+
+    def _add(self, trial: Any, split: Split) -> None:
+        """Adds a trial, once, waiting for a storage that is briefly away."""
+        identity, pause, deadline = trial.user_attrs["id"], _PAUSE, time.monotonic() + _PATIENCE
+        tried = False
+        while True:
+            try:
+                if not (tried and self._holds(identity, split)):  # its commit may have been all that came through
+                    self._studies[split].add_trial(trial)
+                return
+            except Exception as error:
+                passing, reason = _refusal(error)
+                if not passing or time.monotonic() + pause > deadline:
+                    raise WorkFailed(
+                        f"the archive refused evaluation {identity} ({reason}); nothing was lost: free some "
+                        "space or restore the storage, then resume."
+                    ) from None
+            tried = True
+            self.listener("storage_retry", {"id": identity, "reason": reason, "seconds": pause})
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+
+    def _holds(self, identity: str, split: Split) -> bool:
+        trials = self._studies[split].get_trials(deepcopy=False)
+        return any(trial.user_attrs.get("id") == identity for trial in trials)
 
     def _parameters(self, genome: Sequence[float]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Optuna's parameters and their distributions: the genes that count, categorical ones by the chosen name."""
@@ -382,6 +406,16 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
     else:
         return key, was, now
     return next((found for part in parts if (found := _first_difference(*part)) is not None), None)
+
+
+def _refusal(error: BaseException) -> tuple[bool, str]:
+    """Whether a storage may take later what it has refused now, and why it has."""
+    from sqlalchemy import exc
+
+    error = error.__cause__ or error  # Optuna's own says nothing
+    reason = _brief(getattr(error, "orig", None) or error)  # without the statement
+    lasting = any(word in reason.lower() for word in _LASTING)
+    return isinstance(error, (exc.OperationalError, exc.InterfaceError)) and not lasting, reason
 
 
 def _brief(error: BaseException) -> str:

@@ -377,7 +377,9 @@ class ControlsConfig(Settings):
 
 
 class WorkersConfig(Settings):
-    """Where candidates are evaluated. Nothing here may change a result.
+    """Where candidates are evaluated. Nothing here changes a result, but for what becomes of candidates that do harm:
+    after `time_limit` seconds a worker is killed and its candidate recorded as failed, and so is one that has taken
+    `attempts` workers down.
 
     Without a count there are as many workers as the cluster holds, now and later. `minimum` of them must be there for
     the search to start: all of a count by default, else one.
@@ -389,7 +391,17 @@ class WorkersConfig(Settings):
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
     placement_timeout: float = Field(default=45, gt=0)
-    attempts: int = Field(default=3, ge=1)
+    attempts: int = Field(default=2, ge=1)
+    time_limit: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _limit(self) -> Self:
+        if self.time_limit is not None and self.pool == "local":
+            raise ValueError(
+                f".time_limit is {self.time_limit:g}, but only a worker in a process of its own can be stopped; "
+                "use pool: ray, or set it to null"
+            )
+        return self
 
 
 class SearchConfig(Settings):

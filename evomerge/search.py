@@ -7,7 +7,7 @@ answered from there, once its genome has been compared.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,9 +23,8 @@ from evomerge.optimizers import Optimizer, Problem, make_optimizer
 from evomerge.optimizers.ranking import Ranking, weighted_means
 from evomerge.pareto import Scores, front_mask
 from evomerge.spaces import Genome, SearchSpace
-from evomerge.workers import Job, WorkerPool
+from evomerge.workers import Job, Listener, WorkerPool
 
-Listener = Callable[[str, dict[str, Any]], None]
 HELDOUT_FRONT = (
     20  # with many objectives a front is long, and each held-out score costs as much as an evaluation or two
 )
@@ -204,6 +203,7 @@ class Search:
 
     def run(self) -> None:
         """Runs or resumes to the end of the budget. Interrupted anywhere, it goes on from the archive."""
+        self.pool.listener = self.archive.listener = self.listener
         essential = Batch(essential_controls(self.config))
         self._drain([essential], "search")
         further = Batch(further_controls(self.config, self.space))

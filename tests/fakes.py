@@ -1,14 +1,16 @@
 """Stand-ins without models: a pool that scores genomes by a formula and finishes jobs in any order, and a worker."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from evomerge.candidate import Candidate, Evaluation, Split, failure
+from evomerge.errors import WorkerPoisoned
 from evomerge.recipe import Recipe
-from evomerge.workers import Job
+from evomerge.workers import Job, Listener, unheard
 
 Scorer = Callable[[Candidate], Sequence[float] | str]
 
@@ -33,6 +35,7 @@ class FakePool:
         self._names, self._scorer, self._size, self._order = names, scorer, size, deque(order)
         self._random = np.random.default_rng(seed)
         self._jobs: list[Job] = []
+        self.listener: Listener = unheard
         self._dies_after = dies_after
         self.evaluated: list[tuple[str, Split]] = []
 
@@ -65,7 +68,8 @@ class FakePool:
 
 
 class FakeWorker:
-    """A worker that obeys the weight of a recipe's first model: negative raises, above 1 kills the process."""
+    """A worker that obeys the weight of a recipe's first model: negative raises, 2 kills the process, 3 hangs, 4 leaves
+    a worker that is good for nothing."""
 
     def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
         assert recipe.models is not None
@@ -73,8 +77,12 @@ class FakeWorker:
         assert isinstance(weight, float)
         if weight < 0:
             raise RuntimeError("a bug in the worker")
-        if weight > 1:
+        if weight == 2:
             os._exit(1)
+        if weight == 3:
+            time.sleep(600)
+        if weight == 4:
+            raise WorkerPoisoned("the GPU computes nothing any more")
         return Evaluation(scores={"score": weight}, items=1, fingerprint=split)
 
 
