@@ -173,17 +173,22 @@ class RayPool:
         )
 
     def _await_models(self, actors: list[int]) -> None:
-        """Waits for all at once, so that they load in parallel."""
-        loading = [self._actors[actor].load.remote() for actor in actors]
-        try:
-            problems = self._ray.get(loading)
-        except self._ray.exceptions.RayError as error:
-            raise WorkFailed(f"workers: a worker died while it loaded the models ({first_line(error)}).") from None
-        for actor, (problem, node) in zip(actors, problems, strict=True):
+        """Waits for all at once, so that they load in parallel. Those that die of it are tried again, if others live."""
+        loading = {actor: self._actors[actor].load.remote() for actor in actors}
+        reason = ""
+        for actor, reference in loading.items():
+            try:
+                problem, node = self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                reason = first_line(error)
+                self._revive(actor, time.monotonic())
+                continue
             if problem is not None:
                 raise InputError(problem)
             self._nodes[actor] = node
-        self._free.extend(actor for _ in range(_DEPTH) for actor in actors)
+        if not self._nodes:
+            raise WorkFailed(f"workers: a worker died while it loaded the models ({reason}).")
+        self._free.extend(actor for _ in range(_DEPTH) for actor in self._nodes)
 
     @property
     def size(self) -> int:
