@@ -110,14 +110,16 @@ def _group_evolution(config: OptimizerConfig, problem: Problem) -> Optimizer:
 
 def _cat_cma(config: OptimizerConfig, problem: Problem) -> Optimizer:
     from evomerge.optimizers.cat_cma import CatCma
+    from evomerge.optimizers.in_generations import InGenerations
 
-    return CatCma(config, problem)
+    return InGenerations(CatCma(config, problem))
 
 
 def _path_evolution(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    from evomerge.optimizers.in_generations import InGenerations
     from evomerge.optimizers.path_evolution import PathEvolution
 
-    return PathEvolution(config, problem)
+    return InGenerations(PathEvolution(config, problem))
 
 
 def _greedy_soup(config: OptimizerConfig, problem: Problem) -> Optimizer:

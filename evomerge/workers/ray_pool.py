@@ -173,7 +173,7 @@ class RayPool:
         )
 
     def _await_models(self, actors: list[int]) -> None:
-        """Waits for all at once, so that they load in parallel. Those that die of it are tried again, if others live."""
+        """Waits for all at once, so that they load in parallel. Those that die of it may try again, if others live."""
         loading = {actor: self._actors[actor].load.remote() for actor in actors}
         reason = ""
         for actor, reference in loading.items():

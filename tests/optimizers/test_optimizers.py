@@ -221,7 +221,7 @@ def test_automatic_choices_do_not_change_when_a_search_with_many_evaluations_is_
     assert longer == chosen.model_copy(update={"evaluations": 3000})
 
 
-@pytest.mark.parametrize("name", ["cma_es", "group_evolution", "random_search"])
+@pytest.mark.parametrize("name", ["cma_es", "cat_cma", "group_evolution", "random_search"])
 def test_genomes_may_be_told_one_by_one_in_any_order(name: str) -> None:
     """And where the order is that of asking, a generation at once is the same as one by one."""
     config = resolve(OptimizerConfig.model_validate({"name": name, "population": 6}), DIMENSION, 2)
