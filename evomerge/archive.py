@@ -2,7 +2,8 @@
 
 Two Optuna studies in one storage, so that any Optuna dashboard reads them: `search` holds one trial per candidate (a
 parameter per gene that counts, a value per objective), `heldout` the scores of chosen candidates on items that the
-search never saw. An evaluation is one transaction. The only module that knows Optuna's storage.
+search never saw (and `selection`, where the config asks for it, on those that decide among them). An evaluation is one
+transaction. The only module that knows Optuna's storage.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from evomerge.candidate import SPLITS, Candidate, Evaluation, Kind, Split
+from evomerge.candidate import Candidate, Evaluation, Kind, Split
 from evomerge.config import SearchConfig
 from evomerge.documents import shown
 from evomerge.errors import EvomergeError, InputError, WorkFailed, choices
@@ -65,7 +66,7 @@ class Archive:
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
-            self._studies = {split: self._study(directory, split) for split in SPLITS}
+            self._studies: dict[Split, Any] = {split: self._study(directory, split) for split in config.splits}
             self._check_config(directory)
             self._records = {split: self._load(split) for split in self._studies}
         except EvomergeError:
@@ -129,7 +130,9 @@ class Archive:
             genome=genome,
         )
         evaluation = Evaluation(
-            scores=dict(zip(self._names, trial.values, strict=True)) if trial.values is not None else None,
+            scores=None
+            if trial.values is None
+            else {**dict(zip(self._names, trial.values, strict=True)), **attributes.get("guards", {})},
             error=attributes.get("error"),
             outcomes={name: Outcomes.from_json(each) for name, each in attributes.get("outcomes", {}).items()},
             items=attributes["items"],
@@ -141,7 +144,7 @@ class Archive:
         return Record(candidate, evaluation, arrival)
 
     def find(self, candidate_id: str, split: Split) -> Record | None:
-        return self._records[split].get(candidate_id)
+        return self._records[split].get(candidate_id) if split in self._records else None
 
     def record(
         self, candidate: Candidate, evaluation: Evaluation, split: Split, arrival: Arrival | None = None
@@ -159,7 +162,7 @@ class Archive:
                 values=values,
                 params=params,
                 distributions=distributions,
-                user_attrs=_attributes(candidate, evaluation, arrival),
+                user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
             )
             self._add(trial, split)
         self._records[split][candidate.id] = Record(candidate, evaluation, arrival)
@@ -188,6 +191,12 @@ class Archive:
     def _holds(self, identity: str, split: Split) -> bool:
         trials = self._studies[split].get_trials(deepcopy=False)
         return any(trial.user_attrs.get("id") == identity for trial in trials)
+
+    def _guards(self, evaluation: Evaluation) -> dict[str, Any]:
+        """The scores that are no objectives."""
+        scores = evaluation.scores or {}
+        guards = {name: score for name, score in scores.items() if name not in self._names}
+        return {"guards": guards} if guards else {}
 
     def _parameters(self, genome: Sequence[float]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Optuna's parameters and their distributions: the genes that count, categorical ones by the chosen name."""

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from evomerge.config import Split as Split
 from evomerge.outcomes import Outcomes
 from evomerge.recipe import Recipe
 
-Split = Literal["search", "heldout"]
 Kind = Literal["control", "search"]
-SPLITS: tuple[Split, ...] = ("search", "heldout")
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,8 @@ def _search(
     directory: Path, overrides: Sequence[str], address: str | None, search: Path | None, again: bool = False
 ) -> None:
     from evomerge import runs, terminal
+    from evomerge.export import none_feasible
+    from evomerge.search import best_found
 
     output = terminal.console()
     view = terminal.SearchView(output)
@@ -100,7 +102,10 @@ def _search(
     finally:
         view.close()
     terminal.show_result(output, finished)
-    output.print(f"export the best with `evomerge export {directory}`")
+    if best_found(finished.archive, finished.config) is None:
+        terminal.fail(none_feasible(finished.archive, finished.config))
+    else:
+        output.print(f"export the best with `evomerge export {directory}`")
 
 
 class _Interruption:
@@ -128,6 +133,7 @@ def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
 
     archive, config, running = _read(directory)
     content = views.status(archive, config, running)
+    content["evidence"] = views.evidence(archive, config)
     content |= progress.pace(Path(directory), content) if running else {"rate": None, "seconds_left": None}
     if as_json:
         return _print_json(content)
@@ -153,7 +159,8 @@ def front(directory: RunOrStorage, as_json: AsJson = False) -> None:
     archive, config, _ = _read(directory)
     if as_json:
         return _print_json(views.front(archive, config))
-    return terminal.show_front(terminal.console(), archive, config)
+    terminal.show_front(terminal.console(), archive, config)
+    return terminal.show_evidence(terminal.console(), views.evidence(archive, config))
 
 
 @app.command()
@@ -163,7 +170,7 @@ def candidates(directory: RunOrStorage, as_json: AsJson = False) -> None:
 
     archive, config, _ = _read(directory)
     if as_json:
-        return _print_json(views.candidates(archive))
+        return _print_json(views.candidates(archive, config))
     return terminal.show_candidates(terminal.console(), archive, config)
 
 
@@ -233,7 +240,7 @@ def merge(
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="MODEL_OR_RECIPE", show_default=False)],
     config: Annotated[Path, typer.Option(metavar="SEARCH.yaml", help="Says which tasks, items and device.")],
-    split: Annotated[str, typer.Option(help="search or heldout.")] = "search",
+    split: Annotated[str, typer.Option(help="search, selection or heldout.")] = "search",
     as_json: AsJson = False,
 ) -> None:
     """Score a model or a recipe as a search would."""

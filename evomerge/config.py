@@ -15,11 +15,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from evomerge.documents import read_yaml, set_value, shown, validate
-from evomerge.errors import InputError, naming
+from evomerge.errors import InputError, choices, naming
 from evomerge.storage import refuse_password
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 RESERVED_NAMES = {"base", "uniform", "merge", "free"}
+Split = Literal["search", "selection", "heldout"]
+SPLITS: tuple[Split, ...] = ("search", "selection", "heldout")
 
 
 class Settings(BaseModel):
@@ -272,6 +274,31 @@ class ObjectiveConfig(Settings):
         return self.task if self.metric == "acc" else f"{self.task}:{self.metric}"
 
 
+class ConstraintConfig(Settings):
+    """What a candidate must keep: a share `retain` of a score of one of the parents, whether an objective or not.
+
+    of: the name of the parent, or `base`; by default the best parent on the metric. Of a score that is to be small, or
+    is below 0, it may be worse by the share 1 - retain.
+    """
+
+    task: str
+    metric: str = "acc"
+    filter: str | None = None
+    goal: Literal["maximize", "minimize"] | None = None
+    retain: float = Field(gt=0, le=1)
+    of: str | None = None
+
+    @property
+    def guard(self) -> ObjectiveConfig:
+        """The metric as it is measured."""
+        return ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter, goal=self.goal)
+
+    @property
+    def name(self) -> str:
+        """The name of the metric in scores, as an objective would have it."""
+        return self.guard.name
+
+
 class TasksConfig(Settings):
     """Where tasks are found, and which of them may run code that comes with their YAML."""
 
@@ -283,10 +310,12 @@ class ItemsConfig(Settings):
     """How many items the search and the report each see (None: all there are). Never the same ones.
 
     A task with a validation and a test split is searched on the first and reported on the second. The items of any
-    other task are divided by `seed`, `search_fraction` of them for the search.
+    other task are divided by `seed`, `search_fraction` of them for the search. selection: how many more, of those that
+    the search leaves, decide which candidate of the front is the best (None: the search items do).
     """
 
     search: int | None = Field(default=None, ge=1)
+    selection: int | None = Field(default=None, ge=1)
     heldout: int | None = Field(default=None, ge=1)
     search_fraction: float = Field(default=0.5, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)
@@ -410,6 +439,7 @@ class SearchConfig(Settings):
     base: str
     models: dict[Name, str]
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
+    constraints: tuple[ConstraintConfig, ...] = ()
     tasks: TasksConfig = TasksConfig()
     items: ItemsConfig = ItemsConfig()
     space: AnySpaceConfig = SpaceConfig()
@@ -455,6 +485,35 @@ class SearchConfig(Settings):
         for name in sorted(RESERVED_NAMES & set(self.models)):
             raise ValueError(f".models.{name}: this name is kept for a control; choose another")
         return self
+
+    @model_validator(mode="after")
+    def _constrained(self) -> Self:
+        filters = {objective.name: objective.filter for objective in self.objectives}
+        for index, constraint in enumerate(self.constraints):
+            known = ["base", *self.models]
+            if constraint.of is not None and constraint.of not in known:
+                raise ValueError(
+                    f".constraints[{index}].of is {constraint.of}, which is no parent; {choices(constraint.of, known)}"
+                )
+            if filters.setdefault(constraint.name, constraint.filter) != constraint.filter:
+                raise ValueError(
+                    f".constraints[{index}].filter is {shown(constraint.filter)}, but {constraint.name} is measured "
+                    f"with filter {shown(filters[constraint.name])} elsewhere; give both the same"
+                )
+        return self
+
+    @property
+    def measured(self) -> tuple[ObjectiveConfig, ...]:
+        """Every metric that an evaluation has a score of: the objectives, then what only constraints ask for."""
+        found = {objective.name: objective for objective in self.objectives}
+        for constraint in self.constraints:
+            found.setdefault(constraint.name, constraint.guard)
+        return tuple(found.values())
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that items are divided into, in the order in which they are scored."""
+        return SPLITS if self.items.selection is not None else ("search", "heldout")
 
     @property
     def budget(self) -> int:

@@ -18,6 +18,7 @@ from evomerge.spaces import Genome, SearchSpace, canonical
 
 GENERATION = -1
 BASE, UNIFORM, PARENT = "base", "uniform", "parent"
+ESSENTIAL = (BASE, PARENT, UNIFORM)
 ONE_KNOB, PER_MODEL, RANDOM = "one_knob", "per_model", "random"
 _WEIGHTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 _TIES_WEIGHTS = (0.4, 0.6, 0.8, 1.0, 1.25, 1.5)

@@ -5,12 +5,17 @@ can be merged again on another machine.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from evomerge.archive import Archive, Record, versions
 from evomerge.card import model_card
-from evomerge.config import SearchConfig
+from evomerge.config import SearchConfig, Split
+from evomerge.criteria import Criteria, criteria_of
 from evomerge.errors import InputError, WorkFailed, choices
+from evomerge.evidence import against, phrase
 from evomerge.licenses import combined, stated_license
 from evomerge.merging.sources import find_source, preflight, split_adapter, tensor_table
 from evomerge.preparation import resolve_dtype
@@ -19,42 +24,68 @@ from evomerge.search import best_found, best_of, front_of, means
 
 
 def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer: Sequence[str]) -> Record:
-    """The record to export: by id, by preference over the front, or the best found."""
+    """The record to export: by id, by preference over the front, or the best found.
+
+    Raises WorkFailed where no candidate keeps to the search's constraints.
+    """
     records = archive.records()
     if candidate is not None and prefer:
         raise InputError(f"--candidate {candidate} and --prefer {prefer[0]} were both given; give one of them.")
     if candidate is not None:
-        return _by_id(records, candidate)
-    if prefer:
-        return _preferred(records, config, prefer)
-    best = best_found(records, config.objectives)
-    if best is None:
+        return _by_id(records, criteria_of(archive, config), candidate)
+    best = _preferred(records, archive, config, prefer) if prefer else best_found(archive, config)
+    if best is None and all(record.evaluation.failed for record in records):
         raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
+    if best is None:
+        raise WorkFailed(none_feasible(archive, config))
     return best
 
 
-def _by_id(records: Sequence[Record], candidate: str) -> Record:
+def none_feasible(archive: Archive, config: SearchConfig) -> str:
+    """A sentence for a search in which no candidate keeps to the constraints: what they ask, and who came closest."""
+    selected = best_of(archive.records(), criteria_of(archive, config)) is not None
+    split: Split = "selection" if selected else "search"  # those who keep to them on search items break them there
+    criteria = criteria_of(archive, config, split)
+    asked = " and ".join(str(limit) for limit in criteria.limits)
+    records = [record for record in archive.records(split) if not record.evaluation.failed]
+    totals = criteria.violations([record.evaluation for record in records]).sum(axis=1)
+    closest = records[int(np.argmin(totals))]
+    scores = closest.evaluation.scores or {}
+    reached = ", ".join(f"{name} {scores[name]:.3f}" for name in dict.fromkeys(limit.name for limit in criteria.limits))
+    return (
+        f"no candidate keeps to the constraints on {split} items: {asked}; {closest.candidate.id} comes closest with "
+        f"{reached}, so there is nothing to export; search longer, or ask for less."
+    )
+
+
+def _by_id(records: Sequence[Record], criteria: Criteria, candidate: str) -> Record:
     found = {record.candidate.id: record for record in records}
     if candidate not in found:
         shown = choices(candidate, found) if len(found) <= 12 else "`evomerge candidates` lists them"
         raise InputError(f"--candidate {candidate}: no such candidate in this run; {shown}.")
     if found[candidate].evaluation.failed:
         raise InputError(f"--candidate {candidate} failed ({found[candidate].evaluation.error}); choose another.")
+    broken = [
+        f"{limit}, while it reaches {scores[limit.name]:.3f}"
+        for limit in criteria.limits
+        if (scores := found[candidate].evaluation.scores) is not None and limit.violation(found[candidate].evaluation)
+    ]
+    if broken:
+        raise InputError(f"--candidate {candidate} breaks a constraint ({broken[0]}); choose another.")
     return found[candidate]
 
 
-def _preferred(records: Sequence[Record], config: SearchConfig, prefer: Sequence[str]) -> Record:
+def _preferred(
+    records: Sequence[Record], archive: Archive, config: SearchConfig, prefer: Sequence[str]
+) -> Record | None:
     weights = _preferences(config, prefer)
-    objectives = [
+    objectives = tuple(
         objective.model_copy(update={"weight": weights[objective.name]})
         for objective in config.objectives
         if weights.get(objective.name, 0) > 0
-    ]
-    front = front_of(records, config.objectives)
-    if not front:
-        raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
-    values = means(front, objectives)
-    return front[values.index(max(values))]
+    )
+    criteria = criteria_of(archive, config)
+    return best_of(front_of(records, criteria), replace(criteria, objectives=objectives))
 
 
 def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float]:
@@ -120,17 +151,23 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str]:
-    """What a user should know before shipping a candidate: a control that is as good on what has been measured."""
+    """What a user should know before shipping a candidate: a control that is as good on what has been measured, or from
+    which held-out items do not tell it apart."""
     found = []
-    for split, items in (("search", "search"), ("heldout", "held-out")):
-        records = archive.records("search" if split == "search" else "heldout")
-        mine = archive.find(record.candidate.id, "search" if split == "search" else "heldout")
-        rival = best_of([other for other in records if other.candidate.kind == "control"], config.objectives)
+    splits: dict[Split, str] = {"search": "search", "heldout": "held-out"}
+    for split, items in splits.items():
+        records = archive.records(split)
+        mine = archive.find(record.candidate.id, split)
+        criteria = criteria_of(archive, config, split)
+        rival = best_of([other for other in records if other.candidate.kind == "control"], criteria)
         if mine is None or rival is None or rival.candidate.id == record.candidate.id:
             continue
-        own, theirs = means([mine, rival], config.objectives)
+        own, theirs = means([mine, rival], criteria)
         if theirs >= own:
             found.append(f"the control {rival.candidate.id} scores {theirs:.3f} on {items} items, this one {own:.3f}.")
+    for row in against(archive, config, [record.candidate.id])[record.candidate.id]:
+        if not row["distinguishable"]:
+            found.append(f"not distinguishable from {row['rival']} on held-out items: {phrase(row)}.")
     return found
 
 

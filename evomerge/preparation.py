@@ -56,7 +56,7 @@ def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
 
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
-    from evomerge.evaluation.loading import check_objectives, exam_warnings, load_targets
+    from evomerge.evaluation.loading import check_metrics, exam_warnings, load_targets
     from evomerge.evaluation.packing import takes_packed_rows
     from evomerge.workers.worker import load_tokenizer
 
@@ -64,8 +64,8 @@ def prepare(config: SearchConfig) -> Prepared:
     prepared = reopen(config)
     check_controls(config)
     load_tokenizer(config)
-    targets = load_targets(config.objectives, config.tasks, config.evaluation)
-    objectives = check_objectives(config, targets)
+    targets = load_targets(config.measured, config.tasks, config.evaluation)
+    config = check_metrics(config, targets)
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
         sharing = "mask" if takes_packed_rows(locate(config.base)) else "none"
@@ -73,9 +73,8 @@ def prepare(config: SearchConfig) -> Prepared:
     device = _device(config)
     resolved = config.model_copy(
         update={
-            "objectives": objectives,
             "optimizer": optimizers.resolve(
-                config.optimizer, len(prepared.space.genes), len(objectives), prepared.space.genes
+                config.optimizer, len(prepared.space.genes), len(config.objectives), prepared.space.genes
             ),
             "evaluation": config.evaluation.model_copy(
                 update={
@@ -242,7 +241,8 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "candidates": config.budget,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
-        "items_per_task": {"search": config.items.search, "heldout": config.items.heldout},
+        "constraints": {f"{each.name} of {each.of or 'the best parent'}": each.retain for each in config.constraints},
+        "items_per_task": {split: getattr(config.items, split) for split in config.splits},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,
         "prefix_sharing": config.evaluation.prefix_sharing,

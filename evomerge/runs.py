@@ -19,6 +19,7 @@ from typing import Any
 from evomerge import config as configs
 from evomerge.archive import DATABASE, SEARCH_FILE, TASKS, Archive, Record, check_storage, presence, study_prefix
 from evomerge.config import SearchConfig
+from evomerge.criteria import criteria_of
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.export import shared_recipe
 from evomerge.lock import LOCK, run_lock
@@ -224,8 +225,8 @@ class _Journal:
     def __init__(self, run: OpenRun) -> None:
         self._run = run
         _end_line(run.directory / LOG_FILE)
-        best = best_found(run.archive.records(), run.config.objectives)
-        self._best = means([best], run.config.objectives)[0] if best else -math.inf
+        best = best_found(run.archive, run.config)
+        self._best = means([best], criteria_of(run.archive, run.config))[0] if best else -math.inf
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         line = {"time": round(time.time(), 3), "event": event, **_plain(fields)}
@@ -235,18 +236,21 @@ class _Journal:
         except OSError as error:
             raise _unwritten(self._run.directory / LOG_FILE, error) from None
         if event == "evaluated" and fields["split"] == "search":
-            mean = means([Record(fields["candidate"], fields["evaluation"])], self._run.config.objectives)[0]
-            if mean > self._best:
+            criteria = criteria_of(self._run.archive, self._run.config)
+            mean = means([Record(fields["candidate"], fields["evaluation"])], criteria)[0]
+            if mean > self._best and criteria.feasible(fields["evaluation"]):
                 self._best = mean
                 self._write_best()
         elif event == "finished":
             self._write_best()
 
     def _write_best(self) -> None:
-        best = best_found(self._run.archive.records(), self._run.config.objectives)
-        if best is not None:
-            recipe = shared_recipe(best, self._run.archive, self._run.config)
-            write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
+        best = best_found(self._run.archive, self._run.config)
+        if best is None:
+            (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search can have moved the choice
+            return
+        recipe = shared_recipe(best, self._run.archive, self._run.config)
+        write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
 
 
 def _end_line(log: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import export
-from evomerge.config import SearchConfig
+from evomerge.config import SPLITS, SearchConfig
 from evomerge.errors import InputError
 from evomerge.layers import layer_count
 from evomerge.merging.plan import make_plan
@@ -13,12 +13,15 @@ from evomerge.preparation import prepare_file
 
 
 def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dict[str, Any]]:
-    """The resolved config, and scores, error, items and fingerprint of a model or recipe on `search` or `heldout`."""
+    """The resolved config, and scores, error, items and fingerprint of a model or recipe on a split."""
     from evomerge.workers.worker import Worker
 
-    if split not in ("search", "heldout"):
-        raise InputError(f"--split is '{split}'; use search or heldout.")
+    if split not in SPLITS:
+        raise InputError(f"--split is '{split}'; use search or heldout, or selection where items.selection is given.")
     prepared = prepare_file(search_file)
+    wanted = next((each for each in prepared.config.splits if each == split), None)
+    if wanted is None:
+        raise InputError(f"--split is {split}, but {search_file} has no items.selection; use search or heldout.")
     recipe = export.read(target)
     config, tensors = prepared.config, prepared.tensors
     if recipe.models is not None and len(recipe.references) == 1:
@@ -28,7 +31,7 @@ def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dic
     preflight(config.base, {reference: reference for reference in recipe.references})
     make_plan(recipe, tensors, target)
     worker = Worker(config, recipe.references)
-    evaluation = worker.evaluate(recipe, "search" if split == "search" else "heldout")
+    evaluation = worker.evaluate(recipe, wanted)
     return prepared.config, {
         "target": target,
         "split": split,

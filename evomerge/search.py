@@ -7,21 +7,29 @@ answered from there, once its genome has been compared.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from evomerge.archive import Archive, Arrival, Record, place, versions
 from evomerge.asynchronous import AsyncSchedule, propose
 from evomerge.candidate import Candidate, Evaluation, Split
-from evomerge.config import ObjectiveConfig, SearchConfig
-from evomerge.controls import essential_controls, family, further_controls, start_of_weights, start_weights
+from evomerge.config import SearchConfig
+from evomerge.controls import (
+    ESSENTIAL,
+    essential_controls,
+    family,
+    further_controls,
+    start_of_weights,
+    start_weights,
+)
+from evomerge.criteria import Criteria, check_limits, criteria_of
 from evomerge.errors import WorkFailed
 from evomerge.optimizers import Optimizer, Problem, make_optimizer
 from evomerge.optimizers.ranking import Ranking, weighted_means
-from evomerge.pareto import Scores, front_mask
+from evomerge.pareto import front_mask
 from evomerge.spaces import Genome, SearchSpace
 from evomerge.workers import Job, Listener, WorkerPool
 
@@ -30,65 +38,72 @@ HELDOUT_FRONT = (
 )
 
 
-def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> Scores:
-    """Scores turned so that larger is better, shape (n, objectives); NaN for failures and for what costs too much."""
-    signs = {objective.name: -1.0 if objective.goal == "minimize" else 1.0 for objective in objectives}
-    rows = [
-        [np.nan] * len(signs)
-        if evaluation.scores is None or _costs_too_much(evaluation.scores, objectives)
-        else [sign * evaluation.scores[name] for name, sign in signs.items()]
-        for evaluation in evaluations
-    ]
-    return np.array(rows, dtype=np.float64).reshape(len(rows), len(signs))
-
-
-def _costs_too_much(scores: Mapping[str, float], objectives: Sequence[ObjectiveConfig]) -> bool:
-    return any(objective.max is not None and scores[objective.name] > objective.max for objective in objectives)
-
-
-def objective_weights(objectives: Sequence[ObjectiveConfig]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([objective.weight for objective in objectives])
-
-
-def means(records: Sequence[Record], objectives: Sequence[ObjectiveConfig]) -> list[float]:
+def means(records: Sequence[Record], criteria: Criteria) -> list[float]:
     """The weighted mean score of each record, -inf for failures."""
-    matrix = score_matrix([record.evaluation for record in records], objectives)
-    return [float(value) for value in weighted_means(matrix, objective_weights(objectives))]
+    return criteria.means([record.evaluation for record in records])
 
 
-def best_of(records: Sequence[Record], objectives: Sequence[ObjectiveConfig]) -> Record | None:
-    """The first record with the highest weighted mean; None where nothing succeeded."""
+def best_of(records: Sequence[Record], criteria: Criteria) -> Record | None:
+    """The first record with the highest weighted mean; None where nothing succeeded that keeps to the limits."""
     ordered = sorted(records, key=lambda record: place(record.candidate))
-    values = means(ordered, objectives)
-    if not values or max(values) == -np.inf:
+    scores = criteria.eligible([record.evaluation for record in ordered])
+    values = weighted_means(scores, criteria.weights)
+    if not values.size or values.max() == -np.inf:
         return None
     return ordered[int(np.argmax(values))]
 
 
-def best_found(records: Sequence[Record], objectives: Sequence[ObjectiveConfig]) -> Record | None:
-    """The best search candidate, or the best control while there is none."""
+def best_found(archive: Archive, config: SearchConfig) -> Record | None:
+    """The best search candidate, or the best control while there is none; None where none keeps to the limits.
+
+    By the search items; once the best of them all have scores on the selection items, among those by these.
+    """
+    records, criteria = archive.records(), criteria_of(archive, config)
+    contenders = _selected(archive, config, records, criteria)
+    if contenders is None:
+        return _best_searched(records, criteria)
+    best = _best_searched(contenders, criteria_of(archive, config, "selection"))
+    return archive.find(best.candidate.id, "search") if best is not None else None
+
+
+def _selected(
+    archive: Archive, config: SearchConfig, records: Sequence[Record], criteria: Criteria
+) -> list[Record] | None:
+    """The records on selection items of those that may win by the search items, once all are there."""
+    if config.items.selection is None:
+        return None
+    chosen = [archive.find(candidate.id, "selection") for candidate in reported(records, criteria)]
+    scored = [record for record in chosen if record is not None]
+    if not scored or len(scored) < len(chosen):
+        return None
+    feasible = {record.candidate.id for record in records if criteria.feasible(record.evaluation)}
+    return [record for record in scored if record.candidate.id in feasible]
+
+
+def _best_searched(records: Sequence[Record], criteria: Criteria) -> Record | None:
     searched = [record for record in records if record.candidate.kind == "search"]
-    return best_of(searched, objectives) or best_of(records, objectives)
+    return best_of(searched, criteria) or best_of(records, criteria)
 
 
-def front_of(records: Sequence[Record], objectives: Sequence[ObjectiveConfig]) -> list[Record]:
-    """The records that no other dominates, best mean first; of several with the same weights the first found."""
+def front_of(records: Sequence[Record], criteria: Criteria) -> list[Record]:
+    """The records that keep to the limits and that no other of these dominates, best mean first; of several with the
+    same weights the first found."""
     ordered = sorted(records, key=lambda record: place(record.candidate))
-    mask = front_mask(score_matrix([record.evaluation for record in ordered], objectives))
+    mask = front_mask(criteria.eligible([record.evaluation for record in ordered]))
     kept = [record for record, on_front in zip(ordered, mask, strict=True) if on_front]
     distinct = list({record.evaluation.fingerprint: record for record in reversed(kept)}.values())[::-1]
-    values = means(distinct, objectives)
+    values = means(distinct, criteria)
     return [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -values[i])]
 
 
-def reported(records: Sequence[Record], objectives: Sequence[ObjectiveConfig]) -> list[Candidate]:
-    """The candidates that get held-out scores: the essential controls, the best of every other kind, and the best of
-    the front."""
-    chosen = [record for record in records if family(record.candidate) in ("base", "parent", "uniform")]
+def reported(records: Sequence[Record], criteria: Criteria) -> list[Candidate]:
+    """The candidates that get selection and held-out scores: the essential controls, the best of every other kind, and
+    the best of the front."""
+    chosen = [record for record in records if family(record.candidate) in ESSENTIAL]
     for name in dict.fromkeys(family(record.candidate) for record in records):
-        best = best_of([record for record in records if family(record.candidate) == name], objectives)
+        best = best_of([record for record in records if family(record.candidate) == name], criteria)
         chosen += [best] if best is not None else []
-    chosen += front_of(records, objectives)[:HELDOUT_FRONT]
+    chosen += front_of(records, criteria)[:HELDOUT_FRONT]
     by_id = {record.candidate.id: record.candidate for record in chosen if not record.evaluation.failed}
     return sorted(by_id.values(), key=place)
 
@@ -146,6 +161,7 @@ class Generations:
     optimizer: Optimizer
     space: SearchSpace
     config: SearchConfig
+    criteria: Criteria
     _asked: int = field(init=False, default=0)
     _told: int = field(init=False, default=0)
     _created: int = field(init=False, default=0)
@@ -181,7 +197,7 @@ class Generations:
     def _tell(self) -> None:
         generation = self._open.pop(self._told)
         evaluations = [evaluation for evaluation in generation.evaluations if evaluation is not None]
-        self.optimizer.tell(generation.genomes, score_matrix(evaluations, self.config.objectives))
+        self.optimizer.tell(generation.genomes, self.criteria.told(evaluations))
         self._told += 1
 
     def arrival(self) -> None:
@@ -209,19 +225,22 @@ class Search:
         further = Batch(further_controls(self.config, self.space))
         self._drain([self._proposals(essential), further], "search")
         records = self.archive.records()
-        self._drain([Batch(reported(records, self.config.objectives))], "heldout")
+        chosen = reported(records, criteria_of(self.archive, self.config))
+        for split in self.config.splits[1:]:
+            self._drain([Batch(chosen)], split)
         self.listener("finished", {"evaluations": len(records)})
 
     def _proposals(self, essential: Batch) -> Schedule:
         """The optimizer, started at the best essential control (or where the space says)."""
-        objectives = self.config.objectives
-        scores = score_matrix(list(essential.evaluations.values()), objectives)
-        ranking = Ranking(objective_weights(objectives), elite=self.config.optimizer.ranking == "elite")
+        criteria = criteria_of(self.archive, self.config)
+        scores = criteria.told(list(essential.evaluations.values()))
+        ranking = Ranking(criteria.weights, elite=self.config.optimizer.ranking == "elite")
         ranking.observe(scores)
         values = ranking.means(scores)
         if not np.isfinite(values).any():
             first = next(iter(essential.evaluations.values()))
             raise WorkFailed(f"no control could be evaluated, so nothing else can be ({first.error}).")
+        check_limits(self.archive, self.config, criteria)
         leader = list(essential.evaluations)[int(np.argmax(values))]
         start = self.space.encode(start_weights(self.config, leader))
         given = start_of_weights(self.config)
@@ -235,10 +254,8 @@ class Search:
         problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
         optimizer = make_optimizer(self.config.optimizer, problem)
         if self.config.optimizer.schedule == "pipelined":
-            return Generations(optimizer, self.space, self.config)
-        schedule = AsyncSchedule(
-            optimizer, self.space, self.config, lambda evaluations: score_matrix(evaluations, objectives)
-        )
+            return Generations(optimizer, self.space, self.config, criteria)
+        schedule = AsyncSchedule(optimizer, self.space, self.config, criteria.told)
         for record in self.archive.arrivals():
             candidate = schedule.replayed(record)
             self._check_replay(candidate, record)

@@ -17,9 +17,11 @@ from rich.table import Table
 from evomerge import views
 from evomerge.archive import Archive
 from evomerge.config import SearchConfig
+from evomerge.evidence import phrase
 from evomerge.progress import pace_of
 from evomerge.runs import OpenRun
 
+TITLES = {"search": "search", "selection": "selection", "heldout": "held-out"}
 _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
 _FRONT_ROWS = 8
@@ -88,9 +90,9 @@ class SearchView:
         self._finished.append(time.monotonic())
         if fields["evaluation"].failed:
             self._say(f"{fields['candidate'].id} failed: {fields['evaluation'].error}")
-        if fields["split"] == "heldout":
+        if fields["split"] != "search":
             if self._live is not None:
-                self._progress.update(self._task, description="held-out scores", pace="")
+                self._progress.update(self._task, description=f"{TITLES[fields['split']]} scores", pace="")
             return
         self._count += 1
         if self._live is not None:
@@ -111,7 +113,8 @@ class SearchView:
     def _line(self) -> str:
         status = self._status()
         best = status["best"]
-        shown = f"best mean {best['mean']:.3f} ({best['id']})" if best else "nothing scored yet"
+        none = "none keeps to the constraints yet" if status["infeasible"] else "nothing scored yet"
+        shown = f"best mean {best['mean']:.3f} ({best['id']})" if best else none
         return f"{self._count}/{self._total}  {shown}  front {status['front_size']}  {self._pace()}".rstrip()
 
     def _table(self) -> Table:
@@ -129,15 +132,15 @@ class SearchView:
 
 
 def score_table(title: str, rows: Sequence[tuple[str, dict[str, Any]]], config: SearchConfig, split: str) -> Table:
-    """Rows of (name, view) with one column per objective and their weighted mean."""
+    """Rows of (name, view) with one column per metric and the weighted mean of the objectives."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for objective in config.objectives:
-        table.add_column(escape(objective.name), justify="right")
+    for metric in config.measured:
+        table.add_column(escape(metric.name), justify="right")
     table.add_column("mean", justify="right")
     for name, row in rows:
         scores = row[split]
-        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in config.objectives]
+        cells = [f"{scores[metric.name]:.3f}" if scores else "–" for metric in config.measured]
         table.add_row(escape(name), *cells, _mean(scores, config))
     return table
 
@@ -153,13 +156,38 @@ def show_result(output: Console, run: OpenRun) -> None:
     """The tables at the end of a run: the head of the front, then controls and evolved best on held-out items."""
     show_front(output, run.archive, run.config, _FRONT_ROWS)
     rows = views.comparison(run.archive, run.config)
-    output.print(score_table("Held-out items (every row was chosen on search items)", rows, run.config, "heldout"))
+    chosen_on = "search items" if run.config.items.selection is None else "other items"
+    output.print(score_table(f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout"))
+    show_evidence(output, views.evidence(run.archive, run.config))
+
+
+def show_evidence(output: Console, evidence: dict[str, Any]) -> None:
+    """What the best candidate gains over the best parent and the best control, and what it keeps of each parent."""
+    for row in evidence["against"]:
+        output.print(f"{evidence['candidate']} over the {row['role']} ({row['rival']}): {phrase(row)}", markup=False)
+    if not evidence["retention"]:
+        return
+    items = TITLES[evidence["retention"][0]["items"]]
+    table = Table(
+        "",
+        "its best",
+        "its score",
+        "candidate's",
+        "kept",
+        title=f"Kept of each parent, on {items} items",
+        title_justify="left",
+    )
+    for row in evidence["retention"]:
+        kept = "–" if row["kept"] is None else f"{row['kept']:.0%}"
+        scores = (f"{row['parent_score']:.3f}", f"{row['score']:.3f}")
+        table.add_row(escape(row["parent"]), escape(row["metric"]), *scores, kept)
+    output.print(table)
 
 
 def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
     """The front on held-out items as far as they were scored, else on search items."""
     rows = views.front(archive, config)
-    split, items = ("heldout", "held-out") if rows and rows[0]["heldout"] else ("scores", "search")
+    split, items = ("heldout", TITLES["heldout"]) if rows and rows[0]["heldout"] else ("scores", TITLES["search"])
     named = [(row["id"], row) for row in rows[:most]]
     title = f"Pareto front: {len(rows)} candidates" + (f", the best {most}" if most and most < len(rows) else "")
     output.print(score_table(f"{title}, on {items} items", named, config, split))
@@ -170,22 +198,22 @@ def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> 
     for column in (
         "id",
         "kind",
-        *(objective.name for objective in config.objectives),
+        *(metric.name for metric in config.measured),
         "mean",
         "fingerprint",
         "error",
     ):
         table.add_column(escape(column))
-    for row in views.candidates(archive):
+    for row in views.candidates(archive, config):
         scores = row["scores"]
-        cells = [f"{scores[objective.name]:.3f}" if scores else "–" for objective in config.objectives]
+        cells = [f"{scores[metric.name]:.3f}" if scores else "–" for metric in config.measured]
         table.add_row(
             row["id"],
             row["kind"],
             *cells,
             _mean(scores, config),
             row["fingerprint"] or "–",
-            escape(row["error"] or ""),
+            escape(row["error"] or ("" if row["feasible"] else "breaks a constraint")),
         )
     output.print(table)
 
@@ -213,6 +241,7 @@ def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -
         + (f", {status['pace']}" if status.get("pace") else "")
     )
     output.print(progress_table(status, config))
+    show_evidence(output, status["evidence"])
 
 
 def truncation(count: int) -> str:

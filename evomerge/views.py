@@ -1,18 +1,21 @@
 """What a run holds, as plain values for JSON and tables. Nothing here depends on when or where a candidate ran."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evomerge.archive import Archive, Record
 from evomerge.candidate import Evaluation
-from evomerge.config import SearchConfig
-from evomerge.controls import count_controls, family
+from evomerge.config import SPLITS, SearchConfig
+from evomerge.controls import ESSENTIAL, count_controls, family
+from evomerge.criteria import Criteria, criteria_of
+from evomerge.evidence import against, retention
 from evomerge.search import best_found, best_of, front_of, means, reported
 
 Row = dict[str, Any]
 
 
-def candidate_row(record: Record) -> Row:
+def candidate_row(record: Record, criteria: Criteria) -> Row:
     """One evaluation as `candidates --json` shows it."""
     candidate, evaluation = record.candidate, record.evaluation
     return {
@@ -23,6 +26,7 @@ def candidate_row(record: Record) -> Row:
         "genome": list(candidate.genome) if candidate.genome is not None else None,
         "scores": scores_of(evaluation),
         "state": "failed" if evaluation.failed else "done",
+        "feasible": criteria.feasible(evaluation),
         "error": evaluation.error,
         "items": evaluation.items,
         "fingerprint": evaluation.fingerprint,
@@ -33,18 +37,42 @@ def scores_of(evaluation: Evaluation) -> dict[str, float] | None:
     return dict(evaluation.scores) if evaluation.scores is not None else None
 
 
-def candidates(archive: Archive) -> list[Row]:
-    return [candidate_row(record) for record in archive.records()]
+def candidates(archive: Archive, config: SearchConfig) -> list[Row]:
+    criteria = criteria_of(archive, config)
+    return [candidate_row(record, criteria) for record in archive.records()]
 
 
 def front(archive: Archive, config: SearchConfig) -> list[Row]:
-    """The Pareto front on all search items, best mean first, with held-out scores where they are known."""
-    return [with_heldout(archive, record) for record in front_of(archive.records(), config.objectives)]
+    """The Pareto front on all search items, best mean first, with held-out scores where they are known, and what they
+    say of each candidate beside the best parent and the best control."""
+    criteria = criteria_of(archive, config)
+    rows = [with_other_splits(archive, record, criteria) for record in front_of(archive.records(), criteria)]
+    compared = against(archive, config, [row["id"] for row in rows])
+    return [{**row, "against": compared[row["id"]]} for row in rows]
 
 
-def with_heldout(archive: Archive, record: Record) -> Row:
-    heldout = archive.find(record.candidate.id, "heldout")
-    return {**candidate_row(record), "heldout": scores_of(heldout.evaluation) if heldout else None}
+def evidence(archive: Archive, config: SearchConfig) -> Row:
+    """The best candidate beside the best parent and the best control on held-out items, and what it keeps of each
+    parent; nothing while there is no best."""
+    best = best_found(archive, config)
+    if best is None:
+        return {"candidate": None, "against": [], "retention": []}
+    name = best.candidate.id
+    return {
+        "candidate": name,
+        "against": against(archive, config, [name])[name],
+        "retention": retention(archive, config, name),
+    }
+
+
+def with_other_splits(archive: Archive, record: Record, criteria: Criteria) -> Row:
+    """A candidate's row with its scores on the other splits' items, null where there are none."""
+    selection, heldout = (archive.find(record.candidate.id, split) for split in SPLITS[1:])
+    return {
+        **candidate_row(record, criteria),
+        "selection": scores_of(selection.evaluation) if selection else None,
+        "heldout": scores_of(heldout.evaluation) if heldout else None,
+    }
 
 
 def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
@@ -52,24 +80,29 @@ def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
     records = archive.records()
     searched = [record for record in records if record.candidate.kind == "search"]
     controls = count_controls(config)
-    best = best_found(records, config.objectives)
+    criteria = criteria_of(archive, config)
+    best = best_found(archive, config)
     return {
         "state": "running" if running else "finished" if _finished(archive, config, controls) else "interrupted",
         "evaluations": len(searched),
         "budget": config.budget,
         "controls": {"done": len(records) - len(searched), "total": controls},
         "failed": sum(record.evaluation.failed for record in records),
-        "front_size": len(front_of(records, config.objectives)),
-        "best_per_objective": _best_per_objective(records, config),
-        "best": {**with_heldout(archive, best), "mean": means([best], config.objectives)[0]} if best else None,
+        "infeasible": sum(
+            not record.evaluation.failed and not criteria.feasible(record.evaluation) for record in records
+        ),
+        "front_size": len(front_of(records, criteria)),
+        "best_per_objective": _best_per_objective(records, criteria),
+        "best": {**with_other_splits(archive, best, criteria), "mean": means([best], criteria)[0]} if best else None,
     }
 
 
-def _best_per_objective(records: Sequence[Record], config: SearchConfig) -> Row:
-    """For each objective the best score of any candidate, and whose it is."""
+def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> Row:
+    """For each objective the best score of any candidate that may win, and whose it is."""
     found = {}
-    for objective in config.objectives:
-        best = best_of(records, [objective.model_copy(update={"weight": 1.0})])
+    for objective in criteria.objectives:
+        alone = objective.model_copy(update={"weight": 1.0})  # a cost may have none
+        best = best_of(records, replace(criteria, objectives=(alone,)))
         scores = scores_of(best.evaluation) if best else None
         found[objective.name] = {"id": best.candidate.id, "score": scores[objective.name]} if best and scores else None
     return found
@@ -80,7 +113,14 @@ def _finished(archive: Archive, config: SearchConfig, controls: int) -> bool:
     searched = sum(record.candidate.kind == "search" for record in records)
     if searched < config.budget or len(records) - searched < controls:
         return False
-    return all(archive.find(candidate.id, "heldout") for candidate in reported(records, config.objectives))
+    chosen = reported(records, criteria_of(archive, config))
+    return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in chosen)
+
+
+def _winners(name: str, members: Sequence[Record], archive: Archive, config: SearchConfig) -> list[Record]:
+    """The one to show of a family of controls, or of the search; none where none may win."""
+    best = best_found(archive, config) if name == "search" else best_of(members, criteria_of(archive, config))
+    return [best] if best is not None and family(best.candidate) == name else []
 
 
 TITLES: Mapping[str, str] = {
@@ -95,15 +135,13 @@ TITLES: Mapping[str, str] = {
 
 def comparison(archive: Archive, config: SearchConfig) -> list[tuple[str, Row]]:
     """(title, row) for every control worth comparing with, and the evolved best last; each chosen on search items."""
-    records = archive.records()
+    records, criteria = archive.records(), criteria_of(archive, config)
     rows = []
     for name in dict.fromkeys(family(record.candidate) for record in records):
         members = [record for record in records if family(record.candidate) == name]
-        best = best_of(members, config.objectives)
-        shown = members if name == "parent" else [best] if best else []
-        for record in shown:
+        for record in members if name in ESSENTIAL else _winners(name, members, archive, config):
             title = TITLES.get(name, f"parent {record.candidate.id.removeprefix('parent-')}")
             if name == "one_knob":
                 title += f" ({record.candidate.recipe.merge_method})"
-            rows.append((title, with_heldout(archive, record)))
+            rows.append((title, with_other_splits(archive, record, criteria)))
     return rows

@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from evomerge import zoo
 
 REPOSITORY = Path(__file__).parent.parent
+
+settings.register_profile("suite", deadline=None, derandomize=True)  # the machine's load must decide nothing
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Stand-ins without models: a pool that scores genomes by a formula and finishes jobs in any order, and a worker."""
 
+import inspect
 import os
 import time
 from collections import deque
@@ -7,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evomerge.candidate import Candidate, Evaluation, Split, failure
+from evomerge.candidate import Evaluation, Split, failure
 from evomerge.errors import WorkerPoisoned
 from evomerge.recipe import Recipe
 from evomerge.workers import Job, Listener, unheard
 
-Scorer = Callable[[Candidate], Sequence[float] | str]
+Scorer = Callable[..., Sequence[float] | str]  # of a candidate, or of a candidate and a split
 
 
 class Killed(BaseException):
@@ -51,7 +52,8 @@ class FakePool:
             raise Killed
         job = self._jobs.pop(self._next())
         self.evaluated.append((job.candidate.id, job.split))
-        result = self._scorer(job.candidate)
+        takes_split = len(inspect.signature(self._scorer).parameters) > 1
+        result = self._scorer(job.candidate, job.split) if takes_split else self._scorer(job.candidate)
         if isinstance(result, str):
             return job, failure(result)
         scores = dict(zip(self._names, result, strict=True))

@@ -317,6 +317,31 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         "free one",
     ),
     "more items than there are": ({"items.search": 10**6}, "items.search asks for 1000000 items", "only 200 left"),
+    "more selection items than there are": ({"items.selection": 10**6}, "items.selection asks for 1000000 items"),
+    "a constraint that asks for more than there is": (
+        {"constraints": [{"task": "math_a", "retain": 1.5}]},
+        "constraints[0].retain is 1.5",
+        "less than or equal to 1",
+    ),
+    "a constraint without its share": ({"constraints": [{"task": "math_a"}]}, "constraints[0].retain is required"),
+    "a constraint on the share of no parent": (
+        {"constraints": [{"task": "math_a", "retain": 0.9, "of": "frist"}]},
+        "constraints[0].of is frist, which is no parent",
+        "did you mean 'first'?",
+    ),
+    "a constraint on an unknown metric": (
+        {"constraints": [{"task": "math_a", "metric": "accc", "retain": 0.9}]},
+        "constraints[0].metric is 'accc'",
+        "did you mean 'acc'?",
+    ),
+    "a constraint that turns an objective around": (
+        {"constraints": [{"task": "base_qa", "goal": "minimize", "retain": 0.9}]},
+        "constraints[0].goal is minimize, but elsewhere base_qa has goal maximize",
+    ),
+    "a constraint with another filter than the objective": (
+        {"constraints": [{"task": "base_qa", "filter": "none", "retain": 0.9}]},
+        'constraints[0].filter is "none", but base_qa is measured with filter null elsewhere',
+    ),
     "more held-out items than there are": ({"items.heldout": 10**6}, "items.heldout asks for 1000000 items"),
     "no items": ({"items.search": 0}, "items.search is 0; use a value greater than or equal to 1"),
     "a population too small": ({"optimizer.population": 3}, "optimizer.population is 3; cma_es needs at least 4"),

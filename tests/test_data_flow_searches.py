@@ -14,6 +14,7 @@ from evomerge import runs, views
 from evomerge.archive import Archive
 from evomerge.candidate import Candidate
 from evomerge.config import load
+from evomerge.criteria import criteria_of
 from evomerge.errors import InputError
 from evomerge.layers import layer_count
 from evomerge.merging.sources import tensor_table
@@ -77,23 +78,23 @@ def run(prepared: Prepared, directory: Path, **pool: Any) -> tuple[Archive, Fake
 
 def test_kills_and_workers_do_not_show_in_the_archive(prepared, tmp_path):
     alone, undisturbed = run(prepared, tmp_path / "alone")
-    expected = views.candidates(alone), views.front(alone, prepared.config)
+    expected = views.candidates(alone, prepared.config), views.front(alone, prepared.config)
     for attempt in range(len(undisturbed.evaluated)):
         try:
             killed, _ = run(prepared, tmp_path / "killed", size=3, seed=attempt, dies_after=19)
         except Killed:
             continue
         break
-    assert (views.candidates(killed), views.front(killed, prepared.config)) == expected
+    assert (views.candidates(killed, prepared.config), views.front(killed, prepared.config)) == expected
 
 
 def test_what_costs_more_than_allowed_is_scored_but_never_wins(prepared, tmp_path):
     archive, _ = run(prepared, tmp_path / "run")
-    records, objectives = archive.records(), prepared.config.objectives
+    records, criteria = archive.records(), criteria_of(archive, prepared.config)
     assert any(depth(record.candidate) > 7 for record in records)
     assert all(record.evaluation.scores is not None for record in records)
-    assert all(depth(record.candidate) <= 7 for record in front_of(records, objectives))
-    best = best_found(records, objectives)
+    assert all(depth(record.candidate) <= 7 for record in front_of(records, criteria))
+    best = best_found(archive, prepared.config)
     assert best is not None
     assert depth(best.candidate) <= 7
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,7 +42,7 @@ def evomerge(*arguments: object, status: int = 0) -> str:
 def content(directory: Path) -> tuple[Any, Any]:
     """What `candidates --json` and `front --json` print, without a process for each."""
     run = runs.read(directory)
-    return views.candidates(run.archive), views.front(run.archive, run.config)
+    return views.candidates(run.archive, run.config), views.front(run.archive, run.config)
 
 
 def evaluated(directory: Path) -> list[tuple[str, str]]:
@@ -238,3 +239,25 @@ def test_optuna_dashboard_reads_the_archive(undisturbed: Path) -> None:
     assert len(searched) == 24
     assert {param["name"] for param in searched[0]["params"]} >= {"weight:math:embeddings", "density:lang:head"}
     assert all(len(trial["values"]) == 2 for trial in searched)
+
+
+def test_a_run_whose_constraints_nobody_meets_says_so_and_exports_nothing(
+    search_file: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    low = {"task": "lang_b", "goal": "minimize", "retain": 1, "of": "math"}  # which knows no word of it
+    high = {"task": "base_qa", "retain": 1, "of": "lang"}
+    search = search_file(
+        constraints=[low, high],
+        optimizer={"evaluations": 3, "population": 4},
+        items={"search": 40, "selection": 4, "heldout": 4},
+    )
+    evomerge("run", search, "--output", tmp_path / "run")
+    says = "no candidate keeps to the constraints on search items: lang_b at most"
+    assert says in capfd.readouterr().err
+    assert not (tmp_path / "run" / "best.yaml").exists()
+    assert json.loads(evomerge("front", tmp_path / "run", "--json")) == []
+    status = json.loads(evomerge("status", tmp_path / "run", "--json"))
+    assert (status["state"], status["best"], status["infeasible"]) == ("finished", None, 7)
+    evomerge("export", tmp_path / "run", "-o", tmp_path / "recipe.yaml", status=1)
+    assert says in capfd.readouterr().err
+    assert not (tmp_path / "recipe.yaml").exists()

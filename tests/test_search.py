@@ -9,11 +9,12 @@ import numpy as np
 import optuna
 import pytest
 
-from evomerge import views
+from evomerge import export, views
 from evomerge.archive import Archive
 from evomerge.candidate import Candidate
 from evomerge.config import SearchConfig, load
-from evomerge.errors import WorkFailed
+from evomerge.criteria import criteria_of
+from evomerge.errors import InputError, WorkFailed
 from evomerge.preparation import Prepared, prepare
 from evomerge.search import Search, best_found, front_of, reported
 from tests.fakes import FakePool, Killed
@@ -41,7 +42,7 @@ def prepared(search_file: SearchFile) -> Prepared:
 
 
 def names(config: SearchConfig) -> list[str]:
-    return [objective.name for objective in config.objectives]
+    return [metric.name for metric in config.measured]
 
 
 def run(prepared: Prepared, directory: Path, scorer: Any = some_fail, **pool: Any) -> tuple[Archive, FakePool]:
@@ -53,7 +54,7 @@ def run(prepared: Prepared, directory: Path, scorer: Any = some_fail, **pool: An
 
 
 def content(archive: Archive, prepared: Prepared) -> tuple[Any, Any]:
-    return views.candidates(archive), views.front(archive, prepared.config)
+    return views.candidates(archive, prepared.config), views.front(archive, prepared.config)
 
 
 def with_budget(prepared: Prepared, evaluations: int) -> Prepared:
@@ -156,7 +157,7 @@ def test_an_extended_search_is_the_search_that_had_the_larger_budget_from_the_st
 
 def test_the_budget_is_kept_to_the_candidate_even_within_a_generation(prepared: Prepared, tmp_path: Path) -> None:
     archive, _ = run(prepared, tmp_path / "run", size=4)
-    kinds = Counter(row["kind"] for row in views.candidates(archive))
+    kinds = Counter(row["kind"] for row in views.candidates(archive, prepared.config))
     assert kinds == {"search": 15, "control": 4 + 15}
 
 
@@ -211,7 +212,7 @@ def test_a_greedy_soup_starts_with_the_best_parent_and_ends_when_every_model_was
 
 def test_failures_are_recorded_with_their_reason_and_never_win(prepared: Prepared, tmp_path: Path) -> None:
     archive, _ = run(prepared, tmp_path / "run")
-    failed = [row for row in views.candidates(archive) if row["state"] == "failed"]
+    failed = [row for row in views.candidates(archive, prepared.config) if row["state"] == "failed"]
     assert [row["id"] for row in failed] == ["g0000-02", "g0001-02", "g0002-02"]
     assert all(row["error"] == "out of memory" and row["scores"] is None for row in failed)
     front = {row["id"] for row in views.front(archive, prepared.config)}
@@ -228,7 +229,7 @@ def test_the_search_starts_at_the_best_essential_control(prepared: Prepared, tmp
         return (0.9, 0.9) if candidate.id == "parent-lang" else (0.1, 0.1)
 
     archive, _ = run(prepared, tmp_path / "run", scorer=lang_is_best)
-    first = np.array([row["genome"] for row in views.candidates(archive) if row["generation"] == 0])
+    first = np.array([row["genome"] for row in views.candidates(archive, prepared.config) if row["generation"] == 0])
     lang = prepared.space.encode({"lang": 1.0})
     math = prepared.space.encode({"math": 1.0})
     assert np.abs(first.mean(axis=0) - lang).mean() < np.abs(first.mean(axis=0) - math).mean()
@@ -247,10 +248,140 @@ def test_an_archive_with_other_genomes_than_the_optimizer_proposes_is_not_contin
 
 def test_held_out_scores_are_known_for_all_controls_the_best_and_the_front(prepared: Prepared, tmp_path: Path) -> None:
     archive, _ = run(prepared, tmp_path / "run")
-    records, objectives = archive.records(), prepared.config.objectives
-    best = best_found(records, objectives)
+    records, criteria = archive.records(), criteria_of(archive, prepared.config)
+    best = best_found(archive, prepared.config)
     assert best is not None
-    expected = {record.candidate.id for record in front_of(records, objectives)} | {best.candidate.id}
+    expected = {record.candidate.id for record in front_of(records, criteria)} | {best.candidate.id}
     expected |= {"base", "parent-math", "parent-lang", "uniform"}
     known = {record.candidate.id for record in archive.records("heldout")}
-    assert expected <= known == {candidate.id for candidate in reported(records, objectives)}
+    assert expected <= known == {candidate.id for candidate in reported(records, criteria)}
+
+
+# Constraints and selection items
+
+
+def three_scores(candidate: Candidate) -> tuple[float, float, float]:
+    """Two objectives that conflict, and a guard that most genomes break; the first parent is good at all but one."""
+    if candidate.genome is None:
+        return {"parent-math": (0.6, 0.1, 0.9), "parent-lang": (0.1, 0.6, 0.5)}.get(candidate.id, (0.2, 0.2, 0.2))
+    first, second = quality(candidate)
+    return first, second, float(np.mean(candidate.genome))
+
+
+def constrained(search_file: SearchFile, *constraints: dict[str, Any], **items: int) -> Prepared:
+    optimizer = {"evaluations": 16, "population": 4}
+    space = {"density": {"fixed": 1.0}}
+    return prepare(
+        load(
+            search_file(
+                optimizer=optimizer,
+                space=space,
+                constraints=[{"task": "lang_b", "retain": 0.8, **constraint} for constraint in constraints],
+                items={"search": 24, "heldout": 24, **items},
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize("selection", [None, 12])
+def test_no_candidate_that_breaks_a_constraint_is_on_the_front_or_the_best_or_reported(
+    search_file: SearchFile, tmp_path: Path, selection: int | None
+) -> None:
+    items = {} if selection is None else {"selection": selection}
+    prepared = constrained(search_file, {}, {"task": "base_qa", "retain": 0.9, "of": "base"}, **items)
+    archive, _ = run(prepared, tmp_path / "run", scorer=three_scores)
+    rows = views.candidates(archive, prepared.config)
+    broken = {row["id"] for row in rows if row["scores"]["lang_b"] < 0.8 * 0.9 or row["scores"]["base_qa"] < 0.9 * 0.2}
+    assert {row["id"] for row in rows if not row["feasible"]} == broken
+    assert 0 < len([name for name in broken if name.startswith("g")]) < 16
+    front = [row["id"] for row in views.front(archive, prepared.config)]
+    assert front
+    assert broken.isdisjoint(front)
+    best = best_found(archive, prepared.config)
+    assert best is not None
+    assert best.candidate.id not in broken
+    essential = {"base", "parent-math", "parent-lang", "uniform"}
+    assert broken.isdisjoint({record.candidate.id for record in archive.records("heldout")} - essential)
+
+
+def test_constraints_that_cannot_be_met_leave_no_best_and_no_front_and_the_search_still_ends(
+    search_file: SearchFile, tmp_path: Path
+) -> None:
+    prepared = constrained(search_file, {"retain": 1.0}, {"task": "base_qa", "retain": 1.0}, {"task": "cross_math_b"})
+
+    def each_parent_alone(candidate: Candidate) -> tuple[float, float, float]:
+        return three_scores(candidate) if candidate.genome is None else (0.5, 0.1, 0.1)
+
+    archive, _ = run(prepared, tmp_path / "run", scorer=each_parent_alone)
+    assert best_found(archive, prepared.config) is None
+    assert views.front(archive, prepared.config) == []
+    status = views.status(archive, prepared.config, running=False)
+    assert (status["state"], status["best"], status["infeasible"]) == ("finished", None, 4 + 16)
+    with pytest.raises(WorkFailed, match=r"no candidate keeps to the constraints.*lang_b at least 0\.9 \(of parent-m"):
+        export.choose(archive, prepared.config, None, ())
+    with pytest.raises(InputError, match=r"--candidate g0000-00 breaks a constraint \(lang_b at least 0\.9"):
+        export.choose(archive, prepared.config, "g0000-00", ())
+
+
+def test_a_search_for_what_keeps_to_a_constraint_gets_there(search_file: SearchFile, tmp_path: Path) -> None:
+    prepared = constrained(search_file, {"retain": 0.95})
+
+    def more_is_worse_but_allowed(candidate: Candidate) -> tuple[float, float, float]:
+        if candidate.genome is None:
+            return 0.5, 0.5, 0.9 if candidate.id.startswith("parent") else 0.2
+        size = float(np.mean(candidate.genome))
+        return -size, -size, size
+
+    archive, _ = run(prepared, tmp_path / "run", scorer=more_is_worse_but_allowed)
+    searched = [row for row in views.candidates(archive, prepared.config) if row["kind"] == "search"]
+    early, late = ([row["scores"]["lang_b"] for row in part] for part in (searched[:4], searched[-4:]))
+    assert np.mean(late) > np.mean(early)
+
+
+def test_a_parent_that_a_constraint_needs_and_that_fails_stops_the_search_with_a_sentence(
+    search_file: SearchFile, tmp_path: Path
+) -> None:
+    prepared = constrained(search_file, {"of": "lang"})
+
+    def lang_fails(candidate: Candidate) -> tuple[float, float, float] | str:
+        return "out of memory" if candidate.id == "parent-lang" else three_scores(candidate)
+
+    with pytest.raises(WorkFailed, match=r"constraints\[0\].*parent-lang could not be evaluated \(out of memory\)"):
+        run(prepared, tmp_path / "run", scorer=lang_fails)
+
+
+def test_selection_items_choose_the_best_among_what_the_search_items_put_on_the_front(
+    search_file: SearchFile, tmp_path: Path
+) -> None:
+    prepared = constrained(search_file, {"retain": 0.2}, selection=12)
+
+    def reversed_there(candidate: Candidate, split: str) -> tuple[float, float, float]:
+        scores = three_scores(candidate)
+        return (1 - scores[0], 1 - scores[1], scores[2]) if split == "selection" else scores
+
+    archive, pool = run(prepared, tmp_path / "run", scorer=reversed_there)
+    best = best_found(archive, prepared.config)
+    assert best is not None
+    front = [row for row in views.front(archive, prepared.config) if row["kind"] == "search"]
+    assert len(front) > 1
+    chosen = max(front, key=lambda row: row["selection"]["base_qa"] + row["selection"]["cross_math_b"])
+    assert best.candidate.id == chosen["id"]
+    assert best.candidate.id != front[0]["id"]
+    splits = [split for _, split in pool.evaluated]
+    assert splits == sorted(splits, key=("search", "selection", "heldout").index)
+
+
+def test_killed_anywhere_with_constraints_and_selection_items_it_resumes_to_the_same_archive(
+    search_file: SearchFile, tmp_path: Path
+) -> None:
+    prepared = constrained(search_file, {"retain": 0.2}, {"task": "base_qa", "of": "base"}, selection=12)
+    whole, undisturbed = run(prepared, tmp_path / "whole", scorer=three_scores)
+    for kill in (2, len(undisturbed.evaluated) - 3):
+        with pytest.raises(Killed):
+            run(prepared, tmp_path / f"{kill}", scorer=three_scores, size=3, seed=kill, dies_after=kill)
+        resumed, _ = run(prepared, tmp_path / f"{kill}", scorer=three_scores, size=2)
+        assert content(resumed, prepared) == content(whole, prepared)
+        for split in prepared.config.splits:
+            assert [each.candidate for each in resumed.records(split)] == [
+                each.candidate for each in whole.records(split)
+            ]

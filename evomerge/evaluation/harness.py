@@ -82,7 +82,7 @@ class _PreparedSplit:
 
     def __init__(self, config: SearchConfig, lm: Any, split: Split) -> None:
         self._config, self._lm = config, lm
-        self._targets = load_targets(config.objectives, config.tasks, config.evaluation)
+        self._targets = load_targets(config.measured, config.tasks, config.evaluation)
         self._tasks = [_PreparedTask(task, config, lm, split) for task in distinct_tasks(self._targets)]
         pairs = [
             (instance, document)
@@ -132,7 +132,7 @@ class _PreparedSplit:
             instance.resps, instance.filtered_resps = texts, {}
         results = {id(task.task): task.results(answers) for task in self._tasks}
         scores, outcomes = {}, {}
-        for objective in self._config.objectives:
+        for objective in self._config.measured:
             if objective.cost is not None:
                 continue
             scores[objective.name], by_item = self._score(objective, results)
@@ -210,7 +210,7 @@ def _build(task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
     those of the split."""
     chosen = set(documents(task, config.items, split))
     _leave_own_answer_out(task, split)
-    if split == "search" and both_splits(task):
+    if split != "heldout" and both_splits(task):
         task.test_docs = task.validation_docs
     task.set_fewshot_seed(FEWSHOT_SEED)
     evaluation = config.evaluation
@@ -224,7 +224,7 @@ def _build(task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
     task._instances = [instance for instance in task._instances if instance.doc_id in chosen]
 
 
-def _leave_own_answer_out(task: Any, split: str) -> None:
+def _leave_own_answer_out(task: Any, split: Split) -> None:
     """Where an item's few-shot examples come from its own split, makes lm-eval leave the item itself out of them.
 
     lm-eval does so where the two names that it compares are equal, and elsewhere would show the answer.
@@ -233,7 +233,7 @@ def _leave_own_answer_out(task: Any, split: str) -> None:
     if fewshot is None or fewshot.samples is not None:
         return
     splits = [config.validation_split, config.test_split]
-    evaluated = next(filter(None, splits if split == "search" else splits[::-1]), None)
+    evaluated = next(filter(None, splits[::-1] if split == "heldout" else splits), None)
     if evaluated == next(filter(None, [fewshot.split, config.training_split, *splits]), None):
         fewshot.split = config.test_split
 

@@ -9,10 +9,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from evomerge.candidate import SPLITS
-from evomerge.config import EvaluationConfig, ItemsConfig, ObjectiveConfig, SearchConfig, TasksConfig
+from evomerge.config import (
+    ConstraintConfig,
+    EvaluationConfig,
+    ItemsConfig,
+    ObjectiveConfig,
+    SearchConfig,
+    Split,
+    TasksConfig,
+)
 from evomerge.errors import EvomergeError, InputError, choices
 from evomerge.evaluation.items import choose, divide
 from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks
@@ -46,43 +53,57 @@ class Target:
         )
 
 
-def check_objectives(config: SearchConfig, targets: Mapping[str, Target]) -> tuple[ObjectiveConfig, ...]:
-    """The objectives with their goals filled in, after every task, metric and item count has been checked."""
+Metric = TypeVar("Metric", ObjectiveConfig, ConstraintConfig)
+
+
+def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> SearchConfig:
+    """The config with the goals of its objectives and constraints filled in, after every task, metric and item count
+    has been checked."""
     _check_generation(config.evaluation)
-    resolved = []
-    for position, objective in enumerate(config.objectives):
-        if objective.cost is not None:
-            resolved.append(objective)
-            continue
-        target = targets[objective.task]
-        goals = target.goals()
-        if objective.metric not in goals:
+    objectives = tuple(
+        each if each.cost is not None else _with_goal(f"objectives[{index}]", each, targets[each.task])
+        for index, each in enumerate(config.objectives)
+    )
+    goals = {objective.name: objective.goal for objective in objectives}
+    constraints = [
+        _with_goal(f"constraints[{index}]", each, targets[each.task]) for index, each in enumerate(config.constraints)
+    ]
+    for index, each in enumerate(constraints):
+        if goals.setdefault(each.name, each.goal) != each.goal:
             raise InputError(
-                f"objectives[{position}].metric is '{objective.metric}', which task '{objective.task}' does not "
-                f"report; {choices(objective.metric, goals)}."
+                f"constraints[{index}].goal is {each.goal}, but elsewhere {each.name} has goal {goals[each.name]}; "
+                "give both the same."
             )
-        if not all(callable(task.aggregation().get(objective.metric)) for task in target.tasks):
-            raise InputError(
-                f"objectives[{position}].metric is '{objective.metric}', to which task '{objective.task}' gives no "
-                "aggregation that lm-eval knows; correct metric_list in the task's file."
-            )
-        filters = target.filters()
-        if not filters:
-            raise InputError(
-                f"objectives[{position}].task is '{objective.task}', whose tasks have no filter in common; correct "
-                "their filter_list."
-            )
-        if objective.filter is not None and objective.filter not in filters:
-            raise InputError(
-                f"objectives[{position}].filter is '{objective.filter}', which task '{objective.task}' lacks; "
-                f"{choices(objective.filter, filters)}."
-            )
-        goal = objective.goal or ("maximize" if goals[objective.metric] else "minimize")
-        resolved.append(objective.model_copy(update={"goal": goal}))
     for task in distinct_tasks(targets):
-        for split in SPLITS:
+        for split in config.splits:
             documents(task, config.items, split)
-    return tuple(resolved)
+    return config.model_copy(update={"objectives": objectives, "constraints": tuple(constraints)})
+
+
+def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
+    """An objective or constraint with its goal, by what the task says of the metric where the user does not."""
+    goals = target.goals()
+    if wanted.metric not in goals:
+        raise InputError(
+            f"{where}.metric is '{wanted.metric}', which task '{wanted.task}' does not report; "
+            f"{choices(wanted.metric, goals)}."
+        )
+    if not all(callable(task.aggregation().get(wanted.metric)) for task in target.tasks):
+        raise InputError(
+            f"{where}.metric is '{wanted.metric}', to which task '{wanted.task}' gives no aggregation that lm-eval "
+            "knows; correct metric_list in the task's file."
+        )
+    filters = target.filters()
+    if not filters:
+        raise InputError(
+            f"{where}.task is '{wanted.task}', whose tasks have no filter in common; correct their filter_list."
+        )
+    if wanted.filter is not None and wanted.filter not in filters:
+        raise InputError(
+            f"{where}.filter is '{wanted.filter}', which task '{wanted.task}' lacks; {choices(wanted.filter, filters)}."
+        )
+    goal = wanted.goal or ("maximize" if goals[wanted.metric] else "minimize")
+    return wanted.model_copy(update={"goal": goal})
 
 
 def _check_generation(evaluation: EvaluationConfig) -> None:
@@ -216,14 +237,13 @@ def both_splits(task: Any) -> bool:
     return bool(task.has_validation_docs() and task.has_test_docs())
 
 
-def documents(task: Any, items: ItemsConfig, split: str) -> list[int]:
+def documents(task: Any, items: ItemsConfig, split: Split) -> list[int]:
     """The numbers of the documents that a split of a task holds."""
     name = task.config.task
     if both_splits(task):
-        documents = task.validation_docs() if split == "search" else task.test_docs()
+        documents = task.test_docs() if split == "heldout" else task.validation_docs()
         return choose(items, split, name, len(documents))
-    search, heldout = divide(items, name, len(task.eval_docs))
-    return search if split == "search" else heldout
+    return divide(items, name, len(task.eval_docs))[split]
 
 
 def cause(error: BaseException) -> str:

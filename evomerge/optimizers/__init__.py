@@ -28,7 +28,8 @@ class Optimizer(Protocol):
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
         """The scores of genomes that were asked for, shape (n, objectives), larger is better, NaN for candidates that
-        failed: a generation in its order, or (`optimizer.schedule: async`) any that were not told yet."""
+        failed; in a search with limits more columns, which `Problem.ranking` understands (see there). They are a
+        generation in its order, or (`optimizer.schedule: async`) any that were not told yet."""
         ...
 
 

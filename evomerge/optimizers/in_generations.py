@@ -33,6 +33,7 @@ class InGenerations:
             rows = [row for row in told if row is not None]
             if len(rows) < len(asked):
                 return
-            self._optimizer.tell(asked, np.array(rows).reshape(len(rows), -1))
+            if rows:
+                self._optimizer.tell(asked, np.stack(rows))
             del self._open[self._told]
             self._told += 1

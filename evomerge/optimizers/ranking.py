@@ -2,7 +2,8 @@
 
 `elite` ranks by non-domination against the front of everything told so far, then by exclusive hypervolume gain, then by
 the weighted mean (after Igel et al. 2007, with the archive's front in the place of the population's). `weighted_sum` is
-the weighted mean alone. Failed candidates (NaN) come last.
+the weighted mean alone. What breaks limits comes after everything that does not, in the order of how much it breaks
+them (Deb 2000); failed candidates (NaN) come last.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from evomerge.pareto import Scores, exclusive_gains, front_mask, ranks
 from evomerge.spaces import Genome
 
 _EXACT_OBJECTIVES = 4  # beyond these, exact contributions cost seconds a generation; rank and mean decide alone
+_INFEASIBLE = -1e9  # a mean that no score reaches
 
 
 def weighted_means(scores: Scores, weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -36,7 +38,11 @@ class Incumbent:
 
 @dataclass
 class Ranking:
-    """How scores become ranks. `elite` keeps the front of what it has been told."""
+    """How scores become ranks. `elite` keeps the front of what it has been told.
+
+    Told scores have shape (n, objectives), or (n, objectives + limits) where the search has limits: by how much each
+    candidate breaks each, 0 where it does not.
+    """
 
     weights: NDArray[np.float64]
     elite: bool
@@ -48,11 +54,19 @@ class Ranking:
         self._seen = np.empty((0, len(self.weights)))
 
     def means(self, scores: Scores) -> NDArray[np.float64]:
-        return weighted_means(scores, self.weights)
+        """The weighted mean of each row, shape (n,), -inf for failures; of those that break limits far below any."""
+        values, broken = self._parts(scores)
+        means = weighted_means(values, self.weights)
+        return np.where(np.isfinite(means) & (broken > 0), _INFEASIBLE * (1 + np.minimum(broken, 1e6)), means)
+
+    def _parts(self, scores: Scores) -> tuple[Scores, NDArray[np.float64]]:
+        """Objectives, and by how much limits are broken in all."""
+        return scores[:, : len(self.weights)], scores[:, len(self.weights) :].sum(axis=1)
 
     def observe(self, scores: Scores) -> None:
-        """Takes told scores into the front."""
-        valid = scores[~np.isnan(scores).any(axis=1)]
+        """Takes told scores into the front, those that may be on it."""
+        values, broken = self._parts(scores)
+        valid = values[~np.isnan(values).any(axis=1) & ~(broken > 0)]
         self._seen = np.vstack([self._seen, valid])
         together = np.vstack([self._front, valid])
         self._front = np.unique(together[front_mask(together)], axis=0)
@@ -60,12 +74,18 @@ class Ranking:
     def losses(self, scores: Scores) -> NDArray[np.float64]:
         """Values to minimize, shape (n,), all finite: rank order for elite, negated means for weighted sums."""
         means = self.means(scores)
+        values, broken = self._parts(scores)
         valid = np.isfinite(means)
         losses = np.full(len(scores), float(len(scores) + 1))
-        if valid.any():
-            losses[valid] = self._order(scores[valid], means[valid]) if self.elite else -means[valid]
-        if not self.elite and valid.any():
-            losses[~valid] = losses[valid].max() + 1.0
+        if not self.elite:
+            losses[valid] = -means[valid]
+            losses[~valid] = losses[valid].max(initial=-np.inf) + 1.0 if valid.any() else 0.0
+            return losses
+        feasible = valid & ~(broken > 0)
+        if feasible.any():
+            losses[feasible] = self._order(values[feasible], means[feasible])
+        infeasible = valid & ~feasible
+        losses[infeasible] = feasible.sum() + np.unique(broken[infeasible], return_inverse=True)[1].ravel()
         return losses
 
     def _order(self, scores: Scores, means: NDArray[np.float64]) -> NDArray[np.float64]:

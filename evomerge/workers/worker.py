@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from evomerge.candidate import SPLITS, Evaluation, Split, failure
+from evomerge.candidate import Evaluation, Split, failure
 from evomerge.config import SearchConfig
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation.harness import Harness
@@ -33,7 +33,7 @@ class Worker:
         )
         self._harness = Harness(config, self.models.model, load_tokenizer(config))
         self._asked = [objective.cost for objective in config.objectives if objective.cost is not None]
-        for split in SPLITS:  # both now: an item that cannot be scored should not show after the search
+        for split in config.splits:  # all now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)
 
     def rehearse(self, recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from evomerge.errors import CandidateFailed, InputError
 from evomerge.evaluation.harness import FEWSHOT_SEED, Harness
-from evomerge.evaluation.loading import check_objectives, exam_warnings, load_targets
+from evomerge.evaluation.loading import check_metrics, exam_warnings, load_targets
 from evomerge.zoo.language import DIGITS, NAMES, NUMBERS, OBJECTS, VERBS
 
 EVALS = Path(__file__).parents[2] / "evals"
@@ -167,7 +167,7 @@ def generation_task(write_task):
 
 
 def check(config):
-    return check_objectives(config, load_targets(config.objectives, config.tasks, config.evaluation))
+    return check_metrics(config, load_targets(config.measured, config.tasks, config.evaluation)).objectives
 
 
 # Scores are lm-eval's

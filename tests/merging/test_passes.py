@@ -44,6 +44,14 @@ def test_compiled_code_gives_the_bits_of_eager_code(method):
     assert torch.equal(eager.view(torch.int16), compiled.view(torch.int16))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_size_of_chunks_changes_no_bit(method):
+    whole, parts = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)
+    METHODS[method].merge_into(whole, inputs_of(method), chunk=1 << 20)
+    METHODS[method].merge_into(parts, inputs_of(method), chunk=997)
+    assert torch.equal(whole.view(torch.int16), parts.view(torch.int16))
+
+
 def double(tensors, fields, numbers):
     return tensors[0].to(torch.float32) * numbers["factor"][0]
 

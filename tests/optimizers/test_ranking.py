@@ -1,4 +1,6 @@
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from evomerge.optimizers.ranking import Incumbent, Ranking
 
@@ -44,3 +46,36 @@ def test_the_incumbent_gives_way_to_its_equal_but_not_to_a_failure() -> None:
     incumbent.offer(np.array([[2.0]]), np.array([0.5]))
     incumbent.offer(np.array([[3.0]]), np.array([-np.inf]))
     assert incumbent.genome.tolist() == [2.0]
+
+
+rows = st.tuples(*[st.integers(0, 4)] * 2, *[st.sampled_from([0.0, 0.0, 0.1, 0.5])] * 2)
+
+
+@given(st.lists(rows, min_size=1, max_size=10), st.lists(rows, max_size=6), st.booleans(), st.booleans())
+def test_debs_rule_what_keeps_to_the_limits_comes_first_then_what_breaks_them_least(told, before, elite, fails):
+    ranking = Ranking(np.ones(2), elite=elite)
+    if before:
+        ranking.observe(np.array(before, dtype=float))
+    table = np.array(told, dtype=float)
+    if fails:
+        table[0] = np.nan
+    broken = table[:, 2:].sum(axis=1)
+    failed = np.isnan(broken)
+    losses, means = ranking.losses(table), ranking.means(table)
+    assert np.isfinite(losses).all()
+    for order in (losses, -means):
+        for one in range(len(table)):
+            for other in range(len(table)):
+                if (failed[other] and not failed[one]) or broken[one] < broken[other]:
+                    assert order[one] < order[other]
+
+
+@given(st.lists(rows, min_size=1, max_size=8))
+def test_limits_that_nobody_breaks_change_no_rank(told):
+    table = np.array(told, dtype=float)
+    table[:, 2:] = 0.0
+    for elite in (True, False):
+        plain, limited = Ranking(np.ones(2), elite=elite), Ranking(np.ones(2), elite=elite)
+        plain.observe(table[:1, :2])
+        limited.observe(table[:1])
+        assert (plain.losses(table[:, :2]) == limited.losses(table)).all()

@@ -1,0 +1,143 @@
+"""Criteria: what makes one candidate better than another, as arrays: objectives, and limits that a winner keeps to.
+
+A candidate that breaks a limit is infeasible: it comes after every feasible one, the less it breaks the better (Deb
+2000, doi:10.1016/S0045-7825(99)00389-8), and it is never on the front, never the best and never exported.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.archive import Archive
+from evomerge.candidate import Evaluation, Split
+from evomerge.config import ConstraintConfig, ObjectiveConfig, SearchConfig
+from evomerge.controls import BASE, PARENT
+from evomerge.errors import WorkFailed
+from evomerge.optimizers.ranking import weighted_means
+from evomerge.pareto import Scores
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a score must reach: a share of a parent's, or not more than a cost's maximum.
+
+    bound: where larger is better, so of the negated score where `sign` is -1; NaN while the parent's score is not
+    known, and then nobody reaches it. source: where the bound comes from, in a phrase.
+    """
+
+    name: str
+    sign: float
+    bound: float
+    source: str
+
+    def violation(self, evaluation: Evaluation) -> float:
+        """By how much an evaluation misses the bound, as a share of it: 0 where it does not, NaN for a failure."""
+        if evaluation.scores is None:
+            return np.nan
+        missing = (self.bound - self.sign * evaluation.scores[self.name]) / (abs(self.bound) or 1.0)
+        return np.inf if np.isnan(missing) else float(missing) if missing > _ROUNDING else 0.0
+
+    def __str__(self) -> str:
+        side = "at least" if self.sign > 0 else "at most"
+        return f"{self.name} {side} {round(self.sign * self.bound, 3):.12g} ({self.source})"
+
+
+@dataclass(frozen=True, slots=True)
+class Criteria:
+    """The objectives and limits of a search on one split's items."""
+
+    objectives: tuple[ObjectiveConfig, ...]
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        return np.array([objective.weight for objective in self.objectives])
+
+    def violations(self, evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
+        """How far each evaluation breaks each limit, shape (n, limits); NaN for failures."""
+        rows = [[limit.violation(evaluation) for limit in self.limits] for evaluation in evaluations]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.limits))
+
+    def told(self, evaluations: Sequence[Evaluation]) -> Scores:
+        """Scores and violations as optimizers are told them, shape (n, objectives + limits)."""
+        return np.hstack([score_matrix(evaluations, self.objectives), self.violations(evaluations)])
+
+    def eligible(self, evaluations: Sequence[Evaluation]) -> Scores:
+        """The scores of those that may win, shape (n, objectives); NaN for failures and the infeasible."""
+        scores = score_matrix(evaluations, self.objectives)
+        scores[(self.violations(evaluations) > 0).any(axis=1)] = np.nan
+        return scores
+
+    def feasible(self, evaluation: Evaluation) -> bool:
+        return not evaluation.failed and not self.violations([evaluation]).any()
+
+    def means(self, evaluations: Sequence[Evaluation]) -> list[float]:
+        """The weighted mean score of each evaluation, feasible or not; -inf for failures."""
+        return [float(mean) for mean in weighted_means(score_matrix(evaluations, self.objectives), self.weights)]
+
+
+def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> Scores:
+    """Scores turned so that larger is better, shape (n, objectives); NaN for failures."""
+    rows = [
+        [np.nan] * len(objectives)
+        if evaluation.scores is None
+        else [sign_of(objective) * evaluation.scores[objective.name] for objective in objectives]
+        for evaluation in evaluations
+    ]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(objectives))
+
+
+def sign_of(metric: ObjectiveConfig | ConstraintConfig) -> float:
+    return -1.0 if metric.goal == "minimize" else 1.0
+
+
+def criteria_of(archive: Archive, config: SearchConfig, split: Split = "search") -> Criteria:
+    """A search's criteria on a split, by the scores that its parents have there. Costs are limited on search items: the
+    time that an evaluation takes depends on how many items there are."""
+    names = [BASE, *(f"{PARENT}-{name}" for name in config.models)]
+    found = {name: archive.find(name, split) for name in names}
+    parents = {name: record.evaluation for name, record in found.items() if record is not None}
+    limits = [_limit(each, config, parents) for each in config.constraints]
+    if split == "search":
+        limits += [Limit(cost.name, -1.0, -cost.max, "max") for cost in config.objectives if cost.max is not None]
+    return Criteria(config.objectives, tuple(limits))
+
+
+def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[str, Evaluation]) -> Limit:
+    """parents: the evaluations of base and parents, as far as there are any."""
+    sign = sign_of(constraint)
+    names = _references(constraint, config)
+    known = {
+        name: sign * evaluation.scores[constraint.name]
+        for name in names
+        if (evaluation := parents.get(name)) is not None and evaluation.scores is not None
+    }
+    if not known or any(name not in parents for name in names):
+        return Limit(constraint.name, sign, np.nan, f"of {names[0]}'s")
+    best = max(known, key=lambda name: known[name])
+    bound = known[best] - (1 - constraint.retain) * abs(known[best])
+    return Limit(constraint.name, sign, bound, f"of {best}'s {sign * known[best]:.3f}")
+
+
+def _references(constraint: ConstraintConfig, config: SearchConfig) -> list[str]:
+    """The controls that a constraint compares with."""
+    if constraint.of is None and config.models:
+        return [f"{PARENT}-{name}" for name in config.models]
+    return [BASE if constraint.of in (None, "base") else f"{PARENT}-{constraint.of}"]
+
+
+def check_limits(archive: Archive, config: SearchConfig, criteria: Criteria) -> None:
+    """Raises WorkFailed where no parent that a constraint compares with could be scored."""
+    for index, constraint in enumerate(config.constraints):
+        limit = criteria.limits[index]
+        name = _references(constraint, config)[0]
+        record = archive.find(name, "search")
+        if np.isnan(limit.bound) and record is not None:
+            raise WorkFailed(
+                f"constraints[{index}] keeps a share of what {name} scores on {limit.name}, but {name} could not be "
+                f"evaluated ({record.evaluation.error}); mend it, or compare with another."
+            )
