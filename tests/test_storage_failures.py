@@ -59,7 +59,7 @@ def test_a_full_disk_stops_the_search_with_a_sentence_and_resuming_repeats_nothi
     resumed, pool = search(prepared, tmp_path / "full")
     assert len(recorded) > 0
     assert not set(recorded) & set(pool.evaluated)
-    assert views.candidates(resumed) == views.candidates(expected)
+    assert views.candidates(resumed, prepared.config) == views.candidates(expected, prepared.config)
 
 
 @pytest.mark.parametrize("lands", [False, True], ids=["refused", "only the answer was lost"])
