@@ -7,8 +7,9 @@ transaction. The only module that knows Optuna's storage.
 """
 
 import hashlib
+import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +28,20 @@ from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, active
 from evomerge.storage import expanded, masked
 
+_PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
+_LASTING = ("full", "no space", "readonly", "read-only", "no such", "does not exist", "permission", "password")
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
 TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 _FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """When an evaluation came in an asynchronous search: how many had before it, and how many generations had been
+    asked for by then."""
+
+    number: int
+    asked: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,7 @@ class Record:
 
     candidate: Candidate
     evaluation: Evaluation
+    arrival: Arrival | None = None
 
 
 class Archive:
@@ -49,6 +62,7 @@ class Archive:
         prefix: of the names of its studies, where it is not the directory that says it.
         """
         self._config, self._genes = config, genes
+        self.listener: Callable[[str, dict[str, Any]], None] = lambda event, fields: None  # of storage_retry
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
@@ -126,13 +140,17 @@ class Archive:
             seconds=attributes["seconds"],
             truncated=attributes.get("truncated", 0),
         )
-        return Record(candidate, evaluation)
+        arrival = Arrival(*attributes["arrival"]) if "arrival" in attributes else None
+        return Record(candidate, evaluation, arrival)
 
     def find(self, candidate_id: str, split: Split) -> Record | None:
         return self._records[split].get(candidate_id) if split in self._records else None
 
-    def record(self, candidate: Candidate, evaluation: Evaluation, split: Split) -> None:
-        """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it."""
+    def record(
+        self, candidate: Candidate, evaluation: Evaluation, split: Split, arrival: Arrival | None = None
+    ) -> None:
+        """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it, or is away for
+        longer than minutes."""
         with quiet():
             import optuna
 
@@ -144,16 +162,35 @@ class Archive:
                 values=values,
                 params=params,
                 distributions=distributions,
-                user_attrs=_attributes(candidate, evaluation) | self._guards(evaluation),
+                user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
             )
+            self._add(trial, split)
+        self._records[split][candidate.id] = Record(candidate, evaluation, arrival)
+
+    def _add(self, trial: Any, split: Split) -> None:
+        """Adds a trial, once, waiting for a storage that is briefly away."""
+        identity, pause, deadline = trial.user_attrs["id"], _PAUSE, time.monotonic() + _PATIENCE
+        tried = False
+        while True:
             try:
-                self._studies[split].add_trial(trial)
+                if not (tried and self._holds(identity, split)):  # its commit may have been all that came through
+                    self._studies[split].add_trial(trial)
+                return
             except Exception as error:
-                raise WorkFailed(
-                    f"the archive refused evaluation {candidate.id} ({_brief(error)}); nothing was lost: free "
-                    "some space or restore the storage, then resume."
-                ) from None
-        self._records[split][candidate.id] = Record(candidate, evaluation)
+                passing, reason = _refusal(error)
+                if not passing or time.monotonic() + pause > deadline:
+                    raise WorkFailed(
+                        f"the archive refused evaluation {identity} ({reason}); nothing was lost: free some "
+                        "space or restore the storage, then resume."
+                    ) from None
+            tried = True
+            self.listener("storage_retry", {"id": identity, "reason": reason, "seconds": pause})
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+
+    def _holds(self, identity: str, split: Split) -> bool:
+        trials = self._studies[split].get_trials(deepcopy=False)
+        return any(trial.user_attrs.get("id") == identity for trial in trials)
 
     def _guards(self, evaluation: Evaluation) -> dict[str, Any]:
         """The scores that are no objectives."""
@@ -186,6 +223,11 @@ class Archive:
         """Every recorded evaluation, controls first, then by generation and index."""
         return sorted(self._records[split].values(), key=lambda record: place(record.candidate))
 
+    def arrivals(self) -> list[Record]:
+        """The search candidates of an asynchronous search in the order in which their evaluations came."""
+        recorded = [(record.arrival.number, record) for record in self._records["search"].values() if record.arrival]
+        return [record for _, record in sorted(recorded, key=lambda pair: pair[0])]
+
     def check_sources(self, sources: Mapping[str, str]) -> None:
         """Raises InputError naming a source model whose identity is not the one that the archive was made with."""
         for key, recorded in self._studies["search"].user_attrs.get("sources", {}).items():
@@ -217,7 +259,7 @@ def place(candidate: Candidate) -> tuple[int, int]:
     return candidate.generation, candidate.index
 
 
-def _attributes(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
+def _attributes(candidate: Candidate, evaluation: Evaluation, arrival: Arrival | None) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "id": candidate.id,
         "kind": candidate.kind,
@@ -227,6 +269,8 @@ def _attributes(candidate: Candidate, evaluation: Evaluation) -> dict[str, Any]:
         "seconds": round(evaluation.seconds, 4),
         "recipe": candidate.recipe.model_dump(mode="json", exclude_defaults=True),
     }
+    if arrival is not None:
+        attributes["arrival"] = [arrival.number, arrival.asked]
     if evaluation.fingerprint is not None:
         attributes["fingerprint"] = evaluation.fingerprint
     if evaluation.error is not None:
@@ -371,6 +415,16 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
     else:
         return key, was, now
     return next((found for part in parts if (found := _first_difference(*part)) is not None), None)
+
+
+def _refusal(error: BaseException) -> tuple[bool, str]:
+    """Whether a storage may take later what it has refused now, and why it has."""
+    from sqlalchemy import exc
+
+    error = error.__cause__ or error  # Optuna's own says nothing
+    reason = _brief(getattr(error, "orig", None) or error)  # without the statement
+    lasting = any(word in reason.lower() for word in _LASTING)
+    return isinstance(error, (exc.OperationalError, exc.InterfaceError)) and not lasting, reason
 
 
 def _brief(error: BaseException) -> str:

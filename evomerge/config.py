@@ -359,13 +359,18 @@ class StageConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """How genomes are proposed. `evaluations` counts search candidates; controls come on top."""
+    """How genomes are proposed. `evaluations` counts search candidates; controls come on top.
+
+    schedule: `pipelined` proposes the same whatever the number of workers; `async` never lets a worker wait, but what
+    it proposes depends on the order in which evaluations finish. That order is recorded, and resuming keeps to it.
+    """
 
     name: Literal["auto", "cma_es", "cat_cma", "path_evolution", "group_evolution", "random_search", "greedy_soup"] = (
         "auto"
     )
     evaluations: int = Field(default=300, ge=1)
     population: int | None = Field(default=None, ge=1)
+    schedule: Literal["pipelined", "async"] = "pipelined"
     lag: int = Field(default=1, ge=0, le=16)
     ranking: Literal["auto", "elite", "weighted_sum"] = "auto"
     covariance: Literal["auto", "full", "diagonal"] = "auto"
@@ -383,6 +388,8 @@ class OptimizerConfig(Settings):
     def _soup(self) -> Self:
         if self.name == "greedy_soup" and self.stages:
             raise ValueError(".stages are given, but greedy_soup has none; leave them out")
+        if self.name == "greedy_soup" and self.schedule == "async":
+            raise ValueError(".schedule is async, but greedy_soup builds each soup on the one before; use pipelined")
         return self
 
 
@@ -395,7 +402,9 @@ class ControlsConfig(Settings):
 
 
 class WorkersConfig(Settings):
-    """Where candidates are evaluated. Nothing here may change a result.
+    """Where candidates are evaluated. Nothing here changes a result, but for what becomes of candidates that do harm:
+    after `time_limit` seconds a worker is killed and its candidate recorded as failed, and so is one that has taken
+    `attempts` workers down.
 
     Without a count there are as many workers as the cluster holds, now and later. `minimum` of them must be there for
     the search to start: all of a count by default, else one.
@@ -407,7 +416,17 @@ class WorkersConfig(Settings):
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float | None = Field(default=None, ge=0)
     placement_timeout: float = Field(default=45, gt=0)
-    attempts: int = Field(default=3, ge=1)
+    attempts: int = Field(default=2, ge=1)
+    time_limit: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _limit(self) -> Self:
+        if self.time_limit is not None and self.pool == "local":
+            raise ValueError(
+                f".time_limit is {self.time_limit:g}, but only a worker in a process of its own can be stopped; "
+                "use pool: ray, or set it to null"
+            )
+        return self
 
 
 class SearchConfig(Settings):

@@ -3,7 +3,8 @@
     EvomergeError
     ├── InputError          what was asked for is wrong: exit status 2, nothing written
     └── WorkFailed          the work itself failed: exit status 1
-        └── CandidateFailed one candidate could not be merged or scored; the search goes on
+        ├── CandidateFailed one candidate could not be merged or scored; the search goes on
+        └── WorkerPoisoned  a worker's device answers no longer; the worker must be made anew, in another process
 
 Every message is one sentence: where (file and key path), what was expected, what arrived, and what to do.
 Anything else that escapes is a bug in evomerge.
@@ -34,6 +35,10 @@ class WorkFailed(EvomergeError):
 
 class CandidateFailed(WorkFailed):
     """One candidate could not be merged or scored. Recorded in the archive; never stops a search."""
+
+
+class WorkerPoisoned(WorkFailed):
+    """A worker can evaluate nothing any more. Pools that can start another process do, and the search goes on."""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from evomerge import config as configs
 from evomerge.archive import DATABASE, SEARCH_FILE, TASKS, Archive, Record, check_storage, presence, study_prefix
 from evomerge.config import SearchConfig
 from evomerge.criteria import criteria_of
-from evomerge.errors import InputError, naming
+from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.export import shared_recipe
 from evomerge.lock import LOCK, run_lock
 from evomerge.preparation import Prepared, identities, prepare_file, reopen
-from evomerge.search import Listener, Search, best_found, means
-from evomerge.workers import WorkerPool
+from evomerge.search import Search, best_found, means
+from evomerge.workers import Listener, WorkerPool
 
 LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
 
@@ -196,7 +196,8 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
         listener("workers", {"count": pool.size})
         Search(run.config, run.prepared.space, run.archive, pool, tell).run()
     except BaseException as error:
-        journal("stopped", {"reason": type(error).__name__, "message": str(error)})
+        with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
+            journal("stopped", {"reason": type(error).__name__, "message": str(error)})
         raise
     return run
 
@@ -223,13 +224,17 @@ class _Journal:
 
     def __init__(self, run: OpenRun) -> None:
         self._run = run
+        _end_line(run.directory / LOG_FILE)
         best = best_found(run.archive, run.config)
         self._best = means([best], criteria_of(run.archive, run.config))[0] if best else -math.inf
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         line = {"time": round(time.time(), 3), "event": event, **_plain(fields)}
-        with (self._run.directory / LOG_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with (self._run.directory / LOG_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise _unwritten(self._run.directory / LOG_FILE, error) from None
         if event == "evaluated" and fields["split"] == "search":
             criteria = criteria_of(self._run.archive, self._run.config)
             mean = means([Record(fields["candidate"], fields["evaluation"])], criteria)[0]
@@ -248,6 +253,13 @@ class _Journal:
         write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
 
 
+def _end_line(log: Path) -> None:
+    """Cuts off the line that a kill or a full disk has left half-written."""
+    with suppress(FileNotFoundError), log.open("rb+") as stream:
+        whole = stream.read().rfind(b"\n") + 1
+        stream.truncate(whole)
+
+
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     """An event's fields as JSON takes them."""
     if "candidate" not in fields:
@@ -263,9 +275,22 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    """Writes a whole file or nothing. Raises WorkFailed where there is no room for it."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise _unwritten(path, error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> WorkFailed:
+    return WorkFailed(
+        f"{path}: cannot be written ({error.strerror}); nothing was lost: free some space or restore the disk, then "
+        "resume."
+    )

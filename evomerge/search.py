@@ -1,19 +1,20 @@
 """The search: controls first, then ask, dispatch, tell, record, and held-out scores at the end.
 
 Generations are pipelined: g0..g_lag are asked at once, then tell(g) and ask(g + lag + 1) strictly alternate, so
-proposals depend neither on timing nor on the number of workers. There is no special code for resuming: the loop runs
-from the start, and a candidate that the archive already holds is answered from there, once its genome has been
-compared.
+proposals depend neither on timing nor on the number of workers (`evomerge.asynchronous` gives that up for busier ones).
+There is no special code for resuming: the loop runs from the start, and a candidate that the archive already holds is
+answered from there, once its genome has been compared.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from evomerge.archive import Archive, Record, place, versions
+from evomerge.archive import Archive, Arrival, Record, place, versions
+from evomerge.asynchronous import AsyncSchedule, propose
 from evomerge.candidate import Candidate, Evaluation, Split
 from evomerge.config import SearchConfig
 from evomerge.controls import (
@@ -30,9 +31,8 @@ from evomerge.optimizers import Optimizer, Problem, make_optimizer
 from evomerge.optimizers.ranking import Ranking, weighted_means
 from evomerge.pareto import front_mask
 from evomerge.spaces import Genome, SearchSpace
-from evomerge.workers import Job, WorkerPool
+from evomerge.workers import Job, Listener, WorkerPool
 
-Listener = Callable[[str, dict[str, Any]], None]
 HELDOUT_FRONT = (
     20  # with many objectives a front is long, and each held-out score costs as much as an evaluation or two
 )
@@ -115,6 +115,10 @@ class Schedule(Protocol):
         """The next candidate, or None while there is none to hand out."""
         ...
 
+    def arrival(self) -> Arrival | None:
+        """What is recorded with the next evaluation that is received, where the order of receiving them counts."""
+        ...
+
     def receive(self, candidate: Candidate, evaluation: Evaluation) -> None: ...
 
 
@@ -127,6 +131,9 @@ class Batch:
 
     def next(self) -> Candidate | None:
         return self._queue.popleft() if self._queue else None
+
+    def arrival(self) -> None:
+        return None
 
     def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
         self._received[candidate.id] = evaluation
@@ -182,16 +189,7 @@ class Generations:
         self._exhausted = len(genomes) == 0
         left = self.config.budget - self._created
         for index, genome in enumerate(genomes[:left]):
-            self._queue.append(
-                Candidate(
-                    id=f"g{self._asked:04d}-{index:02d}",
-                    kind="search",
-                    generation=self._asked,
-                    index=index,
-                    recipe=self.space.decode(genome),
-                    genome=tuple(genome.tolist()),
-                )
-            )
+            self._queue.append(propose(self.space, genome, self._asked, index))
         self._open[self._asked] = _Generation(genomes, [None] * len(genomes))
         self._created += min(len(genomes), left)
         self._asked += 1
@@ -201,6 +199,9 @@ class Generations:
         evaluations = [evaluation for evaluation in generation.evaluations if evaluation is not None]
         self.optimizer.tell(generation.genomes, self.criteria.told(evaluations))
         self._told += 1
+
+    def arrival(self) -> None:
+        return None
 
     def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
         self._open[candidate.generation].evaluations[candidate.index] = evaluation
@@ -218,17 +219,18 @@ class Search:
 
     def run(self) -> None:
         """Runs or resumes to the end of the budget. Interrupted anywhere, it goes on from the archive."""
+        self.pool.listener = self.archive.listener = self.listener
         essential = Batch(essential_controls(self.config))
         self._drain([essential], "search")
         further = Batch(further_controls(self.config, self.space))
-        self._drain([self._generations(essential), further], "search")
+        self._drain([self._proposals(essential), further], "search")
         records = self.archive.records()
         chosen = reported(records, criteria_of(self.archive, self.config))
         for split in self.config.splits[1:]:
             self._drain([Batch(chosen)], split)
         self.listener("finished", {"evaluations": len(records)})
 
-    def _generations(self, essential: Batch) -> Generations:
+    def _proposals(self, essential: Batch) -> Schedule:
         """The optimizer, started at the best essential control (or where the space says)."""
         criteria = criteria_of(self.archive, self.config)
         scores = criteria.told(list(essential.evaluations.values()))
@@ -250,7 +252,15 @@ class Search:
         encoded = [self.space.encode(each) for each in weights if each]
         known = (np.stack(encoded), scores[merges]) if encoded else None
         problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
-        return Generations(make_optimizer(self.config.optimizer, problem), self.space, self.config, criteria)
+        optimizer = make_optimizer(self.config.optimizer, problem)
+        if self.config.optimizer.schedule == "pipelined":
+            return Generations(optimizer, self.space, self.config, criteria)
+        schedule = AsyncSchedule(optimizer, self.space, self.config, criteria.told)
+        for record in self.archive.arrivals():
+            candidate = schedule.replayed(record)
+            self._check_replay(candidate, record)
+            schedule.receive(candidate, record.evaluation)
+        return schedule
 
     def _drain(self, schedules: Sequence[Schedule], split: Split) -> None:
         """Evaluates all that the schedules hand out, the first ones first. Two jobs per worker and one more are
@@ -271,9 +281,10 @@ class Search:
             if not owners:
                 return
             job, evaluation = self.pool.wait()
-            self.archive.record(job.candidate, evaluation, split)
+            owner = owners.pop(job.candidate.id)
+            self.archive.record(job.candidate, evaluation, split, owner.arrival())
             self.listener("evaluated", {"candidate": job.candidate, "evaluation": evaluation, "split": split})
-            owners.pop(job.candidate.id).receive(job.candidate, evaluation)
+            owner.receive(job.candidate, evaluation)
 
     def _next(self, schedules: Sequence[Schedule]) -> tuple[Schedule | None, Candidate | None]:
         for schedule in schedules:

@@ -283,6 +283,14 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         {"optimizer": {"name": "greedy_soup", "stages": [{"genes": ["take"]}]}},
         "optimizer.stages are given, but greedy_soup has none",
     ),
+    "a time limit in this process": (
+        {"workers.time_limit": 60},
+        "workers.time_limit is 60, but only a worker in a process of its own can be stopped; use pool: ray",
+    ),
+    "a greedy soup that does not wait": (
+        {"optimizer": {"name": "greedy_soup", "schedule": "async"}},
+        "optimizer.schedule is async, but greedy_soup builds each soup on the one before; use pipelined",
+    ),
     "groups that leave layers out": (
         {"space.layer_groups": ["0-1"]},
         "space.layer_groups end at layer 1",

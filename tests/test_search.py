@@ -96,6 +96,54 @@ def test_killed_at_any_moment_it_resumes_to_the_same_archive_and_repeats_no_fini
         assert max(Counter(evaluated).values()) == 1
 
 
+ASYNCHRONOUS: list[dict[str, Any]] = [
+    {"name": "cma_es", "population": 4, "evaluations": 26},
+    {"name": "group_evolution", "stages": [{"genes": ["weight"], "evaluations": 10}, {"genes": ["weight"]}]},
+]
+
+
+@pytest.mark.parametrize("optimizer", ASYNCHRONOUS, ids=["cma_es", "stages"])
+def test_an_asynchronous_search_is_a_function_of_the_recorded_order_through_any_kill(
+    search_file: SearchFile, tmp_path: Path, optimizer: dict[str, Any]
+) -> None:
+    changes = {"evaluations": 20, "schedule": "async"} | optimizer
+    prepared = prepare(load(search_file(optimizer=changes, space={"density": {"fixed": 1.0}})))
+    evaluated: list[Any] = []
+    for attempt in range(100):
+        archive = Archive(tmp_path, prepared.config, prepared.space.genes)
+        pool = FakePool(names(prepared.config), some_fail, size=3, seed=attempt, dies_after=7)
+        try:
+            Search(prepared.config, prepared.space, archive, pool, lambda event, fields: None).run()
+        except Killed:
+            evaluated += pool.evaluated
+            continue
+        evaluated += pool.evaluated
+        break
+    assert max(Counter(evaluated).values()) == 1
+    order = [record.candidate.id for record in archive.arrivals()]
+    assert len(order) == prepared.config.budget
+    assert order != sorted(order)
+    controls = ["base", "parent-math", "parent-lang", "uniform"]
+    same, _ = run(prepared, tmp_path / "same", size=3, order=[*controls, *order])
+    assert content(same, prepared) == content(archive, prepared)
+    other, _ = run(prepared, tmp_path / "other", size=3, seed=9)
+    assert content(other, prepared) != content(archive, prepared)
+    again, pool = run(prepared, tmp_path / "same")
+    assert not pool.evaluated
+    assert content(again, prepared) == content(archive, prepared)
+
+
+def test_an_asynchronous_archive_whose_order_has_a_hole_is_not_continued(
+    search_file: SearchFile, tmp_path: Path
+) -> None:
+    prepared = prepare(load(search_file(optimizer={"name": "random_search", "evaluations": 6, "schedule": "async"})))
+    archive, _ = run(prepared, tmp_path / "run", scorer=quality)
+    archive._records["search"].pop(archive.arrivals()[2].candidate.id)
+    search = Search(prepared.config, prepared.space, archive, FakePool([], quality), lambda event, fields: None)
+    with pytest.raises(WorkFailed, match="is recorded as arrival 3, which the search does not come to again"):
+        search.run()
+
+
 def test_an_extended_search_is_the_search_that_had_the_larger_budget_from_the_start(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -28,9 +28,9 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
-        """The scores of a generation that was asked for, in order; shape (population, objectives), larger is better,
-        NaN for candidates that failed; in a search with limits more columns, which `Problem.ranking` understands (see
-        there). Generations may be told while later ones are being evaluated."""
+        """The scores of genomes that were asked for, shape (n, objectives), larger is better, NaN for candidates that
+        failed; in a search with limits more columns, which `Problem.ranking` understands (see there). They are a
+        generation in its order, or (`optimizer.schedule: async`) any that were not told yet."""
         ...
 
 
@@ -121,14 +121,16 @@ def _group_evolution(config: OptimizerConfig, problem: Problem) -> Optimizer:
 
 def _cat_cma(config: OptimizerConfig, problem: Problem) -> Optimizer:
     from evomerge.optimizers.cat_cma import CatCma
+    from evomerge.optimizers.in_generations import InGenerations
 
-    return CatCma(config, problem)
+    return InGenerations(CatCma(config, problem))
 
 
 def _path_evolution(config: OptimizerConfig, problem: Problem) -> Optimizer:
+    from evomerge.optimizers.in_generations import InGenerations
     from evomerge.optimizers.path_evolution import PathEvolution
 
-    return PathEvolution(config, problem)
+    return InGenerations(PathEvolution(config, problem))
 
 
 def _greedy_soup(config: OptimizerConfig, problem: Problem) -> Optimizer:

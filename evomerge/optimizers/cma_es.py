@@ -4,6 +4,7 @@ pycma draws from a private generator, so a replay of what was told proposes the 
 criteria say that it has stalled, it starts again from the best candidate told, with twice the population.
 """
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig
 from evomerge.optimizers import Problem
+from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.optimizers.relaxation import Relaxation
 from evomerge.pareto import Scores
@@ -28,8 +30,10 @@ class CmaEs:
         self._config, self._problem = config, problem
         self._relaxed = Relaxation(problem.genes)
         self._population, self._restarts = config.population, 0
+        self._ranked: deque[tuple[list[NDArray[np.float64]], list[float]]] = deque()
         self._best = Incumbent(problem.start)
-        self._pending: list[tuple[Any, list[NDArray[np.float64]]]] = []
+        self._pending: Pending[tuple[Any, NDArray[np.float64]]] = Pending()
+        self._arrived: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
         self._strategy = self._start(problem.start)
 
     def _start(self, start: Genome) -> Any:
@@ -58,24 +62,44 @@ class CmaEs:
             return cma.CMAEvolutionStrategy(inside / scale, 1.0, options)
 
     def ask(self) -> Genome:
+        if self._ranked:  # not in `tell`, since pycma learns from one population between two asks
+            solutions, losses = self._ranked.popleft()
+            with quiet():
+                self._strategy.tell(solutions, losses)
         if self._config.restarts and self._strategy.stop():
             self._restart()
         solutions = self._strategy.ask()
-        self._pending.append((self._strategy, solutions))
-        return self._relaxed.genomes(np.stack(solutions) * self._relaxed.scale)
+        genomes = self._relaxed.genomes(np.stack(solutions) * self._relaxed.scale)
+        self._pending.add(genomes, [(self._strategy, solution) for solution in solutions])
+        return genomes
 
     def _restart(self) -> None:
+        self._observe([scores for _, scores in self._arrived])
+        self._arrived.clear()
+        self._ranked.clear()
         self._restarts += 1
         self._population *= 2
         self._strategy = self._start(self._best.genome)
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
-        strategy, solutions = self._pending.pop(0)
         self._best.offer(genomes, self._problem.ranking.means(scores))
-        if strategy is self._strategy:  # else a restart has replaced it, and what it would learn is lost anyway
-            with quiet():
-                strategy.tell(solutions, self._problem.ranking.losses(scores).tolist())
-        self._problem.ranking.observe(scores)
+        late = []
+        for (strategy, solution), row in zip(self._pending.take(genomes), scores, strict=True):
+            if strategy is self._strategy:
+                self._arrived.append((solution, row))
+            else:  # a restart has replaced it, and what it would learn is lost anyway
+                late.append(row)
+        self._observe(late)
+        while len(self._arrived) >= self._population:
+            batch, self._arrived = self._arrived[: self._population], self._arrived[self._population :]
+            told = np.stack([row for _, row in batch])
+            losses = self._problem.ranking.losses(told).tolist()
+            self._ranked.append(([solution for solution, _ in batch], losses))
+            self._problem.ranking.observe(told)
+
+    def _observe(self, rows: list[NDArray[np.float64]]) -> None:
+        if rows:
+            self._problem.ranking.observe(np.stack(rows))
 
 
 class _PrivateNormals:

@@ -1,6 +1,5 @@
 """Stages: parts of a search that move only some kinds of genes, each starting at the best candidate told so far."""
 
-from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +7,7 @@ from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig, StageConfig
 from evomerge.optimizers import Maker, Optimizer, Problem
+from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
 from evomerge.spaces import Genome, active, canonical
@@ -19,7 +19,7 @@ class StagedOptimizer:
     def __init__(self, config: OptimizerConfig, problem: Problem, maker: Maker) -> None:
         self._config, self._problem, self._maker = config, problem, maker
         self._best = Incumbent(problem.start)
-        self._told_of: deque[tuple[Optimizer, NDArray[np.bool_]]] = deque()
+        self._pending: Pending[Optimizer] = Pending()
         self._stage = -1
         self._enter_next()
 
@@ -57,15 +57,16 @@ class StagedOptimizer:
             self._enter_next()
         moved = self._optimizer.ask()
         self._asked += len(moved)
-        self._told_of.append((self._optimizer, self._moves))
         generation = np.tile(self._start, (len(moved), 1))
         generation[:, self._moves] = moved
-        return canonical(self._problem.genes, generation)
+        generation = canonical(self._problem.genes, generation)
+        self._pending.add(generation, [self._optimizer] * len(generation))
+        return generation
 
     def tell(self, genomes: Genome, scores: Scores) -> None:
         self._best.offer(genomes, self._problem.ranking.means(scores))
-        optimizer, moves = self._told_of.popleft()
-        if optimizer is self._optimizer:
-            optimizer.tell(genomes[:, moves], scores)
-        else:  # of a stage that is over
-            self._problem.ranking.observe(scores)
+        present = np.array([optimizer is self._optimizer for optimizer in self._pending.take(genomes)])
+        if not present.all():  # of a stage that is over
+            self._problem.ranking.observe(scores[~present])
+        if present.any():
+            self._optimizer.tell(genomes[present][:, self._moves], scores[present])

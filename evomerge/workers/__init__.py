@@ -3,12 +3,19 @@
 To add a pool: write a class with this protocol and run it through the contract in tests/contracts/pool.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from evomerge.candidate import Candidate, Evaluation, Split, failure
 from evomerge.errors import EvomergeError
 from evomerge.recipe import Recipe
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+def unheard(_event: str, _fields: dict[str, Any]) -> None:
+    """The listener of those that have none."""
 
 
 class Evaluator(Protocol):
@@ -26,6 +33,8 @@ class Job:
 
 
 class WorkerPool(Protocol):
+    listener: Listener  # is told what becomes of workers: events worker_* and candidate_retried
+
     @property
     def size(self) -> int:
         """How many jobs can run at once. Submit about twice as many, so that no worker waits for the next."""

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 from evomerge.candidate import Evaluation
-from evomerge.workers import Evaluator, Job, evaluate_guarded
+from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
 
 
 class LocalPool:
@@ -13,6 +13,7 @@ class LocalPool:
     def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
         self._worker = make_worker()
         self._jobs: deque[Job] = deque()
+        self.listener: Listener = unheard
 
     @property
     def size(self) -> int:

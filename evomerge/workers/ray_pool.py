@@ -3,8 +3,8 @@
 Actors are asked for one by one, and those that find a place load their models in parallel; too few of them is a
 sentence and not a hang. The others join when there is room: as nodes arrive, where no count is given. An actor that
 dies is restarted by Ray, loads its models again, and its job is run again; a job that has taken `attempts` actors down
-is recorded as failed. The pool goes on with the actors that are left, and gives up only when none has come back for
-long.
+is recorded as failed (a lost node is not held against it), and so is one that takes longer than the time limit: its
+actor is killed. The pool goes on with the actors that are left, and gives up only when none has come back for long.
 """
 
 import logging
@@ -22,8 +22,8 @@ from typing import Any
 
 from evomerge.candidate import Evaluation, failure
 from evomerge.config import WorkersConfig
-from evomerge.errors import EvomergeError, InputError, WorkFailed
-from evomerge.workers import Evaluator, Job, evaluate_guarded, first_line
+from evomerge.errors import EvomergeError, InputError, WorkerPoisoned, WorkFailed
+from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, first_line, unheard
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
 
 _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver
@@ -61,11 +61,14 @@ class RayPool:
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
     _reviving: dict[Any, tuple[int, float]] = field(init=False, default_factory=dict)
     _resting: deque[tuple[float, int, float]] = field(init=False, default_factory=deque)
+    _nodes: dict[int, str] = field(init=False, default_factory=dict)
+    _since: dict[int, float] = field(init=False, default_factory=dict)
     _looked: float = field(init=False, default_factory=time.monotonic)
     _ray: Any = field(init=False, default=None)
     _own_ray: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        self.listener: Listener = unheard
         os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
         self._started_ray = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
         address = self.address or os.environ.get("RAY_ADDRESS")
@@ -170,16 +173,22 @@ class RayPool:
         )
 
     def _await_models(self, actors: list[int]) -> None:
-        """Waits for all at once, so that they load in parallel."""
-        loading = [self._actors[actor].load.remote() for actor in actors]
-        try:
-            problems = self._ray.get(loading)
-        except self._ray.exceptions.RayError as error:
-            raise WorkFailed(f"workers: a worker died while it loaded the models ({first_line(error)}).") from None
-        for problem in problems:
+        """Waits for all at once, so that they load in parallel. Those that die of it may try again, if others live."""
+        loading = {actor: self._actors[actor].load.remote() for actor in actors}
+        reason = ""
+        for actor, reference in loading.items():
+            try:
+                problem, node = self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                reason = first_line(error)
+                self._revive(actor, time.monotonic())
+                continue
             if problem is not None:
                 raise InputError(problem)
-        self._free.extend(actor for _ in range(_DEPTH) for actor in actors)
+            self._nodes[actor] = node
+        if not self._nodes:
+            raise WorkFailed(f"workers: a worker died while it loaded the models ({reason}).")
+        self._free.extend(actor for _ in range(_DEPTH) for actor in self._nodes)
 
     @property
     def size(self) -> int:
@@ -192,19 +201,36 @@ class RayPool:
     def _dispatch(self) -> None:
         while self._waiting and self._free:
             (job, deaths), actor = self._waiting.popleft(), self._free.popleft()
-            reference = self._actors[actor].evaluate.remote(job.candidate.recipe, job.split)
+            if not self._held(actor):
+                self._since[actor] = time.monotonic()
+            try:
+                reference = self._actors[actor].evaluate.remote(job.candidate.recipe, job.split)
+            except self._full as error:
+                raise WorkFailed(_no_room(error)) from None
             self._running[reference] = _Attempt(job, actor, deaths)
+
+    def _held(self, actor: int) -> list[Any]:
+        """The references of an actor's jobs; the first is the one that runs."""
+        return [reference for reference, attempt in self._running.items() if attempt.actor == actor]
+
+    @property
+    def _full(self) -> tuple[type[Exception], ...]:
+        errors = self._ray.exceptions
+        return errors.ObjectStoreFullError, errors.OutOfDiskError
 
     def wait(self) -> tuple[Job, Evaluation]:
         while True:
             self._grow()
             self._wake()
             self._dispatch()
+            overdue = self._overdue()
+            if overdue is not None:
+                return overdue
             watched = [*self._running, *self._reviving]
             if not watched:
                 time.sleep(_BACKOFF)
                 continue
-            ready, _ = self._ray.wait(watched, num_returns=1, timeout=_BACKOFF if self._resting else _POLL)
+            ready, _ = self._ray.wait(watched, num_returns=1, timeout=_BACKOFF if self._resting else self._poll)
             if not ready:
                 self._check_patience()
             elif ready[0] in self._reviving:
@@ -216,30 +242,66 @@ class RayPool:
 
     def _finished(self, reference: Any) -> tuple[Job, Evaluation] | None:
         """The job and its evaluation, or None where its actor died and the job has been queued again."""
+        actor = self._running[reference].actor
         try:
             evaluation: Evaluation = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, WorkerPoisoned):
+                self._ray.kill(self._actors[actor], no_restart=False)
+                return self._died(actor, str(cause))
             raise cause if isinstance(cause, EvomergeError) else WorkFailed(first_line(cause or error)) from None
+        except self._full as error:
+            raise WorkFailed(_no_room(error)) from None
         except self._ray.exceptions.RayError as error:
-            return self._died(self._running[reference].actor, first_line(error))
+            return self._died(actor, first_line(error))
         attempt = self._running.pop(reference)
-        self._free.append(attempt.actor)
+        self._since[actor] = time.monotonic()
+        self._free.append(actor)
         self._dispatch()
         return attempt.job, evaluation
 
     def _died(self, actor: int, reason: str) -> tuple[Job, Evaluation] | None:
-        """Queues the jobs of a dead actor again. The first of them was running, so it alone is charged with the death,
-        and given back as failed once it has been charged too often."""
-        self._revive(actor, time.monotonic())
-        self._free = deque(free for free in self._free if free != actor)
-        held = [reference for reference, attempt in self._running.items() if attempt.actor == actor]
-        first, *queued = [self._running.pop(reference) for reference in held]
-        self._waiting.extendleft((attempt.job, attempt.deaths) for attempt in reversed(queued))
-        deaths = first.deaths + 1
+        """Queues the jobs of a dead actor again. The first of them was running, so it alone is charged with the death
+        (unless the node died), and given back as failed once it has been charged too often."""
+        node = self._nodes.get(actor)
+        lost = not any(each["Alive"] and each["NodeID"] == node for each in self._ray.nodes())
+        self.listener("worker_lost", {"worker": actor, "node": node, "node_lost": lost, "reason": reason})
+        first = self._release(actor)
+        deaths = first.deaths + (not lost)
         if deaths >= self.config.attempts:
             return first.job, failure(f"took {deaths} workers down ({reason})")
         self._waiting.appendleft((first.job, deaths))
+        self.listener("candidate_retried", {"id": first.job.candidate.id, "split": first.job.split, "deaths": deaths})
+        return None
+
+    def _release(self, actor: int) -> _Attempt:
+        """What a dead actor was at; it is to come back, and the jobs that waited for it wait for any."""
+        self._revive(actor, time.monotonic())
+        self._free = deque(free for free in self._free if free != actor)
+        first, *queued = [self._running.pop(reference) for reference in self._held(actor)]
+        self._waiting.extendleft((attempt.job, attempt.deaths) for attempt in reversed(queued))
+        return first
+
+    @property
+    def _poll(self) -> float:
+        return _POLL if self.config.time_limit is None else min(_POLL, self.config.time_limit / 4)
+
+    def _overdue(self) -> tuple[Job, Evaluation] | None:
+        """Kills an actor whose job has taken too long, and gives the job back as failed."""
+        limit = self.config.time_limit
+        if limit is None:
+            return None
+        late = time.monotonic() - limit
+        for actor in {attempt.actor for attempt in self._running.values() if self._since[attempt.actor] < late}:
+            if self._ray.wait(self._held(actor)[:1], timeout=0)[0]:
+                continue  # it has finished, and only waits to be fetched
+            self._ray.kill(self._actors[actor], no_restart=False)
+            job = self._release(actor).job
+            reason = f"took longer than workers.time_limit, which is {limit:g} s"
+            fields = {"worker": actor, "node": self._nodes.get(actor), "id": job.candidate.id, "reason": reason}
+            self.listener("worker_killed", fields)
+            return job, failure(reason)
         return None
 
     def _revive(self, actor: int, since: float) -> None:
@@ -249,15 +311,19 @@ class RayPool:
     def _revived(self, reference: Any) -> None:
         actor, since = self._reviving.pop(reference)
         try:
-            problem = self._ray.get(reference)
+            problem, node = self._ray.get(reference)
         except self._ray.exceptions.RayError:
             self._check_patience(since)
             self._resting.append((time.monotonic() + _BACKOFF, actor, since))
             return
         if problem is None:
             self._free.extend([actor] * _DEPTH)
+            event = "worker_restarted" if actor in self._nodes else "worker_joined"
+            self._nodes[actor] = node
+            self.listener(event, {"worker": actor, "node": node, "seconds": round(time.monotonic() - since, 3)})
         elif self._running or self._free or self._reviving:
             self._ray.kill(self._actors[actor])  # its node lacks something that the others have: they go on
+            self.listener("worker_refused", {"worker": actor, "node": node, "reason": problem})
         else:
             raise WorkFailed(problem)
 
@@ -300,6 +366,13 @@ def _keep_to_this_machine() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def _no_room(error: Exception) -> str:
+    return (
+        f"workers: the Ray cluster has no room for results ({first_line(error).rstrip('.')}); nothing was lost: free "
+        "its object store or its disks, then resume."
+    )
+
+
 class EvaluationActor:
     """The actor: a worker made in the actor's own process, by `load` or on first use after a restart."""
 
@@ -310,13 +383,16 @@ class EvaluationActor:
     def ready(self) -> None:
         """Returns once the actor has a place."""
 
-    def load(self) -> str | None:
-        """Loads the models; a sentence where that cannot be done."""
+    def load(self) -> tuple[str | None, str]:
+        """Loads the models; a sentence where that cannot be done, and the node on which it was tried."""
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
         try:
             self._worker = self._worker or self._make_worker()
         except EvomergeError as error:
-            return str(error)
-        return None
+            return str(error), node
+        return None, node
 
     def evaluate(self, recipe: Any, split: Any) -> Evaluation:
         if self._worker is None:

@@ -8,7 +8,7 @@ import torch
 
 from evomerge.candidate import Evaluation, Split, failure
 from evomerge.config import SearchConfig
-from evomerge.errors import CandidateFailed, InputError
+from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.materialize import ResidentModels
 from evomerge.merging.sources import find_source
@@ -42,7 +42,8 @@ class Worker:
         self._harness.rehearse("search", self.models.candidate)
 
     def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
-        """The evaluation of a recipe; whatever goes wrong with it is recorded there, not raised."""
+        """The evaluation of a recipe; whatever goes wrong with it is recorded there, not raised. Raises WorkerPoisoned
+        where it has left a GPU on which nothing can be computed any more."""
         started = time.perf_counter()
         fingerprint = None
         try:
@@ -55,7 +56,8 @@ class Worker:
         except InputError:
             raise
         except Exception as error:
-            return failure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", fingerprint)
+            self._check_alive(error)
+            return failure(first_line(error), fingerprint)
         return Evaluation(
             scores={**scores.scores, **costs},
             outcomes=dict(scores.outcomes),
@@ -73,6 +75,18 @@ class Worker:
             "seconds": lambda: seconds,
         }
         return {cost: known[cost]() for cost in self._asked}
+
+    def _check_alive(self, error: Exception) -> None:
+        """Frees what a failed evaluation may have left on a GPU, and raises WorkerPoisoned where that fails as well."""
+        if self.models.device.type != "cuda":
+            return
+        try:
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()
+        except Exception:
+            raise WorkerPoisoned(
+                f"the GPU computes nothing any more ({first_line(error)}); resume in a new process."
+            ) from None
 
 
 def read_tokenizer(key: str, reference: str, base: str) -> Any:

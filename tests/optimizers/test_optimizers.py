@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -217,3 +219,24 @@ def test_automatic_choices_do_not_change_when_a_search_with_many_evaluations_is_
     chosen = resolve(OptimizerConfig(evaluations=300), dimension=20, objectives=2)
     longer = resolve(chosen.model_copy(update={"evaluations": 3000}), dimension=20, objectives=2)
     assert longer == chosen.model_copy(update={"evaluations": 3000})
+
+
+@pytest.mark.parametrize("name", ["cma_es", "cat_cma", "group_evolution", "random_search"])
+def test_genomes_may_be_told_one_by_one_in_any_order(name: str) -> None:
+    """And where the order is that of asking, a generation at once is the same as one by one."""
+    config = resolve(OptimizerConfig.model_validate({"name": name, "population": 6}), DIMENSION, 2)
+
+    def make() -> Any:
+        return make_optimizer(config, Problem(genes(), np.full(DIMENSION, 0.5), 3, Ranking(np.ones(2), elite=True)))
+
+    single, whole, shuffled = make(), make(), make()
+    for _ in range(4):
+        genomes = [single.ask(), whole.ask()]
+        assert np.array_equal(*genomes)
+        whole.tell(genomes[0], scores(genomes[0]))
+        for genome in genomes[0]:
+            single.tell(genome[np.newaxis], scores(genome[np.newaxis]))
+    pending = np.concatenate([shuffled.ask() for _ in range(5)])
+    for index in np.random.default_rng(0).permutation(len(pending)):
+        shuffled.tell(pending[[index]], scores(pending[[index]]))
+    assert np.isfinite(shuffled.ask()).all()

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from evomerge.config import WorkersConfig
-from evomerge.errors import InputError
+from evomerge.errors import InputError, WorkFailed
 from evomerge.workers import ray_pool
 from evomerge.workers.ray_address import LOOPBACK_ONLY
 from evomerge.workers.ray_pool import RayPool
@@ -51,6 +51,35 @@ def test_a_candidate_that_kills_every_worker_it_meets_is_recorded_and_the_pool_g
     results = {done.candidate.id: evaluation for done, evaluation in (pool.wait() for _ in range(5))}
     assert "took 2 workers down" in (results["killer"].error or "")
     assert all(results[f"good{i}"].scores == {"score": 0.5} for i in range(4))
+
+
+def test_a_candidate_that_hangs_or_spoils_its_worker_is_recorded_and_the_pool_goes_on(ray_here: Any) -> None:
+    made = RayPool(WorkersConfig(count=2, num_cpus=1, time_limit=1.5), make_fake_worker, num_gpus=0)
+    events = []
+    made.listener = lambda event, fields: events.append((event, fields.get("id")))
+    try:
+        for name, weight in {"hangs": 3.0, "spoils": 4.0, "good0": 0.5, "good1": 0.5}.items():
+            made.submit(job(name, weight))
+        results = {done.candidate.id: evaluation for done, evaluation in (made.wait() for _ in range(4))}
+    finally:
+        made.close()
+    assert results["hangs"].error == "took longer than workers.time_limit, which is 1.5 s"
+    assert results["spoils"].error == "took 2 workers down (the GPU computes nothing any more)"
+    assert results["good0"].scores == results["good1"].scores == {"score": 0.5}
+    assert {("worker_killed", "hangs"), ("candidate_retried", "spoils")} <= set(events)
+    assert [event for event, _ in events].count("worker_lost") == 2
+
+
+def test_a_cluster_without_room_for_results_is_a_sentence(pool: RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def full(_reference: Any) -> None:
+        raise ray.exceptions.ObjectStoreFullError("the store is full")
+
+    pool.submit(job("good", 0.5))
+    monkeypatch.setattr(ray, "get", full)
+    with pytest.raises(WorkFailed, match=r"no room for results.*nothing was lost: free its object store or its disks"):
+        pool.wait()
 
 
 def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(pool: RayPool) -> None:
