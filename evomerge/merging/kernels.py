@@ -83,15 +83,17 @@ def steps_of(density: float | torch.Tensor) -> float | torch.Tensor:
 Comparison = Callable[..., torch.Tensor]
 
 
-def indicator(holds: Comparison, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
-    """1.0 where `holds` (torch.lt and its kin), else 0.0.
+def indicator(
+    holds: Comparison, a: torch.Tensor, b: torch.Tensor | float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """1.0 where `holds` (torch.lt and its kin), else 0.0; written to `out`, which may be `a`, if that is given.
 
     Outside of compiled code a comparison that writes floats takes a fraction of the time of one that writes truth
     values, and so does arithmetic with them.
     """
     if torch.compiler.is_compiling():
         return holds(a, b).to(torch.float32)
-    return holds(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device))
+    return holds(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device) if out is None else out)
 
 
 def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

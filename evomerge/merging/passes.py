@@ -6,18 +6,18 @@ multiplication with an addition, so there it is asked for by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 Numbers = Mapping[str, tuple[torch.Tensor, ...]]
 Tensors = tuple[torch.Tensor, ...]
+T = TypeVar("T")
 Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
 
-CHUNK = 1 << 15  # of float32: with its temporaries about the second-level cache, and below what an operation splits up
+CHUNK = 1 << 17  # of float32: large enough for two or more threads, small enough to stay in the cache
 _WIDE_CHUNK = 1 << 24  # where there are thousands of cores to feed
 _ELEMENT_LIMIT = 64  # compiled variants: methods x numbers of models x flags
 
@@ -81,21 +81,10 @@ def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass, size: int) -> N
     for_each_chunk(one, range(0, flat.numel(), size), flat.device)
 
 
-def for_each_chunk(work: Callable[[int], Any], starts: range, device: torch.device) -> list[Any]:
-    """Results of `work` at every start, in order; on a CPU by as many threads as torch has, since each operation on a
-    chunk is too small to be divided. On the meta device, where all chunks are alike, the first stands for all."""
-    if device.type == "meta":
-        starts = starts[:1]
-    threads = min(torch.get_num_threads(), len(starts)) if device.type == "cpu" else 1
-    if threads <= 1:
-        return [work(start) for start in starts]
-
-    def in_thread(start: int) -> Any:
-        with torch.no_grad():  # grad mode belongs to a thread
-            return work(start)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(in_thread, starts))
+def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device) -> list[T]:
+    """Results of `work` at every start, in order. On the meta device, where all chunks are alike, the first stands for
+    all."""
+    return [work(start) for start in (starts[:1] if device.type == "meta" else starts)]
 
 
 @cache

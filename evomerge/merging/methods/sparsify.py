@@ -59,7 +59,8 @@ class Magnitude(_Plain):
         return {"lower": _magnitude_at(inputs, index, inputs.count - max(1, int(density * inputs.count)))}
 
     def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return indicator(torch.ge, delta.abs(), numbers["lower"])
+        magnitude = delta.abs()
+        return indicator(torch.ge, magnitude, numbers["lower"], out=magnitude)
 
 
 class Outliers(_Plain):

@@ -5,9 +5,9 @@ elected sign (the sign of the weighted sum, TIES), summed, optionally normalized
 by lambda and added to the base: mergekit 0.1.5's order of operations, in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from itertools import islice
 
 import torch
 
@@ -58,6 +58,7 @@ class TaskVectorMerge:
             sparsify=chosen,
             consensus=self.consensus,
             normalize=inputs.shared["normalize"],
+            scaled=inputs.shared["lambda"] != 1,
             per_element=chosen == "magprune" and inputs.shared["rescale"] and inputs.rescale == "density",
         )
         return Pass(element, (inputs.base, *inputs.tensors), numbers_on(inputs.device, **numbers), fields)
@@ -65,11 +66,13 @@ class TaskVectorMerge:
 
 @dataclass(frozen=True, slots=True)
 class TaskVectorPass:
-    """What happens to each element. per_element: divides what is kept by each element's own probability."""
+    """What happens to each element. scaled: lambda is not 1. per_element: divides what is kept by each element's own
+    probability."""
 
     sparsify: str | None
     consensus: bool
     normalize: bool
+    scaled: bool
     per_element: bool
 
     def __call__(self, tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
@@ -78,10 +81,12 @@ class TaskVectorPass:
             self._delta(tensor.to(torch.float32) - base, index, len(tensors) - 1, fields, numbers)
             for index, tensor in enumerate(tensors[1:])
         ]
-        merged = self._agreeing(deltas, numbers["weight"]) if self.consensus else reduce(torch.add, deltas)
+        merged = self._agreeing(deltas, numbers["weight"]) if self.consensus else sum_of(deltas)
         if self.normalize and not self.consensus:
-            merged = merged / numbers["by"][0]
-        return base + merged * numbers["lambda"][0]
+            merged /= numbers["by"][0]
+        if self.scaled:
+            merged *= numbers["lambda"][0]
+        return base + merged
 
     def _delta(self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers) -> torch.Tensor:
         """The weighted, sparsified task vector of one model."""
@@ -90,25 +95,45 @@ class TaskVectorPass:
             each = len(fields) // models
             own = fields[index * each : (index + 1) * each]
             known = {name: values[index] for name, values in numbers.items() if len(values) == models}
-            delta = delta * sparsifier.keep(delta, own, known)
+            delta *= sparsifier.keep(delta, own, known)
             if self.per_element:
                 probability = sparsifier.probability(own, known)
                 assert probability is not None
-                delta = delta * (1.0 / probability.clamp(min=_FINEST))
+                delta *= 1.0 / probability.clamp(min=_FINEST)
             elif "scale" in numbers:
-                delta = delta * numbers["scale"][index]
-        return delta * numbers["weight"][index]
+                delta *= numbers["scale"][index]
+        delta *= numbers["weight"][index]
+        return delta
 
     def _agreeing(self, deltas: Sequence[torch.Tensor], weights: Tensors) -> torch.Tensor:
         """The sum, element by element, over those deltas alone that have the sign of the sum of all (TIES), and divided
         by their weights to `normalize`."""
-        elected = indicator(torch.ge, reduce(torch.add, deltas), 0.0) * 2 - 1
-        agree = [indicator(torch.gt, delta * elected, 0.0) for delta in deltas]
-        total = reduce(torch.add, [delta * agrees for delta, agrees in zip(deltas, agree, strict=True)])
+        total = sum_of(deltas)
+        elected = indicator(torch.ge, total, 0.0, out=total)
+        elected *= 2
+        elected -= 1
+        for delta in deltas:
+            delta *= elected
+            delta.clamp_(min=0.0)
+        total = sum_of(deltas)
+        total *= elected
         if not self.normalize:
             return total
-        divisors = reduce(torch.add, [agrees * weight for agrees, weight in zip(agree, weights, strict=True)])
-        return total / (divisors + indicator(torch.eq, divisors, 0.0))
+        divisors = sum_of(
+            indicator(torch.gt, delta, 0.0).mul_(each) for delta, each in zip(deltas, weights, strict=True)
+        )
+        divisors += indicator(torch.eq, divisors, 0.0)
+        total /= divisors
+        return total
+
+
+def sum_of(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors in their order, in memory of its own."""
+    first, *others = islice(coming := iter(parts), 2)
+    total = first + others[0] if others else first.clone()
+    for part in coming:
+        total += part
+    return total
 
 
 def _scale(inputs: Inputs, index: int, how: str, known: Values) -> float | torch.Tensor:
