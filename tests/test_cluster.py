@@ -29,7 +29,7 @@ from tests.test_runs import evaluated, evomerge, start
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 TOKEN = "open-sesame"
 SMALL = (
-    "optimizer.evaluations=40",
+    "optimizer.evaluations=240",  # some twenty seconds, so that it can be stopped amid
     "optimizer.stages=[]",
     "items={search: 10, heldout: 10}",
     "controls={}",
@@ -99,7 +99,7 @@ def test_a_submitted_search_is_followed_stopped_and_resumed_by_submitting_it_aga
     followed = tmp_path / "followed"
     process = start(tmp_path / "errors", "logs", first, "--follow", output=followed)
     deadline = time.monotonic() + 120
-    while "25/44" not in followed.read_text():
+    while "25/244" not in followed.read_text():
         assert time.monotonic() < deadline, followed.read_text()
         assert process.poll() is None, (tmp_path / "errors").read_text()
         time.sleep(0.1)
