@@ -60,6 +60,8 @@ class RayPool:
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
     _reviving: dict[Any, tuple[int, float]] = field(init=False, default_factory=dict)
+    _processes: dict[int, str] = field(init=False, default_factory=dict)
+    _killed: dict[int, str | None] = field(init=False, default_factory=dict)
     _resting: deque[tuple[float, int, float]] = field(init=False, default_factory=deque)
     _nodes: dict[int, str] = field(init=False, default_factory=dict)
     _since: dict[int, float] = field(init=False, default_factory=dict)
@@ -178,14 +180,14 @@ class RayPool:
         reason = ""
         for actor, reference in loading.items():
             try:
-                problem, node = self._ray.get(reference)
+                problem, node, process = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
                 reason = first_line(error)
                 self._revive(actor, time.monotonic())
                 continue
             if problem is not None:
                 raise InputError(problem)
-            self._nodes[actor] = node
+            self._nodes[actor], self._processes[actor] = node, process
         if not self._nodes:
             raise WorkFailed(f"workers: a worker died while it loaded the models ({reason}).")
         self._free.extend(actor for _ in range(_DEPTH) for actor in self._nodes)
@@ -248,7 +250,7 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, WorkerPoisoned):
-                self._ray.kill(self._actors[actor], no_restart=False)
+                self._kill(actor)
                 return self._died(actor, str(cause))
             raise cause if isinstance(cause, EvomergeError) else WorkFailed(first_line(cause or error)) from None
         except self._full as error:
@@ -260,6 +262,11 @@ class RayPool:
         self._free.append(actor)
         self._dispatch()
         return attempt.job, evaluation
+
+    def _kill(self, actor: int) -> None:
+        """Has an actor made anew; the old process, which Ray ends in its own time, is not to take another job."""
+        self._killed[actor] = self._processes.get(actor)
+        self._ray.kill(self._actors[actor], no_restart=False)
 
     def _died(self, actor: int, reason: str) -> tuple[Job, Evaluation] | None:
         """Queues the jobs of a dead actor again. The first of them was running, so it alone is charged with the death
@@ -296,7 +303,7 @@ class RayPool:
         for actor in {attempt.actor for attempt in self._running.values() if self._since[attempt.actor] < late}:
             if self._ray.wait(self._held(actor)[:1], timeout=0)[0]:
                 continue  # it has finished, and only waits to be fetched
-            self._ray.kill(self._actors[actor], no_restart=False)
+            self._kill(actor)
             job = self._release(actor).job
             reason = f"took longer than workers.time_limit, which is {limit:g} s"
             fields = {"worker": actor, "node": self._nodes.get(actor), "id": job.candidate.id, "reason": reason}
@@ -306,12 +313,12 @@ class RayPool:
 
     def _revive(self, actor: int, since: float) -> None:
         """Has a restarted actor load its models; it takes jobs again once it has."""
-        self._reviving[self._actors[actor].load.remote()] = (actor, since)
+        self._reviving[self._actors[actor].load.remote(self._killed.get(actor))] = (actor, since)
 
     def _revived(self, reference: Any) -> None:
         actor, since = self._reviving.pop(reference)
         try:
-            problem, node = self._ray.get(reference)
+            problem, node, process = self._ray.get(reference)
         except self._ray.exceptions.RayError:
             self._check_patience(since)
             self._resting.append((time.monotonic() + _BACKOFF, actor, since))
@@ -319,7 +326,7 @@ class RayPool:
         if problem is None:
             self._free.extend([actor] * _DEPTH)
             event = "worker_restarted" if actor in self._nodes else "worker_joined"
-            self._nodes[actor] = node
+            self._nodes[actor], self._processes[actor] = node, process
             self.listener(event, {"worker": actor, "node": node, "seconds": round(time.monotonic() - since, 3)})
         elif self._running or self._free or self._reviving:
             self._ray.kill(self._actors[actor])  # its node lacks something that the others have: they go on
@@ -383,16 +390,22 @@ class EvaluationActor:
     def ready(self) -> None:
         """Returns once the actor has a place."""
 
-    def load(self) -> tuple[str | None, str]:
-        """Loads the models; a sentence where that cannot be done, and the node on which it was tried."""
+    def load(self, killed: str | None = None) -> tuple[str | None, str, str]:
+        """Loads the models; a sentence where that cannot be done, the node on which it was tried, and the process.
+
+        killed: the process that is about to end, in which nothing is loaded any more.
+        """
         import ray
 
-        node = ray.get_runtime_context().get_node_id()
+        context = ray.get_runtime_context()
+        node, process = context.get_node_id(), context.get_worker_id()
+        if process == killed:
+            raise RuntimeError("this process is about to end")
         try:
             self._worker = self._worker or self._make_worker()
         except EvomergeError as error:
-            return str(error), node
-        return None, node
+            return str(error), node, process
+        return None, node, process
 
     def evaluate(self, recipe: Any, split: Any) -> Evaluation:
         if self._worker is None:
