@@ -1,6 +1,5 @@
 """Finding tasks without running them, and dividing their items."""
 
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -83,9 +82,7 @@ def test_a_task_of_lm_eval_is_found_without_its_index(monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr(TaskManager, "__init__", lambda *_, **__: pytest.fail("the index was built"))
-    started = time.perf_counter()
     task = find_tasks(["arc_easy"], TasksConfig())["arc_easy"]
-    assert time.perf_counter() - started < 10
     assert task.builtin
     assert task.path.name == "arc_easy.yaml"
 

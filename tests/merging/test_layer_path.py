@@ -1,7 +1,6 @@
 """Paths as views, as our checkpoints and as mergekit's, on tiny models of eight architectures."""
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,7 +188,7 @@ def test_scales_of_an_unknown_architecture_are_refused():
         LayerPath((Hop("a", 0, 0.5),), "a", "a").recipe("mamba", "a")
 
 
-def test_a_view_of_48_layers_takes_no_time_and_no_weights(tmp_path):
+def test_a_view_of_48_layers_copies_no_weight(tmp_path):
     from evomerge.merging.view import make_view
 
     model = build("llama", layers=24)
@@ -200,14 +199,9 @@ def test_a_view_of_48_layers_takes_no_time_and_no_weights(tmp_path):
         for name, value in own.items():
             if layer_index(name) == template:
                 parameters[name.replace(f".{template}.", f".{place}.", 1)] = value
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        view = make_view(model, parameters, templates)
-        taken.append(time.perf_counter() - started)
+    view = make_view(model, parameters, templates)
     assert {id(p) for p in view.parameters()} == {id(p) for p in model.parameters()}
     assert len(view.model.layers) == view.config.num_hidden_layers == 48
-    assert min(taken) < 0.05
 
 
 def test_merged_layers_may_be_repeated_too(models):
