@@ -120,7 +120,7 @@ class TaskVectorPass:
         if not self.normalize:
             return total
         divisors = sum_of(
-            indicator(torch.gt, delta, 0.0).mul_(each) for delta, each in zip(deltas, weights, strict=True)
+            indicator(torch.gt, delta, 0.0, out=delta).mul_(each) for delta, each in zip(deltas, weights, strict=True)
         )
         divisors += indicator(torch.eq, divisors, 0.0)
         total /= divisors
