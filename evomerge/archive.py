@@ -1,8 +1,9 @@
 """Archive: every evaluation of a search, durable, and the checkpoint from which it resumes.
 
-Two Optuna studies in one storage, so that any Optuna dashboard reads them: `search` holds one trial per candidate (a
+Optuna studies in one storage, so that any Optuna dashboard reads them: `search` holds one trial per candidate (a
 parameter per gene that counts, a value per objective), `heldout` the scores of chosen candidates on items that the
-search never saw (and `selection`, where the config asks for it, on those that decide among them). An evaluation is one
+search never saw (and `selection`, where the config asks for it, on those that decide among them). `subset` holds what
+candidates scored on a part of the search items; `search` then has those alone that went on to all. An evaluation is one
 transaction. The only module that knows Optuna's storage.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from evomerge.candidate import Candidate, Evaluation, Kind, Split
+from evomerge.candidate import Candidate, Evaluation, Kind, Study, Subset
 from evomerge.config import SearchConfig
 from evomerge.documents import shown
 from evomerge.errors import EvomergeError, InputError, WorkFailed, choices
@@ -66,9 +67,9 @@ class Archive:
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
-            self._studies: dict[Split, Any] = {split: self._study(directory, split) for split in config.splits}
+            self._studies: dict[Study, Any] = {study: self._study(directory, study) for study in studies(config)}
             self._check_config(directory)
-            self._records = {split: self._load(split) for split in self._studies}
+            self._records = {study: self._load(study) for study in self._studies}
         except EvomergeError:
             raise
         except Exception as error:  # a damaged storage raises anything, and so do trials that evomerge did not write
@@ -77,14 +78,14 @@ class Archive:
                 f"{where}: the archive cannot be read ({_brief(error)}); check it, or restore it from a copy."
             ) from None
 
-    def _study(self, directory: Path, split: Split) -> Any:
+    def _study(self, directory: Path, study: Study) -> Any:
         with quiet():
             import optuna
 
             goals = [objective.goal or "maximize" for objective in self._config.objectives]
             return optuna.create_study(
                 storage=_open(storage_url(directory, self._config)),
-                study_name=self._prefix + split,
+                study_name=self._prefix + study,
                 directions=goals,
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(seed=0),
@@ -112,8 +113,8 @@ class Archive:
         if recorded != current:
             study.set_user_attr("config", current)
 
-    def _load(self, split: Split) -> dict[str, Record]:
-        trials = self._studies[split].get_trials(deepcopy=False)
+    def _load(self, study: Study) -> dict[str, Record]:
+        trials = self._studies[study].get_trials(deepcopy=False)
         records = (self._record(trial) for trial in trials if trial.state.is_finished())
         return {record.candidate.id: record for record in records}
 
@@ -139,15 +140,16 @@ class Archive:
             fingerprint=attributes.get("fingerprint"),
             seconds=attributes["seconds"],
             truncated=attributes.get("truncated", 0),
+            subset=Subset(*attributes["subset"]) if "subset" in attributes else None,
         )
         arrival = Arrival(*attributes["arrival"]) if "arrival" in attributes else None
         return Record(candidate, evaluation, arrival)
 
-    def find(self, candidate_id: str, split: Split) -> Record | None:
-        return self._records[split].get(candidate_id) if split in self._records else None
+    def find(self, candidate_id: str, study: Study) -> Record | None:
+        return self._records[study].get(candidate_id) if study in self._records else None
 
     def record(
-        self, candidate: Candidate, evaluation: Evaluation, split: Split, arrival: Arrival | None = None
+        self, candidate: Candidate, evaluation: Evaluation, study: Study, arrival: Arrival | None = None
     ) -> None:
         """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it, or is away for
         longer than minutes."""
@@ -164,17 +166,17 @@ class Archive:
                 distributions=distributions,
                 user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
             )
-            self._add(trial, split)
-        self._records[split][candidate.id] = Record(candidate, evaluation, arrival)
+            self._add(trial, study)
+        self._records[study][candidate.id] = Record(candidate, evaluation, arrival)
 
-    def _add(self, trial: Any, split: Split) -> None:
+    def _add(self, trial: Any, study: Study) -> None:
         """Adds a trial, once, waiting for a storage that is briefly away."""
         identity, pause, deadline = trial.user_attrs["id"], _PAUSE, time.monotonic() + _PATIENCE
         tried = False
         while True:
             try:
-                if not (tried and self._holds(identity, split)):  # its commit may have been all that came through
-                    self._studies[split].add_trial(trial)
+                if not (tried and self._holds(identity, study)):  # its commit may have been all that came through
+                    self._studies[study].add_trial(trial)
                 return
             except Exception as error:
                 passing, reason = _refusal(error)
@@ -188,8 +190,8 @@ class Archive:
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
 
-    def _holds(self, identity: str, split: Split) -> bool:
-        trials = self._studies[split].get_trials(deepcopy=False)
+    def _holds(self, identity: str, study: Study) -> bool:
+        trials = self._studies[study].get_trials(deepcopy=False)
         return any(trial.user_attrs.get("id") == identity for trial in trials)
 
     def _guards(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -219,9 +221,14 @@ class Archive:
                 kinds[gene.name] = distributions.FloatDistribution(gene.low, gene.high)
         return params, kinds
 
-    def records(self, split: Split = "search") -> list[Record]:
+    def records(self, study: Study = "search") -> list[Record]:
         """Every recorded evaluation, controls first, then by generation and index."""
-        return sorted(self._records[split].values(), key=lambda record: place(record.candidate))
+        return sorted(self._records[study].values(), key=lambda record: place(record.candidate))
+
+    def tried(self) -> list[Record]:
+        """Every candidate in the same order, on all search items or else on a subset of them."""
+        latest = {**self._records.get("subset", {}), **self._records["search"]}
+        return sorted(latest.values(), key=lambda record: place(record.candidate))
 
     def arrivals(self) -> list[Record]:
         """The search candidates of an asynchronous search in the order in which their evaluations came."""
@@ -275,11 +282,18 @@ def _attributes(candidate: Candidate, evaluation: Evaluation, arrival: Arrival |
         attributes["fingerprint"] = evaluation.fingerprint
     if evaluation.error is not None:
         attributes["error"] = evaluation.error
+    if evaluation.subset is not None:
+        attributes["subset"] = [evaluation.subset.number, evaluation.subset.share]
     if evaluation.truncated:
         attributes["truncated"] = evaluation.truncated
     if evaluation.outcomes:
         attributes["outcomes"] = {name: each.to_json() for name, each in evaluation.outcomes.items()}
     return attributes
+
+
+def studies(config: SearchConfig) -> tuple[Study, ...]:
+    """The studies that a search keeps."""
+    return ("subset", *config.splits) if config.subsets is True else config.splits
 
 
 def study_prefix(directory: Path, config: SearchConfig) -> str:

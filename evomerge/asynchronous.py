@@ -14,9 +14,11 @@ from evomerge.archive import Arrival, Record
 from evomerge.candidate import Candidate, Evaluation
 from evomerge.config import SearchConfig
 from evomerge.errors import WorkFailed
+from evomerge.generations import propose
 from evomerge.optimizers import Optimizer
 from evomerge.pareto import Scores
-from evomerge.spaces import Genome, SearchSpace
+from evomerge.spaces import SearchSpace
+from evomerge.workers import Job
 
 
 @dataclass
@@ -36,13 +38,13 @@ class AsyncSchedule:
     _exhausted: bool = field(init=False, default=False)
     _queue: dict[str, tuple[int, Candidate]] = field(init=False, default_factory=dict)
 
-    def next(self) -> Candidate | None:
+    def next(self) -> Job | None:
         while not self._queue and self._created < self.config.budget and not self._exhausted:
             self._ask()
         identity = next(iter(self._queue), None)
         if identity is None or self._queue[identity][0] >= self.config.budget:
             return None
-        return self._queue.pop(identity)[1]
+        return Job(self._queue.pop(identity)[1], "search")
 
     def _ask(self) -> None:
         genomes = self.optimizer.ask()
@@ -56,12 +58,12 @@ class AsyncSchedule:
     def arrival(self) -> Arrival:
         return Arrival(self._arrived, self._asked)
 
-    def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
-        self.optimizer.tell(np.array(candidate.genome)[np.newaxis], self.told([evaluation]))
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        self.optimizer.tell(np.array(job.candidate.genome)[np.newaxis], self.told([evaluation]))
         self._arrived += 1
 
-    def replayed(self, record: Record) -> Candidate:
-        """The candidate of the next recorded arrival, asked for as it was then. Raises WorkFailed where the optimizer
+    def replayed(self, record: Record) -> Job:
+        """The job of the next recorded arrival, asked for as it was then. Raises WorkFailed where the optimizer
         never proposes it."""
         assert record.arrival is not None
         while self._asked < record.arrival.asked and not self._exhausted:
@@ -72,16 +74,4 @@ class AsyncSchedule:
                 f"candidate {identity} is recorded as arrival {record.arrival.number}, which the search does not come "
                 "to again; restore the archive from a copy."
             )
-        return self._queue.pop(identity)[1]
-
-
-def propose(space: SearchSpace, genome: Genome, generation: int, index: int) -> Candidate:
-    """A proposed genome, shape (dimension,), as a candidate."""
-    return Candidate(
-        id=f"g{generation:04d}-{index:02d}",
-        kind="search",
-        generation=generation,
-        index=index,
-        recipe=space.decode(genome),
-        genome=tuple(genome.tolist()),
-    )
+        return Job(self._queue.pop(identity)[1], "search")

@@ -9,6 +9,7 @@ from evomerge.outcomes import Outcomes
 from evomerge.recipe import Recipe
 
 Kind = Literal["control", "search"]
+Study = Literal["search", "subset", "selection", "heldout"]  # scores on a split's items, or on some of the search's
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,16 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Subset:
+    """A share of the search items of every task, above 0 and below 1, drawn by number."""
+
+    number: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The scores of one candidate on one split, or the reason why there are none.
+    """The scores of one candidate on one split or a subset of it, or the reason why there are none.
 
     `scores` maps objective names to metric values in their own direction; `outcomes` maps them to what became of
     each item, in the order of the split's items (empty for metrics that are no mean over items). `truncated` counts
@@ -39,6 +48,7 @@ class Evaluation:
     fingerprint: str | None = None
     seconds: float = 0.0
     truncated: int = 0
+    subset: Subset | None = None
 
     @property
     def failed(self) -> bool:

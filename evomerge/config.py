@@ -430,7 +430,11 @@ class WorkersConfig(Settings):
 
 
 class SearchConfig(Settings):
-    """One search: models, objectives, space, optimizer, and where it runs."""
+    """One search: models, objectives, space, optimizer, and where it runs.
+
+    subsets: whether candidates are scored on a few of the search items first, and on all of them only where that may
+    make them the best or put them on the front; `auto` does where it saves work (`preparation`).
+    """
 
     base: str
     models: dict[Name, str]
@@ -440,6 +444,7 @@ class SearchConfig(Settings):
     items: ItemsConfig = ItemsConfig()
     space: AnySpaceConfig = SpaceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    subsets: bool | Literal["auto"] = "auto"
     controls: ControlsConfig = ControlsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     workers: WorkersConfig = WorkersConfig()

@@ -18,17 +18,22 @@ _LARGEST = float(np.finfo(np.float16).max)
 class Outcomes:
     """One value per item, in the order of the split's items, and for some metrics a margin: positive where the item was
     right, negative where it was wrong, and near zero where little would have turned it over. In nats; for metrics that
-    divide log-likelihoods by lengths, in nats per character or byte.
+    divide log-likelihoods by lengths, in nats per character or byte. `packed_places` are those of a subset's items
+    among the split's.
     """
 
     count: int
     bits: bytes | None
     floats: bytes | None
     packed_margins: bytes | None
+    packed_places: bytes | None = None
 
     @classmethod
-    def of(cls, values: Sequence[float], margins: Sequence[float] | None = None) -> Self:
-        """values that are not all 0 or 1 are rounded to float32, margins to float16."""
+    def of(
+        cls, values: Sequence[float], margins: Sequence[float] | None = None, chosen: Sequence[bool] | None = None
+    ) -> Self:
+        """values that are not all 0 or 1 are rounded to float32, margins to float16. chosen: for each item of the split
+        whether it is one of these; by default they all are."""
         array = np.asarray(values, dtype=np.float64)
         binary = bool(np.isin(array, (0.0, 1.0)).all())
         return cls(
@@ -38,6 +43,7 @@ class Outcomes:
             packed_margins=None
             if margins is None
             else np.clip(np.asarray(margins, dtype=np.float64), -_LARGEST, _LARGEST).astype("<f2").tobytes(),
+            packed_places=None if chosen is None else np.packbits(np.asarray(chosen, dtype=bool)).tobytes(),
         )
 
     @property
@@ -48,6 +54,13 @@ class Outcomes:
         return np.frombuffer(self.floats or b"", dtype="<f4").astype(np.float64)
 
     @property
+    def places(self) -> NDArray[np.int64]:
+        """Which of the split's items these are, ascending, shape (items,)."""
+        if self.packed_places is None:
+            return np.arange(self.count)
+        return np.flatnonzero(np.unpackbits(np.frombuffer(self.packed_places, dtype=np.uint8)))
+
+    @property
     def margins(self) -> NDArray[np.float64] | None:
         """Shape (items,); None for a metric that has none."""
         if self.packed_margins is None:
@@ -56,7 +69,12 @@ class Outcomes:
 
     def to_json(self) -> dict[str, Any]:
         """As the archive keeps it: the packed bytes in base64."""
-        parts = {"bits": self.bits, "floats": self.floats, "margins": self.packed_margins}
+        parts = {
+            "bits": self.bits,
+            "floats": self.floats,
+            "margins": self.packed_margins,
+            "places": self.packed_places,
+        }
         packed = {key: base64.b64encode(part).decode() for key, part in parts.items() if part is not None}
         return {"count": self.count, **packed}
 
@@ -65,4 +83,4 @@ class Outcomes:
         def part(key: str) -> bytes | None:
             return base64.b64decode(content[key]) if key in content else None
 
-        return cls(content["count"], part("bits"), part("floats"), part("margins"))
+        return cls(content["count"], part("bits"), part("floats"), part("margins"), part("places"))

@@ -35,6 +35,8 @@ from evomerge.spaces.parameter import ParameterSpace
 from evomerge.spaces.paths import HOP
 
 _WORTH_COMPILING = 50_000_000  # parameters
+_WORTH_A_SUBSET = 100  # search items
+_BY_RANKS = {"cma_es", "cat_cma"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
 
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
-    from evomerge.evaluation.loading import check_metrics, exam_warnings, load_targets
+    from evomerge.evaluation.loading import check_metrics, exam_warnings, fewest_items, load_targets, without_items
     from evomerge.evaluation.packing import takes_packed_rows
     from evomerge.workers.worker import load_tokenizer
 
@@ -88,6 +90,8 @@ def prepare(config: SearchConfig) -> Prepared:
     )
     _check_optimizer(resolved, prepared.space)
     _check_named_once(resolved)
+    whole = without_items(config, targets)
+    resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest_items(config, targets), whole)})
     return Prepared(resolved, prepared.space, prepared.tensors, exam_warnings(targets))
 
 
@@ -173,6 +177,31 @@ def resolve_compile(wanted: bool | str, device: str, tensors: Mapping[str, Tenso
     return device == "cpu" and found and sum(math.prod(info.shape) for info in tensors.values()) >= _WORTH_COMPILING
 
 
+def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:
+    """Whether candidates are scored on subsets first. `auto` does where that has paid (scripts/bench/subsets): with
+    items enough, for optimizers that learn from the ranks within a generation.
+
+    items: the fewest that a metric is measured on. whole: a metric that can only be had on all items.
+    """
+    if config.subsets is False:
+        return False
+    hindrance = None
+    if whole is not None:
+        hindrance = f"{whole} is no mean over items"
+    elif any(objective.cost == "seconds" for objective in config.objectives):
+        hindrance = "the cost 'seconds' depends on how many items there are"
+    elif config.optimizer.schedule != "pipelined":
+        hindrance = f"optimizer.schedule is {config.optimizer.schedule}, which has no generations"
+    elif config.optimizer.name == "greedy_soup":
+        hindrance = "greedy_soup compares its few candidates on all items"
+    if config.subsets is True and hindrance is not None:
+        raise InputError(f"subsets is true, but {hindrance}; set it to false or auto.")
+    if config.subsets is True:
+        return True
+    names = {config.optimizer.name, *(stage.name for stage in config.optimizer.stages if stage.name)}
+    return hindrance is None and names <= _BY_RANKS and items >= _WORTH_A_SUBSET
+
+
 def _check_named_once(config: SearchConfig) -> None:
     """A recipe that names a model twice is one that mergekit cannot read."""
     seen = {config.base: "base"}
@@ -246,6 +275,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,
         "prefix_sharing": config.evaluation.prefix_sharing,
+        "subsets": config.subsets,
         "gib_per_worker": {name: round(size / 2**30, 3) for name, size in plan.parts().items()},
         "warnings": [*prepared.warnings, *([short] if short else [])],
     }

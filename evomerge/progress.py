@@ -29,14 +29,14 @@ def pace_of(times: Sequence[float], left: int) -> dict[str, Any]:
 
 
 def _recent(log: Path) -> list[float]:
-    """Times of the last evaluations on search items."""
+    """Times at which the last candidates were evaluated on search items."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             lines = stream.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    times: list[float] = []
+    times: dict[str, float] = {}
     for line in lines:
         try:
             event = json.loads(line)
@@ -44,6 +44,6 @@ def _recent(log: Path) -> list[float]:
             continue  # the first line of the tail is cut, and a killed process may have cut the last
         if event.get("event") == "started":
             times.clear()
-        elif event.get("event") == "evaluated" and event.get("split") == "search":
-            times.append(float(event["time"]))
-    return times[-_WINDOW:]
+        elif event.get("event") == "evaluated" and event.get("split") in ("search", "subset"):
+            times.setdefault(str(event["id"]), float(event["time"]))  # once, though on a subset and on all items
+    return sorted(times.values())[-_WINDOW:]

@@ -184,7 +184,7 @@ def _check_writable(directory: Path) -> None:
 def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     run.archive.record_sources(identities(run.config))
     journal = _Journal(run)
-    journal("started", {"process": os.getpid(), "recorded": len(run.archive.records())})
+    journal("started", {"process": os.getpid(), "recorded": len(run.archive.tried())})
 
     def tell(event: str, fields: dict[str, Any]) -> None:
         journal(event, fields)

@@ -1,21 +1,19 @@
 """The search: controls first, then ask, dispatch, tell, record, and held-out scores at the end.
 
-Generations are pipelined: g0..g_lag are asked at once, then tell(g) and ask(g + lag + 1) strictly alternate, so
-proposals depend neither on timing nor on the number of workers (`evomerge.asynchronous` gives that up for busier ones).
 There is no special code for resuming: the loop runs from the start, and a candidate that the archive already holds is
 answered from there, once its genome has been compared.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from evomerge.archive import Archive, Arrival, Record, place, versions
-from evomerge.asynchronous import AsyncSchedule, propose
-from evomerge.candidate import Candidate, Evaluation, Split
+from evomerge.asynchronous import AsyncSchedule
+from evomerge.candidate import Candidate, Evaluation, Split, Study
 from evomerge.config import SearchConfig
 from evomerge.controls import (
     ESSENTIAL,
@@ -27,10 +25,12 @@ from evomerge.controls import (
 )
 from evomerge.criteria import Criteria, check_limits, criteria_of
 from evomerge.errors import WorkFailed
-from evomerge.optimizers import Optimizer, Problem, make_optimizer
+from evomerge.generations import Generations
+from evomerge.optimizers import Problem, make_optimizer
 from evomerge.optimizers.ranking import Ranking, weighted_means
 from evomerge.pareto import front_mask
-from evomerge.spaces import Genome, SearchSpace
+from evomerge.spaces import SearchSpace
+from evomerge.subsets import Subsets
 from evomerge.workers import Job, Listener, WorkerPool
 
 HELDOUT_FRONT = (
@@ -109,102 +109,40 @@ def reported(records: Sequence[Record], criteria: Criteria) -> list[Candidate]:
 
 
 class Schedule(Protocol):
-    """A source of candidates that waits for the evaluations of those it has handed out."""
+    """A source of jobs that waits for the evaluations of those it has handed out."""
 
-    def next(self) -> Candidate | None:
-        """The next candidate, or None while there is none to hand out."""
+    def next(self) -> Job | None:
+        """The next job, or None while there is none to hand out."""
         ...
 
     def arrival(self) -> Arrival | None:
         """What is recorded with the next evaluation that is received, where the order of receiving them counts."""
         ...
 
-    def receive(self, candidate: Candidate, evaluation: Evaluation) -> None: ...
+    def receive(self, job: Job, evaluation: Evaluation) -> None: ...
 
 
 class Batch:
-    """A fixed list of candidates."""
+    """A fixed list of candidates, on one split."""
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self._candidates, self._queue = candidates, deque(candidates)
+    def __init__(self, candidates: Sequence[Candidate], split: Split = "search") -> None:
+        self._candidates = candidates
+        self._queue = deque(Job(candidate, split) for candidate in candidates)
         self._received: dict[str, Evaluation] = {}
 
-    def next(self) -> Candidate | None:
+    def next(self) -> Job | None:
         return self._queue.popleft() if self._queue else None
 
     def arrival(self) -> None:
         return None
 
-    def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
-        self._received[candidate.id] = evaluation
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        self._received[job.candidate.id] = evaluation
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
         """By candidate, in the order of the list: who finished first must not show."""
         return {candidate.id: self._received[candidate.id] for candidate in self._candidates}
-
-
-@dataclass
-class _Generation:
-    genomes: Genome
-    evaluations: list[Evaluation | None]
-
-    @property
-    def complete(self) -> bool:
-        return all(evaluation is not None for evaluation in self.evaluations)
-
-
-@dataclass
-class Generations:
-    """The pipelined generations of an optimizer, cut off at the budget."""
-
-    optimizer: Optimizer
-    space: SearchSpace
-    config: SearchConfig
-    criteria: Criteria
-    _asked: int = field(init=False, default=0)
-    _told: int = field(init=False, default=0)
-    _created: int = field(init=False, default=0)
-    _exhausted: bool = field(init=False, default=False)
-    _open: dict[int, _Generation] = field(init=False, default_factory=dict)
-    _queue: deque[Candidate] = field(init=False, default_factory=deque)
-
-    def next(self) -> Candidate | None:
-        self._advance()
-        return self._queue.popleft() if self._queue else None
-
-    def _advance(self) -> None:
-        """Asks and tells in their fixed order, as far as what has been received allows; tells only what leads to an
-        ask."""
-        while self._created < self.config.budget and not self._exhausted:
-            if self._asked - self._told <= self.config.optimizer.lag:
-                self._ask()
-            elif self._open[self._told].complete:
-                self._tell()
-            else:
-                return
-
-    def _ask(self) -> None:
-        genomes = self.optimizer.ask()
-        self._exhausted = len(genomes) == 0
-        left = self.config.budget - self._created
-        for index, genome in enumerate(genomes[:left]):
-            self._queue.append(propose(self.space, genome, self._asked, index))
-        self._open[self._asked] = _Generation(genomes, [None] * len(genomes))
-        self._created += min(len(genomes), left)
-        self._asked += 1
-
-    def _tell(self) -> None:
-        generation = self._open.pop(self._told)
-        evaluations = [evaluation for evaluation in generation.evaluations if evaluation is not None]
-        self.optimizer.tell(generation.genomes, self.criteria.told(evaluations))
-        self._told += 1
-
-    def arrival(self) -> None:
-        return None
-
-    def receive(self, candidate: Candidate, evaluation: Evaluation) -> None:
-        self._open[candidate.generation].evaluations[candidate.index] = evaluation
 
 
 @dataclass
@@ -221,13 +159,13 @@ class Search:
         """Runs or resumes to the end of the budget. Interrupted anywhere, it goes on from the archive."""
         self.pool.listener = self.archive.listener = self.listener
         essential = Batch(essential_controls(self.config))
-        self._drain([essential], "search")
+        self._drain([essential])
         further = Batch(further_controls(self.config, self.space))
-        self._drain([self._proposals(essential), further], "search")
+        self._drain([self._proposals(essential), further])
         records = self.archive.records()
         chosen = reported(records, criteria_of(self.archive, self.config))
         for split in self.config.splits[1:]:
-            self._drain([Batch(chosen)], split)
+            self._drain([Batch(chosen, split)])
         self.listener("finished", {"evaluations": len(records)})
 
     def _proposals(self, essential: Batch) -> Schedule:
@@ -254,54 +192,60 @@ class Search:
         problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
         optimizer = make_optimizer(self.config.optimizer, problem)
         if self.config.optimizer.schedule == "pipelined":
-            return Generations(optimizer, self.space, self.config, criteria)
+            subsets = Subsets(criteria, list(essential.evaluations.values())) if self.config.subsets is True else None
+            return Generations(optimizer, self.space, self.config, criteria, subsets)
         schedule = AsyncSchedule(optimizer, self.space, self.config, criteria.told)
         for record in self.archive.arrivals():
-            candidate = schedule.replayed(record)
-            self._check_replay(candidate, record)
-            schedule.receive(candidate, record.evaluation)
+            job = schedule.replayed(record)
+            self._check_replay(job, record)
+            schedule.receive(job, record.evaluation)
         return schedule
 
-    def _drain(self, schedules: Sequence[Schedule], split: Split) -> None:
+    def _drain(self, schedules: Sequence[Schedule]) -> None:
         """Evaluates all that the schedules hand out, the first ones first. Two jobs per worker and one more are
         kept in the pool, so that no worker waits for the archive."""
-        owners: dict[str, Schedule] = {}
+        owners: dict[tuple[str, Study], Schedule] = {}
         while True:
             while len(owners) <= 2 * self.pool.size:
-                schedule, candidate = self._next(schedules)
-                if candidate is None or schedule is None:
+                schedule, job = self._next(schedules)
+                if job is None or schedule is None:
                     break
-                known = self.archive.find(candidate.id, split)
+                known = self.archive.find(job.candidate.id, job.study)
                 if known is not None:
-                    self._check_replay(candidate, known)
-                    schedule.receive(candidate, known.evaluation)
+                    self._check_replay(job, known)
+                    schedule.receive(job, known.evaluation)
                     continue
-                owners[candidate.id] = schedule
-                self.pool.submit(Job(candidate, split))
+                owners[job.candidate.id, job.study] = schedule
+                self.pool.submit(job)
             if not owners:
                 return
             job, evaluation = self.pool.wait()
-            owner = owners.pop(job.candidate.id)
-            self.archive.record(job.candidate, evaluation, split, owner.arrival())
-            self.listener("evaluated", {"candidate": job.candidate, "evaluation": evaluation, "split": split})
-            owner.receive(job.candidate, evaluation)
+            evaluation = replace(evaluation, subset=job.subset)
+            owner = owners.pop((job.candidate.id, job.study))
+            self.archive.record(job.candidate, evaluation, job.study, owner.arrival())
+            self.listener("evaluated", {"candidate": job.candidate, "evaluation": evaluation, "split": job.study})
+            owner.receive(job, evaluation)
 
-    def _next(self, schedules: Sequence[Schedule]) -> tuple[Schedule | None, Candidate | None]:
+    def _next(self, schedules: Sequence[Schedule]) -> tuple[Schedule | None, Job | None]:
         for schedule in schedules:
-            candidate = schedule.next()
-            if candidate is not None:
-                return schedule, candidate
+            job = schedule.next()
+            if job is not None:
+                return schedule, job
         return None, None
 
-    def _check_replay(self, candidate: Candidate, known: Record) -> None:
-        """Raises WorkFailed where the archive holds another genome than the optimizer now proposes."""
-        if candidate.kind == "search" and candidate.genome != known.candidate.genome:
+    def _check_replay(self, job: Job, known: Record) -> None:
+        """Raises WorkFailed where the archive holds another genome than the optimizer now proposes, or its scores on
+        another subset."""
+        candidate = job.candidate
+        same = candidate.genome == known.candidate.genome and job.subset == known.evaluation.subset
+        if candidate.kind == "search" and not same:
             recorded, now = self.archive.recorded_versions(), versions()
             changed = [
                 f"{name} {recorded[name]} → {now.get(name)}" for name in recorded if recorded[name] != now.get(name)
             ]
             hint = f"; versions changed: {', '.join(changed)}" if changed else ""
+            what = "genome" if candidate.genome != known.candidate.genome else "subset of items"
             raise WorkFailed(
-                f"candidate {candidate.id} is recorded with another genome than the search now proposes{hint}; "
+                f"candidate {candidate.id} is recorded with another {what} than the search now proposes{hint}; "
                 "resume with the versions that recorded it."
             )

@@ -21,7 +21,7 @@ from evomerge.evidence import phrase
 from evomerge.progress import pace_of
 from evomerge.runs import OpenRun
 
-TITLES = {"search": "search", "selection": "selection", "heldout": "held-out"}
+TITLES = {"subset": "search", "search": "search", "selection": "selection", "heldout": "held-out"}
 _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
 _FRONT_ROWS = 8
@@ -83,18 +83,21 @@ class SearchView:
             self._live.start()
 
     def _evaluated(self, fields: dict[str, Any]) -> None:
+        assert self._run is not None
         truncated = fields["evaluation"].truncated
         if truncated and fields["split"] not in self._truncated:
             self._truncated.add(fields["split"])
             self._say(f"warning: {fields['split']} items: {truncation(truncated)}")
-        self._finished.append(time.monotonic())
         if fields["evaluation"].failed:
             self._say(f"{fields['candidate'].id} failed: {fields['evaluation'].error}")
-        if fields["split"] != "search":
+        if fields["split"] not in ("search", "subset"):
             if self._live is not None:
                 self._progress.update(self._task, description=f"{TITLES[fields['split']]} scores", pace="")
             return
+        if fields["split"] == "search" and self._run.archive.find(fields["candidate"].id, "subset") is not None:
+            return  # counted when it was scored on the subset
         self._count += 1
+        self._finished.append(time.monotonic())
         if self._live is not None:
             self._progress.update(self._task, completed=self._count, pace=self._pace())
             if self._finished[-1] - self._drawn >= _REDRAW:  # a front of thousands takes a while to work out

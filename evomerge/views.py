@@ -26,9 +26,10 @@ def candidate_row(record: Record, criteria: Criteria) -> Row:
         "genome": list(candidate.genome) if candidate.genome is not None else None,
         "scores": scores_of(evaluation),
         "state": "failed" if evaluation.failed else "done",
-        "feasible": criteria.feasible(evaluation),
+        "feasible": criteria.feasible(evaluation) if evaluation.subset is None else None,
         "error": evaluation.error,
         "items": evaluation.items,
+        "subset": evaluation.subset.share if evaluation.subset is not None else None,
         "fingerprint": evaluation.fingerprint,
     }
 
@@ -39,7 +40,7 @@ def scores_of(evaluation: Evaluation) -> dict[str, float] | None:
 
 def candidates(archive: Archive, config: SearchConfig) -> list[Row]:
     criteria = criteria_of(archive, config)
-    return [candidate_row(record, criteria) for record in archive.records()]
+    return [candidate_row(record, criteria) for record in archive.tried()]
 
 
 def front(archive: Archive, config: SearchConfig) -> list[Row]:
@@ -77,8 +78,8 @@ def with_other_splits(archive: Archive, record: Record, criteria: Criteria) -> R
 
 def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
     """State and figures of a run. `evaluations` and `budget` count search candidates; controls come on top."""
-    records = archive.records()
-    searched = [record for record in records if record.candidate.kind == "search"]
+    records, tried = archive.records(), archive.tried()
+    searched = [record for record in tried if record.candidate.kind == "search"]
     controls = count_controls(config)
     criteria = criteria_of(archive, config)
     best = best_found(archive, config)
@@ -86,8 +87,9 @@ def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
         "state": "running" if running else "finished" if _finished(archive, config, controls) else "interrupted",
         "evaluations": len(searched),
         "budget": config.budget,
-        "controls": {"done": len(records) - len(searched), "total": controls},
-        "failed": sum(record.evaluation.failed for record in records),
+        "controls": {"done": len(tried) - len(searched), "total": controls},
+        "on_all_items": sum(record.candidate.kind == "search" for record in records),
+        "failed": sum(record.evaluation.failed for record in tried),
         "infeasible": sum(
             not record.evaluation.failed and not criteria.feasible(record.evaluation) for record in records
         ),
@@ -109,11 +111,11 @@ def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> Row:
 
 
 def _finished(archive: Archive, config: SearchConfig, controls: int) -> bool:
-    records = archive.records()
-    searched = sum(record.candidate.kind == "search" for record in records)
-    if searched < config.budget or len(records) - searched < controls:
+    tried = archive.tried()
+    searched = sum(record.candidate.kind == "search" for record in tried)
+    if searched < config.budget or len(tried) - searched < controls:
         return False
-    chosen = reported(records, criteria_of(archive, config))
+    chosen = reported(archive.records(), criteria_of(archive, config))
     return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in chosen)
 
 

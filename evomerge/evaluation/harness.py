@@ -5,17 +5,18 @@ aggregations turn its responses into scores.
 """
 
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from evomerge.candidate import Split
+from evomerge.candidate import Split, Subset
 from evomerge.config import ObjectiveConfig, SearchConfig
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation.generation import GenerationPlan
+from evomerge.evaluation.items import part
 from evomerge.evaluation.loading import both_splits, cause, distinct_tasks, documents, load_targets
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.prepared import PreparedRequests, Request, Response
@@ -23,6 +24,7 @@ from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 
 FEWSHOT_SEED = 1234
+_SUBSETS_KEPT = 4  # the generations that are in flight at once share a few
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # in nats per token; 0.1 in half precision
 
 
@@ -63,48 +65,55 @@ class Harness:
         self.prepare(split)
         self._lm._model = model
         with quiet():
-            self._splits[split].requests.rehearse(model)
-            self._splits[split].texts.rehearse()
+            self._splits[split].whole.rehearse(model)
 
-    def evaluate(self, split: Split, model: Any = None) -> Scores:
-        """The scores on a split of `model`, which may have other layers than the resident one (the default).
+    def evaluate(self, split: Split, model: Any = None, subset: Subset | None = None) -> Scores:
+        """The scores on a split, or a subset of it, of `model`, which may have other layers than the resident one (the
+        default).
 
         Raises CandidateFailed where a metric is not finite.
         """
         self.prepare(split)
         self._lm._model = self._model if model is None else model
         with quiet():
-            return self._splits[split].run(self._lm._model)
+            return self._splits[split].run(self._lm._model, subset)
 
 
 class _PreparedSplit:
-    """Every task of a split with its instances, its frozen batches, and lm-eval's code to score them."""
+    """Every task of a split with its instances, their tokens, and lm-eval's code to score them."""
 
     def __init__(self, config: SearchConfig, lm: Any, split: Split) -> None:
         self._config, self._lm = config, lm
         self._targets = load_targets(config.measured, config.tasks, config.evaluation)
         self._tasks = [_PreparedTask(task, config, lm, split) for task in distinct_tasks(self._targets)]
-        pairs = [
-            (instance, document)
-            for document, instances in enumerate(each for task in self._tasks for each in task.documents)
+        documents = [instances for task in self._tasks for instances in task.documents]
+        self._encoded = {
+            id(instance): _encode(lm, instance, number)
+            for number, instances in enumerate(documents)
             for instance in instances
-        ]
-        self._likelihoods = [instance for instance, _ in pairs if instance.request_type != "generate_until"]
-        self._generations = [instance for instance, _ in pairs if instance.request_type == "generate_until"]
-        encoded = [_encode(lm, *pair) for pair in pairs if pair[0].request_type != "generate_until"]
-        self._spans = [len(requests) for requests in encoded]
-        self.requests = PreparedRequests(
-            [request for requests in encoded for request in requests],
-            config.evaluation.batch_size,
-            lm.max_length,
-            torch.device(lm.device),
-            packed=config.evaluation.prefix_sharing == "mask",
-        )
-        self.texts = GenerationPlan(lm, self._generations, config.evaluation.batch_size)
+            if instance.request_type != "generate_until"
+        }
+        self.whole = self._batches([range(len(task.documents)) for task in self._tasks])
+        self._subsets: OrderedDict[Subset, _Batches] = OrderedDict()
+
+    def _batches(self, chosen: "Sequence[Sequence[int]]") -> "_Batches":
+        return _Batches(self._config, self._lm, self._tasks, chosen, self._encoded)
+
+    def _subset(self, subset: Subset | None) -> "_Batches":
+        """The batches of a subset's documents, made for the first candidate that is scored on it."""
+        if subset is None:
+            return self.whole
+        if subset not in self._subsets:
+            seed = self._config.items.seed
+            chosen = [part(seed, subset, task.task.config.task, len(task.documents)) for task in self._tasks]
+            self._subsets[subset] = self._batches(chosen)
+            while len(self._subsets) > _SUBSETS_KEPT:
+                self._subsets.popitem(last=False)
+        return self._subsets[subset]
 
     def check_packing(self, model: Any) -> None:
         """Raises InputError where packed rows, tried on this very model, give other log-likelihoods than full ones."""
-        both = self.requests.sample()
+        both = self.whole.requests.sample()
         if both is None:
             return
         full = both[1].run(model)
@@ -122,15 +131,13 @@ class _PreparedSplit:
                 f"{difference:.2g} from those without; set it to 'none'."
             )
 
-    def run(self, model: Any) -> Scores:
-        responses = iter(self.requests.run(model))
-        answers = {}
-        for instance, span in zip(self._likelihoods, self._spans, strict=True):
-            answers[id(instance)] = [next(responses) for _ in range(span)]
-            _respond(instance, answers[id(instance)])
-        for instance, texts in zip(self._generations, self.texts.run(), strict=True):
-            instance.resps, instance.filtered_resps = texts, {}
-        results = {id(task.task): task.results(answers) for task in self._tasks}
+    def run(self, model: Any, subset: Subset | None) -> Scores:
+        batches = self._subset(subset)
+        answers = batches.run(model)
+        results = {
+            id(task.task): task.results(chosen, answers)
+            for task, chosen in zip(self._tasks, batches.chosen, strict=True)
+        }
         scores, outcomes = {}, {}
         for objective in self._config.measured:
             if objective.cost is not None:
@@ -138,12 +145,11 @@ class _PreparedSplit:
             scores[objective.name], by_item = self._score(objective, results)
             if by_item is not None:
                 outcomes[objective.name] = by_item
-        items = sum(len(task.documents) for task in self._tasks)
-        return Scores(scores, outcomes, items, self.requests.truncated + self.texts.truncated)
+        return Scores(scores, outcomes, sum(map(len, batches.chosen)), batches.truncated)
 
     def _score(self, objective: ObjectiveConfig, results: "Mapping[int, _Results]") -> tuple[float, Outcomes | None]:
         """An objective's score, and its items' outcomes where it is their mean."""
-        from lm_eval.api.metrics import aggregate_subtask_metrics, mean
+        from lm_eval.api.metrics import aggregate_subtask_metrics
 
         target = self._targets[objective.task]
         metric, filter_name = objective.metric, objective.filter or target.filters()[0]
@@ -153,22 +159,78 @@ class _PreparedSplit:
         by_size = target.by_size is None or target.by_size[metric]
         sizes = [len(each) for each in values]
         score = scores[0] if target.by_size is None else aggregate_subtask_metrics(scores, sizes, by_size)
-        if any(aggregate is not mean for aggregate in aggregates) or not (by_size or len(set(sizes)) == 1):
+        if not target.by_item(metric, sizes):
             return score, None
         margins = [results[id(task)].margins.get(metric) for task in target.tasks]
         known = [each for each in margins if each is not None]
+        chosen = [each for task in target.tasks for each in results[id(task)].chosen]
         return score, Outcomes.of(
             [float(value) for each in values for value in each],
             [margin for each in known for margin in each] if len(known) == len(margins) else None,
+            None if all(chosen) else chosen,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Results:
-    """values: (metric, filter) to one value per document. margins: metric to one margin per document."""
+    """values: (metric, filter) to one value per document. margins: metric to one margin per document. chosen: whether
+    each of the task's documents is one of these."""
 
     values: Mapping[tuple[str, str], list[Any]]
     margins: Mapping[str, list[float]]
+    chosen: list[bool]
+
+
+class _Batches:
+    """The requests of chosen documents as frozen batches."""
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        lm: Any,
+        tasks: "Sequence[_PreparedTask]",
+        chosen: Sequence[Sequence[int]],
+        encoded: Mapping[int, list[Request]],
+    ) -> None:
+        """chosen: for each task the places of its documents, ascending. encoded: requests by instance."""
+        self.chosen = chosen
+        instances = [
+            each
+            for task, places in zip(tasks, chosen, strict=True)
+            for place in places
+            for each in task.documents[place]
+        ]
+        self.likelihoods = [each for each in instances if each.request_type != "generate_until"]
+        self.generations = [each for each in instances if each.request_type == "generate_until"]
+        self._spans = [len(encoded[id(each)]) for each in self.likelihoods]
+        self.requests = PreparedRequests(
+            [request for each in self.likelihoods for request in encoded[id(each)]],
+            config.evaluation.batch_size,
+            lm.max_length,
+            torch.device(lm.device),
+            packed=config.evaluation.prefix_sharing == "mask",
+        )
+        self._texts = GenerationPlan(lm, self.generations, config.evaluation.batch_size)
+
+    @property
+    def truncated(self) -> int:
+        return self.requests.truncated + self._texts.truncated
+
+    def run(self, model: Any) -> dict[int, list[Response]]:
+        """Puts responses where lm-eval looks for them; returns those of log-likelihoods, by instance."""
+        responses = iter(self.requests.run(model))
+        answers = {}
+        for instance, span in zip(self.likelihoods, self._spans, strict=True):
+            answers[id(instance)] = [next(responses) for _ in range(span)]
+            _respond(instance, answers[id(instance)])
+        for instance, texts in zip(self.generations, self._texts.run(), strict=True):
+            instance.resps, instance.filtered_resps = texts, {}
+        return answers
+
+    def rehearse(self, model: Any) -> None:
+        """Has a model on the meta device do what takes the most memory."""
+        self.requests.rehearse(model)
+        self._texts.rehearse()
 
 
 class _PreparedTask:
@@ -188,19 +250,22 @@ class _PreparedTask:
                 "evaluation.num_fewshot where that is set."
             ) from None
 
-    def results(self, answers: Mapping[int, Sequence[Response]]) -> _Results:
-        """By lm-eval's own filters and metrics, in the order of the documents. answers: responses by instance."""
-        return _Results(_task_metrics(self.task, self.documents), self._margins(answers))
+    def results(self, chosen: Sequence[int], answers: Mapping[int, Sequence[Response]]) -> _Results:
+        """By lm-eval's own filters and metrics, of the documents at the chosen places, in their order. answers:
+        responses by instance."""
+        values = _task_metrics(self.task, [self.documents[place] for place in chosen])
+        kept = set(chosen)
+        return _Results(values, self._margins(chosen, answers), [place in kept for place in range(len(self.documents))])
 
-    def _margins(self, answers: Mapping[int, Sequence[Response]]) -> dict[str, list[float]]:
+    def _margins(self, chosen: Sequence[int], answers: Mapping[int, Sequence[Response]]) -> dict[str, list[float]]:
         if self.task.OUTPUT_TYPE == "loglikelihood":
-            return {"acc": [answers[id(instances[0])][0].margin for instances in self.documents]}
+            return {"acc": [answers[id(self.documents[place][0])][0].margin for place in chosen]}
         if self._choices is None:
             return {}
         margins: dict[str, list[float]] = defaultdict(list)
-        for choices, instances in zip(self._choices, self.documents, strict=True):
-            likelihoods = [answers[id(instance)][0].log_likelihood for instance in instances]
-            for metric, margin in choices.margins(likelihoods).items():
+        for place in chosen:
+            likelihoods = [answers[id(instance)][0].log_likelihood for instance in self.documents[place]]
+            for metric, margin in self._choices[place].margins(likelihoods).items():
                 margins[metric].append(margin)
         return margins
 
@@ -287,6 +352,7 @@ def _respond(instance: Any, responses: Sequence[Response]) -> None:
 
 def _task_metrics(task: Any, by_document: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
     """(metric, filter) to one value per document, in the order of the documents, by lm-eval's own code."""
+    task._instances = [instance for instances in by_document for instance in instances]
     task.apply_filters()
     values: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for filter_name in task._instances[0].filtered_resps:

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.candidate import Subset
 from evomerge.config import ItemsConfig, Split
 from evomerge.errors import InputError
 from evomerge.randomness import counter_rng
@@ -35,6 +36,12 @@ def choose(items: ItemsConfig, split: Split, task: str, count: int) -> list[int]
     search, left = order[:for_search], order[for_search:]
     _check_count("search", items.search, len(search), task)
     return _sorted(search) if split == "search" else _selection(items, left, task)
+
+
+def part(seed: int, subset: Subset, task: str, count: int) -> list[int]:
+    """The places of a subset's items among the `count` search items of a task, ascending; at least one."""
+    order = counter_rng(seed, "subset", task, subset.number).permutation(count)
+    return _sorted(order[: max(1, round(count * subset.share))])
 
 
 def _selection(items: ItemsConfig, left: NDArray[np.int64], task: str) -> list[int]:

@@ -6,7 +6,7 @@ ours.
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,13 @@ class Target:
         """The names of the filters that every task has, in the first one's order."""
         first, *others = ([ensemble.name for ensemble in task._filters] for task in self.tasks)
         return [name for name in first if all(name in other for other in others)]
+
+    def by_item(self, metric: str, sizes: Sequence[int]) -> bool:
+        """Whether a metric is the mean over the items of its tasks, of which there are so many in each."""
+        from lm_eval.api.metrics import mean
+
+        alike = self.by_size is None or self.by_size[metric] or len(set(sizes)) == 1
+        return alike and all(task.aggregation()[metric] is mean for task in self.tasks)
 
     def goals(self) -> dict[str, bool]:
         """The metrics that can be objectives, and whether higher is better."""
@@ -104,6 +111,25 @@ def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
         )
     goal = wanted.goal or ("maximize" if goals[wanted.metric] else "minimize")
     return wanted.model_copy(update={"goal": goal})
+
+
+def without_items(config: SearchConfig, targets: Mapping[str, Target]) -> str | None:
+    """The first metric that a search measures which is no mean over items, so that a part of them says little of it;
+    None where there is none."""
+    for each in config.measured:
+        if each.cost is None and not targets[each.task].by_item(each.metric, _search_items(config, targets[each.task])):
+            return each.name
+    return None
+
+
+def fewest_items(config: SearchConfig, targets: Mapping[str, Target]) -> int:
+    """On how many search items the metric with the fewest is measured; 0 where there are only costs."""
+    tasks = [each.task for each in config.measured if each.cost is None]
+    return min((sum(_search_items(config, targets[task])) for task in tasks), default=0)
+
+
+def _search_items(config: SearchConfig, target: Target) -> list[int]:
+    return [len(documents(task, config.items, "search")) for task in target.tasks]
 
 
 def _check_generation(evaluation: EvaluationConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from evomerge.candidate import Candidate, Evaluation, Split, failure
+from evomerge.candidate import Candidate, Evaluation, Split, Study, Subset, failure
 from evomerge.errors import EvomergeError
 from evomerge.recipe import Recipe
 
@@ -21,15 +21,21 @@ def unheard(_event: str, _fields: dict[str, Any]) -> None:
 class Evaluator(Protocol):
     """What a pool runs: a `Worker`, or a test's stand-in."""
 
-    def evaluate(self, recipe: Recipe, split: Split) -> Evaluation: ...
+    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None, /) -> Evaluation: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One candidate to be scored on one split."""
+    """One candidate to be scored on one split, or on a subset of the search's."""
 
     candidate: Candidate
     split: Split
+    subset: Subset | None = None
+
+    @property
+    def study(self) -> Study:
+        """Where its evaluation is kept."""
+        return self.split if self.subset is None else "subset"
 
 
 class WorkerPool(Protocol):
@@ -54,10 +60,10 @@ class WorkerPool(Protocol):
         ...
 
 
-def evaluate_guarded(evaluator: Evaluator, recipe: Recipe, split: Split) -> Evaluation:
+def evaluate_guarded(evaluator: Evaluator, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
     """The evaluation of a recipe; an exception that is none of ours is recorded as the candidate's failure."""
     try:
-        return evaluator.evaluate(recipe, split)
+        return evaluator.evaluate(recipe, split, subset)
     except EvomergeError:
         raise
     except Exception as error:

@@ -24,7 +24,7 @@ class LocalPool:
 
     def wait(self) -> tuple[Job, Evaluation]:
         job = self._jobs.popleft()
-        return job, evaluate_guarded(self._worker, job.candidate.recipe, job.split)
+        return job, evaluate_guarded(self._worker, job.candidate.recipe, job.split, job.subset)
 
     def close(self) -> None:
         self._jobs.clear()

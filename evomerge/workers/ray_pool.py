@@ -206,7 +206,7 @@ class RayPool:
             if not self._held(actor):
                 self._since[actor] = time.monotonic()
             try:
-                reference = self._actors[actor].evaluate.remote(job.candidate.recipe, job.split)
+                reference = self._actors[actor].evaluate.remote(job.candidate.recipe, job.split, job.subset)
             except self._full as error:
                 raise WorkFailed(_no_room(error)) from None
             self._running[reference] = _Attempt(job, actor, deaths)
@@ -279,7 +279,7 @@ class RayPool:
         if deaths >= self.config.attempts:
             return first.job, failure(f"took {deaths} workers down ({reason})")
         self._waiting.appendleft((first.job, deaths))
-        self.listener("candidate_retried", {"id": first.job.candidate.id, "split": first.job.split, "deaths": deaths})
+        self.listener("candidate_retried", {"id": first.job.candidate.id, "split": first.job.study, "deaths": deaths})
         return None
 
     def _release(self, actor: int) -> _Attempt:
@@ -407,7 +407,7 @@ class EvaluationActor:
             return str(error), node, process
         return None, node, process
 
-    def evaluate(self, recipe: Any, split: Any) -> Evaluation:
+    def evaluate(self, recipe: Any, split: Any, subset: Any) -> Evaluation:
         if self._worker is None:
             self._worker = self._make_worker()
-        return evaluate_guarded(self._worker, recipe, split)
+        return evaluate_guarded(self._worker, recipe, split, subset)

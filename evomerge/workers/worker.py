@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from evomerge.candidate import Evaluation, Split, failure
+from evomerge.candidate import Evaluation, Split, Subset, failure
 from evomerge.config import SearchConfig
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation.harness import Harness
@@ -41,15 +41,15 @@ class Worker:
         self.models.rehearse(recipe)
         self._harness.rehearse("search", self.models.candidate)
 
-    def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
-        """The evaluation of a recipe; whatever goes wrong with it is recorded there, not raised. Raises WorkerPoisoned
-        where it has left a GPU on which nothing can be computed any more."""
+    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
+        """The evaluation of a recipe on a split, or on a subset of its items; whatever goes wrong with it is recorded
+        there, not raised. Raises WorkerPoisoned where it has left a GPU on which nothing can be computed any more."""
         started = time.perf_counter()
         fingerprint = None
         try:
             fingerprint = self.models.materialize(recipe)
             before = time.perf_counter()
-            scores = self._harness.evaluate(split, self.models.candidate)
+            scores = self._harness.evaluate(split, self.models.candidate, subset)
             costs = self._costs(time.perf_counter() - before)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)

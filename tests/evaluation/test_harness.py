@@ -248,11 +248,11 @@ def test_every_option_s_log_likelihood_is_lm_eval_s_whatever_its_length_and_its_
     scores = harness.evaluate("search")
     metrics, items = lm_eval_says(task | {"test_split": "search"}, model, tokenizer)
     theirs = [answer[0] for item in items for answer in item["resps"]]
-    ours = [instance.resps[0] for instance in harness._splits["search"]._likelihoods]
+    ours = [instance.resps[0] for instance in harness._splits["search"].whole.likelihoods]
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert scores.scores["mixed"] == metrics["acc,none"]
-    assert any(batch.segments is not None for batch in harness._splits["search"].requests.batches) == (
+    assert any(batch.segments is not None for batch in harness._splits["search"].whole.requests.batches) == (
         sharing == "mask"
     )
     room = model.config.max_position_embeddings
@@ -331,7 +331,7 @@ def test_written_answers_are_lm_eval_s_and_the_objective_picks_the_filter(
     scores = harness.evaluate("search")
     metrics, items = lm_eval_says(task | {"test_split": "search"}, *load(model))
     texts = {item["doc_id"]: item["resps"] for item in items}
-    assert {each.doc_id: [each.resps] for each in harness._splits["search"]._generations} == texts
+    assert {each.doc_id: [each.resps] for each in harness._splits["search"].whole.generations} == texts
     assert scores.scores == {"writing:exact_match": metrics[f"exact_match,{name}"]}
     if model == "math":
         assert scores.scores["writing:exact_match"] == (pytest.approx(1, abs=0.2) if name == "word" else 0)
@@ -477,7 +477,7 @@ def documents(config, model, split):
     """The questions that a harness asks, in order."""
     harness = Harness(config, *model)
     harness.evaluate(split)
-    return [instance.doc["question"] for instance in harness._splits[split]._likelihoods]
+    return [instance.doc["question"] for instance in harness._splits[split].whole.likelihoods]
 
 
 def test_a_task_with_two_splits_is_searched_on_the_first_and_reported_on_the_second(load, qa_task, search_config):
@@ -504,7 +504,7 @@ def test_a_limited_number_of_items_is_scored_as_lm_eval_scores_those_very_items(
     config = search_config("qa", "qa:perplexity", items={"search": 7, "heldout": 9})
     harness = Harness(config, *load("base"))
     scores = harness.evaluate("search")
-    chosen = [instance.doc_id for instance in harness._splits["search"]._likelihoods]
+    chosen = [instance.doc_id for instance in harness._splits["search"].whole.likelihoods]
     metrics, items = lm_eval_says(task, *load("base"), samples=chosen)
     assert scores.items == len(items) == 7
     assert [item["doc_id"] for item in items] == chosen == sorted(set(chosen))
@@ -543,7 +543,7 @@ def test_an_item_is_never_its_own_few_shot_example(splits, load, qa_task, search
     qa_task(**splits, fewshot_delimiter=" . ")
     harness = Harness(search_config("qa", evaluation={"num_fewshot": 5}), *load("base"))
     harness.evaluate("search")
-    for instance in harness._splits["search"]._likelihoods:
+    for instance in harness._splits["search"].whole.likelihoods:
         context = instance.args[0]
         assert context.count("Q ") == 6
         assert context.count(instance.doc["question"]) == 1
@@ -554,7 +554,7 @@ def test_few_shot_examples_are_the_same_in_every_harness(load, qa_task, search_c
     config = search_config("qa", "qa:perplexity", evaluation={"num_fewshot": 3})
     first, second = (Harness(config, *load("base")) for _ in range(2))
     assert first.evaluate("search") == second.evaluate("search")
-    for one, other in zip(first._splits["search"]._likelihoods, second._splits["search"]._likelihoods, strict=True):
+    for one, other in zip(first._splits["search"].whole.likelihoods, second._splits["search"].whole.likelihoods, strict=True):
         assert one.args == other.args
 
 
@@ -564,7 +564,7 @@ def test_fewer_items_leave_the_contexts_of_the_others_alone(load, qa_task, searc
     def contexts(**items):
         harness = Harness(search_config("qa", items=items, evaluation={"num_fewshot": 3}), *load("base"))
         harness.evaluate("search")
-        return {instance.doc_id: instance.args for instance in harness._splits["search"]._likelihoods}
+        return {instance.doc_id: instance.args for instance in harness._splits["search"].whole.likelihoods}
 
     assert contexts(search=5).items() < contexts().items()
 
