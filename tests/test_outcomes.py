@@ -54,3 +54,10 @@ def test_the_archive_gives_back_what_was_recorded(search_file, tmp_path):
     assert found is not None
     assert found.evaluation == evaluation
     assert found.evaluation.outcomes["base_qa"].margins == pytest.approx([0.5, -2])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_the_places_of_a_subset_come_back(chosen):
+    outcomes = Outcomes.of([1.0] * sum(chosen), None, chosen)
+    assert Outcomes.from_json(outcomes.to_json()) == outcomes
+    assert outcomes.places.tolist() == [place for place, here in enumerate(chosen) if here]
