@@ -18,6 +18,7 @@ from evomerge.archive import presence, study_prefix
 from evomerge.errors import InputError
 from evomerge.storage import expanded, masked, refuse_password
 from tests.test_runs import evomerge
+from tests.test_trials import check_rows_and_trials
 
 SECRET = "open-sesame"
 
@@ -99,6 +100,10 @@ def test_a_run_in_a_shared_storage_is_read_from_its_url_alone_and_its_password_i
         attributes += connection.execute("SELECT value_json FROM trial_user_attributes").fetchall()
     assert attributes
     assert SECRET not in str(attributes)
+
+
+def test_rows_in_a_postgres_are_those_that_optuna_would_have_written(postgres: str) -> None:
+    check_rows_and_trials(postgres)
 
 
 def run_name(directory: Path) -> str:
