@@ -252,6 +252,8 @@ class RayPool:
             if isinstance(cause, WorkerPoisoned):
                 self._kill(actor)
                 return self._died(actor, str(cause))
+            if isinstance(cause, self._full):
+                raise WorkFailed(_no_room(cause)) from None
             raise cause if isinstance(cause, EvomergeError) else WorkFailed(first_line(cause or error)) from None
         except self._full as error:
             raise WorkFailed(_no_room(error)) from None

@@ -7,9 +7,11 @@ from typing import Any
 import psutil
 import pytest
 
+from evomerge.candidate import Candidate
 from evomerge.config import WorkersConfig
 from evomerge.errors import InputError, WorkFailed
-from evomerge.workers import ray_pool
+from evomerge.recipe import linear
+from evomerge.workers import Job, ray_pool
 from evomerge.workers.ray_address import LOOPBACK_ONLY
 from evomerge.workers.ray_pool import RayPool
 from tests.contracts.pool import PoolContract, job
@@ -20,11 +22,14 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[Any]:
-    """One cluster of one node for all tests of this module: starting it takes seconds."""
+    """One cluster of one node for all tests of this module: starting it takes seconds. Its object store is small, and
+    may not grow on the disk."""
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    settings = {"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.0}
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 * 2**20, "_system_config": settings}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
@@ -70,16 +75,17 @@ def test_a_candidate_that_hangs_or_spoils_its_worker_is_recorded_and_the_pool_go
     assert [event for event, _ in events].count("worker_lost") == 2
 
 
-def test_a_cluster_without_room_for_results_is_a_sentence(pool: RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
+@pytest.mark.parametrize("side", ["worker", "driver"])
+def test_a_cluster_without_room_is_a_sentence(pool: RayPool, side: str) -> None:
+    """A result, or a recipe, that is larger than the object store stands for a store that others have filled."""
+    large = Candidate("large", "search", 0, 0, linear({"x" * (150 * 2**20): 0.5}))
 
-    def full(_reference: Any) -> None:
-        raise ray.exceptions.ObjectStoreFullError("the store is full")
-
-    pool.submit(job("good", 0.5))
-    monkeypatch.setattr(ray, "get", full)
-    with pytest.raises(WorkFailed, match=r"no room for results.*nothing was lost: free its object store or its disks"):
+    def fill() -> None:
+        pool.submit(job("fills", 5.0) if side == "worker" else Job(large, "search"))
         pool.wait()
+
+    with pytest.raises(WorkFailed, match=r"no room for results.*nothing was lost: free its object store or its disks"):
+        fill()
 
 
 def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(pool: RayPool) -> None:
