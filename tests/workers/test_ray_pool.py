@@ -15,7 +15,7 @@ from evomerge.workers import Job, ray_pool
 from evomerge.workers.ray_address import LOOPBACK_ONLY
 from evomerge.workers.ray_pool import RayPool
 from tests.contracts.pool import PoolContract, job
-from tests.fakes import make_fake_worker
+from tests.fakes import make_fake_worker, make_worker_that_names_its_gpus
 
 pytestmark = pytest.mark.ray
 
@@ -113,6 +113,23 @@ def test_without_a_count_there_are_as_many_workers_as_fit(ray_here: Any) -> None
         assert made.size == 2
     finally:
         made.close()
+
+
+def test_workers_get_a_part_of_a_gpu_or_several_to_themselves(ray_here: Any) -> None:
+    node = ray_here.add_node(num_cpus=0, num_gpus=2)
+    try:
+        for gpus, count, seen in ((2, None, ["0,1"]), (0.5, 2, ["0", "0"])):
+            made = RayPool(WorkersConfig(num_cpus=0, count=count), make_worker_that_names_its_gpus, num_gpus=gpus)
+            try:
+                assert made.size == len(seen)
+                for number in range(2 * len(seen)):
+                    made.submit(job(f"job{number}", 0.5))
+                found = [made.wait()[1].fingerprint for _ in range(2 * len(seen))]
+                assert sorted(found) == sorted([*seen, *seen])
+            finally:
+                made.close()
+    finally:
+        ray_here.remove_node(node, allow_graceful=False)
 
 
 def test_workers_join_when_a_node_arrives_and_the_pool_goes_on_when_it_leaves(
