@@ -22,13 +22,14 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[Any]:
-    """One cluster of one node for all tests of this module: starting it takes seconds. Its object store is small, and
-    may not grow on the disk."""
+    """One cluster of one node, with GPUs that are not there, for all tests of this module: starting it takes seconds.
+    Its object store is small, and may not grow on the disk."""
     import ray
     from ray.cluster_utils import Cluster
 
     settings = {"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.0}
-    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 * 2**20, "_system_config": settings}
+    resources = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 80 * 2**20}
+    head = {**resources, "include_dashboard": False, "_system_config": settings}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
@@ -100,8 +101,8 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(po
 
 def test_a_worker_without_resources_is_a_sentence_that_names_them_within_a_minute(ray_here: Any) -> None:
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"1 worker\(s\) of 1 GPU each need 1 GPU, but the Ray cluster has 0"):
-        RayPool(WorkersConfig(count=1, placement_timeout=2), make_fake_worker, num_gpus=1)
+    with pytest.raises(InputError, match=r"1 worker\(s\) of 3 GPU each need 3 GPU, but the Ray cluster has 2"):
+        RayPool(WorkersConfig(count=1, placement_timeout=2), make_fake_worker, num_gpus=3)
     with pytest.raises(InputError, match=r"lower workers\.count or workers\.num_cpus"):
         RayPool(WorkersConfig(count=3, placement_timeout=2), make_fake_worker, num_gpus=0)
     assert time.monotonic() - started < 60
@@ -115,21 +116,18 @@ def test_without_a_count_there_are_as_many_workers_as_fit(ray_here: Any) -> None
         made.close()
 
 
-def test_workers_get_a_part_of_a_gpu_or_several_to_themselves(ray_here: Any) -> None:
-    node = ray_here.add_node(num_cpus=0, num_gpus=2)
+@pytest.mark.parametrize(("gpus", "count", "seen"), [(2, None, ["0,1"]), (0.5, 2, ["0", "0"])])
+def test_workers_get_several_gpus_or_a_part_of_one(
+    ray_here: Any, gpus: float, count: int | None, seen: list[str]
+) -> None:
+    made = RayPool(WorkersConfig(num_cpus=0, count=count), make_worker_that_names_its_gpus, num_gpus=gpus)
     try:
-        for gpus, count, seen in ((2, None, ["0,1"]), (0.5, 2, ["0", "0"])):
-            made = RayPool(WorkersConfig(num_cpus=0, count=count), make_worker_that_names_its_gpus, num_gpus=gpus)
-            try:
-                assert made.size == len(seen)
-                for number in range(2 * len(seen)):
-                    made.submit(job(f"job{number}", 0.5))
-                found = [made.wait()[1].fingerprint for _ in range(2 * len(seen))]
-                assert sorted(found) == sorted([*seen, *seen])
-            finally:
-                made.close()
+        assert made.size == len(seen)
+        for number in range(2 * made.size):
+            made.submit(job(f"job{number}", 0.5))
+        assert [made.wait()[1].fingerprint for _ in range(2 * made.size)] == [*seen, *seen]
     finally:
-        ray_here.remove_node(node, allow_graceful=False)
+        made.close()
 
 
 def test_workers_join_when_a_node_arrives_and_the_pool_goes_on_when_it_leaves(
