@@ -4,7 +4,7 @@ Optuna studies in one storage, so that any Optuna dashboard reads them: `search`
 parameter per gene that counts, a value per objective), `heldout` the scores of chosen candidates on items that the
 search never saw (and `selection`, where the config asks for it, on those that decide among them). `subset` holds what
 candidates scored on a part of the search items; `search` then has those alone that went on to all. An evaluation is one
-transaction (`evomerge.trials`). The only other module that knows Optuna's storage.
+transaction, written by `evomerge.trials`, the only other module that knows Optuna's storage.
 """
 
 import hashlib

@@ -554,7 +554,9 @@ def test_few_shot_examples_are_the_same_in_every_harness(load, qa_task, search_c
     config = search_config("qa", "qa:perplexity", evaluation={"num_fewshot": 3})
     first, second = (Harness(config, *load("base")) for _ in range(2))
     assert first.evaluate("search") == second.evaluate("search")
-    for one, other in zip(first._splits["search"].whole.likelihoods, second._splits["search"].whole.likelihoods, strict=True):
+    for one, other in zip(
+        first._splits["search"].whole.likelihoods, second._splits["search"].whole.likelihoods, strict=True
+    ):
         assert one.args == other.args
 
 
