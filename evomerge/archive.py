@@ -4,7 +4,7 @@ Optuna studies in one storage, so that any Optuna dashboard reads them: `search`
 parameter per gene that counts, a value per objective), `heldout` the scores of chosen candidates on items that the
 search never saw (and `selection`, where the config asks for it, on those that decide among them). `subset` holds what
 candidates scored on a part of the search items; `search` then has those alone that went on to all. An evaluation is one
-transaction. The only module that knows Optuna's storage.
+transaction, written by `evomerge.trials`, the only other module that knows Optuna's storage.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, active
 from evomerge.storage import expanded, masked
+from evomerge.trials import Trials
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
 _LASTING = ("full", "no space", "readonly", "read-only", "no such", "does not exist", "permission", "password")
@@ -67,7 +68,10 @@ class Archive:
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
-            self._studies: dict[Study, Any] = {study: self._study(directory, study) for study in studies(config)}
+            with quiet():
+                storage = _open(storage_url(directory, config))
+                self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
+                self._trials = Trials(storage.engine)
             self._check_config(directory)
             self._records = {study: self._load(study) for study in self._studies}
         except EvomergeError:
@@ -78,18 +82,16 @@ class Archive:
                 f"{where}: the archive cannot be read ({_brief(error)}); check it, or restore it from a copy."
             ) from None
 
-    def _study(self, directory: Path, study: Study) -> Any:
-        with quiet():
-            import optuna
+    def _study(self, storage: Any, study: Study) -> Any:
+        import optuna
 
-            goals = [objective.goal or "maximize" for objective in self._config.objectives]
-            return optuna.create_study(
-                storage=_open(storage_url(directory, self._config)),
-                study_name=self._prefix + study,
-                directions=goals,
-                load_if_exists=True,
-                sampler=optuna.samplers.RandomSampler(seed=0),
-            )
+        return optuna.create_study(
+            storage=storage,
+            study_name=self._prefix + study,
+            directions=[objective.goal or "maximize" for objective in self._config.objectives],
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(seed=0),
+        )
 
     def _check_config(self, directory: Path) -> None:
         study = self._studies["search"]
@@ -153,20 +155,19 @@ class Archive:
     ) -> None:
         """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it, or is away for
         longer than minutes."""
-        with quiet():
-            import optuna
+        import optuna
 
-            params, distributions = self._parameters(candidate.genome) if candidate.genome is not None else ({}, {})
-            state = optuna.trial.TrialState.FAIL if evaluation.failed else optuna.trial.TrialState.COMPLETE
-            values = None if evaluation.scores is None else [evaluation.scores[name] for name in self._names]
-            trial = optuna.trial.create_trial(
-                state=state,
-                values=values,
-                params=params,
-                distributions=distributions,
-                user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
-            )
-            self._add(trial, study)
+        params, distributions = self._parameters(candidate.genome) if candidate.genome is not None else ({}, {})
+        state = optuna.trial.TrialState.FAIL if evaluation.failed else optuna.trial.TrialState.COMPLETE
+        values = None if evaluation.scores is None else [evaluation.scores[name] for name in self._names]
+        trial = optuna.trial.create_trial(
+            state=state,
+            values=values,
+            params=params,
+            distributions=distributions,
+            user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
+        )
+        self._add(trial, study)
         self._records[study][candidate.id] = Record(candidate, evaluation, arrival)
 
     def _add(self, trial: Any, study: Study) -> None:
@@ -176,7 +177,7 @@ class Archive:
         while True:
             try:
                 if not (tried and self._holds(identity, study)):  # its commit may have been all that came through
-                    self._studies[study].add_trial(trial)
+                    self._trials.add(self._prefix + study, trial)
                 return
             except Exception as error:
                 passing, reason = _refusal(error)
@@ -309,9 +310,8 @@ def _open(url: str) -> Any:
     """The storage at a URL. A connection that a server has closed meanwhile is opened again before it is used."""
     import optuna
 
-    if url.startswith("sqlite"):
-        return url
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    local = url.startswith("sqlite")
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={} if local else {"pool_pre_ping": True})
     weakref.finalize(storage, storage.engine.dispose)  # nothing else closes its connections
     return storage
 
@@ -435,7 +435,6 @@ def _refusal(error: BaseException) -> tuple[bool, str]:
     """Whether a storage may take later what it has refused now, and why it has."""
     from sqlalchemy import exc
 
-    error = error.__cause__ or error  # Optuna's own says nothing
     reason = _brief(getattr(error, "orig", None) or error)  # without the statement
     lasting = any(word in reason.lower() for word in _LASTING)
     return isinstance(error, (exc.OperationalError, exc.InterfaceError)) and not lasting, reason

@@ -406,6 +406,8 @@ class WorkersConfig(Settings):
     after `time_limit` seconds a worker is killed and its candidate recorded as failed, and so is one that has taken
     `attempts` workers down.
 
+    A worker may have a part of a GPU (`num_gpus: 0.5`) or several, which then share the layers of its models.
+
     Without a count there are as many workers as the cluster holds, now and later. `minimum` of them must be there for
     the search to start: all of a count by default, else one.
     """
@@ -426,6 +428,8 @@ class WorkersConfig(Settings):
                 f".time_limit is {self.time_limit:g}, but only a worker in a process of its own can be stopped; "
                 "use pool: ray, or set it to null"
             )
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f".num_gpus is {self.num_gpus:g}; use a part of one GPU (such as 0.5), or whole ones")
         return self
 
 
@@ -473,6 +477,9 @@ class SearchConfig(Settings):
     def _enough(self) -> Self:
         if not self.models and self.space.kind != "data_flow":
             raise ValueError(".models is {}; give at least one")
+        device, gpus = self.evaluation.device, self.workers.num_gpus or 0
+        if gpus > 1 and device.startswith("cuda:"):
+            raise ValueError(f".evaluation.device is {device}, but workers.num_gpus is {gpus:g}; use cuda for several")
         if all(objective.weight == 0 for objective in self.objectives):
             raise ValueError(".objectives are all costs; add a task, or give a cost a weight")
         return self

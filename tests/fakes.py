@@ -71,7 +71,7 @@ class FakePool:
 
 class FakeWorker:
     """A worker that obeys the weight of a recipe's first model: negative raises, 2 kills the process, 3 hangs, 4 leaves
-    a worker that is good for nothing."""
+    a worker that is good for nothing, 5 makes a result of 150 MiB."""
 
     def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
         assert recipe.models is not None
@@ -85,8 +85,20 @@ class FakeWorker:
             time.sleep(600)
         if weight == 4:
             raise WorkerPoisoned("the GPU computes nothing any more")
-        return Evaluation(scores={"score": weight}, items=1, fingerprint=split)
+        fingerprint = split if weight != 5 else "x" * (150 * 2**20)
+        return Evaluation(scores={"score": weight}, items=1, fingerprint=fingerprint)
 
 
 def make_fake_worker() -> FakeWorker:
     return FakeWorker()
+
+
+class WorkerThatNamesItsGpus:
+    """Gives the GPUs that torch would see as its fingerprint."""
+
+    def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
+        return Evaluation(scores={"score": 0.0}, items=1, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+def make_worker_that_names_its_gpus() -> WorkerThatNamesItsGpus:
+    return WorkerThatNamesItsGpus()

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 OWNERS = {
     "ray": {"workers/ray_pool.py", "cluster.py"},
     "grpc": {"workers/ray_address.py"},
-    "sqlalchemy": {"archive.py"},
+    "sqlalchemy": {"archive.py", "trials.py"},
     "lm_eval": {"evaluation/harness.py", "evaluation/loading.py", "evaluation/generation.py"},
-    "optuna": {"archive.py"},
+    "optuna": {"archive.py", "trials.py"},
     "rich": {"terminal.py"},
     "typer": {"cli.py"},
     "cma": {"optimizers/cma_es.py"},

@@ -287,6 +287,14 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         {"workers.time_limit": 60},
         "workers.time_limit is 60, but only a worker in a process of its own can be stopped; use pool: ray",
     ),
+    "parts of several GPUs": (
+        {"workers.num_gpus": 1.5},
+        "workers.num_gpus is 1.5; use a part of one GPU (such as 0.5), or whole ones",
+    ),
+    "several GPUs and the number of one": (
+        {"workers.num_gpus": 2, "evaluation.device": "cuda:1"},
+        "evaluation.device is cuda:1, but workers.num_gpus is 2; use cuda for several",
+    ),
     "a greedy soup that does not wait": (
         {"optimizer": {"name": "greedy_soup", "schedule": "async"}},
         "optimizer.schedule is async, but greedy_soup builds each soup on the one before; use pipelined",

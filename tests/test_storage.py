@@ -8,16 +8,22 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from evomerge import runs, views
-from evomerge.archive import presence, study_prefix
-from evomerge.errors import InputError
+from evomerge.archive import Archive, presence, study_prefix
+from evomerge.candidate import Candidate
+from evomerge.errors import InputError, WorkFailed
+from evomerge.preparation import prepare_file
+from evomerge.search import Search
 from evomerge.storage import expanded, masked, refuse_password
+from tests.fakes import FakePool
 from tests.test_runs import evomerge
+from tests.test_trials import check_rows_and_trials
 
 SECRET = "open-sesame"
 
@@ -99,6 +105,67 @@ def test_a_run_in_a_shared_storage_is_read_from_its_url_alone_and_its_password_i
         attributes += connection.execute("SELECT value_json FROM trial_user_attributes").fetchall()
     assert attributes
     assert SECRET not in str(attributes)
+
+
+@pytest.fixture
+def guest(postgres: str) -> Iterator[str]:
+    """The URL of the same server for a user who may be refused things."""
+    with administration(postgres) as ask:
+        ask(f"CREATE ROLE guest LOGIN PASSWORD '{SECRET}'")
+        ask("CREATE DATABASE guest OWNER guest")
+        yield postgres.replace("://me:", "://guest:").removesuffix("postgres") + "guest"
+        ask("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'guest'")
+        ask("DROP DATABASE guest")
+        ask("DROP ROLE guest")
+
+
+@contextmanager
+def administration(url: str) -> Iterator[Callable[[str], object]]:
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        yield connection.execute
+
+
+def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
+    postgres: str, guest: str, search_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOMERGE_STORAGE", guest)
+    optimizer = {"name": "random_search", "evaluations": 6, "population": 2}
+    prepared = prepare_file(search_file(storage="${EVOMERGE_STORAGE}", optimizer=optimizer), ())
+    incidents: dict[str, Callable[[], object]] = {}
+
+    def search(name: str) -> tuple[Archive, FakePool]:
+        def scorer(candidate: Candidate) -> Sequence[float]:
+            incidents.pop(candidate.id, lambda: None)()
+            return (0.5, 0.25)
+
+        archive = Archive(tmp_path / name, prepared.config, prepared.space.genes)
+        pool = FakePool([each.name for each in prepared.config.objectives], scorer)
+        with presence(prepared.config.storage, name):
+            Search(prepared.config, prepared.space, archive, pool, lambda event, fields: None).run()
+        return archive, pool
+
+    expected, _ = search("undisturbed")
+    with administration(postgres) as ask, administration(postgres.removesuffix("postgres") + "guest") as ask_there:
+        drop = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'guest'"
+        incidents |= {"uniform": lambda: ask(drop), "g0001-01": lambda: ask(drop)}
+        dropped, _ = search("dropped")
+        assert views.candidates(dropped, prepared.config) == views.candidates(expected, prepared.config)
+
+        incidents |= {"g0001-00": lambda: ask_there("REVOKE INSERT ON trials FROM guest")}
+        with pytest.raises(WorkFailed, match=r"refused evaluation g0001-00 \(.*permission denied.*nothing was lost"):
+            search("revoked")
+        ask_there("GRANT INSERT ON trials TO guest")
+        kept = Archive(tmp_path / "revoked", prepared.config, prepared.space.genes).records()
+        resumed, pool = search("revoked")
+        assert len(kept) > 4
+        assert not {(record.candidate.id, "search") for record in kept} & set(pool.evaluated)
+        assert views.candidates(resumed, prepared.config) == views.candidates(expected, prepared.config)
+
+
+def test_rows_in_a_postgres_are_those_that_optuna_would_have_written(postgres: str) -> None:
+    check_rows_and_trials(postgres)
 
 
 def run_name(directory: Path) -> str:

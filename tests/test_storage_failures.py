@@ -18,14 +18,14 @@ from evomerge.archive import Archive
 from evomerge.errors import WorkFailed
 from evomerge.preparation import Prepared, prepare_file
 from evomerge.search import Search
+from evomerge.trials import Trials
 from tests.fakes import FakePool
 
 Event = tuple[str, dict[str, Any]]
 
 
 @pytest.fixture
-def prepared(search_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Prepared:
-    monkeypatch.setattr("optuna.storages._rdb.storage.time.sleep", lambda seconds: None)
+def prepared(search_file: Callable[..., Path]) -> Prepared:
     optimizer = {"name": "random_search", "evaluations": 4, "population": 4}
     return prepare_file(search_file(optimizer=optimizer), ())
 
@@ -67,18 +67,18 @@ def test_a_storage_that_is_briefly_away_is_waited_for_and_no_evaluation_is_writt
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lands: bool
 ) -> None:
     monkeypatch.setattr(archives, "_PAUSE", 0.001)
-    add, calls = optuna.Study.add_trial, Counter[str]()
+    add, calls = Trials.add, Counter[str]()
 
-    def flaky(study: optuna.Study, trial: Any) -> None:
-        identity = f"{trial.user_attrs['id']} {study.study_name}"
+    def flaky(trials: Trials, study: str, trial: Any) -> None:
+        identity = f"{trial.user_attrs['id']} {study}"
         calls[identity] += 1
         if calls[identity] < 3 and identity in ("uniform search", "g0000-01 search", "base heldout"):
             if lands:
-                add(study, trial)
+                add(trials, study, trial)
             raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("server closed the connection"))
-        add(study, trial)
+        add(trials, study, trial)
 
-    monkeypatch.setattr(optuna.Study, "add_trial", flaky)
+    monkeypatch.setattr(Trials, "add", flaky)
     heard: list[Event] = []
     search(prepared, tmp_path / "run", heard)
     retried = [fields for name, fields in heard if name == "storage_retry"]
@@ -96,10 +96,10 @@ def test_a_storage_that_stays_away_is_a_sentence(
     monkeypatch.setattr(archives, "_PAUSE", 0.001)
     monkeypatch.setattr(archives, "_PATIENCE", 0.05)
 
-    def away(_study: Any, _trial: Any) -> None:
+    def away(_trials: Trials, _study: str, _trial: Any) -> None:
         raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("could not connect"))
 
-    monkeypatch.setattr(optuna.Study, "add_trial", away)
+    monkeypatch.setattr(Trials, "add", away)
     with pytest.raises(WorkFailed, match=r"refused evaluation .*could not connect.*restore the storage, then resume"):
         search(prepared, tmp_path / "run")
 

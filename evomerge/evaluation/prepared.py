@@ -206,10 +206,11 @@ def _score(model: Any, batch: Batch) -> torch.Tensor:
     logits = read_logits(model, batch).to(torch.float32)
     best, second = logits.topk(2, dim=-1).values.unbind(-1)
     normalizer = logits.logsumexp(dim=-1)
-    likeliest = logits.argmax(dim=-1)[batch.places] == batch.targets
-    own = logits[batch.places, batch.targets]
-    other = torch.where(likeliest, second[batch.places], best[batch.places])
-    return torch.stack([own - normalizer[batch.places], likeliest.to(torch.float32), own - other])
+    places, targets = batch.places.to(logits.device), batch.targets.to(logits.device)  # the head may be elsewhere
+    likeliest = logits.argmax(dim=-1)[places] == targets
+    own = logits[places, targets]
+    other = torch.where(likeliest, second[places], best[places])
+    return torch.stack([own - normalizer[places], likeliest.to(torch.float32), own - other])
 
 
 def read_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -218,7 +219,7 @@ def read_logits(model: Any, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = model(**batch.inputs(model)).logits
     if logits.shape[:2] == (1, len(batch.reads)):  # where the head saw no less, the reads are all columns of one row
         return logits[0]
-    return logits.flatten(0, 1)[batch.reads]
+    return logits.flatten(0, 1)[batch.reads.to(logits.device)]
 
 
 @contextlib.contextmanager
@@ -228,7 +229,12 @@ def _head_reads(model: Any, reads: torch.Tensor) -> Iterator[None]:
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[reads][None], *inputs[1:]))
+
+    def read(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        columns = reads.to(inputs[0].device)
+        return inputs[0].flatten(0, 1)[columns][None], *inputs[1:]
+
+    handle = head.register_forward_pre_hook(read)
     try:
         yield
     finally:

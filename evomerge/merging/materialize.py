@@ -5,7 +5,7 @@ and never touches the disk. A candidate of other layers is a view, which shares 
 What candidates have in common (uniform fields, thresholds, scalar products) is made on first use and kept.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from evomerge.errors import CandidateFailed, InputError, choices
-from evomerge.layers import layer_count
+from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.passes import chunk_size
+from evomerge.merging.placement import place
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import empty_model, load_config
 from evomerge.merging.sources import FLOATS, ModelSource, TensorInfo, Weights, named_weights
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 
 class ResidentModels:
-    """The models of a search on one device."""
+    """The models of a search on one device, or on several that share the work layer by layer."""
 
     def __init__(
         self,
@@ -39,11 +40,13 @@ class ResidentModels:
         dtype: str,
         compiled: bool = False,
         rehearsal: bool = False,
+        count: int = 1,
     ) -> None:
         """sources: every model reference with its source. skeleton: the folder whose config the merge takes. compiled:
         whether large tensors are merged by compiled code. rehearsal: everything is made on the meta device, without any
-        data, as it would be on `device`."""
-        self.device = torch.device("meta" if rehearsal else device)
+        data, as it would be on `device`. count: of the devices, the first ones of that kind."""
+        self.devices = [torch.device(device)] if count == 1 else [torch.device(device, n) for n in range(count)]
+        self.devices = [torch.device("meta")] if rehearsal else self.devices
         self.compiled = compiled and not rehearsal
         self._planes = compiled and torch.device(device).type == "cpu"
         self._chunk = chunk_size(torch.device(device))
@@ -51,12 +54,13 @@ class ResidentModels:
         self.model: Any = (
             empty_model(load_config(skeleton), skeleton).to(self._dtype)
             if rehearsal
-            else load_model(skeleton, self._dtype).to(self.device)
+            else load_model(skeleton, self._dtype)
         )
+        place(self.model, self.devices, 1 + len(sources))
         self._parameters = named_weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in sources.items()}
         self._known: dict[Hashable, Any] = {}
-        self._converted: dict[tuple[str, str], torch.Tensor] = {}
+        self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
 
     def _resident(self, source: ModelSource | Path) -> dict[str, torch.Tensor]:
@@ -73,11 +77,11 @@ class ResidentModels:
                     f"{source}: {name} has shape {list(found.shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
-        if self.device.type == "meta":
+        if self.model.device.type == "meta":
             stored = {name: weights.table[name] for name in self._parameters}
             return {name: _empty(info) for name, info in stored.items()}
-        resident = {name: weights.read(name).to(self.device) for name in self._parameters}
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in resident.values()]).tolist()
+        resident = {name: weights.read(name).to(served.device) for name, served in self._parameters.items()}
+        finite = _gathered(torch.isfinite(tensor).all() for tensor in resident.values()).tolist()
         for name, good in zip(resident, finite, strict=True):
             if not good:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
@@ -123,40 +127,45 @@ class ResidentModels:
 
     def _make_view(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
         made = {}
+        templates = [next(iter(layer.values())) for layer in plan.layers]
+        places = {tensor.name: self._parameters[_template(tensor.name, templates)].device for tensor in plan.tensors}
         for tensor in plan.tensors:
             source = self._sources[tensor.models[0]][tensor.sources[0]]
             if not _unchanged(plan, tensor):
-                made[tensor.name] = torch.empty(source.shape, dtype=self._dtype, device=self.device)
+                made[tensor.name] = torch.empty(source.shape, dtype=self._dtype, device=places[tensor.name])
                 self._merge(plan, tensor, made[tensor.name])
         tensors = {
-            tensor.name: made[tensor.name] if tensor.name in made else self._shared(tensor.models[0], tensor.sources[0])
+            tensor.name: made[tensor.name]
+            if tensor.name in made
+            else self._shared(tensor.models[0], tensor.sources[0], places[tensor.name])
             for tensor in plan.tensors
         }
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-        self.candidate = make_view(self.model, parameters, [next(iter(layer.values())) for layer in plan.layers])
+        self.candidate = make_view(self.model, parameters, templates)
         return parameters, made
 
     def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
-        plan.method.merge_into(out, self._inputs(plan, tensor), self.compiled, self._chunk)
+        plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._chunk)
 
-    def _shared(self, reference: str, name: str) -> torch.Tensor:
-        """A source's tensor itself; where it is stored in another dtype, one copy for all candidates."""
+    def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
+        """A source's tensor itself; where it has another dtype or device, one copy for all candidates."""
         tensor = self._sources[reference][name]
-        if tensor.dtype == self._dtype:
+        if (tensor.dtype, tensor.device) == (self._dtype, device):
             return tensor
-        return self._converted.setdefault((reference, name), tensor.to(self._dtype))
+        return self._converted.setdefault((reference, name, device), tensor.to(device, self._dtype))
 
-    def _inputs(self, plan: MergePlan, tensor: TensorMerge) -> Inputs:
+    def _inputs(self, plan: MergePlan, tensor: TensorMerge, device: torch.device) -> Inputs:
+        """On one device, where most of them are: only layers that change places may have sources elsewhere."""
         given = list(zip(tensor.models, tensor.sources, strict=True))
         base = (tensor.base, tensor.base_source) if tensor.base is not None else None
         return Inputs(
-            base=self._sources[base[0]][base[1]] if base is not None else None,
-            tensors=tuple(self._sources[model][name] for model, name in given),
+            base=self._sources[base[0]][base[1]].to(device) if base is not None else None,
+            tensors=tuple(self._sources[model][name].to(device) for model, name in given),
             per_model=tensor.per_model,
             shared=tensor.shared,
-            uniforms=lambda index: self._uniform(plan.seed, tensor, index),
+            uniforms=lambda index: self._uniform(plan.seed, tensor, index, device),
             rescale=plan.rescale,
-            once=partial(self._once, tensor.name, (base, *given)),
+            once=partial(self._once, tensor.name, (device, base, *given)),
             drawn=tuple((plan.seed, position) for position in tensor.positions),
             planes=self._planes,
         )
@@ -164,21 +173,27 @@ class ResidentModels:
     def _once(
         self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
     ) -> T:
-        """given: the tensors that are merged into `name`, the base's first."""
-        key = (name, what, *(given[index + 1] for index in models))
+        """given: the device, and the tensors that are merged into `name`, the base's first."""
+        key = (name, what, given[0], *(given[index + 2] for index in models))
         if key not in self._known:
             self._known[key] = make()
         known: T = self._known[key]
         return known
 
-    def _uniform(self, seed: int, tensor: TensorMerge, index: int) -> torch.Tensor:
+    def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> torch.Tensor:
         position, name = tensor.positions[index], tensor.name
 
         def make() -> torch.Tensor:
             count = self._sources[tensor.models[index]][tensor.sources[index]].numel()
-            return as_field(uniform_field(seed, position, name, count, self.device), self._planes)
+            return as_field(uniform_field(seed, position, name, count, device), self._planes)
 
-        return self._once(name, (), ("uniforms", seed, position), (), make)
+        return self._once(name, (device,), ("uniforms", seed, position), (), make)
+
+
+def _template(name: str, templates: Sequence[int]) -> str:
+    """The resident model's parameter in whose place a view's is."""
+    layer = layer_index(name)
+    return name if layer is None else with_layer(name, templates[layer])
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
@@ -197,7 +212,7 @@ def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:
 
 def _extremes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The least and the largest element of each tensor, shape (tensors, 2), which show whatever is not finite."""
-    return torch.stack([torch.stack(tensor.aminmax()).to(torch.float32) for tensor in tensors.values()])
+    return _gathered(torch.stack(tensor.aminmax()).to(torch.float32) for tensor in tensors.values())
 
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
@@ -207,7 +222,13 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
 
 def checksums(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The checksum of every tensor; int64, shape (tensors,)."""
-    return torch.stack([checksum(tensor, name) for name, tensor in parameters.items()])
+    return _gathered(checksum(tensor, name) for name, tensor in parameters.items())
+
+
+def _gathered(results: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Small results from all devices, stacked on the first one's."""
+    each = list(results)
+    return torch.stack([result.to(each[0].device) for result in each])
 
 
 def _empty(info: TensorInfo) -> torch.Tensor:

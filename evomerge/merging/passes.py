@@ -19,7 +19,7 @@ Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
 
 CHUNK = 1 << 17  # of float32: large enough for two or more threads, small enough to stay in the cache
 _WIDE_CHUNK = 1 << 24  # where there are thousands of cores to feed
-_ELEMENT_LIMIT = 64  # compiled variants: methods x numbers of models x flags
+_ELEMENT_LIMIT = 64  # compiled variants on each device: methods x numbers of models x flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device
 
 @cache
 def _compiled(element: Element) -> Callable[[torch.Tensor, Tensors, Tensors, Numbers], None]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _ELEMENT_LIMIT)
+    limit = _ELEMENT_LIMIT * max(1, torch.cuda.device_count())
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
     def step(out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers) -> None:
         out.copy_(element(tensors, fields, numbers))

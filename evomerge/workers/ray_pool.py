@@ -31,6 +31,7 @@ _BACKOFF = 0.3
 _POLL = 5.0
 _PATIENCE = 300.0
 _GROWTH = 10.0
+_COMPANY = 5.0  # what an earlier driver held may take longer to come free
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
@@ -107,7 +108,7 @@ class RayPool:
             ) from None
 
     def _place(self) -> None:
-        """Waits for the actors that have room now, and for `minimum` of them in any case; the others join later."""
+        """Waits for `minimum` of the actors, and a moment for all that should have room now; the others join later."""
         fitting = self._fitting()
         count = self.config.count or max(1, fitting)
         least = min(count, self.config.minimum or self.config.count or 1)
@@ -115,12 +116,12 @@ class RayPool:
             self._check_enough(least)  # only a cluster may grow, which is worth waiting for
         self._add(count)
         asked = {actor.ready.remote(): index for index, actor in enumerate(self._actors)}
-        placed, waiting = self._ray.wait(
-            list(asked), num_returns=max(least, min(count, fitting)), timeout=self.config.placement_timeout
-        )
+        placed, _ = self._ray.wait(list(asked), num_returns=least, timeout=self.config.placement_timeout)
         if len(placed) < least:
             self._check_enough(least)
             raise InputError(self._busy(least))
+        expected = max(least, min(count, fitting))
+        placed, waiting = self._ray.wait(list(asked), num_returns=expected, timeout=_COMPANY)
         self._await_models([asked[reference] for reference in placed])
         for reference in waiting:
             self._revive(asked[reference], time.monotonic())
@@ -252,6 +253,8 @@ class RayPool:
             if isinstance(cause, WorkerPoisoned):
                 self._kill(actor)
                 return self._died(actor, str(cause))
+            if isinstance(cause, self._full):
+                raise WorkFailed(_no_room(cause)) from None
             raise cause if isinstance(cause, EvomergeError) else WorkFailed(first_line(cause or error)) from None
         except self._full as error:
             raise WorkFailed(_no_room(error)) from None

@@ -28,8 +28,9 @@ class Worker:
         skeleton = find_source(config.base, config.base).folder
         device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
         sources = {reference: find_source(reference, config.base) for reference in dict.fromkeys(wanted)}
+        count = 1 if rehearsal else count_gpus(config, device)
         self.models = ResidentModels(
-            sources, skeleton, device, config.evaluation.dtype, config.evaluation.compile is True, rehearsal
+            sources, skeleton, device, config.evaluation.dtype, config.evaluation.compile is True, rehearsal, count
         )
         self._harness = Harness(config, self.models.model, load_tokenizer(config))
         self._asked = [objective.cost for objective in config.objectives if objective.cost is not None]
@@ -78,11 +79,12 @@ class Worker:
 
     def _check_alive(self, error: Exception) -> None:
         """Frees what a failed evaluation may have left on a GPU, and raises WorkerPoisoned where that fails as well."""
-        if self.models.device.type != "cuda":
+        if self.models.devices[0].type != "cuda":
             return
         try:
             torch.cuda.empty_cache()
-            torch.cuda.synchronize()
+            for device in self.models.devices:
+                torch.cuda.synchronize(device)
         except Exception:
             raise WorkerPoisoned(
                 f"the GPU computes nothing any more ({first_line(error)}); resume in a new process."
@@ -127,3 +129,15 @@ def resolve_device(name: str, key: str = "evaluation.device") -> str:
     if kind == "cuda" and int(number or 0) >= seen:
         raise InputError(f"{key} is '{name}', but torch sees {seen} CUDA devices here; use auto or cpu.")
     return name
+
+
+def count_gpus(config: SearchConfig, device: str) -> int:
+    """Over how many GPUs a worker spreads its models. Raises InputError where they are not there."""
+    wanted = int(config.workers.num_gpus or 1)
+    if wanted <= 1 or device != "cuda":
+        return 1
+    if wanted > torch.cuda.device_count():
+        raise InputError(
+            f"workers.num_gpus is {wanted}, but torch sees {torch.cuda.device_count()} CUDA devices here; lower it."
+        )
+    return wanted

@@ -7,24 +7,30 @@ from typing import Any
 import psutil
 import pytest
 
+from evomerge.candidate import Candidate
 from evomerge.config import WorkersConfig
 from evomerge.errors import InputError, WorkFailed
-from evomerge.workers import ray_pool
+from evomerge.recipe import linear
+from evomerge.workers import Job, ray_pool
 from evomerge.workers.ray_address import LOOPBACK_ONLY
 from evomerge.workers.ray_pool import RayPool
 from tests.contracts.pool import PoolContract, job
-from tests.fakes import make_fake_worker
+from tests.fakes import make_fake_worker, make_worker_that_names_its_gpus
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[Any]:
-    """One cluster of one node for all tests of this module: starting it takes seconds."""
+    """One cluster of one node, with GPUs that are not there, for all tests of this module: starting it takes seconds.
+    Its object store is small, and may not grow on the disk."""
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    settings = {"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.0}
+    resources = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 80 * 2**20}
+    head = {**resources, "include_dashboard": False, "_system_config": settings}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
@@ -70,16 +76,17 @@ def test_a_candidate_that_hangs_or_spoils_its_worker_is_recorded_and_the_pool_go
     assert [event for event, _ in events].count("worker_lost") == 2
 
 
-def test_a_cluster_without_room_for_results_is_a_sentence(pool: RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
+@pytest.mark.parametrize("side", ["worker", "driver"])
+def test_a_cluster_without_room_is_a_sentence(pool: RayPool, side: str) -> None:
+    """A result, or a recipe, that is larger than the object store stands for a store that others have filled."""
+    large = Candidate("large", "search", 0, 0, linear({"x" * (150 * 2**20): 0.5}))
 
-    def full(_reference: Any) -> None:
-        raise ray.exceptions.ObjectStoreFullError("the store is full")
-
-    pool.submit(job("good", 0.5))
-    monkeypatch.setattr(ray, "get", full)
-    with pytest.raises(WorkFailed, match=r"no room for results.*nothing was lost: free its object store or its disks"):
+    def fill() -> None:
+        pool.submit(job("fills", 5.0) if side == "worker" else Job(large, "search"))
         pool.wait()
+
+    with pytest.raises(WorkFailed, match=r"no room for results.*nothing was lost: free its object store or its disks"):
+        fill()
 
 
 def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(pool: RayPool) -> None:
@@ -94,8 +101,8 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(po
 
 def test_a_worker_without_resources_is_a_sentence_that_names_them_within_a_minute(ray_here: Any) -> None:
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"1 worker\(s\) of 1 GPU each need 1 GPU, but the Ray cluster has 0"):
-        RayPool(WorkersConfig(count=1, placement_timeout=2), make_fake_worker, num_gpus=1)
+    with pytest.raises(InputError, match=r"1 worker\(s\) of 3 GPU each need 3 GPU, but the Ray cluster has 2"):
+        RayPool(WorkersConfig(count=1, placement_timeout=2), make_fake_worker, num_gpus=3)
     with pytest.raises(InputError, match=r"lower workers\.count or workers\.num_cpus"):
         RayPool(WorkersConfig(count=3, placement_timeout=2), make_fake_worker, num_gpus=0)
     assert time.monotonic() - started < 60
@@ -105,6 +112,20 @@ def test_without_a_count_there_are_as_many_workers_as_fit(ray_here: Any) -> None
     made = RayPool(WorkersConfig(num_cpus=0.8), make_fake_worker, num_gpus=0)
     try:
         assert made.size == 2
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize(("gpus", "count", "seen"), [(2, None, ["0,1"]), (0.5, 2, ["0", "0"])])
+def test_workers_get_several_gpus_or_a_part_of_one(
+    ray_here: Any, gpus: float, count: int | None, seen: list[str]
+) -> None:
+    made = RayPool(WorkersConfig(num_cpus=0, count=count), make_worker_that_names_its_gpus, num_gpus=gpus)
+    try:
+        assert made.size == len(seen)
+        for number in range(2 * made.size):
+            made.submit(job(f"job{number}", 0.5))
+        assert [made.wait()[1].fingerprint for _ in range(2 * made.size)] == [*seen, *seen]
     finally:
         made.close()
 

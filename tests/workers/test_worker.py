@@ -5,11 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import config, zoo
+from evomerge.config import WorkersConfig
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.materialize import fingerprint
 from evomerge.recipe import Provenance, Recipe, Source, linear, single
-from evomerge.workers.worker import Worker, resolve_device
+from evomerge.workers.worker import Worker, count_gpus, resolve_device
 
 
 @pytest.fixture
@@ -109,3 +110,15 @@ def test_an_unknown_device_is_an_input_error():
         resolve_device("abacus")
     with pytest.raises(InputError, match=r"evaluation.device is 'cuda:99'"):
         resolve_device("cuda:99")
+
+
+def test_a_worker_spreads_its_models_over_the_whole_gpus_that_it_has(search, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def count(gpus, device="cuda"):
+        return count_gpus(search.model_copy(update={"workers": WorkersConfig(num_gpus=gpus)}), device)
+
+    assert [count(gpus) for gpus in (None, 0, 0.5, 1, 2)] == [1, 1, 1, 1, 2]
+    assert count(2, "cpu") == 1
+    with pytest.raises(InputError, match=r"workers\.num_gpus is 3, but torch sees 2 CUDA devices here"):
+        count(3)
