@@ -295,6 +295,14 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         {"workers.num_gpus": 2, "evaluation.device": "cuda:1"},
         "evaluation.device is cuda:1, but workers.num_gpus is 2; use cuda for several",
     ),
+    "subsets without generations": (
+        {"subsets": True, "optimizer": {"name": "cma_es", "schedule": "async"}},
+        "subsets is true, but optimizer.schedule is async, which has no generations; set it to false or auto",
+    ),
+    "subsets of what only all items can tell": (
+        {"subsets": True, "objectives": [{"task": "base_qa"}, {"cost": "seconds"}]},
+        "subsets is true, but the cost 'seconds' depends on how many items there are",
+    ),
     "a greedy soup that does not wait": (
         {"optimizer": {"name": "greedy_soup", "schedule": "async"}},
         "optimizer.schedule is async, but greedy_soup builds each soup on the one before; use pipelined",

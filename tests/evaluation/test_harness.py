@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 import lm_eval.utils
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch.nn import functional
 
+from evomerge.candidate import Subset
 from evomerge.errors import CandidateFailed, InputError
 from evomerge.evaluation.harness import FEWSHOT_SEED, Harness
 from evomerge.evaluation.loading import check_metrics, exam_warnings, load_targets
@@ -583,6 +585,31 @@ def test_the_order_of_the_objectives_changes_no_score(load, qa_task, choice_task
     assert {name: each.values.tolist() for name, each in forth.outcomes.items()} == {
         name: each.values.tolist() for name, each in back.outcomes.items()
     }
+
+
+def test_a_subset_s_outcomes_are_those_of_the_same_items_among_all(
+    load, qa_task, choice_task, generation_task, search_config
+):
+    qa_task()
+    choice_task()
+    generation_task(generation_kwargs={"max_gen_toks": 4})
+    harness = Harness(search_config("qa", "choice", "writing:exact_match"), *load("math"))
+    whole, again = harness.evaluate("search"), []
+    for number in range(6):
+        subset = Subset(number, 0.4)
+        scores = harness.evaluate("search", subset=subset)
+        assert scores.items == sum(outcomes.count for outcomes in scores.outcomes.values()) < whole.items
+        for name, outcomes in scores.outcomes.items():
+            all_items = whole.outcomes[name]
+            assert outcomes.count == round(0.4 * all_items.count)
+            assert outcomes.values.tolist() == all_items.values[outcomes.places].tolist()
+            assert scores.scores[name] == pytest.approx(outcomes.values.mean())
+            if outcomes.margins is not None:
+                np.testing.assert_allclose(outcomes.margins, all_items.margins[outcomes.places], atol=2e-3, rtol=1e-3)
+        again.append((subset, scores))
+    assert len({scores.outcomes["qa"].places.tobytes() for _, scores in again}) > 1
+    assert all(harness.evaluate("search", subset=subset) == scores for subset, scores in again)
+    assert harness.evaluate("search") == whole
 
 
 def test_a_model_scores_bit_for_bit_the_same_after_others_took_its_place(
