@@ -92,7 +92,7 @@ def prepare(config: SearchConfig) -> Prepared:
     _check_named_once(resolved)
     whole = without_items(config, targets)
     resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest_items(config, targets), whole)})
-    return Prepared(resolved, prepared.space, prepared.tensors, exam_warnings(targets))
+    return Prepared(resolved, prepared.space, prepared.tensors, (*prepared.warnings, *exam_warnings(targets)))
 
 
 def _pinned(config: SearchConfig) -> SearchConfig:
@@ -122,8 +122,9 @@ def reopen(config: SearchConfig) -> Prepared:
     tensors = _read_headers("base", config.base, config.base)
     for name, reference in config.models.items():
         _read_headers(f"models.{name}", reference, config.base)
-    preflight(config.base, {f"models.{name} ({reference})": reference for name, reference in config.models.items()})
-    return Prepared(config, _make_space(config, tuple(tensors)), tensors)
+    labels = {f"models.{name} ({reference})": reference for name, reference in config.models.items()}
+    warnings = tuple(preflight(config.base, labels))
+    return Prepared(config, _make_space(config, tuple(tensors)), tensors, warnings)
 
 
 def _make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:

@@ -17,7 +17,7 @@ Tensors = tuple[torch.Tensor, ...]
 T = TypeVar("T")
 Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
 
-CHUNK = 1 << 17  # of float32: large enough for two or more threads, small enough to stay in the cache
+CHUNK = 1 << 18  # of float32: large enough that calls cost little, small enough to stay in the cache
 _WIDE_CHUNK = 1 << 24  # where there are thousands of cores to feed
 _ELEMENT_LIMIT = 64  # compiled variants: methods x numbers of models x flags
 
