@@ -17,6 +17,7 @@ from evomerge.config import DataFlowConfig, HybridConfig, SearchConfig, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, choices, naming
 from evomerge.layers import layer_count
+from evomerge.merging.experts import check_view
 from evomerge.merging.sources import (
     FLOATS,
     TensorInfo,
@@ -129,10 +130,12 @@ def reopen(config: SearchConfig) -> Prepared:
 
 def _make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:
     base, models, layers = config.base, config.models, layer_count(tensors)
+    kind = model_config(find_source(base, base).folder)["model_type"]
+    if isinstance(config.space, DataFlowConfig | HybridConfig):
+        with naming("space"):
+            check_view(kind)
     if isinstance(config.space, DataFlowConfig):
-        space = DataFlowSpace(
-            config.space, base, models, layers, model_config(find_source(base, base).folder)["model_type"]
-        )
+        space = DataFlowSpace(config.space, base, models, layers, kind)
         if not space.genes:
             raise InputError("space: there is nothing to search; allow more layers, sources or blocks.")
         return space

@@ -15,6 +15,7 @@ from torch import nn
 
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count
+from evomerge.merging.experts import check_view
 from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.passes import chunk_size
@@ -122,6 +123,7 @@ class ResidentModels:
         return len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
 
     def _make_view(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        check_view(self.model.config.model_type)
         made = {}
         for tensor in plan.tensors:
             source = self._sources[tensor.models[0]][tensor.sources[0]]

@@ -23,6 +23,7 @@ from evomerge.errors import InputError, choices
 from evomerge.merging.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.merging.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from evomerge.merging.adapters import Adapter, is_adapter, load_adapter
+from evomerge.merging.experts import stored_parts
 from evomerge.merging.settings import check_settings
 from evomerge.merging.tensor_files import FLOATS as FLOATS
 from evomerge.merging.tensor_files import TensorFiles, read_header
@@ -212,10 +213,15 @@ def _ties(config: Mapping[str, Any]) -> bool:
     return bool(stated)
 
 
-def named_weights(model: "nn.Module") -> "dict[str, nn.Parameter]":
-    """A model's parameters under the names that its checkpoints use."""
-    renamed = STORED_AS.get(getattr(model.config, "model_type", ""), {})
-    return {renamed.get(name, name): parameter for name, parameter in model.named_parameters()}
+def named_weights(model: "nn.Module") -> "dict[str, torch.Tensor]":
+    """A model's parameters, or views of their parts, under the names that its checkpoints use."""
+    kind: str = getattr(model.config, "model_type", "")
+    renamed = STORED_AS.get(kind, {})
+    return {
+        renamed.get(stored, stored): part
+        for name, parameter in model.named_parameters()
+        for stored, part in stored_parts(kind, name, parameter)
+    }
 
 
 def _model_table(folder: Path) -> dict[str, TensorInfo]:
