@@ -207,7 +207,8 @@ def merge(
     check_writable(out)
     recipe = located(recipe)
     skeleton = recipe.references[0]
-    preflight(skeleton, {reference: reference for reference in recipe.references[1:]}, same_tensors=False)
+    for warning in preflight(skeleton, {each: each for each in recipe.references[1:]}, same_tensors=False):
+        warn(warning)
     dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", tensor_table(find_source(skeleton, skeleton)))
     size = parse_size(shard_size, getattr(torch, dtype).itemsize)
     merged = StreamedMerge(recipe, where, device, dtype)

@@ -17,6 +17,7 @@ from evomerge.config import DataFlowConfig, HybridConfig, SearchConfig, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, choices, naming
 from evomerge.layers import layer_count
+from evomerge.merging.experts import check_view
 from evomerge.merging.sources import (
     FLOATS,
     TensorInfo,
@@ -92,7 +93,7 @@ def prepare(config: SearchConfig) -> Prepared:
     _check_named_once(resolved)
     whole = without_items(config, targets)
     resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest_items(config, targets), whole)})
-    return Prepared(resolved, prepared.space, prepared.tensors, exam_warnings(targets))
+    return Prepared(resolved, prepared.space, prepared.tensors, (*prepared.warnings, *exam_warnings(targets)))
 
 
 def _pinned(config: SearchConfig) -> SearchConfig:
@@ -122,16 +123,19 @@ def reopen(config: SearchConfig) -> Prepared:
     tensors = _read_headers("base", config.base, config.base)
     for name, reference in config.models.items():
         _read_headers(f"models.{name}", reference, config.base)
-    preflight(config.base, {f"models.{name} ({reference})": reference for name, reference in config.models.items()})
-    return Prepared(config, _make_space(config, tuple(tensors)), tensors)
+    labels = {f"models.{name} ({reference})": reference for name, reference in config.models.items()}
+    warnings = tuple(preflight(config.base, labels))
+    return Prepared(config, _make_space(config, tuple(tensors)), tensors, warnings)
 
 
 def _make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:
     base, models, layers = config.base, config.models, layer_count(tensors)
+    kind = model_config(find_source(base, base).folder)["model_type"]
+    if isinstance(config.space, DataFlowConfig | HybridConfig):
+        with naming("space"):
+            check_view(kind)
     if isinstance(config.space, DataFlowConfig):
-        space = DataFlowSpace(
-            config.space, base, models, layers, model_config(find_source(base, base).folder)["model_type"]
-        )
+        space = DataFlowSpace(config.space, base, models, layers, kind)
         if not space.genes:
             raise InputError("space: there is nothing to search; allow more layers, sources or blocks.")
         return space

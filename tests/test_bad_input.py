@@ -909,7 +909,7 @@ RECIPES: dict[str, tuple[Any, ...]] = {
         {"tokenizer.tokens": {"x": {"source": {"kind": "model_token", "model": "a", "token": "b", "token_id": 1}}}},
         "tokenizer.tokens.x.source: give exactly one of token_id and token",
     ),
-    "a template by name": ({"chat_template": "chatml"}, "chat_template is 'chatml', and templates by name are not"),
+    "a template by no known name": ({"chat_template": "lama3"}, "chat_template is 'lama3'", "did you mean 'llama3'?"),
     "an unknown dtype": ({"dtype": "float61"}, "dtype is \"float61\"; did you mean 'float16'?"),
 }
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
+from evomerge.merging.experts import check_view
 from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.passes import chunk_size
@@ -126,6 +127,7 @@ class ResidentModels:
         return len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
 
     def _make_view(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        check_view(self.model.config.model_type)
         made = {}
         templates = [next(iter(layer.values())) for layer in plan.layers]
         places = {tensor.name: self._parameters[_template(tensor.name, templates)].device for tensor in plan.tensors}

@@ -17,7 +17,7 @@ Tensors = tuple[torch.Tensor, ...]
 T = TypeVar("T")
 Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
 
-CHUNK = 1 << 17  # of float32: large enough for two or more threads, small enough to stay in the cache
+CHUNK = 1 << 18  # of float32: large enough that calls cost little, small enough to stay in the cache
 _WIDE_CHUNK = 1 << 24  # where there are thousands of cores to feed
 _ELEMENT_LIMIT = 64  # compiled variants on each device: methods x numbers of models x flags
 
@@ -27,8 +27,8 @@ class Pass:
     """What is left to do for one tensor: `element` over the elements of `tensors` (of any float dtype) and `fields`.
 
     element: (tensors, fields, numbers) -> float32 tensor, where each element depends on the same element of the inputs
-    alone; hashable, since compiled code is kept by it. fields: integer tensors whose last dimension is the elements.
-    numbers: scalar tensors by name.
+    alone; hashable, since compiled code is kept by it. It is given float32 copies of the tensors, whose memory is its
+    own to write over. fields: integer tensors whose last dimension is the elements. numbers: scalar tensors by name.
     """
 
     element: Element
@@ -72,11 +72,15 @@ def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, 
 
 
 def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass, size: int) -> None:
+    """Every chunk is widened into the same memory, which is in the cache by then."""
+    longest = min(size, flat.numel())
+    room = [torch.empty(longest, dtype=torch.float32, device=flat.device) for _ in tensors]
 
     def one(start: int) -> None:
-        part = slice(start, start + size)
-        fields = tuple(each[..., part] for each in work.fields)
-        flat[part].copy_(work.element(tuple(tensor[part] for tensor in tensors), fields, work.numbers))
+        out = flat[start : start + size]
+        part = slice(start, start + len(out))
+        wide = tuple(own[: len(out)].copy_(tensor[part]) for own, tensor in zip(room, tensors, strict=True))
+        out.copy_(work.element(wide, tuple(each[..., part] for each in work.fields), work.numbers))
 
     for_each_chunk(one, range(0, flat.numel(), size), flat.device)
 
@@ -93,6 +97,7 @@ def _compiled(element: Element) -> Callable[[torch.Tensor, Tensors, Tensors, Num
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
     def step(out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers) -> None:
-        out.copy_(element(tensors, fields, numbers))
+        wide = tuple(tensor.to(torch.float32, copy=True) for tensor in tensors)
+        out.copy_(element(wide, fields, numbers))
 
     return torch.compile(step, dynamic=True, fullgraph=True)

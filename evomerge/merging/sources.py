@@ -23,6 +23,8 @@ from evomerge.errors import InputError, choices
 from evomerge.merging.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.merging.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from evomerge.merging.adapters import Adapter, is_adapter, load_adapter
+from evomerge.merging.experts import stored_parts
+from evomerge.merging.settings import check_settings
 from evomerge.merging.tensor_files import FLOATS as FLOATS
 from evomerge.merging.tensor_files import TensorFiles, read_header
 from evomerge.merging.tensor_files import TensorInfo as TensorInfo
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 # parameters that checkpoints store under another name than transformers gives them, by model type
 STORED_AS = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 CONV1D = ("gpt2", "openai-gpt")  # architectures whose layers store their weights as (in, out)
@@ -213,10 +213,15 @@ def _ties(config: Mapping[str, Any]) -> bool:
     return bool(stated)
 
 
-def named_weights(model: "nn.Module") -> "dict[str, nn.Parameter]":
-    """A model's parameters under the names that its checkpoints use."""
-    renamed = STORED_AS.get(getattr(model.config, "model_type", ""), {})
-    return {renamed.get(name, name): parameter for name, parameter in model.named_parameters()}
+def named_weights(model: "nn.Module") -> "dict[str, torch.Tensor]":
+    """A model's parameters, or views of their parts, under the names that its checkpoints use."""
+    kind: str = getattr(model.config, "model_type", "")
+    renamed = STORED_AS.get(kind, {})
+    return {
+        renamed.get(stored, stored): part
+        for name, parameter in model.named_parameters()
+        for stored, part in stored_parts(kind, name, parameter)
+    }
 
 
 def _model_table(folder: Path) -> dict[str, TensorInfo]:
@@ -273,8 +278,9 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: holds no {WEIGHTS}; expected a Hugging Face model in safetensors.")
 
 
-def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -> None:
-    """Raises InputError at the first difference between the base and a model that makes them unmergeable.
+def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -> list[str]:
+    """Warnings about models whose configs differ from the base's; raises InputError at the first difference that makes
+    them unmergeable.
 
     models: how to call each model in a message, with its reference. same_tensors: whether names and shapes have to be
     the base's too.
@@ -282,6 +288,7 @@ def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -
     base_source = find_source(base, base)
     base_config, base_table = model_config(base_source.folder), tensor_table(base_source)
     _check_floats(base, base_table)
+    warnings = []
     for label, reference in models.items():
         source = find_source(reference, base)
         config, weights = model_config(source.folder), Weights(source)
@@ -293,7 +300,8 @@ def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -
         if same_tensors:
             _check_tables(label, _with_head(label, weights, base, base_table), base, base_table)
         _check_floats(label, weights.table)
-        _check_config(label, config, base, base_config)
+        warnings.append(check_settings(label, config, base, base_config))
+    return [warning for warning in warnings if warning]
 
 
 def _with_head(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -309,20 +317,6 @@ def _with_head(label: str, weights: Weights, base: str, base_table: Mapping[str,
             )
     shared = {head: info for head in HEAD_NAMES if head in base_table and (info := weights.find(head)) is not None}
     return weights.table | shared
-
-
-def _check_config(label: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> None:
-    """Tensors of one shape mean different things under other numbers of heads or another activation.
-
-    A key that only one config has is no difference: versions of transformers differ in which defaults they write.
-    """
-    for key in (*HEADS, *ACTIVATIONS):
-        mine, theirs = config.get(key), base_config.get(key)
-        if mine is not None and theirs is not None and mine != theirs:
-            raise InputError(
-                f"{label}: {key} in config.json is {mine}, but the base ({base}) has {theirs}; only fine-tunes of one "
-                "base can be merged."
-            )
 
 
 def _check_tables(label: str, table: Mapping[str, TensorInfo], base: str, base_table: Mapping[str, TensorInfo]) -> None:

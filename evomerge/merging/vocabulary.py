@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import InputError, choices
+from evomerge.merging.chat_templates import CHAT_TEMPLATES
 from evomerge.quiet import quiet
 from evomerge.recipe import ModelToken, Recipe, TokenizerSettings, TokenSettings, ZeroToken
 
@@ -235,7 +236,8 @@ def _union(tokenizers: Mapping[str, Any], own: Mapping[str, Mapping[str, int]]) 
 def chat_template(recipe: Recipe, folders: Mapping[str, Path], where: str) -> str | None:
     """The Jinja text that a recipe's `chat_template` stands for; None for an `auto` that finds none.
 
-    `auto` is the one that most of the models have. Raises InputError for a name that is no model of the recipe.
+    `auto` is the one that most of the models have; a name is that of a model, or of a format (chat_templates.py).
+    Raises InputError for any other name.
     """
     wanted = recipe.chat_template or ""
     if wanted == "auto":
@@ -248,9 +250,12 @@ def chat_template(recipe: Recipe, folders: Mapping[str, Path], where: str) -> st
         return text
     if "{" in wanted:
         return wanted
+    if wanted in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[wanted]
+    known = choices(wanted, ["auto", *CHAT_TEMPLATES])
     raise InputError(
-        f"{where}: chat_template is '{wanted}', and templates by name are not shipped here; write the template itself "
-        "(Jinja), auto, or a model of the recipe."
+        f"{where}: chat_template is '{wanted}', no known format; {known}, or write a model of the recipe, or the "
+        "template itself (Jinja)."
     )
 
 

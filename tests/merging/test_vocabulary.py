@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from evomerge import export
 from evomerge import recipe as recipes
 from evomerge.errors import InputError
+from evomerge.merging.chat_templates import CHAT_TEMPLATES
 from evomerge.merging.materialize import ResidentModels
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -192,10 +193,13 @@ def test_a_token_that_no_model_has_is_told_of(load, tmp_path):
 
 
 SAID = "{{ messages[0]['content'] }}"
+WRITTEN = [("auto", TEMPLATE), ("$C", TEMPLATE), (SAID, SAID), ("chatml", CHAT_TEMPLATES["chatml"])]
 
 
 @pytest.mark.parametrize("tokens", ["", "tokenizer_source: union"])
-@pytest.mark.parametrize(("written", "read"), [("auto", TEMPLATE), ("$C", TEMPLATE), (SAID, SAID)])
+@pytest.mark.parametrize(
+    ("written", "read"), [("auto", TEMPLATE), ("$C", TEMPLATE), (SAID, SAID), ("chatml", CHAT_TEMPLATES["chatml"])]
+)
 def test_the_tokenizer_gets_the_chat_template(written, read, tokens, load, tmp_path):
     models_merged = "$B" if tokens else "$C"
     text = f"{{merge_method: linear, base_model: $C, models: [{{model: {models_merged}}}], parameters: {{weight: 1}}}}"
@@ -207,9 +211,9 @@ def test_the_tokenizer_gets_the_chat_template(written, read, tokens, load, tmp_p
 
 REFUSED = {
     "no word on tokens": ("", r"embed_tokens.weight of .*B has shape \[12, 8\], .* \[9, 8\]; say whose tokens"),
-    "a template by name": (
-        "tokenizer_source: base\nchat_template: chatml",
-        "chat_template is 'chatml', and templates by",
+    "a template by no known name": (
+        "tokenizer_source: base\nchat_template: chatlm",
+        "chat_template is 'chatlm', no known format; did you mean 'chatml'",
     ),
     "a model without a template": ("tokenizer_source: base\nchat_template: $A", "A has no chat template; name another"),
     "a token that its source lacks": (

@@ -16,7 +16,8 @@ def around(
 
     Written around one of them so that float32 is enough for equal models to come back bit for bit.
     """
-    return Pass(_around, (anchor, *tensors), numbers_on(anchor.device, own=[own], others=others))
+    kept = isinstance(own, float) and own == 1
+    return Pass(_around, (anchor, *tensors), numbers_on(anchor.device, own=[] if kept else [own], others=others))
 
 
 def combination(
@@ -33,15 +34,15 @@ def heaviest(weights: Sequence[float]) -> int:
 
 
 def _around(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-    anchor = tensors[0].to(torch.float32)
-    merged = anchor * numbers["own"][0]
-    away = [
-        (anchor - tensor.to(torch.float32)) * coefficient
-        for tensor, coefficient in zip(tensors[1:], numbers["others"], strict=True)
-    ]
+    anchor, *away = tensors
+    for tensor, coefficient in zip(away, numbers["others"], strict=True):
+        torch.sub(anchor, tensor, out=tensor).mul_(coefficient)
+    for own in numbers["own"]:
+        anchor *= own
     if not away:
-        return merged
-    total = away[0]
-    for part in away[1:]:
-        total = total + part
-    return merged - total  # a difference of two equal zeros would lose the sign of the first as a sum
+        return anchor
+    total, *others = away
+    for part in others:
+        total += part
+    anchor -= total  # a difference of two equal zeros would lose the sign of the first as a sum
+    return anchor

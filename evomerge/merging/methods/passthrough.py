@@ -1,9 +1,12 @@
 """One model as it is, or scaled; with slices, layers of several models in order."""
 
+import torch
+
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import around
 from evomerge.merging.passes import Pass
 
 
-def merge_passthrough(inputs: Inputs) -> Pass:
-    return around(inputs.tensors[0], (), inputs.per_model[0]["scale"], ())
+def merge_passthrough(inputs: Inputs) -> Pass | torch.Tensor:
+    scale: float = inputs.per_model[0]["scale"]
+    return inputs.tensors[0] if scale == 1 else around(inputs.tensors[0], (), scale, ())

@@ -11,6 +11,7 @@ import torch
 from evomerge.merging.kernels import indicator, kth_smallest, ordered_sum, ordered_total
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.gram import gram
+from evomerge.merging.methods.task_vectors import deltas_of, sign_of, sum_of, total_of
 from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
 _NEGLIGIBLE = 1e-6
@@ -34,17 +35,21 @@ def merge_sce(inputs: Inputs) -> Pass:
 
 
 def _erase_minorities(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-    base = tensors[0].to(torch.float32)
-    deltas = [tensor.to(torch.float32) - base for tensor in tensors[1:]]
+    base, deltas = deltas_of(tensors)
     if fields:
         mask = fields[0].to(torch.float32)
-        deltas = [delta * mask for delta in deltas]
-    elected = indicator(torch.ge, reduce(torch.add, deltas), 0.0) * 2 - 1
-    weights = [
-        indicator(torch.gt, delta * elected, 0.0) * share for delta, share in zip(deltas, numbers["share"], strict=True)
-    ]
-    merged = reduce(torch.add, [delta * weight for delta, weight in zip(deltas, weights, strict=True)])
-    return base + merged / reduce(torch.add, weights).clamp(min=_NEGLIGIBLE)
+        for delta in deltas:
+            delta *= mask
+    elected = sign_of(sum_of(deltas))
+    weights = []
+    for delta, share in zip(deltas, numbers["share"], strict=True):
+        agreeing = delta * elected
+        weights.append(indicator(torch.gt, agreeing, 0.0, out=agreeing).mul_(share))
+        delta *= weights[-1]
+    merged = total_of(deltas)
+    merged /= total_of(weights).clamp_(min=_NEGLIGIBLE)
+    base += merged
+    return base
 
 
 def _most_varied(inputs: Inputs) -> torch.Tensor:
@@ -82,22 +87,33 @@ def merge_ram(inputs: Inputs) -> Pass:
 
 
 def _average_changes(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-    base = tensors[0].to(torch.float32)
-    deltas = [tensor.to(torch.float32) - base for tensor in tensors[1:]]
-    changed = [indicator(torch.gt, delta.abs(), numbers["epsilon"][0]) for delta in deltas]
-    total = reduce(torch.add, [delta * changes for delta, changes in zip(deltas, changed, strict=True)])
-    return base + total / reduce(torch.add, changed).clamp(min=1.0)
+    base, deltas = deltas_of(tensors)
+    changed = []
+    for delta in deltas:
+        magnitude = delta.abs()
+        changed.append(indicator(torch.gt, magnitude, numbers["epsilon"][0], out=magnitude))
+        delta *= changed[-1]
+    total = total_of(deltas)
+    total /= total_of(changed).clamp_(min=1.0)
+    base += total
+    return base
 
 
 def merge_nearswap(inputs: Inputs) -> Pass:
     """The other model where it is within `t` of the base, and ever less of it with the distance."""
-    return Pass(_swap_near, (_base(inputs), *inputs.tensors), numbers_on(inputs.device, t=[inputs.shared["t"]]))
+    t = max(inputs.shared["t"], 0.0)
+    numbers = numbers_on(inputs.device, t=[t], least=[max(t, _NEGLIGIBLE)])
+    return Pass(_swap_near, (_base(inputs), *inputs.tensors), numbers)
 
 
 def _swap_near(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-    base, other = (tensor.to(torch.float32) for tensor in tensors)
-    weight = (numbers["t"][0] / (base - other).abs().clamp(min=_NEGLIGIBLE)).clamp(0, 1)
-    return base - (base - other) * weight
+    """base - (base - other) t / max(|base - other|, t): no distance below t can make the weight more than 1."""
+    base, other = tensors
+    away = torch.sub(base, other, out=other)
+    weight = away.abs().clamp_(min=numbers["least"][0])
+    away *= torch.div(numbers["t"][0], weight, out=weight)
+    base -= away
+    return base
 
 
 def merge_arcee_fusion(inputs: Inputs) -> Pass:
@@ -111,9 +127,12 @@ def merge_arcee_fusion(inputs: Inputs) -> Pass:
 
 
 def _swap_important(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-    base, other = (tensor.to(torch.float32) for tensor in tensors)
+    base, other = tensors
     mask = fields[0].to(torch.float32)
-    return other * mask + base * (1 - mask)
+    other *= mask
+    base *= 1 - mask
+    other += base
+    return other
 
 
 def _important(inputs: Inputs) -> torch.Tensor:

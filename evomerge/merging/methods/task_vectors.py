@@ -5,9 +5,8 @@ elected sign (the sign of the weighted sum, TIES), summed, optionally normalized
 by lambda and added to the base: mergekit 0.1.5's order of operations, in float32.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
@@ -76,20 +75,19 @@ class TaskVectorPass:
     per_element: bool
 
     def __call__(self, tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-        base = tensors[0].to(torch.float32)
-        deltas = [
-            self._delta(tensor.to(torch.float32) - base, index, len(tensors) - 1, fields, numbers)
-            for index, tensor in enumerate(tensors[1:])
-        ]
-        merged = self._agreeing(deltas, numbers["weight"]) if self.consensus else sum_of(deltas)
+        base, deltas = deltas_of(tensors)
+        for index, delta in enumerate(deltas):
+            self._sparsify(delta, index, len(deltas), fields, numbers)
+        merged = self._agreeing(deltas, numbers["weight"]) if self.consensus else total_of(deltas)
         if self.normalize and not self.consensus:
             merged /= numbers["by"][0]
         if self.scaled:
             merged *= numbers["lambda"][0]
-        return base + merged
+        base += merged
+        return base
 
-    def _delta(self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-        """The weighted, sparsified task vector of one model."""
+    def _sparsify(self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers) -> None:
+        """Makes a task vector that of a sparsified and weighted model."""
         if self.sparsify is not None:
             sparsifier = SPARSIFIERS[self.sparsify]
             each = len(fields) // models
@@ -103,37 +101,50 @@ class TaskVectorPass:
             elif "scale" in numbers:
                 delta *= numbers["scale"][index]
         delta *= numbers["weight"][index]
-        return delta
 
     def _agreeing(self, deltas: Sequence[torch.Tensor], weights: Tensors) -> torch.Tensor:
         """The sum, element by element, over those deltas alone that have the sign of the sum of all (TIES), and divided
         by their weights to `normalize`."""
-        total = sum_of(deltas)
-        elected = indicator(torch.ge, total, 0.0, out=total)
-        elected *= 2
-        elected -= 1
+        elected = sign_of(sum_of(deltas))
         for delta in deltas:
             delta *= elected
             delta.clamp_(min=0.0)
-        total = sum_of(deltas)
-        total *= elected
         if not self.normalize:
-            return total
-        divisors = sum_of(
-            indicator(torch.gt, delta, 0.0, out=delta).mul_(each) for delta, each in zip(deltas, weights, strict=True)
+            return total_of(deltas).mul_(elected)
+        merged = sum_of(deltas).mul_(elected)
+        divisors = total_of(
+            [indicator(torch.gt, delta, 0.0, out=delta).mul_(each) for delta, each in zip(deltas, weights, strict=True)]
         )
-        divisors += indicator(torch.eq, divisors, 0.0)
-        total /= divisors
-        return total
+        divisors += indicator(torch.eq, divisors, 0.0, out=elected)
+        merged /= divisors
+        return merged
 
 
-def sum_of(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+def deltas_of(tensors: Tensors) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The base, which is the first of the tensors, and the others' differences from it, in their memory."""
+    base, *others = tensors
+    for tensor in others:
+        tensor -= base
+    return base, others
+
+
+def sum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of tensors in their order, in memory of its own."""
-    first, *others = islice(coming := iter(parts), 2)
-    total = first + others[0] if others else first.clone()
-    for part in coming:
+    first, *others = parts
+    return total_of([first + others[0], *others[1:]]) if others else first.clone()
+
+
+def total_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors in their order, in the memory of the first."""
+    total, *others = parts
+    for part in others:
         total += part
     return total
+
+
+def sign_of(total: torch.Tensor) -> torch.Tensor:
+    """1 where a vote is 0 or more, else -1, in its memory."""
+    return indicator(torch.ge, total, 0.0, out=total).mul_(2).sub_(1)
 
 
 def _scale(inputs: Inputs, index: int, how: str, known: Values) -> float | torch.Tensor:
