@@ -7,6 +7,7 @@ copy in a run directory says all that the archive depends on. Paths are relative
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -321,9 +322,22 @@ class ItemsConfig(Settings):
     seed: int = Field(default=0, ge=0)
 
 
+class VllmConfig(Settings):
+    """The environment of its own that vLLM has, and what its engine takes there.
+
+    python: the interpreter. cache_gib: memory for keys and values. eager: nothing is compiled, so that it starts sooner
+    and writes slower.
+    """
+
+    python: str | None = None
+    cache_gib: float = Field(default=4, gt=0)
+    eager: bool = False
+
+
 class EvaluationConfig(Settings):
     """Everything that changes the floating-point results of a score, so all of it is frozen with the search.
 
+    backend: what writes the texts of generate_until tasks; log-likelihoods are transformers' in any case.
     compile: whether merges run as compiled code; `auto` does for large models on CPUs that have a compiler, where the
     bits are those of uncompiled code.
     prefix_sharing: whether the options of a document share one row behind a mask; auto asks for it where the base's
@@ -341,6 +355,16 @@ class EvaluationConfig(Settings):
     system_instruction: str | None = None
     generation_kwargs: dict[str, bool | int | float | str | list[str] | None] = {}
     prefix_sharing: Literal["auto", "mask", "none"] = "auto"
+    backend: Literal["hf", "vllm"] = "hf"
+    vllm: VllmConfig = VllmConfig()
+
+    @model_validator(mode="after")
+    def _interpreter(self) -> Self:
+        if self.backend == "vllm" and self.vllm.python is None:
+            raise ValueError(
+                ".vllm.python is missing, but backend is vllm; name the interpreter of an environment that has vLLM"
+            )
+        return self
 
 
 OptimizerName = Literal["cma_es", "cat_cma", "path_evolution", "group_evolution", "random_search"]
@@ -485,6 +509,15 @@ class SearchConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _layers(self) -> Self:
+        if self.evaluation.backend == "vllm" and self.space.kind != "parameter":
+            raise ValueError(
+                f".evaluation.backend is vllm, whose engine has the base's layers only, but space.kind is "
+                f"{self.space.kind}; use backend: hf"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _distinct(self) -> Self:
         names = [objective.name for objective in self.objectives]
         for index, name in enumerate(names):
@@ -530,9 +563,11 @@ class SearchConfig(Settings):
         return min(most, len(self.models)) if self.optimizer.name == "greedy_soup" else most
 
     def digest(self) -> str:
-        """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage."""
+        """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage, and
+        not where vLLM lies."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
         content["optimizer"].pop("evaluations")
+        content["evaluation"]["vllm"].pop("python")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
@@ -557,8 +592,18 @@ def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
             "base": _anchor("base", config.base, folder),
             "models": {name: _anchor(f"models.{name}", model, folder) for name, model in config.models.items()},
             "tasks": config.tasks.model_copy(update={"paths": tuple(paths)}),
+            "evaluation": _anchored_interpreter(config.evaluation, folder),
         }
     )
+
+
+def _anchored_interpreter(evaluation: EvaluationConfig, folder: Path) -> EvaluationConfig:
+    """vLLM's interpreter by its absolute path, links not followed: an environment's interpreter is one."""
+    python = evaluation.vllm.python
+    if python is None:
+        return evaluation
+    path = os.path.abspath(folder / os.path.expanduser(python))
+    return evaluation.model_copy(update={"vllm": evaluation.vllm.model_copy(update={"python": path})})
 
 
 def _anchor(key: str, reference: str, folder: Path) -> str:

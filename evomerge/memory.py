@@ -19,6 +19,7 @@ from evomerge.workers.worker import Worker
 _QUESTIONS = tuple(getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense"))
 _LIBRARIES = 540 << 20  # of a process that has imported torch, transformers and lm-eval
 _COMPILER = 540 << 20  # and has compiled something
+_ENGINE_LIBRARIES = 1 << 30  # of a process that has imported vLLM
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -60,17 +61,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Bytes that one worker needs: for the models and the one that candidates are written into, for what candidates
-    share (fields, tables), for what one of them takes beyond that while it is merged and scored, and, on the host, for
-    Python and its libraries."""
+    share (fields, tables), for what one of them takes beyond that while it is merged and scored, on the host for Python
+    and its libraries, and for vLLM where it writes: its weights, its cache, and on the host what is handed over."""
 
     models: int
     shared: int
     candidate: int
     libraries: int
+    engine: int = 0
 
     @property
     def total(self) -> int:
-        return self.models + self.shared + self.candidate + self.libraries
+        return self.models + self.shared + self.candidate + self.libraries + self.engine
 
     def parts(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
@@ -85,7 +87,17 @@ def plan_memory(config: SearchConfig, space: SearchSpace) -> MemoryPlan:
             worker.rehearse(recipe)
         host = _LIBRARIES + _COMPILER * (config.evaluation.compile is True)
         on_host = config.evaluation.device == "cpu"
-        return MemoryPlan(models, live.now - models, live.peak - live.now, host if on_host else 0)
+        return MemoryPlan(
+            models, live.now - models, live.peak - live.now, host if on_host else 0, _engine(config, worker, on_host)
+        )
+
+
+def _engine(config: SearchConfig, worker: Worker, on_host: bool) -> int:
+    if config.evaluation.backend == "hf":
+        return 0
+    weights: int = sum(tensor.nbytes for tensor in worker.models.model.parameters())
+    cache = int(config.evaluation.vllm.cache_gib * 2**30)
+    return cache + (2 * weights + _ENGINE_LIBRARIES if on_host else weights)
 
 
 def shortage(config: SearchConfig, plan: MemoryPlan) -> str | None:

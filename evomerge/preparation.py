@@ -59,7 +59,14 @@ def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
 
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
-    from evomerge.evaluation.loading import check_metrics, exam_warnings, fewest_items, load_targets, without_items
+    from evomerge.evaluation.loading import (
+        check_greedy,
+        check_metrics,
+        exam_warnings,
+        fewest_items,
+        load_targets,
+        without_items,
+    )
     from evomerge.evaluation.packing import takes_packed_rows
     from evomerge.workers.worker import load_tokenizer
 
@@ -69,6 +76,9 @@ def prepare(config: SearchConfig) -> Prepared:
     load_tokenizer(config)
     targets = load_targets(config.measured, config.tasks, config.evaluation)
     config = check_metrics(config, targets)
+    if config.evaluation.backend == "vllm":
+        check_greedy(targets, locate(config.base))
+        _check_engine(config)
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
         sharing = "mask" if takes_packed_rows(locate(config.base)) else "none"
@@ -116,6 +126,19 @@ def _device(config: SearchConfig) -> str:
     if workers.pool == "ray" and (name == "cuda" or (name == "auto" and workers.num_gpus)):
         return "cuda"
     return resolve_device(name)
+
+
+def _check_engine(config: SearchConfig) -> None:
+    """Raises InputError where vLLM cannot be started."""
+    from evomerge.evaluation.engine import check_interpreter
+
+    if config.evaluation.device.startswith("cuda:"):
+        raise InputError(
+            f"evaluation.device is {config.evaluation.device}, but vLLM takes the first device that it sees; use cuda, "
+            "and CUDA_VISIBLE_DEVICES to choose."
+        )
+    assert config.evaluation.vllm.python is not None  # as the config has been checked
+    check_interpreter(config.evaluation.vllm.python)
 
 
 def reopen(config: SearchConfig) -> Prepared:

@@ -11,6 +11,7 @@ OWNERS = {
     "grpc": {"workers/ray_address.py"},
     "sqlalchemy": {"archive.py", "trials.py"},
     "lm_eval": {"evaluation/harness.py", "evaluation/loading.py", "evaluation/generation.py"},
+    "vllm": {"evaluation/vllm_server.py"},
     "optuna": {"archive.py", "trials.py"},
     "rich": {"terminal.py"},
     "typer": {"cli.py"},

@@ -7,7 +7,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ SAMPLING_SEED = 1234
 
 
 @dataclass(frozen=True, slots=True)
-class _GenerationBatch:
+class GenerationBatch:
     """members: instance numbers. ids and mask (members, length), padded on the left."""
 
     members: tuple[int, ...]
@@ -25,6 +25,40 @@ class _GenerationBatch:
     mask: torch.Tensor
     stop: list[str]
     arguments: Mapping[str, Any]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The tokens of each prompt, without padding."""
+        return [ids[mask.bool()].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
+
+    @property
+    def fresh(self) -> int:
+        """How many tokens a text may have."""
+        return int(self.arguments["max_length"]) - self.ids.shape[1]
+
+
+class Writer(Protocol):
+    """Writes texts with the resident model's weights."""
+
+    def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
+        """For each batch, the tokens of its texts without their prompts; the same each time for the same weights."""
+
+
+class TransformersWriter:
+    """The resident model itself."""
+
+    def __init__(self, lm: Any) -> None:
+        self._lm = lm
+
+    def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
+        """See `Writer`."""
+        with _seeded(self._lm.device):
+            return [
+                self._lm._model_generate(
+                    context=batch.ids, attention_mask=batch.mask, stop=batch.stop, **batch.arguments
+                )[:, batch.ids.shape[1] :].tolist()
+                for batch in batches
+            ]
 
 
 class GenerationPlan:
@@ -37,9 +71,9 @@ class GenerationPlan:
         for number, instance in enumerate(instances):
             groups[repr(instance.args[1])].append(number)
         self.truncated = 0
-        self._batches = [batch for members in groups.values() for batch in self._group(members)]
+        self.batches = [batch for members in groups.values() for batch in self._group(members)]
 
-    def _group(self, members: Sequence[int]) -> Iterator[_GenerationBatch]:
+    def _group(self, members: Sequence[int]) -> Iterator[GenerationBatch]:
         """The batches of instances that have the same arguments."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -64,23 +98,18 @@ class GenerationPlan:
             prompts = [self._instances[number].args[0] for number in batch]
             ids, mask = self._lm.tok_batch_encode(prompts, left_truncate_len=room)
             limits = {"max_length": ids.shape[1] + fresh, **arguments}
-            yield _GenerationBatch(batch, ids.to(self._lm.device), mask.to(self._lm.device), stop, limits)
+            yield GenerationBatch(batch, ids.to(self._lm.device), mask.to(self._lm.device), stop, limits)
 
-    def run(self) -> list[list[str]]:
+    def run(self, writer: Writer) -> list[list[str]]:
         """As many texts per instance as its task asks for; the same ones each time."""
         from lm_eval.models.utils import postprocess_generated_text
 
         texts: list[list[str]] = [[] for _ in self._instances]
-        with _seeded(self._lm.device):
-            for batch in self._batches:
-                written = self._lm._model_generate(
-                    context=batch.ids, attention_mask=batch.mask, stop=batch.stop, **batch.arguments
-                )
-                for number, tokens in zip(batch.members, written[:, batch.ids.shape[1] :].tolist(), strict=True):
-                    text = self._lm.tok_decode(tokens)
-                    texts[number].append(
-                        postprocess_generated_text(generation=text, stop=batch.stop, think_end_token=None)
-                    )
+        written = writer.write(self.batches) if self.batches else []
+        for batch, texts_of_batch in zip(self.batches, written, strict=True):
+            for number, tokens in zip(batch.members, texts_of_batch, strict=True):
+                text = self._lm.tok_decode(tokens)
+                texts[number].append(postprocess_generated_text(generation=text, stop=batch.stop, think_end_token=None))
         return [
             found * (instance.repeats // len(found)) for instance, found in zip(self._instances, texts, strict=True)
         ]
@@ -88,8 +117,8 @@ class GenerationPlan:
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Has the model read the texts of the largest batch at their full length, which leaves the largest cache."""
-        if self._batches:
-            rows, length = max((len(batch.members), batch.arguments["max_length"]) for batch in self._batches)
+        if self.batches:
+            rows, length = max((len(batch.members), batch.arguments["max_length"]) for batch in self.batches)
             ids = torch.zeros((rows, length), dtype=torch.int64, device=self._lm.device)
             self._lm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
 

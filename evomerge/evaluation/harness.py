@@ -15,17 +15,16 @@ import torch
 from evomerge.candidate import Split, Subset
 from evomerge.config import ObjectiveConfig, SearchConfig
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
-from evomerge.evaluation.generation import GenerationPlan
+from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import part
 from evomerge.evaluation.loading import both_splits, cause, distinct_tasks, documents, load_targets
 from evomerge.evaluation.margins import Choices, choices_of
-from evomerge.evaluation.prepared import PreparedRequests, Request, Response
+from evomerge.evaluation.prepared import PreparedRequests, Request, Response, tolerance
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 
 FEWSHOT_SEED = 1234
 _SUBSETS_KEPT = 4  # the generations that are in flight at once share a few
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # in nats per token; 0.1 in half precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +42,9 @@ class Scores:
 class Harness:
     """The tasks of a search, prepared for one resident model. A split is built when it is first asked for."""
 
-    def __init__(self, config: SearchConfig, model: Any, tokenizer: Any) -> None:
-        self._config, self._model = config, model
+    def __init__(self, config: SearchConfig, model: Any, tokenizer: Any, writer: Writer | None = None) -> None:
+        """writer: what writes texts with the resident model's weights; by default the model itself."""
+        self._config, self._model, self._writer = config, model, writer
         with quiet():
             from lm_eval.models.huggingface import HFLM
 
@@ -60,23 +60,34 @@ class Harness:
                 if self._model.device.type != "meta":
                     self._splits[split].check_packing(self._model)
 
+    @property
+    def texts(self) -> list[GenerationBatch]:
+        """The texts that are to be written for all prepared splits."""
+        return [batch for split in self._splits.values() for batch in split.whole.texts.batches]
+
     def rehearse(self, split: Split, model: Any) -> None:
         """Has a model on the meta device do what takes the most memory."""
         self.prepare(split)
         self._lm._model = model
         with quiet():
-            self._splits[split].whole.rehearse(model)
+            self._splits[split].whole.rehearse(model, writes=self._config.evaluation.backend == "hf")
 
     def evaluate(self, split: Split, model: Any = None, subset: Subset | None = None) -> Scores:
         """The scores on a split, or a subset of it, of `model`, which may have other layers than the resident one (the
         default).
 
-        Raises CandidateFailed where a metric is not finite.
+        Raises CandidateFailed where a metric is not finite, and InputError for other layers where the resident model's
+        weights are written with elsewhere.
         """
+        if self._writer is not None and model not in (None, self._model):
+            raise InputError(
+                "evaluation.backend is vllm, whose engine has the base's layers in their order, and this recipe has "
+                "others; use hf."
+            )
         self.prepare(split)
         self._lm._model = self._model if model is None else model
         with quiet():
-            return self._splits[split].run(self._lm._model, subset)
+            return self._splits[split].run(self._lm._model, subset, self._writer or TransformersWriter(self._lm))
 
 
 class _PreparedSplit:
@@ -125,15 +136,15 @@ class _PreparedSplit:
             ) from None
         difference = max(abs(one.log_likelihood - two.log_likelihood) for one, two in zip(packed, full, strict=True))
         longest = max(len(request.continuation) for request in both[1].requests)
-        if not difference <= _TOLERANCE.get(model.dtype, 0.1) * longest:
+        if not difference <= tolerance(model.dtype) * longest:
             raise InputError(
                 "evaluation.prefix_sharing is 'mask', but with it this model's log-likelihoods differ by "
                 f"{difference:.2g} from those without; set it to 'none'."
             )
 
-    def run(self, model: Any, subset: Subset | None) -> Scores:
+    def run(self, model: Any, subset: Subset | None, writer: Writer) -> Scores:
         batches = self._subset(subset)
-        answers = batches.run(model)
+        answers = batches.run(model, writer)
         results = {
             id(task.task): task.results(chosen, answers)
             for task, chosen in zip(self._tasks, batches.chosen, strict=True)
@@ -210,27 +221,28 @@ class _Batches:
             torch.device(lm.device),
             packed=config.evaluation.prefix_sharing == "mask",
         )
-        self._texts = GenerationPlan(lm, self.generations, config.evaluation.batch_size)
+        self.texts = GenerationPlan(lm, self.generations, config.evaluation.batch_size)
 
     @property
     def truncated(self) -> int:
-        return self.requests.truncated + self._texts.truncated
+        return self.requests.truncated + self.texts.truncated
 
-    def run(self, model: Any) -> dict[int, list[Response]]:
+    def run(self, model: Any, writer: Writer) -> dict[int, list[Response]]:
         """Puts responses where lm-eval looks for them; returns those of log-likelihoods, by instance."""
         responses = iter(self.requests.run(model))
         answers = {}
         for instance, span in zip(self.likelihoods, self._spans, strict=True):
             answers[id(instance)] = [next(responses) for _ in range(span)]
             _respond(instance, answers[id(instance)])
-        for instance, texts in zip(self.generations, self._texts.run(), strict=True):
+        for instance, texts in zip(self.generations, self.texts.run(writer), strict=True):
             instance.resps, instance.filtered_resps = texts, {}
         return answers
 
-    def rehearse(self, model: Any) -> None:
-        """Has a model on the meta device do what takes the most memory."""
+    def rehearse(self, model: Any, writes: bool) -> None:
+        """Has a model on the meta device do what takes the most memory. writes: whether it writes texts itself."""
         self.requests.rehearse(model)
-        self._texts.rehearse()
+        if writes:
+            self.texts.rehearse()
 
 
 class _PreparedTask:

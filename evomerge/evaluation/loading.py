@@ -27,6 +27,17 @@ from evomerge.quiet import quiet
 
 LIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 OUTPUT_TYPES = (*LIKELIHOODS, "generate_until")
+_DRAWING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}  # which mean nothing to greedy texts
+_GREEDY = {"until", "max_gen_toks", "repetition_penalty", *_DRAWING}
+_OWN = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_length",
+    "max_new_tokens",
+    "transformers_version",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,36 @@ def _check_generation(evaluation: EvaluationConfig) -> None:
                 raise InputError(
                     f"evaluation.generation_kwargs.{name} is no argument of generation; {choices(name, known)}."
                 )
+
+
+def check_greedy(targets: Mapping[str, Target], folder: Path) -> None:
+    """Raises InputError unless there are texts to be written, all of them greedily and with arguments that transformers
+    and vLLM both have. folder: the base's, whose generation_config.json transformers obeys."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from transformers import GenerationConfig
+
+    tasks = [task for task in distinct_tasks(targets) if task.OUTPUT_TYPE == "generate_until"]
+    if not tasks:
+        raise InputError("evaluation.backend is vllm, but no task has texts written (generate_until); use hf.")
+    for task in tasks:
+        arguments = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))
+        if arguments["do_sample"]:
+            raise InputError(
+                f"evaluation.backend is vllm, which writes greedily only, but task '{task.config.task}' draws its "
+                "texts; set evaluation.generation_kwargs to {do_sample: false, temperature: 0}, or use hf."
+            )
+        _refuse_arguments(set(arguments) - _GREEDY, f"task '{task.config.task}'")
+    if (folder / "generation_config.json").is_file():
+        own = GenerationConfig.from_pretrained(str(folder)).to_diff_dict()
+        given = {name for name, value in own.items() if value not in (None, False) and not name.startswith("_")}
+        _refuse_arguments(given - _GREEDY - _OWN, f"{folder / 'generation_config.json'}")
+
+
+def _refuse_arguments(names: Iterable[str], where: str) -> None:
+    for name in sorted(names):
+        raise InputError(
+            f"evaluation.backend is vllm, to which {name}, set by {where}, cannot be handed on; remove it, or use hf."
+        )
 
 
 def exam_warnings(targets: Mapping[str, Target]) -> tuple[str, ...]:

@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 
 from evomerge.evaluation.packing import PADDING, PackedRow, Tokens, attention, pack
 
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 MOST_READS = 4096  # per batch: each read column costs a row of logits over the whole vocabulary
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """By how much, in nats per token, log-likelihoods may differ that are computed in two ways."""
+    return _TOLERANCE.get(dtype, 0.1)
 
 
 @dataclass(frozen=True, slots=True)

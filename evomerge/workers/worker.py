@@ -9,9 +9,10 @@ import torch
 from evomerge.candidate import Evaluation, Split, Subset, failure
 from evomerge.config import SearchConfig
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
+from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.materialize import ResidentModels
-from evomerge.merging.sources import find_source
+from evomerge.merging.sources import find_source, named_weights
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.workers import first_line
@@ -32,10 +33,17 @@ class Worker:
         self.models = ResidentModels(
             sources, skeleton, device, config.evaluation.dtype, config.evaluation.compile is True, rehearsal, count
         )
-        self._harness = Harness(config, self.models.model, load_tokenizer(config))
+        engine = (
+            Engine(config.evaluation, skeleton, self.models.model, named_weights(self.models.model))
+            if config.evaluation.backend == "vllm" and not rehearsal
+            else None
+        )
+        self._harness = Harness(config, self.models.model, load_tokenizer(config), engine)
         self._asked = [objective.cost for objective in config.objectives if objective.cost is not None]
         for split in config.splits:  # all now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)
+        if engine is not None:
+            engine.start(self._harness.texts)
 
     def rehearse(self, recipe: Recipe) -> None:
         """Goes through the motions of a candidate on the meta device."""
@@ -44,7 +52,8 @@ class Worker:
 
     def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         """The evaluation of a recipe on a split, or on a subset of its items; whatever goes wrong with it is recorded
-        there, not raised. Raises WorkerPoisoned where it has left a GPU on which nothing can be computed any more."""
+        there, not raised. Raises WorkerPoisoned where it has left a GPU on which nothing can be computed any more, or
+        an engine has ended."""
         started = time.perf_counter()
         fingerprint = None
         try:
@@ -54,7 +63,7 @@ class Worker:
             costs = self._costs(time.perf_counter() - before)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
-        except InputError:
+        except (InputError, WorkerPoisoned):
             raise
         except Exception as error:
             self._check_alive(error)
