@@ -1,6 +1,7 @@
 """Data flows one way, and each heavy dependency lives behind one module."""
 
 import ast
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
@@ -49,6 +50,11 @@ def test_each_heavy_dependency_has_one_owner() -> None:
         for dependency, owners in OWNERS.items():
             uses = any(name.split(".")[0] == dependency for name in imports(path))
             assert not uses or str(path.relative_to(PACKAGE)) in owners, f"{path} imports {dependency}"
+
+
+def test_what_another_environment_runs_needs_nothing_of_ours() -> None:
+    found = {name.split(".")[0] for name in imports(PACKAGE / "evaluation" / "vllm_server.py")}
+    assert found <= {*sys.stdlib_module_names, "torch", "vllm"}
 
 
 def test_no_import_goes_against_the_stream() -> None:

@@ -125,6 +125,8 @@ def flow(**keys: Any) -> dict[str, Any]:
     return {"space": {"kind": "data_flow", **keys}}
 
 
+VLLM = {"backend": "vllm", "vllm": {"python": "nowhere/python"}}
+
 NO_SEARCHES: dict[str, tuple[bytes, str]] = {
     "an empty file": (b"", "got nothing (it is empty)"),
     "nothing but comments": (b"# base: zoo:base\n", "got nothing (it is empty)"),
@@ -404,6 +406,18 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         {"evaluation.generation_kwargs": {"temperatur": 0.5}},
         "evaluation.generation_kwargs.temperatur is no argument of generation; did you mean 'temperature'?",
     ),
+    "an unknown backend": ({"evaluation.backend": "vlm"}, "evaluation.backend is \"vlm\"; did you mean 'vllm'?"),
+    "an engine without its interpreter": ({"evaluation.backend": "vllm"}, "evaluation.vllm.python is missing"),
+    "an engine for layer paths": (
+        {"evaluation": VLLM, **flow(form="path")},
+        "evaluation.backend is vllm, whose engine has the base's layers only, but space.kind is data_flow",
+        "use backend: hf",
+    ),
+    "an engine with nothing to write": (
+        {"evaluation": VLLM},
+        "evaluation.backend is vllm, but no task has texts written (generate_until); use hf",
+    ),
+    "a cache of nothing": ({"evaluation.vllm": {"cache_gib": 0}}, "evaluation.vllm.cache_gib is 0"),
     "an unknown dtype": ({"evaluation.dtype": "fp16"}, "evaluation.dtype is \"fp16\"; did you mean 'float16'?"),
     "chat without a template": ({"evaluation.apply_chat_template": True}, "evaluation.apply_chat_template is true"),
     "a storage that is no address": ({"storage": "nonsense"}, "storage is nonsense, which cannot be opened"),
@@ -713,6 +727,55 @@ def test_items_that_cannot_be_used_are_refused(
     write_task(tmp_path / "tasks", TASK, items)
     path = search({"tasks.paths": ["./tasks"], "objectives": [{"task": "mine"}]})
     refuses("run", path, "--output", "new/run", says=(f"evomerge: {path}: ", *fragments))
+
+
+WRITTEN = TASK.replace("output_type: loglikelihood", "output_type: generate_until").replace("acc", "exact_match")
+
+WRONG_FOR_VLLM: dict[str, tuple[Any, ...]] = {
+    "texts that are drawn": (
+        {"do_sample": True, "temperature": 0.7},
+        VLLM,
+        "evaluation.backend is vllm, which writes greedily only, but task 'mine' draws its texts",
+        "use hf",
+    ),
+    "an argument of transformers": (
+        {"num_beams": 4},
+        VLLM,
+        "to which num_beams, set by task 'mine', cannot be handed on",
+    ),
+    "an interpreter that is not there": (
+        {},
+        VLLM,
+        "evaluation.vllm.python is",
+        "nowhere/python, which cannot be run (No such file or directory)",
+    ),
+    "an interpreter without vLLM": (
+        {},
+        {"backend": "vllm", "vllm": {"python": sys.executable}},
+        f"evaluation.vllm.python is {sys.executable}, whose environment has no vLLM; install it there",
+    ),
+    "another GPU than the first": ({}, VLLM | {"device": "cuda:1"}, "evaluation.device is cuda:1", "use cuda"),
+}
+
+
+@pytest.mark.parametrize("claim", WRONG_FOR_VLLM)
+def test_what_vllm_cannot_do_is_refused(claim: str, tmp_path: Path, search: WriteSearch, refuses: Refuses) -> None:
+    arguments, evaluation, *fragments = WRONG_FOR_VLLM[claim]
+    write_task(tmp_path / "tasks", WRITTEN)
+    changes = {"evaluation": evaluation | {"generation_kwargs": arguments}}
+    path = search({"tasks.paths": ["./tasks"], "objectives": [{"task": "mine", "metric": "exact_match"}], **changes})
+    refuses("run", path, "--output", "new/run", says=(f"evomerge: {path}: ", *fragments))
+
+
+def test_a_base_that_asks_for_what_vllm_has_not_is_refused(
+    tiny_models: dict[str, Path], tmp_path: Path, search: WriteSearch, refuses: Refuses
+) -> None:
+    write_task(tmp_path / "tasks", WRITTEN)
+    base = Path(shutil.copytree(tiny_models["base"], tmp_path / "base"))
+    (base / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "temperature": 0.6, "do_sample": true}')
+    objectives = [{"task": "mine", "metric": "exact_match"}]
+    path = search({"base": "./base", "tasks.paths": ["./tasks"], "objectives": objectives, "evaluation": VLLM})
+    refuses("check", path, says=("no_repeat_ngram_size, set by", "base/generation_config.json, cannot be handed on"))
 
 
 # The command line

@@ -71,7 +71,8 @@ class Engine:
             self._ask({"memory": file, "tensors": tensors, **self._settings()})
             self.write(batches[:1])
         except (WorkerPoisoned, CandidateFailed) as error:
-            raise InputError(f"{_KEY}: {error} Change {_KEY}'s settings, or use evaluation.backend hf.") from None
+            reason = str(error).rstrip(".")
+            raise InputError(f"{_KEY}: {reason}; change the settings there, or use evaluation.backend hf.") from None
         finally:
             os.close(file)
 
@@ -160,7 +161,7 @@ class Engine:
         assert process.stdin is not None
         assert process.stdout is not None
         if process.stdin.closed:
-            raise WorkerPoisoned("vLLM writes no more (its process has ended).")
+            raise WorkerPoisoned("vLLM has ended; resume in a new process.")
         try:
             print(json.dumps(request), file=process.stdin, flush=True)
             line = process.stdout.readline()
@@ -169,7 +170,7 @@ class Engine:
         answer = json.loads(line) if line.endswith("\n") else {"error": self._last_words()}
         if "error" in answer:
             _stop(process, self._log)
-            raise WorkerPoisoned(f"vLLM writes no more ({answer['error'].rstrip('.')}).")
+            raise WorkerPoisoned(f"vLLM has ended ({answer['error'].rstrip('.')}).")
         return answer
 
     def _last_words(self) -> str:
