@@ -4,8 +4,8 @@ vLLM asks for other versions of torch and transformers, so it runs in a process 
 the worker share a piece of memory (nameless, so that nothing of it outlives them): the worker copies each candidate's
 weights there, and the engine puts them in the place of the last ones. What they say to each other is JSON over pipes.
 
-The engine is not believed: with every candidate, the worker's own model scores the first text that was written, and
-must find the log-likelihood that the engine reports.
+The engine is not believed: with every candidate, the worker's own model scores the least likely of the texts, which
+tells most of the weights, and must find the log-likelihood that the engine reports.
 """
 
 import contextlib
@@ -79,14 +79,14 @@ class Engine:
     def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
         """The texts of batches, by the model's present weights; see `generation.Writer`.
 
-        Raises CandidateFailed where the model does not agree with the first text's log-likelihood, and WorkerPoisoned
-        where the engine is gone.
+        Raises CandidateFailed where a log-likelihood is no number or not the model's, and WorkerPoisoned where the
+        engine is gone.
         """
         for name, parameter in self._weights.items():
             self._shared[name].copy_(parameter.detach())
         prompts = [self._prompt(batch, tokens) for batch in batches for tokens in batch.prompts]
         texts = self._ask({"prompts": prompts})["texts"]
-        self._compare(prompts[0], texts[0])
+        self._compare(prompts, texts)
         written = iter([text["tokens"] for text in texts])
         return [[next(written) for _ in batch.members] for batch in batches]
 
@@ -101,14 +101,17 @@ class Engine:
             "repetition_penalty": batch.arguments.get("repetition_penalty") or own.repetition_penalty or 1.0,
         }
 
-    def _compare(self, prompt: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-        """Raises CandidateFailed where the model gives a text another log-likelihood than the engine does."""
+    def _compare(self, prompts: Sequence[Mapping[str, Any]], texts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises CandidateFailed where the model gives the least likely text another log-likelihood than the engine."""
+        if any(math.isnan(text["log_likelihood"]) for text in texts):
+            raise CandidateFailed("a log-likelihood of a written text is not a number")
+        prompt, text = min(zip(prompts, texts, strict=True), key=lambda pair: pair[1]["log_likelihood"])
         request = Request(tuple(prompt["tokens"]), tuple(text["tokens"]))
         scored = PreparedRequests([request], 1, self._length, self._model.device).run(self._model)[0]
         difference = abs(scored.log_likelihood - text["log_likelihood"])
         if not difference <= tolerance(self._model.dtype) * len(text["tokens"]):
             raise CandidateFailed(
-                f"vLLM's log-likelihood of the first text that it writes is {text['log_likelihood']:.4g}, but "
+                f"vLLM's log-likelihood of a text that it wrote is {text['log_likelihood']:.4g}, but "
                 f"transformers' is {scored.log_likelihood:.4g} with the same weights."
             )
 
@@ -122,10 +125,10 @@ class Engine:
         os.truncate(file, end)
         memory = mmap.mmap(file, end)
         self._shared = {
-            name: torch.frombuffer(memory, dtype=self._weights[name].dtype, count=math.prod(shape), offset=offset).view(
-                shape
+            name: torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=tensors[name][2]).view(
+                weight.shape
             )
-            for name, (_, shape, offset) in tensors.items()
+            for name, weight in self._weights.items()
         }
         return file, tensors
 
