@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evomerge.candidate import Subset
 from evomerge.config import SearchConfig, load
 from evomerge.errors import InputError, WorkerPoisoned
 from evomerge.evaluation import vllm_server
@@ -79,10 +80,10 @@ def workers(folder):
     return Worker(config(folder)), Worker(config(folder, "hf"))
 
 
-def results(worker, recipe):
+def results(worker, recipe, subset=None):
     """What a candidate got, without the time that it took, and the texts that it wrote."""
-    found = worker.evaluate(recipe, "search")
-    texts = [instance.resps for instance in worker._harness._splits["search"]._generations]
+    found = worker.evaluate(recipe, "search", subset)
+    texts = [instance.resps for instance in worker._harness._splits["search"].whole.generations]
     return (found.scores, found.outcomes, found.fingerprint, found.error), texts
 
 
@@ -93,6 +94,12 @@ def test_texts_scores_and_fingerprints_are_those_of_transformers_for_one_candida
     assert with_engine[0] == with_engine[3]
     texts = [texts for _, texts in with_engine]
     assert texts[0] != texts[1] != texts[2]
+
+
+def test_subsets_are_written_alike(workers):
+    with_engine, without = (results(worker, MERGE, Subset(0, 0.5))[0] for worker in workers)
+    assert with_engine == without
+    assert with_engine[1] != results(workers[0], MERGE)[0][1]
 
 
 def test_a_recipe_of_other_layers_is_refused(workers):
