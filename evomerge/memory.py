@@ -19,7 +19,7 @@ from evomerge.workers.worker import Worker
 _QUESTIONS = tuple(getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense"))
 _LIBRARIES = 540 << 20  # of a process that has imported torch, transformers and lm-eval
 _COMPILER = 540 << 20  # and has compiled something
-_ENGINE_LIBRARIES = 1 << 30  # of a process that has imported vLLM
+_ENGINE_LIBRARIES = 1640 << 20  # of a process with an engine, apart from weights and cache
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
