@@ -216,9 +216,18 @@ def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> 
             *cells,
             _mean(scores, config),
             row["fingerprint"] or "–",
-            escape(row["error"] or ("" if row["feasible"] else "breaks a constraint")),
+            escape(_note(row)),
         )
     output.print(table)
+
+
+def _note(row: dict[str, Any]) -> str:
+    """What is to be said of a candidate's scores, if anything."""
+    if row["error"]:
+        return str(row["error"])
+    if row["subset"] is not None:
+        return f"on {row['items']} items"
+    return "" if row["feasible"] else "breaks a constraint"
 
 
 def progress_table(status: dict[str, Any], config: SearchConfig) -> Table:
