@@ -215,6 +215,8 @@ def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool
     hindrance = None
     if whole is not None:
         hindrance = f"{whole} is no mean over items"
+    elif items == 0:
+        hindrance = "there are only costs"
     elif any(objective.cost == "seconds" for objective in config.objectives):
         hindrance = "the cost 'seconds' depends on how many items there are"
     elif config.optimizer.schedule != "pipelined":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evomerge.candidate import Evaluation, Split, failure
+from evomerge.candidate import Evaluation, Split, Subset, failure
 from evomerge.errors import WorkerPoisoned
 from evomerge.recipe import Recipe
 from evomerge.workers import Job, Listener, unheard
@@ -73,7 +73,7 @@ class FakeWorker:
     """A worker that obeys the weight of a recipe's first model: negative raises, 2 kills the process, 3 hangs, 4 leaves
     a worker that is good for nothing, 5 makes a result of 150 MiB."""
 
-    def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
+    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         assert recipe.models is not None
         weight = recipe.models[0].parameters["weight"]
         assert isinstance(weight, float)
@@ -96,7 +96,7 @@ def make_fake_worker() -> FakeWorker:
 class WorkerThatNamesItsGpus:
     """Gives the GPUs that torch would see as its fingerprint."""
 
-    def evaluate(self, recipe: Recipe, split: Split) -> Evaluation:
+    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         return Evaluation(scores={"score": 0.0}, items=1, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
 
 
