@@ -89,13 +89,17 @@ def test_a_cluster_without_room_is_a_sentence(pool: RayPool, side: str) -> None:
         fill()
 
 
-def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(pool: RayPool) -> None:
-    actors = [child for child in psutil.Process().children(recursive=True) if "EvaluationActor" in child.name()]
-    assert len(actors) == 2
-    for number, actor in enumerate(actors):
-        pool.submit(job(f"job{number}", 0.5))
-        actor.kill()
-    results = [pool.wait()[1] for _ in actors]
+def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(ray_here: Any) -> None:
+    pool = RayPool(WorkersConfig(count=2, num_cpus=1, attempts=3), make_fake_worker, num_gpus=0)  # both may meet one job
+    try:
+        actors = [child for child in psutil.Process().children(recursive=True) if "EvaluationActor" in child.name()]
+        assert len(actors) == 2
+        for number, actor in enumerate(actors):
+            pool.submit(job(f"job{number}", 0.5))
+            actor.kill()
+        results = [pool.wait()[1] for _ in actors]
+    finally:
+        pool.close()
     assert [evaluation.scores for evaluation in results] == [{"score": 0.5}] * 2
 
 
