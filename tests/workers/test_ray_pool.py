@@ -90,7 +90,8 @@ def test_a_cluster_without_room_is_a_sentence(pool: RayPool, side: str) -> None:
 
 
 def test_a_worker_killed_from_outside_is_replaced_and_its_candidate_run_again(ray_here: Any) -> None:
-    pool = RayPool(WorkersConfig(count=2, num_cpus=1, attempts=3), make_fake_worker, num_gpus=0)  # both may meet one job
+    # three attempts, since both of the dying may meet one job
+    pool = RayPool(WorkersConfig(count=2, num_cpus=1, attempts=3), make_fake_worker, num_gpus=0)
     try:
         actors = [child for child in psutil.Process().children(recursive=True) if "EvaluationActor" in child.name()]
         assert len(actors) == 2
