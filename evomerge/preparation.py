@@ -205,8 +205,8 @@ def resolve_compile(wanted: bool | str, device: str, tensors: Mapping[str, Tenso
 
 
 def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:
-    """Whether candidates are scored on subsets first. `auto` does where that has paid (scripts/bench/subsets): with
-    items enough, for optimizers that learn from the ranks within a generation.
+    """Whether candidates are scored on subsets first. `auto` does with items enough, for optimizers that
+    learn from the ranks within a generation (measured with cma_es by scripts/bench/subsets).
 
     items: the fewest that a metric is measured on. whole: a metric that can only be had on all items.
     """

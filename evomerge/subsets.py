@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from evomerge.candidate import Evaluation, Subset
 from evomerge.criteria import Criteria
+from evomerge.optimizers.ranking import weighted_means
 from evomerge.pareto import front_mask
 
 _START = 0.1
@@ -53,7 +53,8 @@ class Subsets:
     def settle(self, evaluations: Sequence[Evaluation]) -> list[Evaluation | None]:
         """For each evaluation on a subset an estimate of what it would be on all search items, or None where that has
         to be found out."""
-        estimates = [self._estimate(each, self._references()) for each in evaluations]
+        references = self._references()
+        estimates = [self._estimate(each, references) for each in evaluations]
         chosen = self._worth_all(estimates)
         return [None if index in chosen else estimate for index, estimate in enumerate(estimates)]
 
@@ -96,10 +97,9 @@ class Subsets:
 
     def _worth_all(self, estimates: Sequence[Evaluation]) -> set[int]:
         """The estimates that would beat the best, and as far as there is room those that would be on the front."""
-        best = max(weighted_eligible(self._criteria, self._known), default=-np.inf)
-        means = weighted_eligible(self._criteria, estimates)
         rows = self._criteria.eligible([*self._known, *estimates])
-        on_front = front_mask(rows)[len(self._known) :]
+        known, means = np.split(weighted_means(rows, self._criteria.weights), [len(self._known)])
+        best, on_front = known.max(), front_mask(rows)[len(self._known) :]
         self._screened += len(estimates)
         chosen = set()
         for index in sorted(range(len(estimates)), key=lambda index: -means[index]):
@@ -110,14 +110,10 @@ class Subsets:
         return chosen
 
 
-def weighted_eligible(criteria: Criteria, evaluations: Sequence[Evaluation]) -> list[float]:
-    """The weighted means of those that may win, -inf for the others."""
-    means = criteria.means(evaluations)
-    return [mean if criteria.feasible(each) else -np.inf for mean, each in zip(means, evaluations, strict=True)]
-
-
 def _rank_correlation(pairs: NDArray[np.float64]) -> float:
-    """Spearman's, of pairs of shape (n, 2); 0 where all are equal."""
+    """Spearman's, of pairs of shape (n, 2); 0 where all of one side are equal."""
+    from scipy.stats import spearmanr
+
     if (pairs == pairs[0]).all(axis=0).any():
         return 0.0
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)

@@ -9,9 +9,10 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sqlalchemy
+if TYPE_CHECKING:
+    import sqlalchemy
 
 _TABLES = ("studies", "trials", "trial_params", "trial_values", "trial_user_attributes")
 
@@ -19,7 +20,9 @@ _TABLES = ("studies", "trials", "trial_params", "trial_values", "trial_user_attr
 class Trials:
     """The tables of one storage."""
 
-    def __init__(self, engine: sqlalchemy.Engine) -> None:
+    def __init__(self, engine: "sqlalchemy.Engine") -> None:
+        import sqlalchemy
+
         metadata = sqlalchemy.MetaData()
         metadata.reflect(engine, only=_TABLES)
         self._engine, self._tables = engine, metadata.tables
@@ -27,6 +30,8 @@ class Trials:
 
     def add(self, study: str, trial: Any) -> None:
         """Writes a finished trial (Optuna's FrozenTrial) of the study of a name, in one transaction."""
+        import sqlalchemy
+
         studies, trials = self._tables["studies"], self._tables["trials"]
         with self._engine.begin() as connection:
             named = sqlalchemy.select(studies.c.study_id).where(studies.c.study_name == study)
