@@ -461,7 +461,8 @@ class SearchConfig(Settings):
     """One search: models, objectives, space, optimizer, and where it runs.
 
     subsets: whether candidates are scored on a few of the search items first, and on all of them only where that may
-    make them the best or put them on the front; `auto` does where it saves work (`preparation`).
+    make them the best or put them on the front; `auto` does where it saves work (`preparation`). In a search that is
+    extended, a generation that the budget had cut may have sent on others than the whole one would.
     """
 
     base: str

@@ -105,6 +105,22 @@ def test_killed_at_any_moment_it_resumes_to_the_same_archive_and_repeats_no_fini
     assert max(Counter(evaluated).values()) == 1
 
 
+def test_an_extended_search_tries_what_the_larger_budget_would_have_tried(prepared, tmp_path):
+    """Whom a generation that the budget had cut sends on to all items may differ, but nothing is forgotten."""
+    optimizer = prepared.config.optimizer.model_copy(update={"evaluations": 60})
+    longer = Prepared(
+        prepared.config.model_copy(update={"optimizer": optimizer}), prepared.space, prepared.tensors, prepared.warnings
+    )
+    expected, _ = run(longer, tmp_path / "expected")
+    short, _ = run(prepared, tmp_path / "extended")
+    before = {record.candidate.id for record in short.records()}
+    extended, _ = run(longer, tmp_path / "extended")
+    for archive in (expected, extended):
+        assert views.status(archive, longer.config, running=False)["state"] == "finished"
+    assert [each.candidate for each in extended.tried()] == [each.candidate for each in expected.tried()]
+    assert before <= {record.candidate.id for record in extended.records()}
+
+
 def test_only_candidates_scored_on_all_search_items_are_on_the_front_or_best(prepared, tmp_path):
     archive, _ = run(prepared, tmp_path / "run")
     criteria = criteria_of(archive, prepared.config)
