@@ -18,25 +18,22 @@ from evomerge.workers.worker import Worker
 
 _QUESTIONS = tuple(getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense"))
 _LIBRARIES = 540 << 20  # of a process that has imported torch, transformers and lm-eval
-_COMPILER = 40 << 20  # and has compiled something
-# What glibc's allocator keeps of freed memory, as measured on models of 135 million parameters: it returns at once only
-# what was asked for in pieces of 32 MiB or more.
-_RETURNED_AT_ONCE = 32 << 20
-_KEPT_OF_CANDIDATES, _MOST_KEPT_OF_CANDIDATES = 3.0, 192 << 20
-_KEPT_BESIDE_SHARED = 0.45
+_COMPILER = 100 << 20  # and has compiled something
+# What glibc's allocator keeps of what candidates freed, as measured on models of 135 million parameters: it returns only
+# large pieces at once.
+_KEPT_OF_CANDIDATES, _MOST_KEPT_OF_CANDIDATES = 2.0, 192 << 20
 _ENGINE_LIBRARIES = 1640 << 20  # of a process with an engine, apart from weights and cache
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors made while it is on, as long as they live: `now`, `peak` at the highest, and
-    `small` of those that malloc would not return at once."""
+    """Counts the bytes of all tensors made while it is on, as long as they live: `now`, and `peak` at the highest."""
 
     def __init__(self, says_yes: bool = False) -> None:
         """says_yes: code that asks whether something holds of a tensor without data is told that it does; else such a
         question raises."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._says_yes = says_yes
-        self.now = self.peak = self.small = 0
+        self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -55,16 +52,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._alive:
             return
 
-        small = size if size < _RETURNED_AT_ONCE else 0
-
         def gone(_: Any) -> None:
             del self._alive[key]
             self.now -= size
-            self.small -= small
 
         self._alive[key] = weakref.ref(storage, gone)
         self.now += size
-        self.small += small
         self.peak = max(self.peak, self.now)
 
 
@@ -93,12 +86,11 @@ def plan_memory(config: SearchConfig, space: SearchSpace) -> MemoryPlan:
     """Rehearses candidates in the middle of the space, by each of its methods. The config must be resolved."""
     with LiveBytes(says_yes=True) as live:  # transformers looks whether a batch is one of the plain kind
         worker = Worker(config, rehearsal=True)
-        models, small = live.now, live.small
+        models = live.now
         for recipe in _typical(space):
             worker.rehearse(recipe)
         shared, candidate = live.now - models, live.peak - live.now
         kept = min(_KEPT_OF_CANDIDATES * candidate, _MOST_KEPT_OF_CANDIDATES)
-        kept += _KEPT_BESIDE_SHARED * (live.small - small)
         host = _LIBRARIES + _COMPILER * (config.evaluation.compile is True) + int(kept)
         on_host = config.evaluation.device == "cpu"
         return MemoryPlan(models, shared, candidate, host if on_host else 0, _engine(config, worker, on_host))

@@ -14,7 +14,7 @@ from evomerge.merging.kernels import uniform_field
 from evomerge.merging.materialize import ResidentModels
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
-from evomerge.merging.passes import CHUNK
+from evomerge.merging.passes import ROOM
 from evomerge.preparation import prepare_file
 from evomerge.recipe import Recipe, Source
 
@@ -71,7 +71,7 @@ def test_a_whole_merge_runs_without_data_and_leaves_nothing_behind(method, tiny_
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_ties", "ties"])
-def test_a_candidate_takes_no_more_than_its_chunks(method):
+def test_a_candidate_takes_no_more_than_twice_its_room(method):
     """However large the tensor, once what candidates share has been made."""
     shape, row = (64, 1 << 16), METHODS[method]
     kept: dict[Hashable, Any] = {}
@@ -93,10 +93,10 @@ def test_a_candidate_takes_no_more_than_its_chunks(method):
             once=once,
         )
         out = torch.empty(shape, device="meta")
-        row.merge_into(out, inputs, chunk=CHUNK)
+        row.merge_into(out, inputs, room=ROOM)
         live.peak = live.now
-        row.merge_into(out, inputs, chunk=CHUNK)
-        assert live.peak - live.now <= 24 * 4 * CHUNK
+        row.merge_into(out, inputs, room=ROOM)
+        assert live.peak - live.now <= 2 * ROOM
 
 
 def test_what_a_search_needs_is_told_part_by_part():

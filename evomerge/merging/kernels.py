@@ -4,7 +4,7 @@ Uniforms, sums that scale a delta, and fingerprints are therefore made of intege
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
@@ -18,7 +18,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _SPLITMIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _L1_STEPS = float(1 << 30)
 NEGLIGIBLE_WEIGHT = 1e-8
-_PIECE = 1 << 20
+_PIECE = 1 << 20  # numbers of a sum, whose order it is part of
 _COLUMNS = 1 << 15
 
 
@@ -35,6 +35,13 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+def pieces(count: int, device: torch.device) -> Iterator[slice]:
+    """Parts of a vector whose copies stay in the cache, and fit into the holes that freed memory leaves; on other
+    devices than a CPU parts that need few launches."""
+    size = 1 << (16 if device.type == "cpu" else 20)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
 def uniform_field(seed: int, position: int, name: str, count: int, device: torch.device | str) -> torch.Tensor:
     """One uniform 16-bit number per element, shape (count,), int16 in [-32768, 32767].
 
@@ -44,11 +51,11 @@ def uniform_field(seed: int, position: int, name: str, count: int, device: torch
     key = _key(seed, position, name)
     low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
     field = torch.empty(count, dtype=torch.int16, device=device)
-    for start in range(0, count, _PIECE):
-        index = torch.arange(start, min(start + _PIECE, count), dtype=torch.int64, device=device)
+    for part in pieces(count, field.device):
+        index = torch.arange(part.start, part.stop, dtype=torch.int64, device=device)
         mixed = _mix32((index & _MASK32) ^ low)
         mixed = _mix32((mixed + (index >> 32) * 0x9E3779B1 + high) & _MASK32)
-        field[start : start + _PIECE].copy_((mixed >> 16) - 32768)
+        field[part].copy_((mixed >> 16) - 32768)
     return field
 
 
@@ -57,8 +64,11 @@ def as_field(uniforms: torch.Tensor, planes: bool) -> torch.Tensor:
     first. torch compiles bytes to vector instructions on CPUs, and 16-bit integers not."""
     if not planes:
         return uniforms
-    steps = uniforms.to(torch.int32) + 32768
-    return torch.stack([(steps >> 8).to(torch.uint8), (steps & 255).to(torch.uint8)])
+    field = torch.empty((2, uniforms.numel()), dtype=torch.uint8, device=uniforms.device)
+    for part in pieces(uniforms.numel(), uniforms.device):
+        steps = uniforms[part].to(torch.int32) + 32768
+        field[0, part], field[1, part] = steps >> 8, steps & 255
+    return field
 
 
 def field_steps(field: torch.Tensor) -> torch.Tensor:
@@ -145,8 +155,8 @@ def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
 def ordered_total(part: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
     """The sum of a long vector that `part` gives piece by piece: float64, shape (1,), in a fixed order, in little
     memory."""
-    pieces = [ordered_sum(part(slice(start, start + _PIECE))) for start in range(0, count, _PIECE)]
-    return ordered_sum(torch.cat(pieces)) if pieces else ordered_sum(part(slice(0, 0)))
+    sums = [ordered_sum(part(slice(start, start + _PIECE))) for start in range(0, count, _PIECE)]
+    return ordered_sum(torch.cat(sums)) if sums else ordered_sum(part(slice(0, 0)))
 
 
 def divisor(total: float) -> float:

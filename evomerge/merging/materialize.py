@@ -18,7 +18,7 @@ from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.experts import check_view
 from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
-from evomerge.merging.passes import chunk_size
+from evomerge.merging.passes import room_on
 from evomerge.merging.placement import place
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import empty_model, load_config
@@ -50,7 +50,7 @@ class ResidentModels:
         self.devices = [torch.device("meta")] if rehearsal else self.devices
         self.compiled = compiled and not rehearsal
         self._planes = compiled and torch.device(device).type == "cpu"
-        self._chunk = chunk_size(torch.device(device))
+        self._room = room_on(torch.device(device))
         self._dtype: torch.dtype = getattr(torch, dtype)
         self.model: Any = (
             empty_model(load_config(skeleton), skeleton).to(self._dtype)
@@ -147,7 +147,7 @@ class ResidentModels:
         return parameters, made
 
     def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
-        plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._chunk)
+        plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._room)
 
     def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
         """A source's tensor itself; where it has another dtype or device, one copy for all candidates."""

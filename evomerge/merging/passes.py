@@ -17,8 +17,9 @@ Tensors = tuple[torch.Tensor, ...]
 T = TypeVar("T")
 Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
 
-CHUNK = 1 << 18  # of float32: large enough that calls cost little, small enough to stay in the cache
-_WIDE_CHUNK = 1 << 24  # where there are thousands of cores to feed
+ROOM = 1 << 23  # bytes that an eager pass works on: enough that calls cost little, few enough to stay in the cache
+_WIDE_ROOM = 1 << 28  # where there are thousands of cores to feed
+_COMPILED_FROM = 1 << 18  # elements; for fewer, chunks cost no more than compiled code does
 _ELEMENT_LIMIT = 64  # compiled variants on each device: methods x numbers of models x flags
 
 
@@ -29,12 +30,14 @@ class Pass:
     element: (tensors, fields, numbers) -> float32 tensor, where each element depends on the same element of the inputs
     alone; hashable, since compiled code is kept by it. It is given float32 copies of the tensors, whose memory is its
     own to write over. fields: integer tensors whose last dimension is the elements. numbers: scalar tensors by name.
+    factor: given where all that `element` does is to multiply the one tensor by this.
     """
 
     element: Element
     tensors: Tensors
     numbers: Numbers = field(default_factory=dict)
     fields: Tensors = ()
+    factor: float | None = None
 
 
 def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -> Numbers:
@@ -48,27 +51,32 @@ def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -
     return {name: tuple(scalar(value) for value in group) for name, group in values.items()}
 
 
-def chunk_size(device: torch.device) -> int:
-    """How many elements an eager pass on a device takes at a time."""
-    return CHUNK if device.type == "cpu" else _WIDE_CHUNK
+def room_on(device: torch.device) -> int:
+    """How many bytes of its tensors, widened, and of its fields an eager pass on a device takes at a time."""
+    return ROOM if device.type == "cpu" else _WIDE_ROOM
 
 
-def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, chunk: int | None = None) -> None:
-    """Carries out a pass into `out`, rounding once into its dtype. A tensor is copied. chunk: elements at a time, by
-    default what suits the device."""
+def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, room: int | None = None) -> None:
+    """Carries out a pass into `out`, rounding once into its dtype. A tensor is copied. room: how many bytes to take at
+    a time, by default what suits the device."""
     if isinstance(work, torch.Tensor):
         out.copy_(work.reshape(out.shape))
         return
+    if work.factor is not None and work.tensors[0].dtype == out.dtype:
+        # torch multiplies any dtype by a number in float32 and rounds once, so no copy has to be widened.
+        torch.mul(work.tensors[0].reshape(out.shape), work.factor, out=out.detach())
+        return
     if not out.is_contiguous():
         whole = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        write(whole, work, compiled, chunk)
+        write(whole, work, compiled, room)
         out.copy_(whole)
         return
     flat, tensors = out.detach().view(-1), tuple(tensor.reshape(-1) for tensor in work.tensors)
-    if compiled and flat.numel() >= CHUNK:
+    if compiled and flat.numel() >= _COMPILED_FROM:
         _compiled(work.element)(flat, tensors, work.fields, dict(work.numbers))
         return
-    _in_chunks(flat, tensors, work, chunk or chunk_size(flat.device))
+    per_element = 4 * len(tensors) + sum(field.nbytes for field in work.fields) // max(1, flat.numel())
+    _in_chunks(flat, tensors, work, max(1, (room or room_on(flat.device)) // per_element))
 
 
 def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass, size: int) -> None:

@@ -1,5 +1,6 @@
 """Passes: the same bits compiled, in chunks, on any number of threads, and into any memory."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from evomerge.merging.kernels import as_field, field_steps, uniform_field
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
-from evomerge.merging.passes import CHUNK, Pass, for_each_chunk, numbers_on, write
+from evomerge.merging.passes import ROOM, Pass, for_each_chunk, numbers_on, write
 
-SHAPE = (3, CHUNK + 77)  # chunks that end within rows
+SHAPE = (3, (1 << 18) + 77)  # chunks that end within rows
 VALUES = {"density": [0.5, 0.6, 0.75], "weight": [0.4, 0.3, -0.2], "scale": [0.7] * 3, "gamma": [0.01] * 3}
 
 
@@ -47,8 +48,8 @@ def test_compiled_code_gives_the_bits_of_eager_code(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_size_of_chunks_changes_no_bit(method):
     whole, parts = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)
-    METHODS[method].merge_into(whole, inputs_of(method), chunk=1 << 20)
-    METHODS[method].merge_into(parts, inputs_of(method), chunk=997)
+    METHODS[method].merge_into(whole, inputs_of(method), room=1 << 25)
+    METHODS[method].merge_into(parts, inputs_of(method), room=15991)
     assert torch.equal(whole.view(torch.int16), parts.view(torch.int16))
 
 
@@ -56,12 +57,33 @@ def double(tensors, fields, numbers):
     return tensors[0].to(torch.float32) * numbers["factor"][0]
 
 
-@pytest.mark.parametrize("count", [0, 1, CHUNK, 2 * CHUNK + 5])
+@pytest.mark.parametrize("count", [0, 1, ROOM // 4, ROOM // 2 + 5])
 def test_every_element_is_written_once(count):
     tensor = torch.randn(count, generator=torch.Generator().manual_seed(3))
     out = torch.full((count,), float("nan"))
     write(out, Pass(double, (tensor,), numbers_on(tensor.device, factor=[2.0])))
     assert torch.equal(out, tensor * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_multiplying_at_once_rounds_as_multiplying_in_float32_does(dtype):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = torch.rand(200, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 4 - 2
+    for factor in (*numbers.tolist(), 0.0, 1e-3):
+        work = Pass(double, (every,), numbers_on(every.device, factor=[factor]))
+        in_float32, at_once = torch.empty_like(every), torch.empty_like(every)
+        write(in_float32, work)
+        write(at_once, dataclasses.replace(work, factor=factor))
+        numeric = ~in_float32.isnan()
+        assert torch.equal(in_float32.isnan(), at_once.isnan())
+        assert torch.equal(in_float32.view(torch.int16)[numeric], at_once.view(torch.int16)[numeric])
+
+
+def test_a_product_in_another_dtype_is_rounded_once():
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(3)).bfloat16()
+    out = torch.empty(1000)
+    write(out, Pass(double, (tensor,), numbers_on(tensor.device, factor=[0.3]), factor=0.3))
+    assert torch.equal(out, tensor.to(torch.float32) * 0.3)
 
 
 def test_a_pass_may_write_into_a_transposed_tensor():

@@ -118,9 +118,9 @@ class Method:
         self.merge_into(out, inputs)
         return out
 
-    def merge_into(self, out: torch.Tensor, inputs: Inputs, compiled: bool = False, chunk: int | None = None) -> None:
+    def merge_into(self, out: torch.Tensor, inputs: Inputs, compiled: bool = False, room: int | None = None) -> None:
         """The same, worked out in float32 and rounded once into the dtype of `out` (`passes.write`)."""
-        write(out, self.function(inputs), compiled, chunk)
+        write(out, self.function(inputs), compiled, room)
 
     @property
     def needs_base(self) -> bool:

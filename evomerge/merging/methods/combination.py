@@ -17,7 +17,9 @@ def around(
     Written around one of them so that float32 is enough for equal models to come back bit for bit.
     """
     kept = isinstance(own, float) and own == 1
-    return Pass(_around, (anchor, *tensors), numbers_on(anchor.device, own=[] if kept else [own], others=others))
+    numbers = numbers_on(anchor.device, own=[] if kept else [own], others=others)
+    factor = own if isinstance(own, float) and not tensors else None
+    return Pass(_around, (anchor, *tensors), numbers, factor=factor)
 
 
 def combination(

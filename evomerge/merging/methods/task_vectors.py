@@ -17,6 +17,7 @@ from evomerge.merging.kernels import (
     field_steps,
     indicator,
     l1_steps,
+    pieces,
 )
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, magnitude
@@ -24,7 +25,6 @@ from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
 _NEGLIGIBLE_L1 = 1e-7
 _FINEST = 1.0 / UNIFORM_STEPS  # no mask is finer than that
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,7 @@ def _l1(
         name: values[0] for name, values in numbers_on(inputs.device, **{k: [v] for k, v in known.items()}).items()
     }
     before, after = [], []
-    for start in range(0, inputs.count, _PIECE):
-        part = slice(start, start + _PIECE)
+    for part in pieces(inputs.count, inputs.device):
         delta = tensor[part].to(torch.float32) - base[part].to(torch.float32)
         kept = sparsifier.keep(delta, tuple(field[..., part] for field in fields), numbers)
         before.append(exact_l1(delta, largest))
@@ -195,8 +194,7 @@ def _l1_below(inputs: Inputs, index: int, largest: torch.Tensor) -> torch.Tensor
     assert inputs.base is not None
     base, tensor, field = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1), inputs.uniforms(index)
     table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=inputs.device)
-    for start in range(0, inputs.count, _PIECE):
-        part = slice(start, start + _PIECE)
+    for part in pieces(inputs.count, inputs.device):
         delta = tensor[part].to(torch.float32) - base[part].to(torch.float32)
         table.index_add_(0, field_steps(field[..., part]).to(torch.int64) + 1, l1_steps(delta, largest))
     return table.cumsum(0)
