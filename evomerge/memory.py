@@ -19,8 +19,8 @@ from evomerge.workers.worker import Worker
 _QUESTIONS = tuple(getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense"))
 _LIBRARIES = 540 << 20  # of a process that has imported torch, transformers and lm-eval
 _COMPILER = 100 << 20  # and has compiled something
-# What glibc's allocator keeps of what candidates freed, as measured on models of 135 million parameters: it returns only
-# large pieces at once.
+# What glibc's allocator keeps of what candidates freed (it returns only large pieces at once), as measured on models of
+# 135 million parameters.
 _KEPT_OF_CANDIDATES, _MOST_KEPT_OF_CANDIDATES = 2.0, 192 << 20
 _ENGINE_LIBRARIES = 1640 << 20  # of a process with an engine, apart from weights and cache
 

@@ -35,10 +35,10 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def pieces(count: int, device: torch.device) -> Iterator[slice]:
-    """Parts of a vector whose copies stay in the cache, and fit into the holes that freed memory leaves; on other
-    devices than a CPU parts that need few launches."""
-    size = 1 << (16 if device.type == "cpu" else 20)
+def pieces(count: int, device: torch.device, elements: int = 1) -> Iterator[slice]:
+    """Parts of a vector, or of rows of so many elements, whose copies stay in the cache and fit into the holes that
+    freed memory leaves; on other devices than a CPU parts that need few launches."""
+    size = max(1, (1 << (16 if device.type == "cpu" else 20)) // max(1, elements))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -78,6 +78,13 @@ def field_steps(field: torch.Tensor) -> torch.Tensor:
     return field.to(torch.float32) + (32768 if field.dtype == torch.int16 else 0)
 
 
+def below(field: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """1.0 where a number of a field, counted from 0, is less than `steps`, else 0.0."""
+    if field.dtype == torch.int16 and not torch.compiler.is_compiling():
+        return indicator(torch.lt, field, steps - 32768)
+    return indicator(torch.lt, field_steps(field), steps)
+
+
 def keep_mask(uniforms: torch.Tensor, density: float | torch.Tensor) -> torch.Tensor:
     """True where u < density (one for all, or one per element), so that the masks of two densities are nested."""
     return field_steps(uniforms) < steps_of(density)
@@ -113,8 +120,21 @@ def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 def l1_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """|delta| in whole numbers of `largest` / 2^30."""
-    unit = largest.to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
-    return ((delta.abs().to(torch.float64) / unit) * _L1_STEPS).round().to(torch.int64)
+    return (_of_largest(delta.abs(), largest) * _L1_STEPS).round().to(torch.int64)
+
+
+def square_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """delta^2 in whole numbers of `largest`^2 / 2^30."""
+    return (_of_largest(delta, largest).square() * _L1_STEPS).round().to(torch.int64)
+
+
+def sum_of_squares(steps: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """A sum of `square_steps` as a number, float64."""
+    return steps.to(torch.float64) * (largest.to(torch.float64).square() / _L1_STEPS)
+
+
+def _of_largest(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float64) / largest.to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def ascending(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +53,37 @@ def test_the_size_of_chunks_changes_no_bit(method):
     METHODS[method].merge_into(whole, inputs_of(method), room=1 << 25)
     METHODS[method].merge_into(parts, inputs_of(method), room=15991)
     assert torch.equal(whole.view(torch.int16), parts.view(torch.int16))
+
+
+class Kept(dict[Hashable, Any]):
+    """What candidates share, made once."""
+
+    def __call__(self, what: Hashable, models: tuple[int, ...], make: Callable[[], Any], /) -> Any:
+        if (what, models) not in self:
+            self[what, models] = make()
+        return self[what, models]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("sce", [{"select_topk": share} for share in (0.0, 1 / 65536, 0.25, 0.75, 65535 / 65536, 1.0)]),
+        ("ties", [{}]),
+        ("breadcrumbs", [{}]),
+        ("dare_ties", [{}]),
+    ],
+)
+@pytest.mark.parametrize("planes", [False, True])
+def test_what_is_kept_for_candidates_changes_no_bit(method, parameters, planes):
+    kept = Kept()
+    for each in parameters:
+        inputs = dataclasses.replace(inputs_of(method, planes), rescale="l1", drawn=("a", "b", "c"))
+        inputs = dataclasses.replace(inputs, shared={**inputs.shared, **each})
+        afresh, from_tables = torch.empty(SHAPE), torch.empty(SHAPE)
+        METHODS[method].merge_into(afresh, inputs)
+        METHODS[method].merge_into(from_tables, dataclasses.replace(inputs, once=kept))
+        assert torch.equal(afresh.view(torch.int32), from_tables.view(torch.int32))
+    assert kept
 
 
 def double(tensors, fields, numbers):

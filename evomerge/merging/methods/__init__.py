@@ -168,7 +168,7 @@ METHODS: dict[str, Method] = {
             paper="Wan et al. 2024, FuseChat, arXiv:2408.07990",
             function=merge_sce,
             base="required",
-            shared=(INT8_MASK, Parameter("select_topk", float, 1.0, search=Range(0.05, 1.0, 1.0, 0.15))),
+            shared=(INT8_MASK, Parameter("select_topk", float, 1.0, search=Range(0.05, 1.0, 1.0, 0.15), cuts=True)),
         ),
         Method(
             name="ram",

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import torch
 
-from evomerge.merging.kernels import ordered_sum
+from evomerge.merging.kernels import ordered_sum, pieces
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import around
 from evomerge.merging.methods.gram import gram
@@ -29,14 +29,17 @@ def merge_model_stock(inputs: Inputs) -> Pass | torch.Tensor:
 
 def _by_rows(inputs: Inputs) -> torch.Tensor:
     assert inputs.base is not None
-    base = inputs.base.to(torch.float64)
-    deltas = [tensor.to(torch.float64) - base for tensor in inputs.tensors]
-    count = len(deltas)
-    products = {(i, j): ordered_sum(deltas[i] * deltas[j]) for i in range(count) for j in range(i, count)}
-    average = deltas[0]
-    for delta in deltas[1:]:
-        average = average + delta
-    return (base + _ratio(products, count) * (average / count)).to(torch.float32)
+    count, rows = len(inputs.tensors), inputs.base.shape[0]
+    out = torch.empty(inputs.base.shape, dtype=torch.float32, device=inputs.device)
+    for part in pieces(rows, inputs.device, inputs.count // max(1, rows)):
+        base = inputs.base[part].to(torch.float64)
+        deltas = [tensor[part].to(torch.float64) - base for tensor in inputs.tensors]
+        products = {(i, j): ordered_sum(deltas[i] * deltas[j]) for i in range(count) for j in range(i, count)}
+        average = deltas[0]
+        for delta in deltas[1:]:
+            average = average + delta
+        out[part].copy_(base + _ratio(products, count) * (average / count))
+    return out
 
 
 def _ratio(products: dict[tuple[int, int], torch.Tensor], count: int) -> torch.Tensor:

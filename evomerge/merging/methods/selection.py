@@ -4,13 +4,28 @@ SCE (Wan et al. 2024), Reinforced Agent Merging (2026), NearSwap and Arcee Fusio
 treated alike.
 """
 
-from functools import reduce
+import math
+from collections.abc import Sequence
+from functools import partial, reduce
 
 import torch
 
-from evomerge.merging.kernels import indicator, kth_smallest, ordered_sum, ordered_total
-from evomerge.merging.methods.base import Inputs
+from evomerge.merging.kernels import (
+    UNIFORM_STEPS,
+    as_field,
+    ascending,
+    below,
+    field_steps,
+    indicator,
+    kth_smallest,
+    ordered_sum,
+    pieces,
+    square_steps,
+    sum_of_squares,
+)
+from evomerge.merging.methods.base import Inputs, each_time
 from evomerge.merging.methods.gram import gram
+from evomerge.merging.methods.sparsify import magnitude
 from evomerge.merging.methods.task_vectors import deltas_of, sign_of, sum_of, total_of
 from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
@@ -20,24 +35,36 @@ _SMOOTHING = 1e-8
 
 def merge_sce(inputs: Inputs) -> Pass:
     """Select the elements of highest variance, calculate a weight per model from its mean square, erase minorities."""
-    models = range(len(inputs.tensors))
-    mask = _most_varied(inputs) if inputs.shared["select_topk"] < 1 else None
-    if mask is None:
+    share = max(inputs.shared["select_topk"], 0.0)
+    models = (-1, *range(len(inputs.tensors)))
+    numbers: dict[str, Sequence[float | torch.Tensor]] = {}
+    fields: tuple[torch.Tensor, ...] = ()
+    if share >= 1:
         sums = gram(inputs).diagonal().unbind()
+    elif inputs.once is not each_time and inputs.count > UNIFORM_STEPS and (share * UNIFORM_STEPS).is_integer():
+        steps = int(share * UNIFORM_STEPS)
+        field = inputs.once("ranks of variance", models, lambda: _variance_ranks(inputs))
+        tables = [
+            inputs.once(("squares", index), models, partial(_squares_below, inputs, index, field))
+            for index in range(len(inputs.tensors))
+        ]
+        fields, numbers, sums = (field,), {"steps": [steps]}, tuple(table[steps] for table in tables)
     else:
-        sums = tuple(_masked_square(inputs, index, mask) for index in models)
+        mask = _most_varied(inputs, share)
+        fields, sums = (mask,), tuple(_masked_square(inputs, index, mask) for index in range(len(inputs.tensors)))
     squares = [total.reshape(1) / inputs.count for total in sums]
     total = reduce(torch.add, squares)
     negligible = total < _NEGLIGIBLE
-    shares = [torch.where(negligible, 1 / len(models), each / torch.where(negligible, 1.0, total)) for each in squares]
-    fields = () if mask is None else (mask,)
-    return Pass(_erase_minorities, (_base(inputs), *inputs.tensors), numbers_on(inputs.device, share=shares), fields)
+    each = 1 / len(squares)
+    shares = [torch.where(negligible, each, square / torch.where(negligible, 1.0, total)) for square in squares]
+    known = numbers_on(inputs.device, share=shares, **numbers)
+    return Pass(_erase_minorities, (_base(inputs), *inputs.tensors), known, fields)
 
 
 def _erase_minorities(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
     base, deltas = deltas_of(tensors)
     if fields:
-        mask = fields[0].to(torch.float32)
+        mask = below(fields[0], numbers["steps"][0]) if "steps" in numbers else fields[0].to(torch.float32)
         for delta in deltas:
             delta *= mask
     elected = sign_of(sum_of(deltas))
@@ -52,16 +79,31 @@ def _erase_minorities(tensors: Tensors, fields: Tensors, numbers: Numbers) -> to
     return base
 
 
-def _most_varied(inputs: Inputs) -> torch.Tensor:
-    """A flat mask (bytes) of the elements with the highest variance between models, the share `select_topk` of those
-    that vary at all."""
+def _most_varied(inputs: Inputs, share: float) -> torch.Tensor:
+    """A flat mask (bytes) of the elements with the highest variance between models, a share of those that vary."""
     variance = _variance(inputs)
-    share = max(inputs.shared["select_topk"], 0.0)
-    count: torch.Tensor = ((variance != 0).sum() * share).to(torch.int64)  # a product in float32, as in mergekit
-    ordered = variance.sort(descending=True).values
-    threshold = ordered[(count - 1).clamp(min=0).reshape(1)]
-    mask: torch.Tensor = (variance >= threshold) & (count > 0)
+    mask: torch.Tensor = variance >= _least_variances(variance, [share])
     return mask.to(torch.uint8)
+
+
+def _variance_ranks(inputs: Inputs) -> torch.Tensor:
+    """For each element the least share, in steps of 1/65536 and less one, that it is among the most varied of; as a
+    field. So it is where its rank is below the share's steps."""
+    variance = _variance(inputs)
+    least = _least_variances(variance, [step / UNIFORM_STEPS for step in range(UNIFORM_STEPS)]).flip(0).contiguous()
+    ranks = torch.empty(variance.shape, dtype=torch.int16, device=variance.device)
+    for part in pieces(inputs.count, inputs.device):
+        reached = torch.searchsorted(least, variance[part], right=True)  # by how many of the shares
+        ranks[part].copy_(UNIFORM_STEPS - 1 - reached - 32768)
+    return as_field(ranks, inputs.planes)
+
+
+def _least_variances(variance: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
+    """The variance of the last element that belongs to each share of those that vary at all; shape (shares,)."""
+    varying = (variance != 0).sum().to(torch.float32)  # a product in float32, as in mergekit
+    counts = (varying * torch.tensor(shares, dtype=torch.float32).to(variance.device)).to(torch.int64)
+    last = ascending(variance)[(variance.numel() - counts).clamp(max=variance.numel() - 1)]
+    return torch.where(counts > 0, last, math.inf)
 
 
 def _variance(inputs: Inputs) -> torch.Tensor:
@@ -72,12 +114,25 @@ def _variance(inputs: Inputs) -> torch.Tensor:
 
 
 def _masked_square(inputs: Inputs, index: int, mask: torch.Tensor) -> torch.Tensor:
+    largest, total = magnitude(inputs, index).amax(), torch.zeros(1, dtype=torch.int64, device=inputs.device)
+    for part in pieces(inputs.count, inputs.device):
+        total += (square_steps(_delta(inputs, index, part), largest) * mask[part]).sum()
+    return sum_of_squares(total, largest)
+
+
+def _squares_below(inputs: Inputs, index: int, ranks: torch.Tensor) -> torch.Tensor:
+    """For each number of steps the sum of squares of the elements whose ranks lie below; float64, (65537,)."""
+    largest = magnitude(inputs, index).amax()
+    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=inputs.device)
+    for part in pieces(inputs.count, inputs.device):
+        places = field_steps(ranks[..., part]).to(torch.int64) + 1
+        table.index_add_(0, places, square_steps(_delta(inputs, index, part), largest))
+    return sum_of_squares(table.cumsum(0), largest)
+
+
+def _delta(inputs: Inputs, index: int, part: slice) -> torch.Tensor:
     base, tensor = _base(inputs).reshape(-1), inputs.tensors[index].reshape(-1)
-
-    def squares(part: slice) -> torch.Tensor:
-        return ((tensor[part].to(torch.float32) - base[part].to(torch.float32)) * mask[part]).to(torch.float64).square()
-
-    return ordered_total(squares, inputs.count)
+    return tensor[part].to(torch.float32) - base[part].to(torch.float32)
 
 
 def merge_ram(inputs: Inputs) -> Pass:

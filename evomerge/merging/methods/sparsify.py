@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from evomerge.merging.kernels import UNIFORM_STEPS, as_field, field_steps, indicator, kth_smallest, steps_of
+from evomerge.merging.kernels import UNIFORM_STEPS, as_field, below, field_steps, indicator, kth_smallest, steps_of
 from evomerge.merging.methods.base import Inputs, each_time
 from evomerge.merging.order import order_statistics
 from evomerge.merging.passes import Tensors
@@ -102,10 +102,7 @@ class Uniform(_Plain):
         return (inputs.uniforms(index),)
 
     def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        uniforms, steps = fields[0], numbers["steps"]
-        if uniforms.dtype == torch.int16 and not torch.compiler.is_compiling():
-            return indicator(torch.lt, uniforms, steps - 32768)
-        return indicator(torch.lt, field_steps(uniforms), steps)
+        return below(fields[0], numbers["steps"])
 
 
 class MagPrune:
