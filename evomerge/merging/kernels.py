@@ -133,6 +133,15 @@ def sum_of_squares(steps: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return steps.to(torch.float64) * (largest.to(torch.float64).square() / _L1_STEPS)
 
 
+def sums_below(field: torch.Tensor, count: int, steps: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """For each number of steps of a field of `count` elements, the sum of what `steps` gives (whole numbers, part by
+    part) for the elements that lie below; int64, shape (65537,)."""
+    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=field.device)
+    for part in pieces(count, field.device):
+        table.index_add_(0, field_steps(field[..., part]).to(torch.int64) + 1, steps(part))
+    return table.cumsum(0)
+
+
 def _of_largest(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float64) / largest.to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
 

@@ -15,17 +15,17 @@ from evomerge.merging.kernels import (
     as_field,
     ascending,
     below,
-    field_steps,
     indicator,
     kth_smallest,
     ordered_sum,
     pieces,
     square_steps,
     sum_of_squares,
+    sums_below,
 )
 from evomerge.merging.methods.base import Inputs, each_time
 from evomerge.merging.methods.gram import gram
-from evomerge.merging.methods.sparsify import magnitude
+from evomerge.merging.methods.sparsify import delta_in, magnitude
 from evomerge.merging.methods.task_vectors import deltas_of, sign_of, sum_of, total_of
 from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
@@ -116,23 +116,15 @@ def _variance(inputs: Inputs) -> torch.Tensor:
 def _masked_square(inputs: Inputs, index: int, mask: torch.Tensor) -> torch.Tensor:
     largest, total = magnitude(inputs, index).amax(), torch.zeros(1, dtype=torch.int64, device=inputs.device)
     for part in pieces(inputs.count, inputs.device):
-        total += (square_steps(_delta(inputs, index, part), largest) * mask[part]).sum()
+        total += (square_steps(delta_in(inputs, index, part), largest) * mask[part]).sum()
     return sum_of_squares(total, largest)
 
 
 def _squares_below(inputs: Inputs, index: int, ranks: torch.Tensor) -> torch.Tensor:
     """For each number of steps the sum of squares of the elements whose ranks lie below; float64, (65537,)."""
     largest = magnitude(inputs, index).amax()
-    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=inputs.device)
-    for part in pieces(inputs.count, inputs.device):
-        places = field_steps(ranks[..., part]).to(torch.int64) + 1
-        table.index_add_(0, places, square_steps(_delta(inputs, index, part), largest))
-    return sum_of_squares(table.cumsum(0), largest)
-
-
-def _delta(inputs: Inputs, index: int, part: slice) -> torch.Tensor:
-    base, tensor = _base(inputs).reshape(-1), inputs.tensors[index].reshape(-1)
-    return tensor[part].to(torch.float32) - base[part].to(torch.float32)
+    steps = sums_below(ranks, inputs.count, lambda part: square_steps(delta_in(inputs, index, part), largest))
+    return sum_of_squares(steps, largest)
 
 
 def merge_ram(inputs: Inputs) -> Pass:
@@ -145,8 +137,8 @@ def _average_changes(tensors: Tensors, fields: Tensors, numbers: Numbers) -> tor
     base, deltas = deltas_of(tensors)
     changed = []
     for delta in deltas:
-        magnitude = delta.abs()
-        changed.append(indicator(torch.gt, magnitude, numbers["epsilon"][0], out=magnitude))
+        size = delta.abs()
+        changed.append(indicator(torch.gt, size, numbers["epsilon"][0], out=size))
         delta *= changed[-1]
     total = total_of(deltas)
     total /= total_of(changed).clamp_(min=1.0)

@@ -142,6 +142,13 @@ def magnitude(inputs: Inputs, index: int) -> torch.Tensor:
     return (inputs.tensors[index].to(torch.float32) - inputs.base.to(torch.float32)).abs()
 
 
+def delta_in(inputs: Inputs, index: int, part: slice) -> torch.Tensor:
+    """A part of one model's flattened task vector, float32."""
+    assert inputs.base is not None
+    base, tensor = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1)
+    return tensor[part].to(torch.float32) - base[part].to(torch.float32)
+
+
 def _magnitude_at(inputs: Inputs, index: int, rank: int, beyond: int = 0) -> torch.Tensor:
     if inputs.once is each_time:
         return kth_smallest(magnitude(inputs, index), rank)

@@ -14,13 +14,13 @@ from evomerge.merging.kernels import (
     UNIFORM_STEPS,
     divisor,
     exact_l1,
-    field_steps,
     indicator,
     l1_steps,
     pieces,
+    sums_below,
 )
 from evomerge.merging.methods.base import Inputs
-from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, magnitude
+from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, delta_in, magnitude
 from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
 _NEGLIGIBLE_L1 = 1e-7
@@ -173,8 +173,6 @@ def _l1(
         steps = known["steps"]
         assert isinstance(steps, float)
         return table[-1], table[int(steps)]
-    assert inputs.base is not None
-    base, tensor = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1)
     sparsifier = SPARSIFIERS[how]
     fields = sparsifier.fields(inputs, index)
     numbers = {
@@ -182,7 +180,7 @@ def _l1(
     }
     before, after = [], []
     for part in pieces(inputs.count, inputs.device):
-        delta = tensor[part].to(torch.float32) - base[part].to(torch.float32)
+        delta = delta_in(inputs, index, part)
         kept = sparsifier.keep(delta, tuple(field[..., part] for field in fields), numbers)
         before.append(exact_l1(delta, largest))
         after.append(exact_l1(delta * kept, largest))
@@ -191,10 +189,5 @@ def _l1(
 
 def _l1_below(inputs: Inputs, index: int, largest: torch.Tensor) -> torch.Tensor:
     """For each number of steps of a uniform field, the L1 norm of the elements that lie below; int64, (65537,)."""
-    assert inputs.base is not None
-    base, tensor, field = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1), inputs.uniforms(index)
-    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=inputs.device)
-    for part in pieces(inputs.count, inputs.device):
-        delta = tensor[part].to(torch.float32) - base[part].to(torch.float32)
-        table.index_add_(0, field_steps(field[..., part]).to(torch.int64) + 1, l1_steps(delta, largest))
-    return table.cumsum(0)
+    field = inputs.uniforms(index)
+    return sums_below(field, inputs.count, lambda part: l1_steps(delta_in(inputs, index, part), largest))
