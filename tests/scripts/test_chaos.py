@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def test_a_search_over_three_nodes_survives_the_loss_of_a_node_and_of_the_driver() -> None:
     """It ends with the undisturbed archive, and nothing that was finished is evaluated again."""
     chaos = [sys.executable, REPOSITORY / "scripts" / "bench" / "chaos", "--plan", "node", "driver"]
-    sizes = ["--evaluations", "16", "--duration", "0.2", "--pause", "0.1"]
+    sizes = ["--evaluations", "40", "--duration", "0.2", "--pause", "0.1"]
     run = subprocess.run([*chaos, *sizes], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
