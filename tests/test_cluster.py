@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from evomerge.workers import ray_address
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach
 from tests.conftest import REPOSITORY
 from tests.test_runs import evaluated, evomerge, start
+from tests.waiting import PATIENCE, wait_until
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 TOKEN = "open-sesame"
@@ -75,18 +75,19 @@ def head() -> Iterator[Head]:
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         patch.setenv("RAY_API_SERVER_ADDRESS", address)
         patch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
-        deadline = time.monotonic() + 60
-        while True:
+
+        def answers() -> bool:
+            assert process.poll() is None
             try:
                 cluster.Cluster(address).jobs()
-                break
             except Exception:
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-                time.sleep(0.3)
+                return False
+            return True
+
+        wait_until(answers, pause=0.3)
         yield Head(address, f"127.0.0.1:{port}")
     process.terminate()
-    process.wait(timeout=60)
+    process.wait(PATIENCE)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -98,14 +99,15 @@ def test_a_submitted_search_is_followed_stopped_and_resumed_by_submitting_it_aga
     first = evomerge(*command).split()[0]
     followed = tmp_path / "followed"
     process = start(tmp_path / "errors", "logs", first, "--follow", output=followed)
-    deadline = time.monotonic() + 120
-    while "25/244" not in followed.read_text():
-        assert time.monotonic() < deadline, followed.read_text()
+
+    def advanced() -> bool:
         assert process.poll() is None, (tmp_path / "errors").read_text()
-        time.sleep(0.1)
+        return "25/244" in followed.read_text()
+
+    wait_until(advanced, followed.read_text)
     evomerge(*command, status=2)  # the job is at work there
     assert " stopped;" in evomerge("stop", first)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(PATIENCE) == 0
     assert f"go on with `evomerge resume {directory}`" in followed.read_text()
     done = evaluated(directory)
     assert json.loads(evomerge("status", directory, "--json"))["state"] == "interrupted"

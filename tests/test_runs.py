@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import yaml
 
 from evomerge import runs, views
 from evomerge.cli import main
+from tests.waiting import PATIENCE, wait_until
 
 REPOSITORY = Path(__file__).parent.parent
 SMOKE = REPOSITORY / "search_spaces" / "smoke.yaml"
@@ -57,11 +57,12 @@ def evaluated(directory: Path) -> list[tuple[str, str]]:
 
 def signal_after(process: "subprocess.Popen[str]", directory: Path, count: int, number: int) -> None:
     """Signals a running search once that many evaluations stand in its log."""
-    deadline = time.monotonic() + 120
-    while len(evaluated(directory)) < count:
+
+    def reached() -> bool:
         assert process.poll() is None, "it ended before it was signaled"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return len(evaluated(directory)) >= count
+
+    wait_until(reached, pause=0.02)
     os.kill(process.pid, number)
 
 
@@ -132,7 +133,7 @@ def test_interrupted_it_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> N
         verb = ("resume", directory) if directory.exists() else ("run", SMOKE, "--output", directory)
         process = start(tmp_path / "errors", *verb)
         signal_after(process, directory, len(evaluated(directory)) + 2, number)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(PATIENCE) == 130
         assert f"evomerge resume {directory}" in (tmp_path / "errors").read_text()
     assert len(evaluated(directory)) == len(set(evaluated(directory)))
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from evomerge.storage import expanded, masked, refuse_password
 from tests.fakes import FakePool
 from tests.test_runs import evomerge
 from tests.test_trials import check_rows_and_trials
+from tests.waiting import wait_until
 
 SECRET = "open-sesame"
 
@@ -67,13 +67,14 @@ def postgres() -> Iterator[str]:
 def await_server(url: str) -> None:
     import psycopg
 
-    for _ in range(100):
+    def answers() -> bool:
         try:
             psycopg.connect(url).close()
-            return
         except psycopg.OperationalError:
-            time.sleep(0.1)
-    raise AssertionError("PostgreSQL did not start")
+            return False
+        return True
+
+    wait_until(answers, pause=0.1)
 
 
 def test_a_run_in_a_shared_storage_is_read_from_its_url_alone_and_its_password_is_written_nowhere(

@@ -16,6 +16,7 @@ from evomerge.workers.ray_address import LOOPBACK_ONLY
 from evomerge.workers.ray_pool import RayPool
 from tests.contracts.pool import PoolContract, job
 from tests.fakes import make_fake_worker, make_worker_that_names_its_gpus
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -143,13 +144,13 @@ def test_workers_join_when_a_node_arrives_and_the_pool_goes_on_when_it_leaves(
     sizes, done = [made.size], []
 
     def run_until(size: int) -> None:
-        deadline = time.monotonic() + 60
-        while sizes[-1] != size:
-            assert time.monotonic() < deadline, sizes
+        def reached() -> bool:
             made.submit(job(f"job{len(done)}", 0.5))
             done.append(made.wait()[1].scores)
             sizes.append(made.size)
-            time.sleep(0.05)
+            return sizes[-1] == size
+
+        wait_until(reached, lambda: sizes)
 
     try:
         node = ray_here.add_node(num_cpus=2)
