@@ -31,6 +31,7 @@ TOKEN = "open-sesame"
 SMALL = (
     "optimizer.evaluations=240",  # some twenty seconds, so that it can be stopped amid
     "optimizer.stages=[]",
+    "workers.placement_timeout=300",
     "items={search: 10, heldout: 10}",
     "controls={}",
     "workers.count=1",

@@ -56,6 +56,7 @@ class RayPool:
     make_worker: Callable[[], Evaluator]
     num_gpus: float
     address: str | None = None
+    _maker: list[Any] = field(init=False, default_factory=list)
     _actors: list[Any] = field(init=False, default_factory=list)
     _free: deque[int] = field(init=False, default_factory=deque)
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
@@ -112,14 +113,16 @@ class RayPool:
         fitting = self._fitting()
         count = self.config.count or max(1, fitting)
         least = min(count, self.config.minimum or self.config.count or 1)
+        patience = self.config.placement_timeout
         if self._own_ray:
             self._check_enough(least)  # only a cluster may grow, which is worth waiting for
+            patience = max(patience, _PATIENCE)  # no other work can be in the way here: the machine is slow
         self._add(count)
         asked = {actor.ready.remote(): index for index, actor in enumerate(self._actors)}
-        placed, _ = self._ray.wait(list(asked), num_returns=least, timeout=self.config.placement_timeout)
+        placed, _ = self._ray.wait(list(asked), num_returns=least, timeout=patience)
         if len(placed) < least:
             self._check_enough(least)
-            raise InputError(self._busy(least))
+            raise InputError(self._busy(least, patience))
         expected = max(least, min(count, fitting))
         placed, waiting = self._ray.wait(list(asked), num_returns=expected, timeout=_COMPANY)
         self._await_models([asked[reference] for reference in placed])
@@ -136,7 +139,8 @@ class RayPool:
         actor = self._ray.remote(EvaluationActor).options(
             num_cpus=self.config.num_cpus, num_gpus=self.num_gpus, max_restarts=-1, max_task_retries=0
         )
-        self._actors.extend(actor.remote(self.make_worker) for _ in range(count))
+        self._maker = self._maker or [self._ray.put(self.make_worker)]  # kept, since actors that restart read it again
+        self._actors.extend(actor.remote(self._maker) for _ in range(count))
 
     def _fitting(self) -> int:
         """As many workers as the cluster's nodes hold."""
@@ -168,11 +172,12 @@ class RayPool:
                     "or add nodes."
                 )
 
-    def _busy(self, count: int) -> str:
+    def _busy(self, count: int, patience: float) -> str:
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in self._bundle.items())
         return (
-            f"workers: {count} worker(s) of {wanted} each found no free place in {self.config.placement_timeout:g} s, "
-            "since other work holds the cluster's resources; wait for it, or lower workers.count."
+            f"workers: {count} worker(s) of {wanted} each found no free place in {patience:g} s: other work "
+            "holds the cluster's resources, or its machines are slow to start workers; wait for it, lower "
+            "workers.count, or raise workers.placement_timeout."
         )
 
     def _await_models(self, actors: list[int]) -> None:
@@ -386,8 +391,10 @@ def _no_room(error: Exception) -> str:
 class EvaluationActor:
     """The actor: a worker made in the actor's own process, by `load` or on first use after a restart."""
 
-    def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
-        self._make_worker = make_worker
+    def __init__(self, maker: list[Any]) -> None:
+        """maker: the reference of what makes the worker, in a list, so that Ray doesn't read it at once: that may take
+        the import of torch, which is no matter of finding a place."""
+        self._maker = maker
         self._worker: Evaluator | None = None
 
     def ready(self) -> None:
@@ -405,12 +412,19 @@ class EvaluationActor:
         if process == killed:
             raise RuntimeError("this process is about to end")
         try:
-            self._worker = self._worker or self._make_worker()
+            self._make_worker()
         except EvomergeError as error:
             return str(error), node, process
         return None, node, process
 
     def evaluate(self, recipe: Any, split: Any, subset: Any) -> Evaluation:
+        return evaluate_guarded(self._make_worker(), recipe, split, subset)
+
+    def _make_worker(self) -> Evaluator:
+        """The worker; the first call makes it."""
         if self._worker is None:
-            self._worker = self._make_worker()
-        return evaluate_guarded(self._worker, recipe, split, subset)
+            import ray
+
+            make: Callable[[], Evaluator] = ray.get(self._maker[0])
+            self._worker = make()
+        return self._worker

@@ -114,6 +114,34 @@ def test_a_worker_without_resources_is_a_sentence_that_names_them_within_a_minut
     assert time.monotonic() - started < 60
 
 
+def test_a_worker_that_finds_the_cluster_at_other_work_is_a_sentence_that_says_so(ray_here: Any) -> None:
+    others = RayPool(WorkersConfig(count=1, num_cpus=2), make_fake_worker, num_gpus=0)
+    try:
+        with pytest.raises(InputError, match=r"1 worker\(s\) of 1 CPU each found no free place in 1 s: other work"):
+            RayPool(WorkersConfig(count=1, placement_timeout=1), make_fake_worker, num_gpus=0)
+    finally:
+        others.close()
+
+
+class Unreadable:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return refuse_to_read, ()
+
+
+def refuse_to_read() -> None:
+    raise RuntimeError("cannot be read")
+
+
+def test_an_actor_has_its_place_before_it_reads_what_makes_its_worker(ray_here: Any) -> None:
+    """To read it may import torch, which takes longer on a busy machine than a place may be waited for."""
+    import ray
+
+    actor = ray_pool.EvaluationActor([ray.put(Unreadable())])
+    actor.ready()
+    with pytest.raises(ray.exceptions.RaySystemError, match="cannot be read"):
+        actor.load()
+
+
 def test_without_a_count_there_are_as_many_workers_as_fit(ray_here: Any) -> None:
     made = RayPool(WorkersConfig(num_cpus=0.8), make_fake_worker, num_gpus=0)
     try:
