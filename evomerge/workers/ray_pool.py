@@ -56,7 +56,6 @@ class RayPool:
     make_worker: Callable[[], Evaluator]
     num_gpus: float
     address: str | None = None
-    _maker: list[Any] = field(init=False, default_factory=list)
     _actors: list[Any] = field(init=False, default_factory=list)
     _free: deque[int] = field(init=False, default_factory=deque)
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
@@ -139,8 +138,8 @@ class RayPool:
         actor = self._ray.remote(EvaluationActor).options(
             num_cpus=self.config.num_cpus, num_gpus=self.num_gpus, max_restarts=-1, max_task_retries=0
         )
-        self._maker = self._maker or [self._ray.put(self.make_worker)]  # kept, since actors that restart read it again
-        self._actors.extend(actor.remote(self._maker) for _ in range(count))
+        maker = self._ray.cloudpickle.dumps(self.make_worker)
+        self._actors.extend(actor.remote(maker) for _ in range(count))
 
     def _fitting(self) -> int:
         """As many workers as the cluster's nodes hold."""
@@ -391,9 +390,9 @@ def _no_room(error: Exception) -> str:
 class EvaluationActor:
     """The actor: a worker made in the actor's own process, by `load` or on first use after a restart."""
 
-    def __init__(self, maker: list[Any]) -> None:
-        """maker: the reference of what makes the worker, in a list, so that Ray doesn't read it at once: that may take
-        the import of torch, which is no matter of finding a place."""
+    def __init__(self, maker: bytes) -> None:
+        """maker: what makes the worker, as Ray sends it, but not read by Ray: that may take the import of torch, which
+        is no matter of finding a place."""
         self._maker = maker
         self._worker: Evaluator | None = None
 
@@ -425,6 +424,6 @@ class EvaluationActor:
         if self._worker is None:
             import ray
 
-            make: Callable[[], Evaluator] = ray.get(self._maker[0])
+            make: Callable[[], Evaluator] = ray.cloudpickle.loads(self._maker)
             self._worker = make()
         return self._worker
