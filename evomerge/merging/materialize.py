@@ -5,6 +5,7 @@ and never touches the disk. A candidate of other layers is a view, which shares 
 What candidates have in common (uniform fields, thresholds, scalar products) is made on first use and kept.
 """
 
+import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
@@ -28,6 +30,7 @@ from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
+_LARGE = 1 << 16  # bytes of what is worth pages of its own
 
 
 class ResidentModels:
@@ -178,7 +181,7 @@ class ResidentModels:
         """given: the device, and the tensors that are merged into `name`, the base's first."""
         key = (name, what, given[0], *(given[index + 2] for index in models))
         if key not in self._known:
-            self._known[key] = make()
+            self._known[key] = tree_map_only(torch.Tensor, _lasting, make())
         known: T = self._known[key]
         return known
 
@@ -190,6 +193,17 @@ class ResidentModels:
             return as_field(uniform_field(seed, position, name, count, device), self._planes)
 
         return self._once(name, (device,), ("uniforms", seed, position), (), make)
+
+
+def _lasting(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of what is kept for all candidates, where it is large, in memory of its own: in malloc's it would stand
+    between what candidates free, and leave holes there."""
+    if tensor.nbytes < _LARGE or tensor.device.type not in ("cpu", "meta"):
+        return tensor
+    if tensor.is_meta:  # a rehearsal, which counts the copy
+        return tensor.clone()
+    mapped = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _template(name: str, templates: Sequence[int]) -> str:
