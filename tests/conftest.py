@@ -26,6 +26,15 @@ settings.register_profile("suite", deadline=None, derandomize=True)  # the machi
 settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what takes minutes to hours, unless -m asks for it."""
+    if "exhaustive" in str(config.getoption("-m")):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and three fine-tunes: Llamas of 4 layers, 32 wide, float32, random weights, with the zoo's tokenizer."""
