@@ -15,7 +15,7 @@ from evomerge.candidate import Candidate, Evaluation
 from evomerge.config import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.generations import propose
-from evomerge.optimizers import Optimizer
+from evomerge.optimizers.base import Optimizer
 from evomerge.pareto import Scores
 from evomerge.spaces import SearchSpace
 from evomerge.workers import Job

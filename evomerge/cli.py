@@ -394,9 +394,10 @@ def _kinds(genes: Sequence[dict[str, Any]], searched: bool) -> str:
 def spaces(as_json: AsJson = False) -> None:
     """The kinds of search spaces with their options, genes and sources."""
     from evomerge import terminal
-    from evomerge.spaces.table import SPACES
+    from evomerge.config import SPACES
+    from evomerge.spaces.table import space_row
 
-    rows = [space.row() for space in SPACES.values()]
+    rows = [space_row(kind, space) for kind, space in SPACES.items()]
     if as_json:
         return _print_json(rows)
     for row in rows:

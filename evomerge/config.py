@@ -6,14 +6,28 @@ copy in a run directory says all that the archive depends on. Paths are relative
 """
 
 import hashlib
+import importlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from evomerge.documents import read_yaml, set_value, shown, validate
 from evomerge.errors import InputError, choices, naming
@@ -59,7 +73,22 @@ class GeneChange(Settings):
     fixed: float | None = None
 
 
-class SpaceConfig(Settings):
+class SpaceSettings(Settings):
+    """What every kind of search space has: its kind, by which the table `SPACES` knows it.
+
+    changes_layers: whether its recipes have other layers than the base, or the same in another order.
+    """
+
+    kind: str = "parameter"
+    changes_layers: ClassVar[bool] = False
+
+    @property
+    def merging(self) -> "SpaceConfig | None":
+        """How models are merged in this space; None where no weights are merged."""
+        return None
+
+
+class SpaceConfig(SpaceSettings):
     """The parameter space: which numbers of a merge are searched, per model and per group of tensors.
 
     method: one, or a list, of which the search chooses (it starts with the first). participate: the search chooses
@@ -90,6 +119,10 @@ class SpaceConfig(Settings):
         if info.field_name == "lambda_" and "fixed" not in value:
             default["fixed"] = None  # to write bounds for lambda is to ask for it
         return {**default, **value}
+
+    @property
+    def merging(self) -> "SpaceConfig | None":
+        return self
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -148,7 +181,7 @@ SCALED_FORMS = ("path", "slots")
 FREE = "free"
 
 
-class DataFlowConfig(Settings):
+class DataFlowConfig(SpaceSettings):
     """The data-flow space: which layers of which models, in what order.
 
     `sources` are names of models, or `base`; by default all of the models. `embeddings` and `head` name the model that
@@ -157,6 +190,7 @@ class DataFlowConfig(Settings):
     """
 
     kind: Literal["data_flow"] = "data_flow"
+    changes_layers = True
     form: Form = "path"
     sources: tuple[str, ...] | None = Field(default=None, min_length=1)
     granularity: int = Field(default=1, ge=1)
@@ -207,7 +241,7 @@ class PathConfig(Settings):
     max_distance: int | None = Field(default=None, ge=0)
 
 
-class HybridConfig(Settings):
+class HybridConfig(SpaceSettings):
     """Both at once: a merge with its parameters, and a path through the merge's layers and those of the models.
 
     With optimizer.stages the first can find the merge and the second the path (Akiba et al. 2025, section 3.3);
@@ -215,21 +249,178 @@ class HybridConfig(Settings):
     """
 
     kind: Literal["hybrid"] = "hybrid"
+    changes_layers = True
     parameter: SpaceConfig = SpaceConfig()
     path: PathConfig = PathConfig()
 
+    @property
+    def merging(self) -> "SpaceConfig | None":
+        return self.parameter
 
-def _kind_of(space: Any) -> str:
-    """Which space is meant; a block that does not say is the parameter space."""
-    return str(space.get("kind", "parameter") if isinstance(space, Mapping) else getattr(space, "kind", "parameter"))
+
+Maker = str | Callable[..., Any]
 
 
-AnySpaceConfig = Annotated[
-    Annotated[SpaceConfig, Tag("parameter")]
-    | Annotated[DataFlowConfig, Tag("data_flow")]
-    | Annotated[HybridConfig, Tag("hybrid")],
-    Discriminator(_kind_of),
-]
+def imported(maker: Maker) -> Callable[..., Any]:
+    """A row's maker. One written as `module:name` is imported now, so that reading a table imports nothing."""
+    if callable(maker):
+        return maker
+    module, _, name = maker.partition(":")
+    made: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceRow:
+    """A kind of search space.
+
+    description: what it searches, in a phrase.
+    paper: where it comes from.
+    settings: the model of the file's `space` block.
+    make: makes the SearchSpace of a SearchConfig, the base's tensor names and its model type.
+    genes: makes the list of its kinds of genes (`spaces.table.GeneRow`).
+    """
+
+    description: str
+    paper: str
+    settings: type[SpaceSettings]
+    make: Maker
+    genes: Maker
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRow:
+    """An optimizer.
+
+    make: makes the Optimizer of an OptimizerConfig and a Problem.
+    population: the usual size of a generation, given the number of genes.
+    smallest: the least size of a generation.
+    learns_ranks: whether it learns from the ranks in a generation, so that subsets of items pay.
+    sequential: whether a generation is built on the scores of the one before: no lag, no stages, no async schedule.
+    most: the most candidates that it can try, given the number of models; None where there is no end.
+    check: raises InputError where it cannot search a set of kinds of genes; it is given that set.
+    """
+
+    make: Maker
+    population: Callable[[int], int]
+    smallest: int = 1
+    learns_ranks: bool = False
+    sequential: bool = False
+    most: Callable[[int], int] | None = None
+    check: Maker | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """What a candidate costs, as an objective to be minimized.
+
+    measure: the cost, given the model and the seconds that its evaluation took.
+    of_items: whether it depends on how many items are scored.
+    """
+
+    measure: Maker
+    of_items: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRow:
+    """A pool of workers.
+
+    make: makes the WorkerPool of a SearchConfig, what makes a worker, and the address of a cluster or None.
+    processes: whether its workers are processes of their own, so that one can be stopped.
+    """
+
+    make: Maker
+    processes: bool = True
+
+
+def _covariance_population(dimension: int) -> int:
+    return max(8, 4 + int(3 * math.log(dimension)))
+
+
+SPACES: dict[str, SpaceRow] = {
+    "parameter": SpaceRow(
+        description="the numbers of merge methods, which method, and which models",
+        paper="Akiba et al. 2025, Evolutionary optimization of model merging recipes, section 3.1, arXiv:2403.13187",
+        settings=SpaceConfig,
+        make="evomerge.spaces.parameter:make",
+        genes="evomerge.spaces.table:of_parameter_space",
+    ),
+    "data_flow": SpaceRow(
+        description="which layers of which models, in what order",
+        paper="Akiba et al. 2025, section 3.2",
+        settings=DataFlowConfig,
+        make="evomerge.spaces.data_flow:make",
+        genes="evomerge.spaces.table:of_paths",
+    ),
+    "hybrid": SpaceRow(
+        description="a merge, and a path through its layers and those of its models",
+        paper="Akiba et al. 2025, section 3.3",
+        settings=HybridConfig,
+        make="evomerge.spaces.hybrid:make",
+        genes="evomerge.spaces.table:of_both",
+    ),
+}
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "cma_es": OptimizerRow("evomerge.optimizers.cma_es:CmaEs", _covariance_population, smallest=4, learns_ranks=True),
+    "cat_cma": OptimizerRow("evomerge.optimizers.cat_cma:make", _covariance_population, smallest=4, learns_ranks=True),
+    "path_evolution": OptimizerRow(
+        "evomerge.optimizers.path_evolution:make",
+        lambda _: 8,
+        check="evomerge.optimizers.path_evolution:check",
+    ),
+    "group_evolution": OptimizerRow("evomerge.optimizers.group_evolution:GroupEvolution", lambda _: 2),
+    "random_search": OptimizerRow("evomerge.optimizers.random_search:RandomSearch", lambda _: 16),
+    "greedy_soup": OptimizerRow(
+        "evomerge.optimizers.greedy_soup:GreedySoup",
+        lambda _: 1,
+        sequential=True,
+        most=lambda models: models,
+        check="evomerge.optimizers.greedy_soup:check",
+    ),
+}
+COSTS: dict[str, CostRow] = {
+    "layers": CostRow("evomerge.evaluation.costs:layers"),
+    "parameters": CostRow("evomerge.evaluation.costs:parameters"),
+    "seconds": CostRow("evomerge.evaluation.costs:seconds", of_items=True),
+}
+POOLS: dict[str, PoolRow] = {
+    "ray": PoolRow("evomerge.workers.ray_pool:make"),
+    "local": PoolRow("evomerge.workers.local_pool:make", processes=False),
+}
+
+
+def _one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """That a name stands in a table, as it is when the name is read."""
+
+    def check(name: str) -> str:
+        known = list(names())
+        if name not in known:
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{each}'" for each in known)})
+        return name
+
+    return AfterValidator(check)
+
+
+OptimizerName = Annotated[str, _one_of(lambda: ["auto", *OPTIMIZERS])]
+StageName = Annotated[str, _one_of(lambda: [name for name, row in OPTIMIZERS.items() if not row.sequential])]
+CostName = Annotated[str, _one_of(lambda: COSTS)]
+PoolName = Annotated[str, _one_of(lambda: POOLS)]
+
+
+def _as_its_kind(space: Any) -> Any:
+    """A `space` block as the settings of its kind; one that does not say is the parameter space."""
+    if not isinstance(space, Mapping):
+        return space
+    kind = space.get("kind", "parameter")
+    if not isinstance(kind, str) or kind not in SPACES:
+        expected = ", ".join(f"'{name}'" for name in SPACES)
+        problem = {"type": "literal_error", "loc": ("kind",), "input": kind, "ctx": {"expected": expected}}
+        raise ValidationError.from_exception_data("space", [problem])  # type: ignore[list-item]
+    return SPACES[kind].settings.model_validate(space)
+
+
+AnySpaceConfig = Annotated[SerializeAsAny[SpaceSettings], BeforeValidator(_as_its_kind)]
 
 
 class ObjectiveConfig(Settings):
@@ -243,7 +434,7 @@ class ObjectiveConfig(Settings):
     task: str = ""
     metric: str = "acc"
     filter: str | None = None
-    cost: Literal["layers", "parameters", "seconds"] | None = None
+    cost: CostName | None = None
     goal: Literal["maximize", "minimize"] | None = None
     weight: float = Field(default=1.0, ge=0)
     max: float | None = Field(default=None, gt=0)
@@ -367,9 +558,6 @@ class EvaluationConfig(Settings):
         return self
 
 
-OptimizerName = Literal["cma_es", "cat_cma", "path_evolution", "group_evolution", "random_search"]
-
-
 class StageConfig(Settings):
     """A part of the search that moves only some kinds of genes; the last stage takes what is left of the budget.
 
@@ -378,7 +566,7 @@ class StageConfig(Settings):
 
     genes: tuple[str, ...] = Field(min_length=1)
     evaluations: int | None = Field(default=None, ge=1)
-    name: OptimizerName | None = None
+    name: StageName | None = None
     population: int | None = Field(default=None, ge=1)
 
 
@@ -389,9 +577,7 @@ class OptimizerConfig(Settings):
     it proposes depends on the order in which evaluations finish. That order is recorded, and resuming keeps to it.
     """
 
-    name: Literal["auto", "cma_es", "cat_cma", "path_evolution", "group_evolution", "random_search", "greedy_soup"] = (
-        "auto"
-    )
+    name: OptimizerName = "auto"
     evaluations: int = Field(default=300, ge=1)
     population: int | None = Field(default=None, ge=1)
     schedule: Literal["pipelined", "async"] = "pipelined"
@@ -408,12 +594,21 @@ class OptimizerConfig(Settings):
                 raise ValueError(f".stages[{index}].evaluations is missing; every stage but the last needs a number")
         return self
 
+    @property
+    def row(self) -> OptimizerRow | None:
+        """The optimizer's row; None while its name is `auto`."""
+        return OPTIMIZERS.get(self.name)
+
     @model_validator(mode="after")
-    def _soup(self) -> Self:
-        if self.name == "greedy_soup" and self.stages:
-            raise ValueError(".stages are given, but greedy_soup has none; leave them out")
-        if self.name == "greedy_soup" and self.schedule == "async":
-            raise ValueError(".schedule is async, but greedy_soup builds each soup on the one before; use pipelined")
+    def _sequence(self) -> Self:
+        if self.row is None or not self.row.sequential:
+            return self
+        if self.stages:
+            raise ValueError(f".stages are given, but {self.name} has none; leave them out")
+        if self.schedule == "async":
+            raise ValueError(
+                f".schedule is async, but {self.name} builds each candidate on the one before; use pipelined"
+            )
         return self
 
 
@@ -436,7 +631,7 @@ class WorkersConfig(Settings):
     the search to start: all of a count by default, else one.
     """
 
-    pool: Literal["ray", "local"] = "ray"
+    pool: PoolName = "ray"
     count: int | None = Field(default=None, ge=1)
     minimum: int | None = Field(default=None, ge=1)
     num_cpus: float = Field(default=1, ge=0)
@@ -447,7 +642,7 @@ class WorkersConfig(Settings):
 
     @model_validator(mode="after")
     def _limit(self) -> Self:
-        if self.time_limit is not None and self.pool == "local":
+        if self.time_limit is not None and not POOLS[self.pool].processes:
             raise ValueError(
                 f".time_limit is {self.time_limit:g}, but only a worker in a process of its own can be stopped; "
                 "use pool: ray, or set it to null"
@@ -500,7 +695,7 @@ class SearchConfig(Settings):
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
-        if not self.models and self.space.kind != "data_flow":
+        if not self.models and self.space.merging is not None:
             raise ValueError(".models is {}; give at least one")
         device, gpus = self.evaluation.device, self.workers.num_gpus or 0
         if gpus > 1 and device.startswith("cuda:"):
@@ -511,7 +706,7 @@ class SearchConfig(Settings):
 
     @model_validator(mode="after")
     def _layers(self) -> Self:
-        if self.evaluation.backend == "vllm" and self.space.kind != "parameter":
+        if self.evaluation.backend == "vllm" and self.space.changes_layers:
             raise ValueError(
                 f".evaluation.backend is vllm, whose engine has the base's layers only, but space.kind is "
                 f"{self.space.kind}; use backend: hf"
@@ -559,9 +754,10 @@ class SearchConfig(Settings):
 
     @property
     def budget(self) -> int:
-        """How many search candidates there are to be: a greedy soup ends once it has tried each model."""
-        most = self.optimizer.evaluations
-        return min(most, len(self.models)) if self.optimizer.name == "greedy_soup" else most
+        """How many search candidates there are to be: some optimizers come to an end before."""
+        row = self.optimizer.row
+        asked = self.optimizer.evaluations
+        return asked if row is None or row.most is None else min(asked, row.most(len(self.models)))
 
     def digest(self) -> str:
         """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage, and

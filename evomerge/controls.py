@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 
 from evomerge.candidate import Candidate
-from evomerge.config import HybridConfig, SearchConfig, SpaceConfig
+from evomerge.config import SearchConfig
 from evomerge.errors import InputError
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Parameters, Provenance, Recipe, Source, linear, single
@@ -76,19 +76,12 @@ def _count_essential(config: SearchConfig) -> int:
 
 
 def _merges(config: SearchConfig) -> bool:
-    return config.space.kind != "data_flow"
-
-
-def merge_space(config: SearchConfig) -> SpaceConfig | None:
-    """The parameter space of a search, whether it is all of it or a part."""
-    if isinstance(config.space, HybridConfig):
-        return config.space.parameter
-    return config.space if isinstance(config.space, SpaceConfig) else None
+    return config.space.merging is not None
 
 
 def start_of_weights(config: SearchConfig) -> float | None:
     """Where all weights start, if the config says so."""
-    space = merge_space(config)
+    space = config.space.merging
     return space.weight.start if space is not None else None
 
 
@@ -149,7 +142,7 @@ def _same_for_all(config: SearchConfig, method: str, parameters: Parameters) -> 
 
 
 def _merge(config: SearchConfig, method: str, parameters: Sequence[Parameters]) -> Recipe:
-    sources, space = zip(config.models.values(), parameters, strict=True), merge_space(config)
+    sources, space = zip(config.models.values(), parameters, strict=True), config.space.merging
     assert space is not None
     shared: Parameters = {"normalize": False}
     return Recipe(

@@ -75,9 +75,6 @@ def _sentence(model: type[BaseModel], document: Mapping[str, Any], errors: Seque
     key = _key(location)
     if error["type"] == "extra_forbidden":
         return f"{key} is not a known key; {choices(str(location[-1]), _keys_at(model, location[:-1], document))}."
-    if error["type"] == "union_tag_invalid":
-        kinds = re.findall(r"'([^']*)'", error["ctx"]["expected_tags"])
-        return f"{key}.kind is {shown(error['ctx']['tag'])}; {choices(str(error['ctx']['tag']), kinds)}."
     if error["type"] == "missing":
         return f"{key} is required but missing; add it."
     if error["type"] == "value_error":
@@ -141,9 +138,15 @@ def _keys_at(model: type[BaseModel], location: Location, document: Any) -> list[
         document = document[part]
         if part in fields:
             found = _models_in(fields[str(part)].annotation)
-            kind = document.get("kind") if isinstance(document, Mapping) else None
+            kind = _kind(found, document)
             model = next((each for each in found if kind in _kinds(each)), next(iter(found), model))
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _kind(models: Sequence[type[BaseModel]], document: Any) -> Any:
+    """Which of several models a block is of: what its `kind` says, or else what the first model's is by default."""
+    default = next((field.default for model in models[:1] if (field := model.model_fields.get("kind"))), None)
+    return document.get("kind", default) if isinstance(document, Mapping) else default
 
 
 def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
@@ -154,7 +157,7 @@ def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
+        return [annotation, *annotation.__subclasses__()]
     return [found for argument in getattr(annotation, "__args__", ()) for found in _models_in(argument)]
 
 

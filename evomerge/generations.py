@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evomerge.candidate import Candidate, Evaluation, Subset
 from evomerge.config import SearchConfig
 from evomerge.criteria import Criteria
-from evomerge.optimizers import Optimizer
+from evomerge.optimizers.base import Optimizer
 from evomerge.spaces import Genome, SearchSpace
 from evomerge.subsets import Subsets
 from evomerge.workers import Job

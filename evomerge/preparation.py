@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge import optimizers
-from evomerge.config import DataFlowConfig, HybridConfig, SearchConfig, load
+from evomerge.config import COSTS, OPTIMIZERS, SPACES, SearchConfig, imported, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, choices, naming
-from evomerge.layers import layer_count
 from evomerge.merging.experts import check_view
 from evomerge.merging.sources import (
     FLOATS,
@@ -29,15 +27,12 @@ from evomerge.merging.sources import (
     preflight,
     tensor_table,
 )
-from evomerge.spaces import TAKE, SearchSpace
+from evomerge.optimizers.make import resolve
+from evomerge.spaces import SearchSpace
 from evomerge.spaces.data_flow import DataFlowSpace
-from evomerge.spaces.hybrid import HybridSpace
-from evomerge.spaces.parameter import ParameterSpace
-from evomerge.spaces.paths import HOP
 
 _WORTH_COMPILING = 50_000_000  # parameters
 _WORTH_A_SUBSET = 100  # search items
-_BY_RANKS = {"cma_es", "cat_cma"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +81,7 @@ def prepare(config: SearchConfig) -> Prepared:
     device = _device(config)
     resolved = config.model_copy(
         update={
-            "optimizer": optimizers.resolve(
+            "optimizer": resolve(
                 config.optimizer, len(prepared.space.genes), len(config.objectives), prepared.space.genes
             ),
             "evaluation": config.evaluation.model_copy(
@@ -152,21 +147,12 @@ def reopen(config: SearchConfig) -> Prepared:
 
 
 def _make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:
-    base, models, layers = config.base, config.models, layer_count(tensors)
-    kind = model_config(find_source(base, base).folder)["model_type"]
-    if isinstance(config.space, DataFlowConfig | HybridConfig):
+    kind = model_config(find_source(config.base, config.base).folder)["model_type"]
+    if config.space.changes_layers:
         with naming("space"):
             check_view(kind)
-    if isinstance(config.space, DataFlowConfig):
-        space = DataFlowSpace(config.space, base, models, layers, kind)
-        if not space.genes:
-            raise InputError("space: there is nothing to search; allow more layers, sources or blocks.")
-        return space
-    if isinstance(config.space, HybridConfig):
-        with naming("space.parameter"):
-            parameter = ParameterSpace(config.space.parameter, base, models, tensors, config.seed)
-        return HybridSpace(config.space, parameter, base, models, layers)
-    return ParameterSpace(config.space, base, models, tensors, config.seed)
+    space: SearchSpace = imported(SPACES[config.space.kind].make)(config, tensors, kind)
+    return space
 
 
 def _read_headers(key: str, reference: str, base: str) -> dict[str, TensorInfo]:
@@ -213,22 +199,25 @@ def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool
     if config.subsets is False:
         return False
     hindrance = None
+    costs = [objective.cost for objective in config.objectives if objective.cost is not None]
+    of_items = [cost for cost in costs if COSTS[cost].of_items]
     if whole is not None:
         hindrance = f"{whole} is no mean over items"
     elif items == 0:
         hindrance = "there are only costs"
-    elif any(objective.cost == "seconds" for objective in config.objectives):
-        hindrance = "the cost 'seconds' depends on how many items there are"
+    elif of_items:
+        hindrance = f"the cost '{of_items[0]}' depends on how many items there are"
     elif config.optimizer.schedule != "pipelined":
         hindrance = f"optimizer.schedule is {config.optimizer.schedule}, which has no generations"
-    elif config.optimizer.name == "greedy_soup":
-        hindrance = "greedy_soup compares its few candidates on all items"
+    elif OPTIMIZERS[config.optimizer.name].sequential:
+        hindrance = f"{config.optimizer.name} compares its few candidates on all items"
     if config.subsets is True and hindrance is not None:
         raise InputError(f"subsets is true, but {hindrance}; set it to false or auto.")
     if config.subsets is True:
         return True
     names = {config.optimizer.name, *(stage.name for stage in config.optimizer.stages if stage.name)}
-    return hindrance is None and names <= _BY_RANKS and items >= _WORTH_A_SUBSET
+    learn = all(OPTIMIZERS[name].learns_ranks for name in names)
+    return hindrance is None and learn and items >= _WORTH_A_SUBSET
 
 
 def _check_named_once(config: SearchConfig) -> None:
@@ -262,18 +251,10 @@ def _check_vocabularies(config: SearchConfig, space: SearchSpace) -> None:
 
 def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
     kinds = {gene.kind for gene in space.genes}
-    used = {stage.name for stage in config.optimizer.stages if stage.name} | {config.optimizer.name}
-    if "path_evolution" in used and HOP not in kinds:
-        raise InputError(
-            "optimizer.name is path_evolution, but the space has no hops; use it with space.form path or a hybrid."
-        )
-    if config.optimizer.name == "greedy_soup" and kinds != {TAKE}:
-        others = sorted(kinds - {TAKE})
-        raise InputError(
-            "optimizer.name is greedy_soup, which chooses models and nothing else, so space.participate must be true"
-            + (f" and {', '.join(others)} fixed" if others else "")
-            + "; change the space, or use another optimizer."
-        )
+    used = dict.fromkeys([config.optimizer.name, *(stage.name for stage in config.optimizer.stages if stage.name)])
+    for check in (OPTIMIZERS[name].check for name in used):
+        if check is not None:
+            imported(check)(kinds)
     for index, stage in enumerate(config.optimizer.stages):
         missing = sorted(set(stage.genes) - kinds)
         if missing:

@@ -18,7 +18,7 @@ from typing import Any
 
 from evomerge import config as configs
 from evomerge.archive import DATABASE, SEARCH_FILE, TASKS, Archive, Record, check_storage, presence, study_prefix
-from evomerge.config import SearchConfig
+from evomerge.config import POOLS, SearchConfig, imported
 from evomerge.criteria import criteria_of
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.export import shared_recipe
@@ -206,17 +206,8 @@ def make_pool(config: SearchConfig, address: str | None = None) -> WorkerPool:
     """The configured pool, its workers ready."""
     from evomerge.workers.worker import Worker
 
-    maker = partial(Worker, config)
-    if config.workers.pool == "local":
-        from evomerge.workers.local_pool import LocalPool
-
-        return LocalPool(maker)
-    from evomerge.workers.ray_pool import RayPool
-
-    num_gpus = config.workers.num_gpus
-    if num_gpus is None:
-        num_gpus = 1.0 if config.evaluation.device.startswith("cuda") else 0.0
-    return RayPool(config.workers, maker, num_gpus, address)
+    pool: WorkerPool = imported(POOLS[config.workers.pool].make)(config, partial(Worker, config), address)
+    return pool
 
 
 class _Journal:

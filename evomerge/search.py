@@ -26,7 +26,8 @@ from evomerge.controls import (
 from evomerge.criteria import Criteria, check_limits, criteria_of
 from evomerge.errors import WorkFailed
 from evomerge.generations import Generations
-from evomerge.optimizers import Problem, make_optimizer
+from evomerge.optimizers.base import Problem
+from evomerge.optimizers.make import make_optimizer
 from evomerge.optimizers.ranking import Ranking, weighted_means
 from evomerge.pareto import front_mask
 from evomerge.spaces import SearchSpace

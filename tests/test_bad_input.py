@@ -307,7 +307,7 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     ),
     "a greedy soup that does not wait": (
         {"optimizer": {"name": "greedy_soup", "schedule": "async"}},
-        "optimizer.schedule is async, but greedy_soup builds each soup on the one before; use pipelined",
+        "optimizer.schedule is async, but greedy_soup builds each candidate on the one before; use pipelined",
     ),
     "groups that leave layers out": (
         {"space.layer_groups": ["0-1"]},

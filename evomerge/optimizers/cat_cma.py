@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem
+from evomerge.optimizers.base import Problem
+from evomerge.optimizers.in_generations import InGenerations
 from evomerge.pareto import Scores
 from evomerge.quiet import quiet
 from evomerge.spaces import Gene, Genome, canonical
 
 _CHANGED = 4.0  # choices that differ from the start, on average, in the first generation
 _MARGIN = 0.02  # of the box: a start on a bound would leave half of every first generation on it
+
+
+def make(config: OptimizerConfig, problem: Problem) -> InGenerations:
+    """CatCMA, told whole generations."""
+    return InGenerations(CatCma(config, problem))
 
 
 class CatCma:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem
+from evomerge.optimizers.base import Problem
 from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.optimizers.relaxation import Relaxation

@@ -5,14 +5,27 @@ in which every gene says whether a model takes part; of a soup without weights t
 """
 
 from collections import deque
+from collections.abc import Set
 
 import numpy as np
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem
+from evomerge.errors import InputError
+from evomerge.optimizers.base import Problem
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
 from evomerge.spaces import TAKE, Genome, canonical
+
+
+def check(kinds: Set[str]) -> None:
+    """Raises InputError where a space has other kinds of genes than those that say who takes part."""
+    if kinds != {TAKE}:
+        others = sorted(kinds - {TAKE})
+        raise InputError(
+            "optimizer.name is greedy_soup, which chooses models and nothing else, so space.participate must be true"
+            + (f" and {', '.join(others)} fixed" if others else "")
+            + "; change the space, or use another optimizer."
+        )
 
 
 class GreedySoup:

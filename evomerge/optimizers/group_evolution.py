@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem
+from evomerge.optimizers.base import Problem
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.optimizers import Optimizer
+from evomerge.optimizers.base import Optimizer
 from evomerge.optimizers.pending import Pending
 from evomerge.pareto import Scores
 from evomerge.spaces import Genome

@@ -8,13 +8,17 @@ embeddings) change one group at a time, as in `group_evolution`. Candidates are 
 whatever the ranking: a front of several objectives is full of paths that are only good at being short.
 """
 
+from collections.abc import Set
+
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem
+from evomerge.errors import InputError
+from evomerge.optimizers.base import Problem
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.optimizers.group_evolution import change_group
+from evomerge.optimizers.in_generations import InGenerations
 from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Genome
@@ -25,6 +29,19 @@ _NEW, _CROSSED, _ELSEWHERE, _MORE = 0.15, 0.4, 0.25, 0.6
 _DRAWS = 20
 _LASTED = 2  # generations that a path must have been the best before its scales are tuned
 Path = list[Step]
+
+
+def make(config: OptimizerConfig, problem: Problem) -> InGenerations:
+    """The evolution of paths, told whole generations."""
+    return InGenerations(PathEvolution(config, problem))
+
+
+def check(kinds: Set[str]) -> None:
+    """Raises InputError for a space without hops."""
+    if HOP not in kinds:
+        raise InputError(
+            "optimizer.name is path_evolution, but the space has no hops; use it with space.form path or a hybrid."
+        )
 
 
 class PathEvolution:

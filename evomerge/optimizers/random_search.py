@@ -3,7 +3,7 @@
 import numpy as np
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Problem
+from evomerge.optimizers.base import Problem
 from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Gene, Genome, at, canonical

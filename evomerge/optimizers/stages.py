@@ -1,12 +1,13 @@
 """Stages: parts of a search that move only some kinds of genes, each starting at the best candidate told so far."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig, StageConfig
-from evomerge.optimizers import Maker, Optimizer, Problem
+from evomerge.optimizers.base import Optimizer, Problem
 from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.pareto import Scores
@@ -16,7 +17,9 @@ from evomerge.spaces import Genome, active, canonical
 class StagedOptimizer:
     """Runs the configured optimizer on one stage's genes after the other; the rest stay at the stage's start."""
 
-    def __init__(self, config: OptimizerConfig, problem: Problem, maker: Maker) -> None:
+    def __init__(
+        self, config: OptimizerConfig, problem: Problem, maker: Callable[[OptimizerConfig, Problem], Optimizer]
+    ) -> None:
         self._config, self._problem, self._maker = config, problem, maker
         self._best = Incumbent(problem.start)
         self._pending: Pending[Optimizer] = Pending()

@@ -1,7 +1,7 @@
 """SearchSpace: the genome's entries by name, bounds and kind, and how a genome decodes to a recipe.
 
-To add a space: write a class with this protocol, add its row to table.py, and run it through the contract in
-tests/contracts/space.py.
+To add a space: write its settings, a class with this protocol and what makes it of a config in a file of its own, add a
+row to `SPACES` in the config, and run it through the contract in tests/contracts/space.py.
 """
 
 from collections.abc import Mapping, Sequence

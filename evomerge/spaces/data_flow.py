@@ -11,14 +11,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from evomerge.config import FREE, DataFlowConfig
+from evomerge.config import FREE, DataFlowConfig, SearchConfig
 from evomerge.errors import InputError, choices
+from evomerge.layers import layer_count
 from evomerge.merging.layer_path import Hop, LayerPath, check_scaling
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, Genome, canonical, categorical
 from evomerge.spaces.forms import FORMS, Form, Region, distances
 
 BASE = "base"
+
+
+def make(config: SearchConfig, tensors: Sequence[str], model_type: str) -> "DataFlowSpace":
+    """The space that a config asks for. tensors: the names of the base's. Raises InputError where it has no genes."""
+    assert isinstance(config.space, DataFlowConfig)
+    space = DataFlowSpace(config.space, config.base, config.models, layer_count(tensors), model_type)
+    if not space.genes:
+        raise InputError("space: there is nothing to search; allow more layers, sources or blocks.")
+    return space
 
 
 class DataFlowSpace:

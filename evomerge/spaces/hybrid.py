@@ -10,15 +10,25 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evomerge.config import DataFlowConfig, HybridConfig, PinnedConfig
-from evomerge.errors import InputError
+from evomerge.config import DataFlowConfig, HybridConfig, PinnedConfig, SearchConfig
+from evomerge.errors import InputError, naming
+from evomerge.layers import layer_count
 from evomerge.merging import methods
 from evomerge.merging.layer_path import Hop
 from evomerge.recipe import Parameters, Recipe, Slice, Source
 from evomerge.spaces import Gene, Genome, SearchSpace
 from evomerge.spaces.data_flow import BASE, DataFlowSpace
+from evomerge.spaces.parameter import ParameterSpace
 
 MERGE = "merge"
+
+
+def make(config: SearchConfig, tensors: Sequence[str], _model_type: str) -> "HybridSpace":
+    """The space that a config asks for. tensors: the names of the base's."""
+    assert isinstance(config.space, HybridConfig)
+    with naming("space.parameter"):
+        parameter = ParameterSpace(config.space.parameter, config.base, config.models, tensors, config.seed)
+    return HybridSpace(config.space, parameter, config.base, config.models, layer_count(tensors))
 
 
 class HybridSpace:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import GeneConfig, SpaceConfig
+from evomerge.config import GeneConfig, SearchConfig, SpaceConfig
 from evomerge.errors import InputError
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
 from evomerge.merging import methods
@@ -36,6 +36,12 @@ class LayerGroup:
     @property
     def label(self) -> str:
         return f"layers_{self.start}-{self.end - 1}" if self.end - self.start > 1 else f"layer_{self.start}"
+
+
+def make(config: SearchConfig, tensors: Sequence[str], _model_type: str) -> "ParameterSpace":
+    """The space that a config asks for. tensors: the names of the base's."""
+    assert isinstance(config.space, SpaceConfig)
+    return ParameterSpace(config.space, config.base, config.models, tensors, config.seed)
 
 
 class ParameterSpace:

@@ -1,15 +1,11 @@
-"""The table of search spaces: what each kind can search, its options and its source, as `evomerge spaces` lists them.
+"""What every kind of search space can search, as `evomerge spaces` lists it."""
 
-To add a space's row: name its settings, its genes and where it comes from, and add it to `SPACES`.
-"""
-
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from evomerge.config import DataFlowConfig, HybridConfig, SpaceConfig
+from evomerge.config import DataFlowConfig, SpaceConfig, SpaceRow, imported
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Method
 
@@ -37,31 +33,23 @@ class GeneRow:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class SpaceRow:
-    """A row of the table. `settings` is the model behind the file's `space:` block, `genes` makes the list of them."""
-
-    kind: str
-    description: str
-    paper: str
-    settings: type[BaseModel]
-    genes: Callable[[], list[GeneRow]]
-
-    def row(self) -> Row:
-        options = {
-            field.alias or name: field.get_default(call_default_factory=True)
-            for name, field in self.settings.model_fields.items()
-        }
-        return {
-            "kind": self.kind,
-            "description": self.description,
-            "options": {
-                name: value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
-                for name, value in options.items()
-            },
-            "genes": [gene.row() for gene in self.genes()],
-            "paper": self.paper,
-        }
+def space_row(kind: str, space: SpaceRow) -> Row:
+    """A kind of search space with its options and genes, for JSON and tables."""
+    options = {
+        field.alias or name: field.get_default(call_default_factory=True)
+        for name, field in space.settings.model_fields.items()
+    }
+    genes: list[GeneRow] = imported(space.genes)()
+    return {
+        "kind": kind,
+        "description": space.description,
+        "options": {
+            name: value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+            for name, value in options.items()
+        },
+        "genes": [gene.row() for gene in genes],
+        "paper": space.paper,
+    }
 
 
 def searchable(method: Method) -> list[GeneRow]:
@@ -104,7 +92,8 @@ def searchable(method: Method) -> list[GeneRow]:
     return rows
 
 
-def _of_parameter_space() -> list[GeneRow]:
+def of_parameter_space() -> list[GeneRow]:
+    """The kinds of genes of the parameter space."""
     found = {row.kind: row for method in METHODS.values() for row in searchable(method)}
     return [
         GeneRow("method", "categorical", "merge", "space.method, a list", False, choices="the methods listed"),
@@ -117,7 +106,8 @@ def _of_parameter_space() -> list[GeneRow]:
     ]
 
 
-def _of_paths() -> list[GeneRow]:
+def of_paths() -> list[GeneRow]:
+    """The kinds of genes of the data-flow space."""
     scale = DataFlowConfig(kind="data_flow").scale.model_dump(include={"low", "high", "start", "step"})
     return [
         GeneRow("hop", "categorical", "place in the path", "space.form path", True, choices="nothing, the blocks"),
@@ -131,37 +121,7 @@ def _of_paths() -> list[GeneRow]:
     ]
 
 
-def _of_both() -> list[GeneRow]:
+def of_both() -> list[GeneRow]:
+    """The kinds of genes of the hybrid space."""
     hop = GeneRow("hop", "categorical", "place in the path", "space.path", True, choices="nothing, the blocks")
-    return [replace(row, where=row.where.replace("space.", "space.parameter.")) for row in _of_parameter_space()] + [
-        hop
-    ]
-
-
-SPACES: dict[str, SpaceRow] = {
-    space.kind: space
-    for space in (
-        SpaceRow(
-            kind="parameter",
-            description="the numbers of merge methods, which method, and which models",
-            paper="Akiba et al. 2025, Evolutionary optimization of model merging recipes, section 3.1, "
-            "arXiv:2403.13187",
-            settings=SpaceConfig,
-            genes=_of_parameter_space,
-        ),
-        SpaceRow(
-            kind="data_flow",
-            description="which layers of which models, in what order",
-            paper="Akiba et al. 2025, section 3.2",
-            settings=DataFlowConfig,
-            genes=_of_paths,
-        ),
-        SpaceRow(
-            kind="hybrid",
-            description="a merge, and a path through its layers and those of its models",
-            paper="Akiba et al. 2025, section 3.3",
-            settings=HybridConfig,
-            genes=_of_both,
-        ),
-    )
-}
+    return [replace(row, where=row.where.replace("space.", "space.parameter.")) for row in of_parameter_space()] + [hop]

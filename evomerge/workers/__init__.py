@@ -1,6 +1,7 @@
 """WorkerPool: runs jobs somewhere and hands back evaluations in whatever order they finish.
 
-To add a pool: write a class with this protocol and run it through the contract in tests/contracts/pool.py.
+To add a pool: write a class with this protocol and what makes it of a config in a file of its own, add a row to `POOLS`
+in the config, and run it through the contract in tests/contracts/pool.py.
 """
 
 from collections.abc import Callable

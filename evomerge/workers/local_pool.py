@@ -4,7 +4,13 @@ from collections import deque
 from collections.abc import Callable
 
 from evomerge.candidate import Evaluation
+from evomerge.config import SearchConfig
 from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
+
+
+def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], _address: str | None) -> "LocalPool":
+    """The pool that a config asks for."""
+    return LocalPool(make_worker)
 
 
 class LocalPool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.candidate import Evaluation, failure
-from evomerge.config import WorkersConfig
+from evomerge.config import SearchConfig, WorkersConfig
 from evomerge.errors import EvomergeError, InputError, WorkerPoisoned, WorkFailed
 from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, first_line, unheard
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
@@ -46,6 +46,14 @@ class _Attempt:
     job: Job
     actor: int
     deaths: int
+
+
+def make(config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "RayPool":
+    """The pool that a config asks for, its workers ready: one GPU each where the config evaluates on GPUs."""
+    num_gpus = config.workers.num_gpus
+    if num_gpus is None:
+        num_gpus = 1.0 if config.evaluation.device.startswith("cuda") else 0.0
+    return RayPool(config.workers, make_worker, num_gpus, address)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from evomerge.candidate import Evaluation, Split, Subset, failure
-from evomerge.config import SearchConfig
+from evomerge.config import COSTS, SearchConfig, imported
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
@@ -39,7 +39,8 @@ class Worker:
             else None
         )
         self._harness = Harness(config, self.models.model, load_tokenizer(config), engine)
-        self._asked = [objective.cost for objective in config.objectives if objective.cost is not None]
+        costs = [objective.cost for objective in config.objectives if objective.cost is not None]
+        self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
         for split in config.splits:  # all now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)
         if engine is not None:
@@ -79,12 +80,7 @@ class Worker:
 
     def _costs(self, seconds: float) -> dict[str, float]:
         """What the candidate in memory costs, for the objectives that ask for it."""
-        known = {
-            "layers": lambda: float(self.models.candidate.config.num_hidden_layers),
-            "parameters": lambda: float(sum(tensor.numel() for tensor in self.models.candidate.parameters())),
-            "seconds": lambda: seconds,
-        }
-        return {cost: known[cost]() for cost in self._asked}
+        return {cost: measure(self.models.candidate, seconds) for cost, measure in self._asked.items()}
 
     def _check_alive(self, error: Exception) -> None:
         """Frees what a failed evaluation may have left on a GPU, and raises WorkerPoisoned where that fails as well."""

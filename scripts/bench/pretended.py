@@ -5,7 +5,7 @@ from typing import Any
 
 from evomerge.candidate import Evaluation, Split
 from evomerge.config import SearchConfig
-from evomerge.optimizers import resolve
+from evomerge.optimizers.make import resolve
 from evomerge.recipe import Recipe
 from evomerge.spaces.parameter import ParameterSpace
 

@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.config import OptimizerConfig
-from evomerge.optimizers import Optimizer, Problem, make_optimizer, resolve
+from evomerge.optimizers.base import Optimizer, Problem
+from evomerge.optimizers.make import make_optimizer, resolve
 from evomerge.optimizers.ranking import Ranking
 from evomerge.spaces import Condition, Gene, Genome, canonical, categorical
 

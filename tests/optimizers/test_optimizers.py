@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from evomerge.config import OptimizerConfig, StageConfig
-from evomerge.optimizers import Problem, make_optimizer, resolve
+from evomerge.optimizers.base import Problem
+from evomerge.optimizers.make import make_optimizer, resolve
 from evomerge.optimizers.random_search import random_genome
 from evomerge.optimizers.ranking import Ranking
 from evomerge.spaces import Condition, Gene, active, categorical

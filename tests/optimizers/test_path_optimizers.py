@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from evomerge.config import DataFlowConfig, OptimizerConfig
-from evomerge.optimizers import Problem, make_optimizer, resolve
+from evomerge.optimizers.base import Problem
+from evomerge.optimizers.make import make_optimizer, resolve
 from evomerge.optimizers.path_evolution import crossed, mutated
 from evomerge.optimizers.ranking import Ranking
 from evomerge.spaces import Gene, Genome, categorical
