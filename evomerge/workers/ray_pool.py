@@ -39,12 +39,33 @@ _ENVIRONMENT = {
 }
 
 
+@dataclass(eq=False, slots=True)
+class _Actor:
+    """A worker in a process of its own, as the pool knows it.
+
+    number: by which events call it.
+    handle: Ray's.
+    node, process: where it has loaded its models; None until it has.
+    killed: the process that the pool has killed, in which nothing is to be loaded any more.
+    busy_since: when it began the job that it runs, in seconds of the monotonic clock.
+    gone_since: when it was lost or asked for, while it is not there.
+    """
+
+    number: int
+    handle: Any
+    node: str | None = None
+    process: str | None = None
+    killed: str | None = None
+    busy_since: float = 0.0
+    gone_since: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """A job on an actor; `deaths` says how many actors have died of it before."""
 
     job: Job
-    actor: int
+    actor: _Actor
     deaths: int
 
 
@@ -64,16 +85,12 @@ class RayPool:
     make_worker: Callable[[], Evaluator]
     num_gpus: float
     address: str | None = None
-    _actors: list[Any] = field(init=False, default_factory=list)
-    _free: deque[int] = field(init=False, default_factory=deque)
+    _actors: list[_Actor] = field(init=False, default_factory=list)
+    _free: deque[_Actor] = field(init=False, default_factory=deque)  # once for every job that it may take
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
-    _reviving: dict[Any, tuple[int, float]] = field(init=False, default_factory=dict)
-    _processes: dict[int, str] = field(init=False, default_factory=dict)
-    _killed: dict[int, str | None] = field(init=False, default_factory=dict)
-    _resting: deque[tuple[float, int, float]] = field(init=False, default_factory=deque)
-    _nodes: dict[int, str] = field(init=False, default_factory=dict)
-    _since: dict[int, float] = field(init=False, default_factory=dict)
+    _reviving: dict[Any, _Actor] = field(init=False, default_factory=dict)
+    _resting: deque[tuple[float, _Actor]] = field(init=False, default_factory=deque)  # until when
     _looked: float = field(init=False, default_factory=time.monotonic)
     _ray: Any = field(init=False, default=None)
     _own_ray: bool = field(init=False, default=False)
@@ -125,7 +142,7 @@ class RayPool:
             self._check_enough(least)  # only a cluster may grow, which is worth waiting for
             patience = max(patience, _PATIENCE)  # no other work can be in the way here: the machine is slow
         self._add(count)
-        asked = {actor.ready.remote(): index for index, actor in enumerate(self._actors)}
+        asked = {actor.handle.ready.remote(): actor for actor in self._actors}
         placed, _ = self._ray.wait(list(asked), num_returns=least, timeout=patience)
         if len(placed) < least:
             self._check_enough(least)
@@ -147,7 +164,7 @@ class RayPool:
             num_cpus=self.config.num_cpus, num_gpus=self.num_gpus, max_restarts=-1, max_task_retries=0
         )
         maker = self._ray.cloudpickle.dumps(self.make_worker)
-        self._actors.extend(actor.remote(maker) for _ in range(count))
+        self._actors += [_Actor(len(self._actors) + index, actor.remote(maker)) for index in range(count)]
 
     def _fitting(self) -> int:
         """As many workers as the cluster's nodes hold."""
@@ -165,7 +182,7 @@ class RayPool:
         self._looked = now
         known = len(self._actors)
         self._add(max(0, self._fitting() - known))
-        for actor in range(known, len(self._actors)):
+        for actor in self._actors[known:]:
             self._revive(actor, now)
 
     def _check_enough(self, count: int) -> None:
@@ -187,11 +204,11 @@ class RayPool:
             "workers.count, or raise workers.placement_timeout."
         )
 
-    def _await_models(self, actors: list[int]) -> None:
+    def _await_models(self, actors: list[_Actor]) -> None:
         """Waits for all at once, so that they load in parallel. Those that die of it may try again, if others live."""
-        loading = {actor: self._actors[actor].load.remote() for actor in actors}
+        loading = [(actor, actor.handle.load.remote()) for actor in actors]
         reason = ""
-        for actor, reference in loading.items():
+        for actor, reference in loading:
             try:
                 problem, node, process = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
@@ -200,10 +217,11 @@ class RayPool:
                 continue
             if problem is not None:
                 raise InputError(problem)
-            self._nodes[actor], self._processes[actor] = node, process
-        if not self._nodes:
+            actor.node, actor.process = node, process
+        loaded = [actor for actor in self._actors if actor.node is not None]
+        if not loaded:
             raise WorkFailed(f"workers: a worker died while it loaded the models ({reason}).")
-        self._free.extend(actor for _ in range(_DEPTH) for actor in self._nodes)
+        self._free.extend(actor for _ in range(_DEPTH) for actor in loaded)
 
     @property
     def size(self) -> int:
@@ -217,16 +235,16 @@ class RayPool:
         while self._waiting and self._free:
             (job, deaths), actor = self._waiting.popleft(), self._free.popleft()
             if not self._held(actor):
-                self._since[actor] = time.monotonic()
+                actor.busy_since = time.monotonic()
             try:
-                reference = self._actors[actor].evaluate.remote(job.candidate.recipe, job.split, job.subset)
+                reference = actor.handle.evaluate.remote(job.candidate.recipe, job.split, job.subset)
             except self._full as error:
                 raise WorkFailed(_no_room(error)) from None
             self._running[reference] = _Attempt(job, actor, deaths)
 
-    def _held(self, actor: int) -> list[Any]:
+    def _held(self, actor: _Actor) -> list[Any]:
         """The references of an actor's jobs; the first is the one that runs."""
-        return [reference for reference, attempt in self._running.items() if attempt.actor == actor]
+        return [reference for reference, attempt in self._running.items() if attempt.actor is actor]
 
     @property
     def _full(self) -> tuple[type[Exception], ...]:
@@ -273,22 +291,21 @@ class RayPool:
         except self._ray.exceptions.RayError as error:
             return self._died(actor, first_line(error))
         attempt = self._running.pop(reference)
-        self._since[actor] = time.monotonic()
+        actor.busy_since = time.monotonic()
         self._free.append(actor)
         self._dispatch()
         return attempt.job, evaluation
 
-    def _kill(self, actor: int) -> None:
+    def _kill(self, actor: _Actor) -> None:
         """Has an actor made anew; the old process, which Ray ends in its own time, is not to take another job."""
-        self._killed[actor] = self._processes.get(actor)
-        self._ray.kill(self._actors[actor], no_restart=False)
+        actor.killed = actor.process
+        self._ray.kill(actor.handle, no_restart=False)
 
-    def _died(self, actor: int, reason: str) -> tuple[Job, Evaluation] | None:
+    def _died(self, actor: _Actor, reason: str) -> tuple[Job, Evaluation] | None:
         """Queues the jobs of a dead actor again. The first of them was running, so it alone is charged with the death
         (unless the node died), and given back as failed once it has been charged too often."""
-        node = self._nodes.get(actor)
-        lost = not any(each["Alive"] and each["NodeID"] == node for each in self._ray.nodes())
-        self.listener("worker_lost", {"worker": actor, "node": node, "node_lost": lost, "reason": reason})
+        lost = not any(node["Alive"] and node["NodeID"] == actor.node for node in self._ray.nodes())
+        self.listener("worker_lost", {"worker": actor.number, "node": actor.node, "node_lost": lost, "reason": reason})
         first = self._release(actor)
         deaths = first.deaths + (not lost)
         if deaths >= self.config.attempts:
@@ -297,10 +314,10 @@ class RayPool:
         self.listener("candidate_retried", {"id": first.job.candidate.id, "split": first.job.study, "deaths": deaths})
         return None
 
-    def _release(self, actor: int) -> _Attempt:
+    def _release(self, actor: _Actor) -> _Attempt:
         """What a dead actor was at; it is to come back, and the jobs that waited for it wait for any."""
         self._revive(actor, time.monotonic())
-        self._free = deque(free for free in self._free if free != actor)
+        self._free = deque(free for free in self._free if free is not actor)
         first, *queued = [self._running.pop(reference) for reference in self._held(actor)]
         self._waiting.extendleft((attempt.job, attempt.deaths) for attempt in reversed(queued))
         return first
@@ -315,50 +332,55 @@ class RayPool:
         if limit is None:
             return None
         late = time.monotonic() - limit
-        for actor in {attempt.actor for attempt in self._running.values() if self._since[attempt.actor] < late}:
+        for actor in dict.fromkeys(attempt.actor for attempt in self._running.values()):
+            if actor.busy_since >= late:
+                continue
             if self._ray.wait(self._held(actor)[:1], timeout=0)[0]:
                 continue  # it has finished, and only waits to be fetched
             self._kill(actor)
             job = self._release(actor).job
             reason = f"took longer than workers.time_limit, which is {limit:g} s"
-            fields = {"worker": actor, "node": self._nodes.get(actor), "id": job.candidate.id, "reason": reason}
+            fields = {"worker": actor.number, "node": actor.node, "id": job.candidate.id, "reason": reason}
             self.listener("worker_killed", fields)
             return job, failure(reason)
         return None
 
-    def _revive(self, actor: int, since: float) -> None:
+    def _revive(self, actor: _Actor, since: float) -> None:
         """Has a restarted actor load its models; it takes jobs again once it has."""
-        self._reviving[self._actors[actor].load.remote(self._killed.get(actor))] = (actor, since)
+        actor.gone_since = since
+        self._reviving[actor.handle.load.remote(actor.killed)] = actor
 
     def _revived(self, reference: Any) -> None:
-        actor, since = self._reviving.pop(reference)
+        actor = self._reviving.pop(reference)
         try:
             problem, node, process = self._ray.get(reference)
         except self._ray.exceptions.RayError:
-            self._check_patience(since)
-            self._resting.append((time.monotonic() + _BACKOFF, actor, since))
+            self._check_patience(actor)
+            self._resting.append((time.monotonic() + _BACKOFF, actor))
             return
         if problem is None:
             self._free.extend([actor] * _DEPTH)
-            event = "worker_restarted" if actor in self._nodes else "worker_joined"
-            self._nodes[actor], self._processes[actor] = node, process
-            self.listener(event, {"worker": actor, "node": node, "seconds": round(time.monotonic() - since, 3)})
+            event = "worker_restarted" if actor.node is not None else "worker_joined"
+            actor.node, actor.process = node, process
+            seconds = round(time.monotonic() - actor.gone_since, 3)
+            self.listener(event, {"worker": actor.number, "node": node, "seconds": seconds})
         elif self._running or self._free or self._reviving:
-            self._ray.kill(self._actors[actor])  # its node lacks something that the others have: they go on
-            self.listener("worker_refused", {"worker": actor, "node": node, "reason": problem})
+            self._ray.kill(actor.handle)  # its node lacks something that the others have: they go on
+            self.listener("worker_refused", {"worker": actor.number, "node": node, "reason": problem})
         else:
             raise WorkFailed(problem)
 
     def _wake(self) -> None:
         """Tries again the actors that had not come back yet; the others must not wait for that."""
         while self._resting and self._resting[0][0] <= time.monotonic():
-            _, actor, since = self._resting.popleft()
-            self._revive(actor, since)
+            _, actor = self._resting.popleft()
+            self._revive(actor, actor.gone_since)
 
-    def _check_patience(self, *more: float) -> None:
+    def _check_patience(self, *more: _Actor) -> None:
         """Raises WorkFailed where every worker has been gone for too long."""
-        gone = [*more, *(since for _, since in self._reviving.values()), *(since for _, _, since in self._resting)]
-        if gone and not self._running and not self._free and time.monotonic() - max(gone) > _PATIENCE:
+        gone = [*more, *self._reviving.values(), *(actor for _, actor in self._resting)]
+        latest = max((actor.gone_since for actor in gone), default=time.monotonic())
+        if not self._running and not self._free and time.monotonic() - latest > _PATIENCE:
             raise WorkFailed(
                 f"workers: all {self.size} are gone and none has come back in {_PATIENCE:g} s; add nodes and resume."
             )
@@ -366,7 +388,7 @@ class RayPool:
     def close(self) -> None:
         """Kills the actors; shuts Ray down where this pool started it."""
         for actor in self._actors:
-            self._ray.kill(actor)
+            self._ray.kill(actor.handle)
         self._actors.clear()
         if self._started_ray and self._ray is not None and self._ray.is_initialized():
             self._ray.shutdown()
