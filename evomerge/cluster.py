@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 from evomerge.archive import SEARCH_FILE, TASKS
 from evomerge.config import SearchConfig
 from evomerge.errors import EvomergeError, InputError, WorkFailed, choices
+from evomerge.evaluation.tasks import data_files
 from evomerge.workers import first_line
 from evomerge.workers.ray_address import TOKEN_FILE, token_header
 
@@ -196,6 +197,7 @@ def pack(config: SearchConfig, directory: str, folder: Path) -> None:
             raise InputError(f"tasks.paths[{index}] is {path}, which does not exist here; a job carries its tasks.")
         origin = path if path.is_dir() else path.parent
         shutil.copytree(origin, staged / str(index), ignore=shutil.ignore_patterns(*_LEFT_OUT))
+    _check_data_files(config)
     content = _content_hash(staged)
     if staged.exists():
         (folder / TASKS).mkdir()
@@ -205,8 +207,20 @@ def pack(config: SearchConfig, directory: str, folder: Path) -> None:
         str(there / str(index) / (path.name if path.is_file() else ""))
         for index, path in enumerate(map(Path, config.tasks.paths))
     ]
-    carried = config.model_copy(update={"tasks": config.tasks.model_copy(update={"paths": tuple(paths)})})
+    tasks = config.tasks.model_copy(update={"paths": tuple(paths), "data_root": None})
+    carried = config.model_copy(update={"tasks": tasks})
     (folder / SEARCH_FILE).write_text(carried.to_yaml(), encoding="utf-8")
+
+
+def _check_data_files(config: SearchConfig) -> None:
+    """Raises InputError for a task's data file that does not lie in a folder of tasks.paths, as it would stay here."""
+    origins = [path if path.is_dir() else path.parent for path in map(Path, config.tasks.paths)]
+    for file, task in data_files([objective.task for objective in config.measured], config.tasks).items():
+        if not any(file.is_relative_to(origin) for origin in origins):
+            raise InputError(
+                f"data file {file} of task '{task}' lies outside the folders of tasks.paths, and a job carries only "
+                "these; put it beside the task's YAML file."
+            )
 
 
 def _content_hash(folder: Path) -> str:

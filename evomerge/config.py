@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializeAsAny,
     ValidationError,
     field_validator,
@@ -438,6 +439,7 @@ class ObjectiveConfig(Settings):
     goal: Literal["maximize", "minimize"] | None = None
     weight: float = Field(default=1.0, ge=0)
     max: float | None = Field(default=None, gt=0)
+    _names_filter: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -460,9 +462,12 @@ class ObjectiveConfig(Settings):
 
     @property
     def name(self) -> str:
-        """The objective's name in scores: the cost, or the task, with the metric where it is not plain accuracy."""
+        """The objective's name in scores: the cost, or the task, with the metric where it is not plain accuracy, and
+        with both metric and filter where a search measures the metric by several filters."""
         if self.cost is not None:
             return self.cost
+        if self._names_filter and self.filter is not None:
+            return f"{self.task}:{self.metric}:{self.filter}"
         return self.task if self.metric == "acc" else f"{self.task}:{self.metric}"
 
 
@@ -479,11 +484,14 @@ class ConstraintConfig(Settings):
     goal: Literal["maximize", "minimize"] | None = None
     retain: float = Field(gt=0, le=1)
     of: str | None = None
+    _names_filter: bool = PrivateAttr(default=False)
 
     @property
     def guard(self) -> ObjectiveConfig:
         """The metric as it is measured."""
-        return ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter, goal=self.goal)
+        guard = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter, goal=self.goal)
+        guard._names_filter = self._names_filter
+        return guard
 
     @property
     def name(self) -> str:
@@ -492,10 +500,15 @@ class ConstraintConfig(Settings):
 
 
 class TasksConfig(Settings):
-    """Where tasks are found, and which of them may run code that comes with their YAML."""
+    """Where tasks are found, and which of them may run code that comes with their YAML.
+
+    data_root: where data files are looked for that do not lie beside a task's YAML file; by default the directory in
+    which the search is started, as lm-eval has it.
+    """
 
     paths: tuple[str, ...] = ()
     allow_code: tuple[str, ...] = ()
+    data_root: str | None = None
 
 
 class ItemsConfig(Settings):
@@ -533,6 +546,11 @@ class EvaluationConfig(Settings):
     bits are those of uncompiled code.
     prefix_sharing: whether the options of a document share one row behind a mask; auto asks for it where the base's
     architecture takes such masks. generation_kwargs go over those of the tasks' files.
+    fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
+    applied, as in lm-eval.
+
+    What is not set here is as in lm-eval 0.4.13, but for two things: log-probabilities are taken in float32 whatever
+    the model's dtype, and sampled texts start from one seed for every candidate.
     """
 
     device: str = "auto"
@@ -542,12 +560,17 @@ class EvaluationConfig(Settings):
     compile: bool | Literal["auto"] = "auto"
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     generation_kwargs: dict[str, bool | int | float | str | list[str] | None] = {}
     prefix_sharing: Literal["auto", "mask", "none"] = "auto"
     backend: Literal["hf", "vllm"] = "hf"
     vllm: VllmConfig = VllmConfig()
+
+    @property
+    def multiturn(self) -> bool:
+        """Whether few-shot examples are turns of their own."""
+        return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
 
     @model_validator(mode="after")
     def _interpreter(self) -> Self:
@@ -714,6 +737,18 @@ class SearchConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _named_by_filter(self) -> Self:
+        """Metrics that are measured by several filters have these in their names."""
+        measured: list[ObjectiveConfig | ConstraintConfig] = [*self.constraints]
+        measured += [each for each in self.objectives if each.cost is None]
+        filters: dict[tuple[str, str], set[str | None]] = {}
+        for metric in measured:
+            filters.setdefault((metric.task, metric.metric), set()).add(metric.filter)
+        for metric in measured:
+            metric._names_filter = len(filters[metric.task, metric.metric]) > 1
+        return self
+
+    @model_validator(mode="after")
     def _distinct(self) -> Self:
         names = [objective.name for objective in self.objectives]
         for index, name in enumerate(names):
@@ -725,17 +760,11 @@ class SearchConfig(Settings):
 
     @model_validator(mode="after")
     def _constrained(self) -> Self:
-        filters = {objective.name: objective.filter for objective in self.objectives}
         for index, constraint in enumerate(self.constraints):
             known = ["base", *self.models]
             if constraint.of is not None and constraint.of not in known:
                 raise ValueError(
                     f".constraints[{index}].of is {constraint.of}, which is no parent; {choices(constraint.of, known)}"
-                )
-            if filters.setdefault(constraint.name, constraint.filter) != constraint.filter:
-                raise ValueError(
-                    f".constraints[{index}].filter is {shown(constraint.filter)}, but {constraint.name} is measured "
-                    f"with filter {shown(filters[constraint.name])} elsewhere; give both the same"
                 )
         return self
 
@@ -761,9 +790,10 @@ class SearchConfig(Settings):
 
     def digest(self) -> str:
         """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage, and
-        not where vLLM lies."""
+        not where vLLM or the tasks' data files lie."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
         content["optimizer"].pop("evaluations")
+        content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -784,11 +814,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
 def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
     """The same config with its relative local paths made absolute."""
     paths = [_absolute(f"tasks.paths[{index}]", path, folder)[0] for index, path in enumerate(config.tasks.paths)]
+    root = (
+        str(Path.cwd())
+        if config.tasks.data_root is None
+        else _absolute("tasks.data_root", config.tasks.data_root, folder)[0]
+    )
     return config.model_copy(
         update={
             "base": _anchor("base", config.base, folder),
             "models": {name: _anchor(f"models.{name}", model, folder) for name, model in config.models.items()},
-            "tasks": config.tasks.model_copy(update={"paths": tuple(paths)}),
+            "tasks": config.tasks.model_copy(update={"paths": tuple(paths), "data_root": root}),
             "evaluation": _anchored_interpreter(config.evaluation, folder),
         }
     )

@@ -90,6 +90,7 @@ def prepare(config: SearchConfig) -> Prepared:
                     "dtype": resolve_dtype(config.evaluation.dtype, prepared.tensors),
                     "compile": resolve_compile(config.evaluation.compile, device, prepared.tensors),
                     "prefix_sharing": sharing,
+                    "fewshot_as_multiturn": config.evaluation.multiturn,
                 }
             ),
         }

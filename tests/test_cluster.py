@@ -246,7 +246,7 @@ def test_a_job_carries_its_tasks_under_a_name_made_from_their_content(tmp_path: 
 
     def packed(name: str) -> tuple[config.SearchConfig, Path]:
         (tmp_path / name).mkdir()
-        cluster.pack(config.load(search), "/shared/run", tmp_path / name)
+        cluster.pack(config.load(search, ["objectives=[{task: base_qa}]"]), "/shared/run", tmp_path / name)
         return config.load(tmp_path / name / "search.yaml"), tmp_path / name
 
     (first, folder), (again, _) = packed("first"), packed("again")
@@ -260,6 +260,17 @@ def test_a_job_carries_its_tasks_under_a_name_made_from_their_content(tmp_path: 
     assert {file.name: file.read_bytes() for file in copied.iterdir()} == data
     (tasks / "base_qa.yaml").write_text("task: base_qa\n")
     assert packed("changed")[0].tasks.paths != first.tasks.paths
+
+
+def test_a_job_that_would_leave_a_data_file_behind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = shutil.copytree(REPOSITORY / "evals" / "base_qa", tmp_path / "tasks")
+    (tasks / "search.jsonl").rename(tmp_path / "search.jsonl")
+    search = tmp_path / "search.yaml"
+    search.write_text(DEMO.read_text().replace("../evals", "tasks"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packed").mkdir()
+    with pytest.raises(InputError, match=r"data file .*search.jsonl of task 'base_qa' lies outside the folders"):
+        cluster.pack(config.load(search, ["objectives=[{task: base_qa}]"]), "/shared/run", tmp_path / "packed")
 
 
 def test_another_version_on_the_cluster_is_refused(tmp_path: Path) -> None:

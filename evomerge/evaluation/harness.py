@@ -294,7 +294,7 @@ def _build(task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
     task.build_all_requests(
         system_instruction=evaluation.system_instruction,
         apply_chat_template=evaluation.apply_chat_template,
-        fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+        fewshot_as_multiturn=evaluation.multiturn,
         chat_template=lm.apply_chat_template if evaluation.apply_chat_template else None,
         tokenizer_name=lm.tokenizer_name if evaluation.apply_chat_template else "",
     )

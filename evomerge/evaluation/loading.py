@@ -82,6 +82,7 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
         each if each.cost is not None else _with_goal(f"objectives[{index}]", each, targets[each.task])
         for index, each in enumerate(config.objectives)
     )
+    _check_filters(objectives, targets)
     goals = {objective.name: objective.goal for objective in objectives}
     constraints = [
         _with_goal(f"constraints[{index}]", each, targets[each.task]) for index, each in enumerate(config.constraints)
@@ -96,6 +97,21 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
         for split in config.splits:
             documents(task, config.items, split)
     return config.model_copy(update={"objectives": objectives, "constraints": tuple(constraints)})
+
+
+def _check_filters(objectives: Sequence[ObjectiveConfig], targets: Mapping[str, Target]) -> None:
+    """Raises InputError where one objective names the filter that another means without a name."""
+    seen: dict[tuple[str, str, str], int] = {}
+    for index, each in enumerate(objectives):
+        if each.cost is not None:
+            continue
+        first = targets[each.task].filters()[0]
+        other = seen.setdefault((each.task, each.metric, each.filter or first), index)
+        if other != index:
+            raise InputError(
+                f"objectives[{index}] is objectives[{other}] again, since '{first}' is the first filter of task "
+                f"'{each.task}', which is taken where none is named; name each objective once."
+            )
 
 
 def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
@@ -246,10 +262,10 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
         _prepare_templates()
         try:
             content = {**load_yaml(file.path), **file.overrides, "task": file.name}
-            content = absolute_data_files(content, file.path.parent)
+            content = absolute_data_files(content, file.path.parent, tasks.data_root)
             _refuse_downloaded_metrics(content, file, tasks)
             content.pop("tag", None)
-            if evaluation.num_fewshot is not None:
+            if evaluation.num_fewshot is not None and content.get("num_fewshot") != 0:  # a task's own 0 stays
                 content["num_fewshot"] = evaluation.num_fewshot
             task = TaskManager(include_defaults=False).load([content])["tasks"][file.name]
             if evaluation.generation_kwargs and task.OUTPUT_TYPE == "generate_until":

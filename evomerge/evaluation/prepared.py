@@ -211,12 +211,13 @@ def _score(model: Any, batch: Batch) -> torch.Tensor:
     likeliest other one; shape (3, tokens)."""
     logits = read_logits(model, batch).to(torch.float32)
     best, second = logits.topk(2, dim=-1).values.unbind(-1)
-    normalizer = logits.logsumexp(dim=-1)
     places, targets = batch.places.to(logits.device), batch.targets.to(logits.device)  # the head may be elsewhere
     likeliest = logits.argmax(dim=-1)[places] == targets
     own = logits[places, targets]
     other = torch.where(likeliest, second[places], best[places])
-    return torch.stack([own - normalizer[places], likeliest.to(torch.float32), own - other])
+    # as lm-eval has it, and not own - logsumexp, which near probability one keeps no more digits than the logits have
+    chosen = logits.log_softmax(dim=-1)[places, targets]
+    return torch.stack([chosen, likeliest.to(torch.float32), own - other])
 
 
 def read_logits(model: Any, batch: Batch) -> torch.Tensor:

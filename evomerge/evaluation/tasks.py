@@ -6,6 +6,7 @@ loader that treats `!function` as text, so that looking at a task never runs it.
 """
 
 import functools
+import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,9 @@ def _members(
 
 
 def _code_keys(content: Mapping[str, Any]) -> list[str]:
-    return [key for key in ("class", "unsafe_code") if content.get(key)]
+    """What would run code in a task's config: keys, and the loader whose files are pickles."""
+    pickles = ["dataset_path pandas, which opens pickles"] if content.get("dataset_path") == "pandas" else []
+    return [*(key for key in ("class", "unsafe_code") if content.get(key)), *pickles]
 
 
 def _own_entries(paths: Sequence[str]) -> dict[str, _Entry]:
@@ -287,29 +290,97 @@ def _refuse_code(task: TaskFile, config: TasksConfig) -> None:
         )
 
 
-def absolute_data_files(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A task's config with its relative data files made absolute and checked."""
+def data_files(names: Sequence[str], config: TasksConfig) -> dict[Path, str]:
+    """The local data files of tasks and groups, each with the name of a task that reads it."""
+    found = {}
+    for target in find_tasks(names, config).values():
+        for task in target.tasks if isinstance(target, TaskGroup) else [target]:
+            content = {**_read(task.path)[0], **task.overrides, "task": task.name}
+            kwargs = absolute_data_files(content, task.path.parent, config.data_root).get("dataset_kwargs") or {}
+            for file in _flat(kwargs.get("data_files", [])):
+                if "://" not in file:
+                    found[Path(file)] = task.name
+    return found
+
+
+def _flat(files: Any) -> Iterator[str]:
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    for each in files if isinstance(files, list) else [files]:
+        yield from _flat(each) if isinstance(each, list) else [str(each)]
+
+
+def absolute_data_files(content: Mapping[str, Any], folder: Path, data_root: str | None = None) -> dict[str, Any]:
+    """A task's config with its relative data files made absolute and checked, and patterns replaced by what they match.
+
+    folder: that of the task's YAML file, where files are looked for first.
+    data_root: where they are looked for then; by default the working directory.
+    """
     kwargs = content.get("dataset_kwargs")
-    files = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
-    if files is None:
+    if not isinstance(kwargs, Mapping) or content.get("dataset_path", "json") not in _LOADERS:
         return dict(content)
+    places = [folder, Path(data_root) if data_root is not None else Path.cwd()]
+    made = dict(kwargs)
+    if isinstance(kwargs.get("data_dir"), str):
+        made["data_dir"] = _data_dir(content, str(kwargs["data_dir"]), places)
+        places = [Path(made["data_dir"])]
+    files = kwargs.get("data_files")
+    if files is not None:
+        _check_splits(content, list(files) if isinstance(files, Mapping) else ["train"], folder)
+        made["data_files"] = _absolute(content, files, places)
+    return {**content, "dataset_kwargs": made}
 
-    def absolute(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {split: absolute(file) for split, file in value.items()}
-        if isinstance(value, list):
-            return [absolute(file) for file in value]
-        if "://" in str(value):
-            return str(value)
-        path = folder / str(value)
-        if not path.exists():
-            raise InputError(f"{folder}: data file {value} of task '{content.get('task')}' is missing; put it there.")
+
+# the loaders of the datasets library that read plain files, and have no files of their own
+_LOADERS = ("json", "csv", "parquet", "arrow", "text", "xml", "conll", "hdf5", "webdataset", "pandas")
+
+
+def _data_dir(content: Mapping[str, Any], value: str, places: Sequence[Path]) -> str:
+    found = next((place / value for place in places if (place / value).is_dir()), None)
+    if found is None:
+        raise InputError(f"{_missing(content, f'data_dir {value}', places)}; put it there.")
+    return str(found)
+
+
+def _absolute(content: Mapping[str, Any], value: Any, places: Sequence[Path]) -> Any:
+    """The files behind a value of data_files: a name or pattern, a list of them, or a mapping from splits to them."""
+    if isinstance(value, Mapping):
+        return {split: _absolute(content, files, places) for split, files in value.items()}
+    if isinstance(value, list):
+        return [file for each in value for file in _several(_absolute(content, each, places))]
+    if "://" in str(value):
+        return str(value)
+    name = str(Path(str(value)).expanduser())
+    found = next((files for place in places if (files := _matches(place, name))), [])
+    if not found:
+        kind = "no data file matches" if _is_pattern(name) else "data file"
+        raise InputError(f"{_missing(content, f'{kind} {value}', places)}; put it there.")
+    for path in found:
         if path.stat().st_size == 0:
-            raise InputError(f"{folder}: data file {value} of task '{content.get('task')}' is empty; fill it.")
-        return str(path)
+            raise InputError(f"{path}: data file of task '{content.get('task')}' is empty; fill it.")
+    return [str(path) for path in found] if _is_pattern(name) else str(found[0])
 
-    _check_splits(content, list(files) if isinstance(files, Mapping) else ["train"], folder)
-    return {**content, "dataset_kwargs": {**dict(kwargs or {}), "data_files": absolute(files)}}
+
+def _several(files: Any) -> list[Any]:
+    return files if isinstance(files, list) else [files]
+
+
+def _is_pattern(name: str) -> bool:
+    return glob.has_magic(name)
+
+
+def _matches(place: Path, name: str) -> list[Path]:
+    """The files of a name or pattern in a folder, sorted; a file that is called like a pattern is what is meant."""
+    if (place / name).is_file():
+        return [place / name]
+    matched = glob.glob(name, root_dir=place, recursive=True) if _is_pattern(name) else []
+    return sorted(place / match for match in matched if (place / match).is_file())
+
+
+def _missing(content: Mapping[str, Any], what: str, places: Sequence[Path]) -> str:
+    """The beginning of a sentence about a file that is not there. The first place is the folder of the task."""
+    where = " and ".join(dict.fromkeys(map(str, places)))
+    return f"{places[0]}: {what} of task '{content.get('task')}' is missing (looked for in {where})"
 
 
 def _check_splits(content: Mapping[str, Any], splits: Sequence[str], folder: Path) -> None:

@@ -260,6 +260,66 @@ def test_a_task_without_data_files_stays_as_it_is(content, folder):
     assert absolute_data_files(content, folder) == content
 
 
+def write(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}\n")
+
+
+def made(files, folder, data_root=None):
+    content = {"task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": {"x": files}}}
+    return absolute_data_files(content, folder, data_root)["dataset_kwargs"]["data_files"]["x"]
+
+
+def test_a_pattern_names_the_files_that_it_matches_in_order(folder):
+    write(*(folder / "data" / f"part-{n}.jsonl" for n in (2, 0, 1)), folder / "data" / "deep" / "part-3.jsonl")
+    parts = [str(folder / "data" / f"part-{n}.jsonl") for n in range(3)]
+    assert made("data/part-*.jsonl", folder) == parts
+    assert made(["data/part-[01].jsonl", "data/part-2.jsonl"], folder) == parts
+    assert made("data/**/part-3.jsonl", folder) == [str(folder / "data" / "deep" / "part-3.jsonl")]
+
+
+def test_patterns_read_what_datasets_reads_for_them(folder, monkeypatch):
+    from datasets.data_files import resolve_pattern
+
+    write(*(folder / "data" / name for name in ("b.jsonl", "a.jsonl", "a1.jsonl", "deep/a.jsonl")))
+    monkeypatch.chdir(folder)
+    for pattern in ("data/*.jsonl", "data/a*.jsonl", "data/**/a.jsonl", "data/[ab].jsonl", "data/?.jsonl"):
+        assert sorted(made(pattern, folder)) == sorted(resolve_pattern(pattern, str(folder)))
+
+
+def test_a_file_is_looked_for_beside_the_yaml_first_and_then_where_the_command_is_given(folder, tmp_path, monkeypatch):
+    here, root = tmp_path / "here", tmp_path / "root"
+    write(here / "a.jsonl", root / "a.jsonl", root / "b.jsonl", folder / "a.jsonl")
+    monkeypatch.chdir(here)
+    assert made("a.jsonl", folder) == str(folder / "a.jsonl")
+    assert made("a.jsonl", tmp_path / "nowhere") == str(here / "a.jsonl")
+    assert made("b.jsonl", folder, str(root)) == str(root / "b.jsonl")
+    with pytest.raises(InputError, match=rf"data file b.jsonl .* is missing \(looked for in {folder} and {here}\)"):
+        made("b.jsonl", folder)
+
+
+def test_data_files_lie_in_the_data_dir_where_there_is_one(folder):
+    write(folder / "data" / "a.jsonl")
+    kwargs = {"data_dir": "data", "data_files": "a.jsonl"}
+    found = absolute_data_files({"task": "t", "dataset_path": "json", "dataset_kwargs": kwargs}, folder)
+    assert found["dataset_kwargs"] == {
+        "data_dir": str(folder / "data"),
+        "data_files": str(folder / "data" / "a.jsonl"),
+    }
+
+
+def test_files_of_a_data_set_with_a_name_are_its_own_matter(folder):
+    content = {"dataset_path": "owner/name", "dataset_kwargs": {"data_files": "a.jsonl"}}
+    assert absolute_data_files(content, folder) == content
+
+
+def test_a_loader_that_opens_pickles_must_be_allowed(folder):
+    (folder / "t.yaml").write_text("task: t\ndataset_path: pandas\n")
+    with pytest.raises(InputError, match="dataset_path pandas, which opens pickles"):
+        find(folder, "t")
+
+
 # Items
 
 names = st.text(min_size=1, max_size=12)
