@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from evomerge.candidate import Candidate, Evaluation, Kind, Study, Subset
 from evomerge.config import SearchConfig
@@ -34,7 +34,7 @@ _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before
 _LASTING = ("full", "no space", "readonly", "read-only", "no such", "does not exist", "permission", "password")
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
 TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
-_FREE_TO_CHANGE = ("workers", "optimizer.evaluations")
+_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "tasks.data_root")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Archive:
             study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
             study.set_user_attr("config", current)  # last: a kill before it has all of this done again
             return
-        difference = _first_difference(recorded, current)
+        difference = _first_difference(_completed(recorded), current)
         if difference is not None:
             key, was, now = difference
             raise InputError(
@@ -249,6 +249,17 @@ class Archive:
         """Notes the identity of each source model, by its key in the config, where none is noted yet."""
         if "sources" not in self._studies["search"].user_attrs:
             self._studies["search"].set_user_attr("sources", dict(sources))
+
+    def record_seen(self, seen: str) -> None:
+        """Notes the items that the search sees (`evomerge.seen`), where none are noted yet."""
+        if self.seen is None:
+            self._studies["search"].set_user_attr("seen", seen)
+
+    @property
+    def seen(self) -> str | None:
+        """The items that the search sees; None in runs that did not note them."""
+        seen: str | None = self._studies["search"].user_attrs.get("seen")
+        return seen
 
     def recorded_versions(self) -> Mapping[str, str]:
         return dict(self._studies["search"].user_attrs.get("versions", {}))
@@ -415,6 +426,14 @@ def versions() -> dict[str, str]:
 
     names = ("evomerge", "torch", "transformers", "lm_eval", "cma", "cmaes", "moocore", "numpy")
     return {name: version(name) for name in names}
+
+
+def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config with the defaults of keys that came later; as it is where it can no longer be read."""
+    try:
+        return SearchConfig.model_validate(recorded).model_dump(mode="json", by_alias=True, exclude={"storage"})
+    except ValidationError:
+        return recorded
 
 
 def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -252,6 +252,8 @@ def evaluate(
     else:
         table = terminal.score_table(f"{split} items", [(target, row)], prepared, "scores")
         terminal.console().print(table)
+    if row["left_out"]:
+        terminal.fail(f"note: {row['left_out']} items are left out, since the search that made {target} saw them.")
     if row["truncated"]:
         terminal.fail(f"warning: {terminal.truncation(row['truncated'])}")
     if row["error"]:

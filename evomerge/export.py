@@ -17,10 +17,11 @@ from evomerge.criteria import Criteria, criteria_of
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.evidence import against, phrase
 from evomerge.licenses import combined, stated_license
-from evomerge.merging.sources import find_source, preflight, split_adapter, tensor_table
+from evomerge.merging.sources import RECIPE, find_source, preflight, seen_by, split_adapter, tensor_table
 from evomerge.preparation import resolve_dtype
 from evomerge.recipe import Provenance, Recipe, single
 from evomerge.search import best_found, best_of, front_of, means
+from evomerge.seen import encoded
 
 
 def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer: Sequence[str]) -> Record:
@@ -127,6 +128,7 @@ def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Rec
             "heldout": _scores(heldout) if heldout else None,
             "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},
             "versions": dict(archive.recorded_versions()),
+            "seen": archive.seen,
         }
     )
     renamed = recipe.renamed(paths)
@@ -226,8 +228,10 @@ def merge(
         read = stored_fingerprint(folder)
         if read != found:
             raise WorkFailed(f"{folder}: the written weights have fingerprint {read}, expected {found}; not kept.")
-        kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update={"fingerprint": found})})
-        (folder / "evomerge_recipe.yaml").write_text(kept.to_yaml(), encoding="utf-8")
+        seen = recipe.evomerge.digests.union(*(seen_by(find_source(each, skeleton)) for each in recipe.references))
+        noted = {"fingerprint": found, "seen": encoded(seen) if seen else None}
+        kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
+        (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
         if card:
             (folder / "README.md").write_text(model_card(kept, found, verdict), encoding="utf-8")
     return found, recorded is not None

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from evomerge.merging.sources import (
     model_config,
     pinned,
     preflight,
+    seen_by,
     tensor_table,
 )
 from evomerge.optimizers.make import resolve
+from evomerge.seen import Digests, encoded
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.data_flow import DataFlowSpace
 
@@ -37,12 +39,16 @@ _WORTH_A_SUBSET = 100  # search items
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A resolved config with its search space and the base's tensors."""
+    """A resolved config with its search space and the base's tensors.
+
+    seen: the items that the search will see (`evomerge.seen.encoded`); None for a config that was resolved before.
+    """
 
     config: SearchConfig
     space: SearchSpace
     tensors: dict[str, TensorInfo]
     warnings: tuple[str, ...] = ()
+    seen: str | None = None
 
 
 def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
@@ -54,9 +60,12 @@ def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
 
 def prepare(config: SearchConfig) -> Prepared:
     """Checks models, space, tasks and device, and resolves what was left automatic."""
+    from evomerge.evaluation import few_shots, soundness
+    from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import (
         check_greedy,
         check_metrics,
+        distinct_tasks,
         exam_warnings,
         fewest_items,
         load_targets,
@@ -74,6 +83,9 @@ def prepare(config: SearchConfig) -> Prepared:
     if config.evaluation.backend == "vllm":
         check_greedy(targets, locate(config.base))
         _check_engine(config)
+    tasks = distinct_tasks(targets)
+    division = Division(tasks, config.items, seen_by_sources(config))
+    doubts = tuple(soundness.check(tasks, division, config.splits))
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
         sharing = "mask" if takes_packed_rows(locate(config.base)) else "none"
@@ -97,9 +109,27 @@ def prepare(config: SearchConfig) -> Prepared:
     )
     _check_optimizer(resolved, prepared.space)
     _check_named_once(resolved)
-    whole = without_items(config, targets)
-    resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest_items(config, targets), whole)})
-    return Prepared(resolved, prepared.space, prepared.tensors, (*prepared.warnings, *exam_warnings(targets)))
+    whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
+    resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
+    warnings = (*prepared.warnings, *exam_warnings(targets), *_passed_over(division.left_out), *doubts)
+    seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
+    return Prepared(resolved, prepared.space, prepared.tensors, warnings, encoded(seen))
+
+
+def seen_by_sources(config: SearchConfig) -> Digests:
+    """What the searches saw that made the base and the models, where they say so."""
+    references = (config.base, *config.models.values())
+    return frozenset().union(*(seen_by(find_source(reference, config.base)) for reference in references))
+
+
+def _passed_over(left_out: Mapping[Any, int]) -> Iterator[str]:
+    """A sentence for every task of which items are not held out because they were seen."""
+    for task, count in left_out.items():
+        if count:
+            yield (
+                f"task '{task.config.task}': {count} of its items are not held out, since they are the same as items "
+                "or few-shot examples of this search, or of a search that made one of its models."
+            )
 
 
 def _pinned(config: SearchConfig) -> SearchConfig:

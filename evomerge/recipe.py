@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from evomerge.config import Settings
 from evomerge.documents import read_yaml, validate
 from evomerge.errors import InputError
+from evomerge.seen import Digests, decoded
 
 Scalar = bool | int | float | str
 Kind = type[float] | type[int] | type[bool]
@@ -126,7 +127,8 @@ class Provenance(Settings):
 
     `rescale` says what a sparsified delta is divided by: its density (Yu et al. 2024, eq. 4; in DELLA each element's
     own probability of being kept) or the share of its L1 norm that survived (mergekit). `aliases` maps the paths of a
-    recipe to the references that stand for them elsewhere.
+    recipe to the references that stand for them elsewhere. `seen`: digests of the items that its search saw
+    (`evomerge.seen`), which no report may show as held out.
     """
 
     seed: int = 0
@@ -137,6 +139,22 @@ class Provenance(Settings):
     heldout: dict[str, float | None] | None = None
     aliases: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    seen: str | None = None
+
+    @property
+    def digests(self) -> Digests:
+        """Of the items that the recipe's search saw."""
+        return decoded(self.seen) if self.seen else frozenset()
+
+    @field_validator("seen")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                decoded(value)
+            except ValueError as error:
+                raise ValueError(f"cannot be read ({error}); copy the recipe again") from None
+        return value
 
 
 class Recipe(Settings):

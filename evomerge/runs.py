@@ -183,6 +183,8 @@ def _check_writable(directory: Path) -> None:
 
 def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     run.archive.record_sources(identities(run.config))
+    if run.prepared.seen is not None:
+        run.archive.record_seen(run.prepared.seen)
     journal = _Journal(run)
     journal("started", {"process": os.getpid(), "recorded": len(run.archive.tried())})
 

@@ -13,7 +13,10 @@ from evomerge.preparation import prepare_file
 
 
 def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dict[str, Any]]:
-    """The resolved config, and scores, error, items and fingerprint of a model or recipe on a split."""
+    """The resolved config, and scores, error, items and fingerprint of a model or recipe on a split.
+
+    What the search saw that made it is never held out; `left_out` says how many items that are.
+    """
     from evomerge.workers.worker import Worker
 
     if split not in SPLITS:
@@ -30,7 +33,7 @@ def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dic
             config, tensors = config.model_copy(update={"base": recipe.references[0]}), own
     preflight(config.base, {reference: reference for reference in recipe.references})
     make_plan(recipe, tensors, target)
-    worker = Worker(config, recipe.references)
+    worker = Worker(config, recipe.references, seen=recipe.evomerge.digests)
     evaluation = worker.evaluate(recipe, wanted)
     return prepared.config, {
         "target": target,
@@ -38,6 +41,7 @@ def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dic
         "scores": dict(evaluation.scores) if evaluation.scores is not None else None,
         "error": evaluation.error,
         "items": evaluation.items,
+        "left_out": worker.left_out(wanted),
         "truncated": evaluation.truncated,
         "fingerprint": evaluation.fingerprint,
     }

@@ -5,7 +5,7 @@ answered from there, once its genome has been compared.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -109,6 +109,18 @@ def reported(records: Sequence[Record], criteria: Criteria) -> list[Candidate]:
     return sorted(by_id.values(), key=place)
 
 
+def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
+    """A sentence for each metric on which all controls score the same: a search cannot tell candidates apart by it."""
+    known = [evaluation.scores for evaluation in controls if evaluation.scores is not None]
+    for metric in config.measured:
+        found = {scores[metric.name] for scores in known}
+        if metric.cost is None and len(found) == 1 and len(known) > 1:
+            yield (
+                f"{metric.name}: base, parents and uniform merge all score {found.pop():.3f}; look at what the task "
+                "asks and how it is answered, since a search on it may tell no candidates apart."
+            )
+
+
 class Schedule(Protocol):
     """A source of jobs that waits for the evaluations of those it has handed out."""
 
@@ -180,6 +192,8 @@ class Search:
             first = next(iter(essential.evaluations.values()))
             raise WorkFailed(f"no control could be evaluated, so nothing else can be ({first.error}).")
         check_limits(self.archive, self.config, criteria)
+        for warning in _without_difference(list(essential.evaluations.values()), self.config):
+            self.listener("warning", {"message": warning})
         leader = list(essential.evaluations)[int(np.argmax(values))]
         start = self.space.encode(start_weights(self.config, leader))
         given = start_of_weights(self.config)

@@ -358,7 +358,7 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     ),
     "a constraint with another filter than the objective": (
         {"constraints": [{"task": "base_qa", "filter": "none", "retain": 0.9}]},
-        'constraints[0].filter is "none", but base_qa is measured with filter null elsewhere',
+        'constraints[0].filter is "none", and that of objectives[0] is another way to say it',
     ),
     "more held-out items than there are": ({"items.heldout": 10**6}, "items.heldout asks for 1000000 items"),
     "no items": ({"items.search": 0}, "items.search is 0; use a value greater than or equal to 1"),

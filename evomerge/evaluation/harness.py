@@ -15,15 +15,16 @@ import torch
 from evomerge.candidate import Split, Subset
 from evomerge.config import ObjectiveConfig, SearchConfig
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
+from evomerge.evaluation import few_shots
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
-from evomerge.evaluation.items import part
-from evomerge.evaluation.loading import both_splits, cause, distinct_tasks, documents, load_targets
+from evomerge.evaluation.items import Division, part
+from evomerge.evaluation.loading import cause, distinct_tasks, load_targets
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.prepared import PreparedRequests, Request, Response, tolerance
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
+from evomerge.seen import Digests
 
-FEWSHOT_SEED = 1234
 _SUBSETS_KEPT = 4  # the generations that are in flight at once share a few
 
 
@@ -42,9 +43,17 @@ class Scores:
 class Harness:
     """The tasks of a search, prepared for one resident model. A split is built when it is first asked for."""
 
-    def __init__(self, config: SearchConfig, model: Any, tokenizer: Any, writer: Writer | None = None) -> None:
-        """writer: what writes texts with the resident model's weights; by default the model itself."""
-        self._config, self._model, self._writer = config, model, writer
+    def __init__(
+        self,
+        config: SearchConfig,
+        model: Any,
+        tokenizer: Any,
+        writer: Writer | None = None,
+        seen: Digests = frozenset(),
+    ) -> None:
+        """writer: what writes texts with the resident model's weights; by default the model itself.
+        seen: digests of items that are not to be held out (`evomerge.seen`)."""
+        self._config, self._model, self._writer, self._seen = config, model, writer, seen
         with quiet():
             from lm_eval.models.huggingface import HFLM
 
@@ -56,9 +65,14 @@ class Harness:
         where the model scores packed rows otherwise than full ones."""
         if split not in self._splits:
             with quiet():
-                self._splits[split] = _PreparedSplit(self._config, self._lm, split)
+                self._splits[split] = _PreparedSplit(self._config, self._lm, split, self._seen)
                 if self._model.device.type != "meta":
                     self._splits[split].check_packing(self._model)
+
+    def left_out(self, split: Split) -> int:
+        """How many items of a split were passed over because they were seen."""
+        self.prepare(split)
+        return self._splits[split].left_out
 
     @property
     def texts(self) -> list[GenerationBatch]:
@@ -93,10 +107,13 @@ class Harness:
 class _PreparedSplit:
     """Every task of a split with its instances, their tokens, and lm-eval's code to score them."""
 
-    def __init__(self, config: SearchConfig, lm: Any, split: Split) -> None:
+    def __init__(self, config: SearchConfig, lm: Any, split: Split, seen: Digests) -> None:
         self._config, self._lm = config, lm
         self._targets = load_targets(config.measured, config.tasks, config.evaluation)
-        self._tasks = [_PreparedTask(task, config, lm, split) for task in distinct_tasks(self._targets)]
+        tasks = distinct_tasks(self._targets)
+        division = Division(tasks, config.items, seen)
+        self.left_out = sum(division.left_out.values()) if split == "heldout" else 0
+        self._tasks = [_PreparedTask(task, config, lm, split, division) for task in tasks]
         documents = [instances for task in self._tasks for instances in task.documents]
         self._encoded = {
             id(instance): _encode(lm, instance, number)
@@ -248,10 +265,10 @@ class _Batches:
 class _PreparedTask:
     """One of lm-eval's tasks with the instances of a split, by document."""
 
-    def __init__(self, task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
+    def __init__(self, task: Any, config: SearchConfig, lm: Any, split: Split, division: Division) -> None:
         self.task = task
         try:
-            _build(task, config, lm, split)
+            _build(task, config, lm, split, division)
             self.documents = _by_document(task._instances)
             self._choices: list[Choices] | None = choices_of(task, self.documents)
         except EvomergeError:
@@ -282,14 +299,11 @@ class _PreparedTask:
         return margins
 
 
-def _build(task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
+def _build(task: Any, config: SearchConfig, lm: Any, split: Split, division: Division) -> None:
     """Builds a task's instances on all documents (so that few-shot examples do not depend on the choice), then keeps
     those of the split."""
-    chosen = set(documents(task, config.items, split))
-    _leave_own_answer_out(task, split)
-    if split != "heldout" and both_splits(task):
-        task.test_docs = task.validation_docs
-    task.set_fewshot_seed(FEWSHOT_SEED)
+    chosen = set(division.of(task, split))
+    few_shots.prepare(task, division, split)
     evaluation = config.evaluation
     task.build_all_requests(
         system_instruction=evaluation.system_instruction,
@@ -299,20 +313,6 @@ def _build(task: Any, config: SearchConfig, lm: Any, split: Split) -> None:
         tokenizer_name=lm.tokenizer_name if evaluation.apply_chat_template else "",
     )
     task._instances = [instance for instance in task._instances if instance.doc_id in chosen]
-
-
-def _leave_own_answer_out(task: Any, split: Split) -> None:
-    """Where an item's few-shot examples come from its own split, makes lm-eval leave the item itself out of them.
-
-    lm-eval does so where the two names that it compares are equal, and elsewhere would show the answer.
-    """
-    config, fewshot = task.config, getattr(task, "fewshot_cfg", None)
-    if fewshot is None or fewshot.samples is not None:
-        return
-    splits = [config.validation_split, config.test_split]
-    evaluated = next(filter(None, splits[::-1] if split == "heldout" else splits), None)
-    if evaluated == next(filter(None, [fewshot.split, config.training_split, *splits]), None):
-        fewshot.split = config.test_split
 
 
 def _by_document(instances: Sequence[Any]) -> list[list[Any]]:

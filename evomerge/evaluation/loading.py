@@ -20,8 +20,9 @@ from evomerge.config import (
     Split,
     TasksConfig,
 )
+from evomerge.documents import shown
 from evomerge.errors import EvomergeError, InputError, choices
-from evomerge.evaluation.items import choose, divide
+from evomerge.evaluation.items import Division, both_splits
 from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks
 from evomerge.quiet import quiet
 
@@ -82,7 +83,6 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
         each if each.cost is not None else _with_goal(f"objectives[{index}]", each, targets[each.task])
         for index, each in enumerate(config.objectives)
     )
-    _check_filters(objectives, targets)
     goals = {objective.name: objective.goal for objective in objectives}
     constraints = [
         _with_goal(f"constraints[{index}]", each, targets[each.task]) for index, each in enumerate(config.constraints)
@@ -93,24 +93,28 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
                 f"constraints[{index}].goal is {each.goal}, but elsewhere {each.name} has goal {goals[each.name]}; "
                 "give both the same."
             )
-    for task in distinct_tasks(targets):
-        for split in config.splits:
-            documents(task, config.items, split)
+    _check_filters([*objectives, *constraints], len(objectives), targets)
     return config.model_copy(update={"objectives": objectives, "constraints": tuple(constraints)})
 
 
-def _check_filters(objectives: Sequence[ObjectiveConfig], targets: Mapping[str, Target]) -> None:
-    """Raises InputError where one objective names the filter that another means without a name."""
-    seen: dict[tuple[str, str, str], int] = {}
-    for index, each in enumerate(objectives):
-        if each.cost is not None:
+def _check_filters(
+    metrics: Sequence[ObjectiveConfig | ConstraintConfig], objectives: int, targets: Mapping[str, Target]
+) -> None:
+    """Raises InputError where one metric names the filter that another means without a name.
+
+    objectives: how many of the metrics are objectives, the first ones; the others are constraints.
+    """
+    seen: dict[tuple[str, str, str], tuple[str, str]] = {}
+    for index, each in enumerate(metrics):
+        if isinstance(each, ObjectiveConfig) and each.cost is not None:
             continue
         first = targets[each.task].filters()[0]
-        other = seen.setdefault((each.task, each.metric, each.filter or first), index)
-        if other != index:
+        where = f"objectives[{index}]" if index < objectives else f"constraints[{index - objectives}]"
+        other, name = seen.setdefault((each.task, each.metric, each.filter or first), (where, each.name))
+        if name != each.name:
             raise InputError(
-                f"objectives[{index}] is objectives[{other}] again, since '{first}' is the first filter of task "
-                f"'{each.task}', which is taken where none is named; name each objective once."
+                f"{where}.filter is {shown(each.filter)}, and that of {other} is another way to say it: '{first}' "
+                f"is the first filter of task '{each.task}', which is taken where none is named; write both alike."
             )
 
 
@@ -140,23 +144,24 @@ def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
     return wanted.model_copy(update={"goal": goal})
 
 
-def without_items(config: SearchConfig, targets: Mapping[str, Target]) -> str | None:
+def without_items(config: SearchConfig, targets: Mapping[str, Target], division: Division) -> str | None:
     """The first metric that a search measures which is no mean over items, so that a part of them says little of it;
     None where there is none."""
     for each in config.measured:
-        if each.cost is None and not targets[each.task].by_item(each.metric, _search_items(config, targets[each.task])):
+        if each.cost is None and not targets[each.task].by_item(each.metric, _sizes(targets[each.task], division)):
             return each.name
     return None
 
 
-def fewest_items(config: SearchConfig, targets: Mapping[str, Target]) -> int:
+def fewest_items(config: SearchConfig, targets: Mapping[str, Target], division: Division) -> int:
     """On how many search items the metric with the fewest is measured; 0 where there are only costs."""
     tasks = [each.task for each in config.measured if each.cost is None]
-    return min((sum(_search_items(config, targets[task])) for task in tasks), default=0)
+    return min((sum(_sizes(targets[task], division)) for task in tasks), default=0)
 
 
-def _search_items(config: SearchConfig, target: Target) -> list[int]:
-    return [len(documents(task, config.items, "search")) for task in target.tasks]
+def _sizes(target: Target, division: Division) -> list[int]:
+    """How many search items each task of a target has."""
+    return [len(division.of(task, "search")) for task in target.tasks]
 
 
 def _check_generation(evaluation: EvaluationConfig) -> None:
@@ -273,12 +278,22 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
         except EvomergeError:
             raise
         except Exception as error:
-            raise InputError(
-                f"{file.path}: lm-eval cannot load task '{file.name}' ({cause(error)}); correct the file."
-            ) from None
+            raise InputError(f"{file.path}: {_unloadable(file.name, error)}.") from None
     if task.OUTPUT_TYPE not in OUTPUT_TYPES:
         raise InputError(f"{file.path}: output_type {task.OUTPUT_TYPE} of task '{file.name}' is not supported.")
     return task
+
+
+def _unloadable(name: str, error: Exception) -> str:
+    """Why lm-eval cannot load a task, and what to do. It looks at the first document while it loads it."""
+    if "corresponds to no data" in str(error) or (isinstance(error, IndexError) and "size 0" in str(error)):
+        return f"task '{name}' has no documents in a split that it names; fill its data, or name another split"
+    if isinstance(error, IndexError):
+        return (
+            f"task '{name}' has a first document that cannot be asked ({error}): its answer is none of its options, "
+            "one of these is empty, or there are no documents; correct the task's file or its data"
+        )
+    return f"lm-eval cannot load task '{name}' ({cause(error)}); correct the file"
 
 
 def _prepare_templates() -> None:
@@ -316,17 +331,9 @@ def _refuse_downloaded_metrics(content: Mapping[str, Any], file: TaskFile, tasks
             )
 
 
-def both_splits(task: Any) -> bool:
-    return bool(task.has_validation_docs() and task.has_test_docs())
-
-
 def documents(task: Any, items: ItemsConfig, split: Split) -> list[int]:
-    """The numbers of the documents that a split of a task holds."""
-    name = task.config.task
-    if both_splits(task):
-        documents = task.test_docs() if split == "heldout" else task.validation_docs()
-        return choose(items, split, name, len(documents))
-    return divide(items, name, len(task.eval_docs))[split]
+    """The numbers of the documents that a split of a task holds, where a search has no other task."""
+    return Division([task], items).of(task, split)
 
 
 def cause(error: BaseException) -> str:

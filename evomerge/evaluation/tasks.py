@@ -357,7 +357,7 @@ def _absolute(content: Mapping[str, Any], value: Any, places: Sequence[Path]) ->
         raise InputError(f"{_missing(content, f'{kind} {value}', places)}; put it there.")
     for path in found:
         if path.stat().st_size == 0:
-            raise InputError(f"{path}: data file of task '{content.get('task')}' is empty; fill it.")
+            raise InputError(f"{path.parent}: data file {path.name} of task '{content.get('task')}' is empty; fill it.")
     return [str(path) for path in found] if _is_pattern(name) else str(found[0])
 
 

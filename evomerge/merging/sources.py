@@ -28,6 +28,8 @@ from evomerge.merging.settings import check_settings
 from evomerge.merging.tensor_files import FLOATS as FLOATS
 from evomerge.merging.tensor_files import TensorFiles, read_header
 from evomerge.merging.tensor_files import TensorInfo as TensorInfo
+from evomerge.recipe import load as load_recipe
+from evomerge.seen import Digests
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+RECIPE = "evomerge_recipe.yaml"  # beside the weights of a merge
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # parameters that checkpoints store under another name than transformers gives them, by model type
 STORED_AS = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
@@ -138,6 +141,13 @@ def _download(reference: str) -> Path:
             f"{reference}: no such folder here, and the Hugging Face hub gave no such model ({reason}); "
             "check the name, or the network."
         ) from None
+
+
+def seen_by(source: ModelSource) -> Digests:
+    """What the search saw that made a model, as the recipe beside its weights says; nothing where there is none."""
+    folders = [source.folder] if source.adapter is None else [source.folder, source.adapter]
+    recipes = [load_recipe(folder / RECIPE) for folder in folders if (folder / RECIPE).is_file()]
+    return frozenset().union(*(recipe.evomerge.digests for recipe in recipes))
 
 
 def model_config(folder: Path) -> dict[str, Any]:

@@ -12,18 +12,26 @@ from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.materialize import ResidentModels
-from evomerge.merging.sources import find_source, named_weights
+from evomerge.merging.sources import find_source, named_weights, seen_by
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
+from evomerge.seen import Digests
 from evomerge.workers import first_line
 
 
 class Worker:
     """One process's models and prepared tasks. Raises InputError where they cannot be loaded."""
 
-    def __init__(self, config: SearchConfig, references: Iterable[str] | None = None, rehearsal: bool = False) -> None:
+    def __init__(
+        self,
+        config: SearchConfig,
+        references: Iterable[str] | None = None,
+        rehearsal: bool = False,
+        seen: Digests = frozenset(),
+    ) -> None:
         """references: the models that recipes may name; by default the base and the models of the config. rehearsal:
-        nothing is read and nothing computed, only prepared (`rehearse`)."""
+        nothing is read and nothing computed, only prepared (`rehearse`). seen: digests of items that are not to be held
+        out, besides those that the models say were seen when they were made."""
         torch.set_num_threads(config.evaluation.threads)
         wanted = tuple(references) if references is not None else (config.base, *config.models.values())
         skeleton = find_source(config.base, config.base).folder
@@ -38,13 +46,18 @@ class Worker:
             if config.evaluation.backend == "vllm" and not rehearsal
             else None
         )
-        self._harness = Harness(config, self.models.model, load_tokenizer(config), engine)
+        seen = seen.union(*map(seen_by, sources.values()))
+        self._harness = Harness(config, self.models.model, load_tokenizer(config), engine, seen)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
         for split in config.splits:  # all now: an item that cannot be scored should not show after the search
             self._harness.prepare(split)
         if engine is not None:
             engine.start(self._harness.texts)
+
+    def left_out(self, split: Split) -> int:
+        """How many items of a split were passed over because they were seen."""
+        return self._harness.left_out(split)
 
     def rehearse(self, recipe: Recipe) -> None:
         """Goes through the motions of a candidate on the meta device."""

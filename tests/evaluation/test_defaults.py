@@ -17,8 +17,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from evomerge.config import EvaluationConfig
+from evomerge.evaluation.few_shots import SEED as FEWSHOT_SEED
 from evomerge.evaluation.generation import SAMPLING_SEED
-from evomerge.evaluation.harness import FEWSHOT_SEED, Harness
+from evomerge.evaluation.harness import Harness
 from evomerge.zoo.language import DIGITS, NAMES, NUMBERS, OBJECTS, VERBS
 
 WORDS = (*DIGITS, *NAMES, *NUMBERS, *OBJECTS, *VERBS)

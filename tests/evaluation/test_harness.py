@@ -20,8 +20,10 @@ from torch.nn import functional
 
 from evomerge.candidate import Subset
 from evomerge.errors import CandidateFailed, InputError
-from evomerge.evaluation.harness import FEWSHOT_SEED, Harness
-from evomerge.evaluation.loading import check_metrics, exam_warnings, load_targets
+from evomerge.evaluation.few_shots import SEED as FEWSHOT_SEED
+from evomerge.evaluation.harness import Harness
+from evomerge.evaluation.items import Division
+from evomerge.evaluation.loading import check_metrics, distinct_tasks, exam_warnings, load_targets
 from evomerge.zoo.language import DIGITS, NAMES, NUMBERS, OBJECTS, VERBS
 
 EVALS = Path(__file__).parents[2] / "evals"
@@ -169,7 +171,10 @@ def generation_task(write_task):
 
 
 def check(config):
-    return check_metrics(config, load_targets(config.measured, config.tasks, config.evaluation)).objectives
+    targets = load_targets(config.measured, config.tasks, config.evaluation)
+    checked = check_metrics(config, targets).objectives
+    Division(distinct_tasks(targets), config.items)
+    return checked
 
 
 # Scores are lm-eval's
@@ -308,7 +313,7 @@ def test_perplexity_of_texts_longer_than_the_context_is_lm_eval_s(
     rows = [{"text": sentence(rng, low, low + 9)} for low in (1, 40, 130, 300)]
     task = write_task(
         "text",
-        {"heldout": rows, "search": rows[::-1]},
+        {"heldout": rows, "search": [{"text": "tom has two keys"}, {"text": "ann"}]},
         validation_split="search",
         test_split="heldout",
         output_type="loglikelihood_rolling",

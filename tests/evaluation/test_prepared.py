@@ -157,3 +157,18 @@ def test_a_model_in_bfloat16_is_normalized_in_float32(models):
 
 def test_no_requests_have_no_responses(built):
     assert PreparedRequests([], 16, 64, CPU).run(built["llama"]) == []
+
+
+@pytest.mark.parametrize("lead", [2.0, 6.0, 10.0])
+def test_log_likelihoods_near_probability_one_keep_their_digits(lead):
+    """However large the logits are, of which own - logsumexp would keep no more digits than they have themselves."""
+
+    class Sure(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            logits = torch.zeros(*input_ids.shape, 8)
+            logits[..., 3] = lead
+            return type("Output", (), {"logits": logits + 1000.0})()
+
+    (response,) = PreparedRequests([Request((4,), (3,))], 1, 8, CPU).run(Sure())
+    exact = -torch.log1p(7 * torch.exp(torch.tensor(-lead, dtype=torch.float64))).item()
+    assert response.log_likelihood == pytest.approx(exact, rel=3e-3 if lead == 10.0 else 1e-4)

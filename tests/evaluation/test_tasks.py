@@ -1,15 +1,11 @@
 """Finding tasks without running them, and dividing their items."""
 
 from pathlib import Path
-from unittest import mock
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
-from evomerge.config import SPLITS, ItemsConfig, TasksConfig
+from evomerge.config import TasksConfig
 from evomerge.errors import InputError
-from evomerge.evaluation.items import choose, divide
 from evomerge.evaluation.tasks import absolute_data_files, find_tasks
 
 TRAP = """
@@ -318,92 +314,3 @@ def test_a_loader_that_opens_pickles_must_be_allowed(folder):
     (folder / "t.yaml").write_text("task: t\ndataset_path: pandas\n")
     with pytest.raises(InputError, match="dataset_path pandas, which opens pickles"):
         find(folder, "t")
-
-
-# Items
-
-names = st.text(min_size=1, max_size=12)
-seeds = st.integers(0, 2**40)
-
-
-@given(names, seeds, st.integers(3, 300), st.booleans(), st.data())
-def test_a_division_is_sorted_disjoint_of_the_sizes_asked_for_and_repeatable(name, seed, count, selects, data):
-    search = data.draw(st.none() | st.integers(1, count - 2))
-    left = count - (max(1, round(count / 2)) if search is None else search)
-    assume(left >= 1 + selects)
-    selection = data.draw(st.integers(1, left - 1)) if selects else None
-    heldout = data.draw(st.none() | st.integers(1, left - (selection or 0)))
-    items = ItemsConfig(search=search, selection=selection, heldout=heldout, seed=seed)
-    found = divide(items, name, count)
-    everything = [number for numbers in found.values() for number in numbers]
-    assert all(numbers == sorted(numbers) for numbers in found.values())
-    assert len(everything) == len(set(everything))
-    assert set(everything) <= set(range(count))
-    asked = {"search": count - left, "selection": selection or 0}
-    asked["heldout"] = left - asked["selection"] if heldout is None else heldout
-    assert {split: len(numbers) for split, numbers in found.items()} == asked
-    assert divide(items, name, count) == found
-
-
-@given(names, seeds, st.integers(3, 300), st.data())
-def test_a_choice_is_sorted_disjoint_of_the_sizes_asked_for_and_repeatable(name, seed, count, data):
-    selection = data.draw(st.integers(1, count - 1))
-    search = data.draw(st.none() | st.integers(1, count - selection))
-    heldout = data.draw(st.none() | st.integers(1, count))
-    items = ItemsConfig(search=search, selection=selection, heldout=heldout, seed=seed)
-    found = {split: choose(items, split, name, count) for split in SPLITS}
-    asked = {"search": count - selection if search is None else search, "selection": selection}
-    asked["heldout"] = count if heldout is None else heldout
-    assert {split: len(numbers) for split, numbers in found.items()} == asked
-    assert all(numbers == sorted(set(numbers)) for numbers in found.values())
-    assert set().union(*found.values()) <= set(range(count))
-    assert set(found["search"]).isdisjoint(found["selection"])  # of the validation split both
-    assert {split: choose(items, split, name, count) for split in SPLITS} == found
-
-
-@given(names, seeds)
-def test_items_depend_on_the_seed_and_on_the_task(name, seed):
-    items, other = (ItemsConfig(search=50, heldout=50, seed=value) for value in (seed, seed + 1))
-    assert divide(items, name, 200) != divide(other, name, 200)
-    assert divide(items, name, 200) != divide(items, name + "x", 200)
-    assert choose(items, "search", name, 200) != choose(other, "search", name, 200)
-    assert choose(items, "search", name, 200) != choose(items, "search", name + "x", 200)
-
-
-@given(seeds, st.integers(1, 100))
-def test_asking_for_fewer_held_out_items_keeps_the_search_items(seed, heldout):
-    everything = divide(ItemsConfig(search=40, seed=seed), "task", 140)
-    fewer = divide(ItemsConfig(search=40, heldout=heldout, seed=seed), "task", 140)
-    assert fewer["search"] == everything["search"]
-    assert set(fewer["heldout"]) <= set(everything["heldout"])
-
-
-@given(seeds, st.integers(1, 60))
-def test_asking_for_selection_items_changes_neither_search_nor_held_out_items(seed, selection):
-    without = ItemsConfig(search=40, heldout=40, seed=seed)
-    items = without.model_copy(update={"selection": selection})
-    assert divide(items, "task", 140) == divide(without, "task", 140) | {"selection": mock.ANY}
-    assert all(
-        choose(items, split, "task", 140) == choose(without, split, "task", 140) for split in ("search", "heldout")
-    )
-
-
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        ({"search": 11}, r"items.search asks for 11 items, but task 't' has only 10"),
-        ({"search": 10}, r"items.heldout asks for some items, but task 't' has only 0"),
-        ({"search": 6, "heldout": 2, "selection": 3}, r"items.selection asks for 3 items, but task 't' has only 2"),
-        ({"search": 6, "heldout": 5}, r"items.heldout asks for 5 items, but task 't' has only 4"),
-    ],
-)
-def test_more_items_than_a_task_has_are_an_input_error(items, message):
-    with pytest.raises(InputError, match=message):
-        divide(ItemsConfig(**items), "t", 10)
-
-
-def test_a_split_without_items_is_an_input_error():
-    with pytest.raises(InputError, match=r"items.search asks for some items"):
-        choose(ItemsConfig(), "search", "t", 0)
-    with pytest.raises(InputError, match=r"items.heldout asks for 3 items"):
-        choose(ItemsConfig(heldout=3), "heldout", "t", 2)

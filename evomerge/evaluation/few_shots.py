@@ -1,0 +1,144 @@
+"""Few-shot examples: lm-eval draws them, but none is the same as an item that is held out, or as the one that is asked.
+
+Where nothing is the same as anything else, the examples are lm-eval's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evomerge.config import Split
+from evomerge.errors import InputError
+from evomerge.evaluation.items import Division, both_splits, examples_are_items
+from evomerge.evaluation.rendering import Side, document_digest, items_of
+from evomerge.seen import Digests
+
+SEED = 1234
+
+
+def prepare(task: Any, division: Division, split: Split) -> None:
+    """Makes a task ready to build the requests of a split: which documents they are of, and which examples it draws."""
+    _leave_own_answer_out(task, split)
+    if split != "heldout" and both_splits(task):
+        task.test_docs = task.validation_docs
+    task.set_fewshot_seed(SEED)
+    if task.config.num_fewshot and hasattr(task, "sampler"):
+        _withhold(task, division)
+        _Guard(task).install()
+
+
+def shown(task: Any, division: Division) -> Digests:
+    """The digests of the examples that are shown with the items of search and selection. The task is good for nothing
+    else afterwards."""
+    count = task.config.num_fewshot
+    if not count or not hasattr(task, "sampler"):
+        return frozenset()
+    prepare(task, division, "search")
+    asked = {*division.of(task, "search"), *division.of(task, "selection")}
+    found: set[bytes] = set()
+    known = _by_document(task)
+    for number, document in enumerate(task.eval_docs):
+        task.sampler.guard.own = known.get(document_digest(document), frozenset())
+        drawn = _drawn(task, count, document if _draws_evaluated(task) else None)
+        if number in asked:
+            found.update(*(known[document_digest(example)] for example in drawn))
+    return frozenset(found)
+
+
+def _drawn(task: Any, count: int, document: Any) -> Sequence[Any]:
+    try:
+        drawn: Sequence[Any] = task.sampler.sample(n=count, eval_doc=document)
+    except (ValueError, AssertionError) as error:  # as lm-eval's samplers say that there are too few
+        raise InputError(
+            f"task '{task.config.task}': lm-eval cannot draw {count} few-shot examples ({error}); correct its file, or "
+            "evaluation.num_fewshot where that is set."
+        ) from None
+    return drawn
+
+
+def _leave_own_answer_out(task: Any, split: Split) -> None:
+    """Where an item's few-shot examples come from its own split, makes lm-eval leave the item itself out of them.
+
+    lm-eval does so where the two names that it compares are equal, and elsewhere would show the answer.
+    """
+    config, fewshot = task.config, getattr(task, "fewshot_cfg", None)
+    if fewshot is None or fewshot.samples is not None:
+        return
+    splits = [config.validation_split, config.test_split]
+    evaluated = next(filter(None, splits[::-1] if split == "heldout" else splits), None)
+    if evaluated == next(filter(None, [fewshot.split, config.training_split, *splits]), None):
+        fewshot.split = config.test_split
+
+
+def _draws_evaluated(task: Any) -> bool:
+    """Whether lm-eval is told which document it must not draw."""
+    return bool(task.fewshot_cfg.split == task.config.test_split)
+
+
+def _withhold(task: Any, division: Division) -> None:
+    """Takes what is held out or selected by from the examples that a task can draw."""
+    if not examples_are_items(task):
+        return
+    withheld, known = division.digests("heldout", "selection"), _by_document(task)
+    pool = task.sampler.df
+    kept = [document for document in pool if not known[document_digest(document)] & withheld]
+    if len(kept) < len(pool):
+        _check_enough(task, len(kept) - 1)  # one of them may be the item that is asked
+        task.sampler.replace_df(kept)
+
+
+def _check_enough(task: Any, left: int) -> None:
+    if left < task.config.num_fewshot:
+        raise InputError(
+            f"task '{task.config.task}' shows {task.config.num_fewshot} few-shot examples, but only {max(0, left)} are "
+            "left beside the items that are asked, selected by and held out; use fewer items, or give the task a "
+            "fewshot_split of its own."
+        )
+
+
+def _by_document(task: Any) -> Mapping[bytes, Digests]:
+    """The digests of all items of a task, by that of their document."""
+    sides: tuple[Side, ...] = ("validation", "test", "fewshot")
+    return {item.document: item.digests for side in sides for item in items_of(task, side)}
+
+
+@dataclass
+class _Guard:
+    """Watches over what a task draws.
+
+    own: the digests of the item that examples are drawn for.
+    """
+
+    task: Any
+    own: Digests = frozenset()
+    _known: Mapping[bytes, Digests] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._known = _by_document(self.task)
+        self._sample = self.task.sampler.sample
+        self._context = self.task.fewshot_context
+
+    def install(self) -> None:
+        self.task.sampler.sample = self.sample
+        self.task.sampler.guard = self
+        self.task.fewshot_context = self.context
+
+    def context(self, doc: Any, *given: Any, **named: Any) -> Any:
+        self.own = self._known.get(document_digest(doc), frozenset())
+        return self._context(doc, *given, **named)
+
+    def sample(self, n: int, *given: Any, **named: Any) -> Sequence[Any]:
+        drawn: Sequence[Any] = self._sample(n, *given, **named)
+        if all(self._other(document) for document in drawn):
+            return drawn
+        pool = self.task.sampler.df
+        left = [document for document in pool if self._other(document)]
+        _check_enough(self.task, len(left))
+        self.task.sampler.replace_df(left)
+        again: Sequence[Any] = self._sample(n)
+        self.task.sampler.replace_df(pool)
+        return again
+
+    def _other(self, document: Any) -> bool:
+        digest = document_digest(document)
+        return not (self._known.get(digest, frozenset({digest})) & self.own)

@@ -1,0 +1,81 @@
+"""What a task makes of its documents: question, options and answer of every item, as the model will be shown them.
+
+Rendered once per task and split, without few-shot examples, and kept with lm-eval's task object.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evomerge.seen import Digests, digest_of
+
+Side = Literal["validation", "test", "fewshot"]
+_KEPT: "weakref.WeakKeyDictionary[Any, dict[Side, list[Item]]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One document of a task, rendered.
+
+    text: the question; a number where the options are the questions.
+    choices: the options; None where there are none.
+    target: the answer: a text, the number of an option, or a list of these.
+    error: why the task's templates cannot render the document; None where they can.
+    document: the digest of the document.
+    digests: by which the item is told from others, the document's among them (`evomerge.seen`).
+    """
+
+    text: Any
+    choices: Any
+    target: Any
+    error: Exception | None
+    document: bytes
+    digests: Digests
+
+    @property
+    def question(self) -> str:
+        """The question as people read it."""
+        return str(self.text)
+
+
+def items_of(task: Any, side: Side) -> list[Item]:
+    """The items of one of lm-eval's tasks, in the order of its documents; none where the task has no such split."""
+    kept = _KEPT.setdefault(task, {})
+    if side not in kept:
+        kept[side] = [_item(task, document) for document in _documents(task, side)]
+    return kept[side]
+
+
+def _documents(task: Any, side: Side) -> Sequence[Any]:
+    if side == "fewshot":
+        return list(getattr(getattr(task, "sampler", None), "df", None) or [])
+    if not (task.has_test_docs() if side == "test" else task.has_validation_docs()):
+        return []
+    return list(task.test_docs() if side == "test" else task.validation_docs())
+
+
+def _item(task: Any, document: Any) -> Item:
+    text = choices = target = error = None
+    try:
+        text = task.doc_to_text(document)
+        asked = getattr(task.config, "doc_to_choice", None) is not None
+        choices = task.doc_to_choice(document) if asked else None
+        target = task.doc_to_target(document)
+    except Exception as failure:  # templates and functions of tasks raise what they like
+        error = failure
+    own = document_digest(document)
+    shown = digest_of("shown", _plain(text), _plain(choices), _plain(target))
+    return Item(text, choices, target, error, own, frozenset({own} if error else {own, shown}))
+
+
+def document_digest(document: Any) -> bytes:
+    """The digest of a document, whatever a task makes of it."""
+    return digest_of("document", document)
+
+
+def _plain(value: Any) -> Any:
+    """A value with its runs of white space made one blank: they do not make another item."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
