@@ -193,7 +193,7 @@ def export(
     recipe = exports.shared_recipe(record, opened.archive, opened.config)
     exports.write_recipe(recipe, output)
     for warning in exports.warnings(record, opened.archive, opened.config):
-        terminal.fail(f"warning: {warning}")
+        terminal.warn(warning)
     terminal.console().print(
         f"{record.candidate.id} written to {output}; merge it with `evomerge merge {output} OUT_DIR`"
     )
@@ -218,19 +218,18 @@ def merge(
 ) -> None:
     """Write a recipe's merge as a plain Hugging Face checkpoint and check its fingerprint."""
     from evomerge import export as exports
-    from evomerge import recipe as recipes
     from evomerge import terminal
     from evomerge.workers.worker import resolve_device
 
     fingerprint, checked = exports.merge(
-        recipes.load(recipe),
+        exports.load(recipe, terminal.warn),
         out,
         str(recipe),
         resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device"),
         shard_size=max_shard_size,
         tokenizer=copy_tokenizer,
         card=write_model_card,
-        warn=lambda warning: terminal.fail(f"warning: {warning}"),
+        warn=terminal.warn,
     )
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
     terminal.console().print(f"{out}: fingerprint {fingerprint} ({verdict})")
@@ -246,7 +245,7 @@ def evaluate(
     """Score a model or a recipe as a search would."""
     from evomerge import scoring, terminal
 
-    prepared, row = scoring.score(target, config, split)
+    prepared, row = scoring.score(target, config, split, terminal.warn)
     if as_json:
         _print_json(row)
     else:
@@ -255,7 +254,7 @@ def evaluate(
     if row["left_out"]:
         terminal.fail(f"note: {row['left_out']} items are left out, since the search that made {target} saw them.")
     if row["truncated"]:
-        terminal.fail(f"warning: {terminal.truncation(row['truncated'])}")
+        terminal.warn(terminal.truncation(row["truncated"]))
     if row["error"]:
         terminal.fail(f"{target}: {row['error']}")
         raise typer.Exit(1)
@@ -270,7 +269,7 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
     if as_json:
         return _print_json(summary)
     for warning in summary.pop("warnings"):
-        terminal.fail(f"warning: {warning}")
+        terminal.warn(warning)
     for key, value in summary.items():
         shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
         terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)

@@ -50,10 +50,17 @@ def naming(where: object) -> Iterator[None]:
         raise InputError(f"{where}: {error}") from None
 
 
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that an unknown one may be a misspelling of, if any; capitals make no difference."""
+    known = {each.lower(): each for each in sorted(valid)}
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return known[close[0]] if close else None
+
+
 def choices(name: str, valid: Iterable[str]) -> str:
     """A phrase for an unknown name: the closest valid one first, then all of them, as far as anyone would read."""
     known = sorted(valid)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    close = closest(name, known)
+    hint = f"did you mean '{close}'? " if close else ""
     more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
     return f"{hint}valid names: {', '.join(known[:_LISTED]) or '(none)'}{more}"

@@ -17,6 +17,7 @@ from evomerge.criteria import Criteria, criteria_of
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.evidence import against, phrase
 from evomerge.licenses import combined, stated_license
+from evomerge.merging.plan import unread_parameters
 from evomerge.merging.sources import RECIPE, find_source, preflight, seen_by, split_adapter, tensor_table
 from evomerge.preparation import resolve_dtype
 from evomerge.recipe import Provenance, Recipe, single
@@ -254,10 +255,18 @@ def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> 
     return f"{where}: the merge has fingerprint {found}, but {recorded} was scored ({cause}); nothing was written."
 
 
-def read(target: str) -> Recipe:
-    """The recipe in a YAML file, or the recipe that is a model unchanged."""
+def read(target: str, warn: Callable[[str], None] = lambda _: None) -> Recipe:
+    """The recipe in a YAML file, or the recipe that is a model unchanged. warn: is told of what a file says in vain."""
+    if target.endswith((".yaml", ".yml")):
+        return located(load(Path(target), warn))
+    return single(target)
+
+
+def load(path: Path, warn: Callable[[str], None] = lambda _: None) -> Recipe:
+    """The recipe in a file. warn: is told of keys and parameters that are ignored."""
     from evomerge import recipe
 
-    if target.endswith((".yaml", ".yml")):
-        return located(recipe.load(Path(target)))
-    return single(target)
+    found = recipe.load(path, warn)
+    for warning in unread_parameters(found):
+        warn(f"{path}: {warning}")
+    return found

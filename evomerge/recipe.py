@@ -2,7 +2,8 @@
 
 Read and written are `models` and `slices` recipes with parameters at every level, name filters and layer gradients.
 Values are found as mergekit 0.1.5 finds them: source before slice before recipe, the first filter that matches,
-gradients interpolated over a slice's layers. Missing on purpose, and refused by name: `modules`.
+gradients interpolated over a slice's layers. `evomerge.dialect` reads the forms and habits in which people write them.
+Missing on purpose, and refused by name: `modules`.
 
 Where the two differ: mergekit rounds its inputs to `dtype`, computes in it, and rounds to `out_dtype` if there is one.
 Here everything is computed in float32 from the stored weights and rounded once, to `out_dtype` or else `dtype`, or else
@@ -11,7 +12,7 @@ to the dtype of most of the base's tensors (mergekit then keeps every tensor's o
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,14 +20,14 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from evomerge.config import Settings
+from evomerge.dialect import plain
 from evomerge.documents import read_yaml, validate
-from evomerge.errors import InputError
+from evomerge.errors import naming
 from evomerge.seen import Digests, decoded
 
 Scalar = bool | int | float | str
 Kind = type[float] | type[int] | type[bool]
 DTYPES = Literal["float32", "bfloat16", "float16"]
-UNSUPPORTED = ("modules",)
 
 
 class Condition(Settings):
@@ -276,12 +277,14 @@ def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
 _Dumper.add_representer(list, _represent_list)
 
 
-def load(path: Path) -> Recipe:
-    """Reads a recipe. Relative model paths that exist are taken relative to the working directory, as mergekit does."""
+def load(path: Path, warn: Callable[[str], None] = lambda _: None) -> Recipe:
+    """Reads a recipe. Relative model paths that exist are taken relative to the working directory, as mergekit does.
+
+    warn: is told of what is ignored, a sentence each.
+    """
     document = read_yaml(path)
-    for key in UNSUPPORTED:
-        if document.get(key) is not None:
-            raise InputError(f"{path}: {key} is not supported; remove it, or merge this recipe with mergekit.")
+    with naming(path):
+        document = plain(document, lambda warning: warn(f"{path}: {warning}"))
     return validate(Recipe, document, path)
 
 

@@ -1,5 +1,6 @@
 """Scoring one model or recipe by hand, with the tasks, items and device of a search file."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from evomerge.merging.sources import find_source, preflight, tensor_table
 from evomerge.preparation import prepare_file
 
 
-def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dict[str, Any]]:
+def score(
+    target: str, search_file: Path, split: str, warn: Callable[[str], None] = lambda _: None
+) -> tuple[SearchConfig, dict[str, Any]]:
     """The resolved config, and scores, error, items and fingerprint of a model or recipe on a split.
 
     What the search saw that made it is never held out; `left_out` says how many items that are.
+    warn: is told of what a recipe says in vain.
     """
     from evomerge.workers.worker import Worker
 
@@ -25,7 +29,7 @@ def score(target: str, search_file: Path, split: str) -> tuple[SearchConfig, dic
     wanted = next((each for each in prepared.config.splits if each == split), None)
     if wanted is None:
         raise InputError(f"--split is {split}, but {search_file} has no items.selection; use search or heldout.")
-    recipe = export.read(target)
+    recipe = export.read(target, warn)
     config, tensors = prepared.config, prepared.tensors
     if recipe.models is not None and len(recipe.references) == 1:
         own = tensor_table(find_source(recipe.references[0], config.base))

@@ -263,3 +263,8 @@ def truncation(count: int) -> str:
 def fail(message: str) -> None:
     """One line on standard error."""
     print(f"evomerge: {message}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """A sentence that the user should read, though the work goes on."""
+    fail(f"warning: {message}")

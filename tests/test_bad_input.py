@@ -947,9 +947,9 @@ def test_an_export_is_refused(claim: str, run_directory: Path, refuses: Refuses)
 # Recipes and scoring by hand
 
 RECIPES: dict[str, tuple[Any, ...]] = {
-    "an unknown key": ({"base": "x"}, "base is not a known key; did you mean 'base_model'?"),
-    "an unknown key below": ({"evomerge.fingerprnt": "0"}, "evomerge.fingerprnt", "did you mean 'fingerprint'?"),
+    "an unknown key of our own": ({"evomerge.fingerprnt": "0"}, "evomerge.fingerprnt", "did you mean 'fingerprint'?"),
     "an unknown method": ({"merge_method": "linaer"}, "merge_method is 'linaer'", "did you mean 'linear'?"),
+    "a method in capitals": ({"merge_method": "TIES"}, "merge_method is 'TIES'", "did you mean 'ties'?"),
     "no method": ({"merge_method": REMOVED}, "merge_method is required but missing"),
     "no models": ({"models": REMOVED}, "give exactly one of models and slices"),
     "a model that is not there": ({"models.0.model": "./nowhere"}, "./nowhere: no such model folder"),
@@ -967,13 +967,33 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "modules": ({"modules": {"text": {}}, "models": REMOVED}, "modules is not supported; remove it"),
     "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "give at most one of tokenizer_source and"),
     "a tokenizer that is not there": ({"tokenizer_source": "./nowhere"}, "./nowhere: no such model folder"),
-    "a key of the tokenizer": ({"tokenizer.sauce": "union"}, "tokenizer.sauce", "did you mean 'source'?"),
     "a token with two sources": (
         {"tokenizer.tokens": {"x": {"source": {"kind": "model_token", "model": "a", "token": "b", "token_id": 1}}}},
         "tokenizer.tokens.x.source: give exactly one of token_id and token",
     ),
     "a template by no known name": ({"chat_template": "lama3"}, "chat_template is 'lama3'", "did you mean 'llama3'?"),
     "an unknown dtype": ({"dtype": "float61"}, "dtype is \"float61\"; did you mean 'float16'?"),
+    "another name of a dtype": ({"dtype": "fp16"}, 'dtype is "fp16"', "valid names: bfloat16, float16, float32"),
+    "a list of weights in one string": ({"models.0.parameters.weight": "[0, 1]"}, "is '[0, 1]'; expected a number"),
+    "nothing behind a required key": ({"merge_method": None}, "merge_method is required but missing; add it"),
+    "nothing behind a parameter": ({"parameters": {"weight": None}}, "parameters.weight is null"),
+    "a path in place of a model": (
+        {"base_model": {"path": "x"}},
+        "base_model.model is required but missing; write the model below it ({model: {path: NAME}})",
+    ),
+    "a model of a mapping without path": (
+        {"models.0.model": {"model": {"revision": "x"}}},
+        "models[0].model.model.path is required but missing; add it",
+    ),
+    "a revision that YAML reads as a number": (
+        {"models.0.model": {"model": {"path": "x", "revision": 3}}},
+        "models[0].model.model.revision is 3; write it as text, in quotes",
+    ),
+    "another architecture": (
+        {"models.0.model": {"model": "x", "override_architecture": "LlamaForCausalLM"}},
+        "models[0].model.override_architecture is not supported, since the model's config.json says what it is",
+    ),
+    "a model as a list": ({"base_model": ["x"]}, 'base_model is ["x"]'),
 }
 
 
@@ -1069,6 +1089,15 @@ def test_an_address_without_cluster_is_refused(address: str, search: WriteSearch
     options = ("--workers", 1, "--address", address)
     says = (f"--address {address}: cannot connect to Ray", "start a cluster there, or leave the address out")
     check_process("run", search(), "--output", tmp_path / "run", *options, says=says, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", 0)])
+def test_an_address_for_a_search_in_this_process_is_refused(
+    options: tuple[object, ...], search: WriteSearch, run_directory: Path, refuses: Refuses
+) -> None:
+    says = ("--address auto: workers.pool is local", "no cluster is used; leave --address out")
+    refuses("run", search(), "--output", "run2", "--address", "auto", *options, says=says)
+    refuses("resume", run_directory, "--address", "auto", *options, says=says)
 
 
 def test_a_run_whose_models_have_changed_is_not_resumed_or_exported(

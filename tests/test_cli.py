@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +67,27 @@ def test_spaces_lists_every_gene_that_a_space_of_all_methods_has_with_its_bounds
         assert listed[kind]["domain"] == gene.domain
         if gene.domain != "categorical":
             assert (listed[kind]["low"], listed[kind]["high"]) == (gene.low, gene.high)
+
+
+def test_merge_and_evaluate_tell_what_they_ignore_of_a_recipe(
+    tmp_path: Path, search_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, search = tmp_path / "recipe.yaml", search_file(items={"search": 4, "heldout": 4})
+    recipe.write_text(
+        "{name: mine, merge_method: linear, models: [{model: 'zoo:math', parameters: {weight: 1, wieght: 2}}]}"
+    )
+    says = [
+        f"evomerge: warning: {recipe}: name is ignored, as mergekit ignores it.",
+        f"evomerge: warning: {recipe}: models[0].parameters.wieght is ignored, since merge_method linear has no such "
+        "parameter; did you mean 'weight'?",
+    ]
+    for command in (("merge", str(recipe), str(tmp_path / "out")), ("evaluate", str(recipe), "--config", str(search))):
+        monkeypatch.setattr(sys, "argv", ["evomerge", *command])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code
+        told = capfd.readouterr().err.splitlines()
+        assert [line for line in told if "ignored" in line] == says
 
 
 def test_spaces_and_methods_speak_to_people_too(

@@ -332,6 +332,96 @@ def test_mergekit_makes_the_same_weights_from_recipes_as_people_write_them(text,
     assert_close(load_file(tmp_path / "ours" / "model.safetensors"), theirs, 1e-6)
 
 
+# As people write them who never read mergekit's documentation: each is read by both as it stands.
+HABITS = {
+    "references as mappings": """
+        base_model: {model: {path: BASE}}
+        models:
+          - {model: {model: {path: FIRST, revision: main}, lora: null}, parameters: {weight: 0.5}}
+          - {model: {model: SECOND, override_architecture: null}, parameters: {weight: [0.2, "0.4"]}}
+        merge_method: task_arithmetic
+        tokenizer_source: {model: {path: BASE}}
+        dtype: torch.float32
+        """,
+    "keys of other programs": """
+        name: my-merge
+        allow_negative_weights: true
+        merge_method: ties
+        base_model: BASE
+        models:
+          - {model: FIRST, layer_range: [0, 2], comment: good, parameters: {weight: 0.5, density: 0.5}}
+          - {model: SECOND, layer_range: [0, 4], parameters: {weight: 1, wieght: 3, normalize: false}}
+        """,
+    "keys with nothing behind them": """
+        merge_method: linear
+        base_model:
+        modules: null
+        slices:
+        tokenizer:
+        tokenizer_source: ~
+        chat_template:
+        models:
+          - {model: FIRST, parameters: {weight: [{value: 0.25, filter: null}]}}
+          - {model: SECOND, parameters: }
+        parameters: {weight: {value: 0.75}}
+        dtype:
+        """,
+    "slices with all of it": """
+        merge_method: slerp
+        base_model: {model: {path: FIRST}}
+        slices:
+          - residual_weight: 0.5
+            parameters:
+            sources:
+              - {model: {model: FIRST}, layer_range: [0.0, 4], parameters: }
+              - {model: SECOND, layer_range: ["0", 4], note: x}
+        parameters: {t: [{filter: mlp, value: "5e-1", note: x}, {value: [0, 1]}]}
+        """,
+}
+
+
+@pytest.mark.parametrize("text", HABITS.values(), ids=HABITS.keys())
+def test_mergekit_makes_the_same_weights_from_the_file_itself_as_people_write_it(text, paths, tmp_path):
+    for name in ("base", "first", "second"):
+        text = text.replace(name.upper(), paths[name])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    export.merge(export.load(path), tmp_path / "ours", str(path))
+    command = CliRunner().invoke(mergekit_yaml, ["--quiet", str(path), str(tmp_path / "theirs")])
+    assert command.exit_code == 0, command.exception
+    ours, theirs = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
+    assert_close(ours, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_s_recipe_says_nothing_in_vain(method, decoded, tmp_path):
+    export.write_recipe(decoded(method, normalize="auto"), tmp_path / "recipe.yaml")
+    export.load(tmp_path / "recipe.yaml", pytest.fail)
+
+
+def test_parameters_that_a_method_does_not_read_are_named(paths, tmp_path):
+    path, told = tmp_path / "recipe.yaml", []
+    path.write_text(
+        f"""
+        merge_method: ties
+        base_model: {paths["base"]}
+        parameters: {{densty: 0.5, normalize: true}}
+        slices:
+          - parameters: {{t: 0.5}}
+            sources:
+              - {{model: {paths["base"]}, layer_range: [0, 4]}}
+              - {{model: {paths["first"]}, layer_range: [0, 4], parameters: {{weight: 1, lambda: 2}}}}
+        """
+    )
+    export.load(path, told.append)
+    assert told == [
+        f"{path}: parameters.densty is ignored, since merge_method ties has no such parameter; did you mean 'density'?",
+        f"{path}: slices[0].parameters.t is ignored, since merge_method ties has no such parameter.",
+        f"{path}: slices[0].sources[1].parameters.lambda is ignored, since all models share it; write it below the "
+        "recipe's parameters.",
+    ]
+
+
 def test_arcee_fusion_is_mergekit_s_but_for_elements_at_the_threshold(paths, tmp_path):
     """Its importance is a difference of nearly equal logarithms, which mergekit takes in float32."""
     recipe = Recipe(merge_method="arcee_fusion", base_model=paths["base"], models=(Source(model=paths["first"]),))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evomerge.errors import InputError
+from evomerge.errors import InputError, closest
 from evomerge.layers import is_embedding, layer_count, layer_index, with_layer
 from evomerge.merging import methods
 from evomerge.merging.methods.base import Method, Parameter
@@ -93,6 +93,34 @@ def make_plan(
         tensors=tuple(_tensor_merges(recipe, method, slices, names, known, where)),
         layers=tuple(_layers(slices)),
     )
+
+
+def unread_parameters(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each parameter that the recipe's method does not read where it stands, as in mergekit."""
+    method = methods.METHODS.get(recipe.merge_method)
+    if method is None:
+        return
+    per_model = [known.name for known in method.per_model]
+    every = [*per_model, *(known.name for known in method.shared)]
+    for key, parameters, of_source in _parameter_blocks(recipe):
+        for name in parameters:
+            if name not in every:
+                close = closest(name, every)
+                hint = f"; did you mean '{close}'?" if close else "."
+                yield f"{key}.{name} is ignored, since merge_method {method.name} has no such parameter{hint}"
+            elif of_source and name not in per_model:
+                yield f"{key}.{name} is ignored, since all models share it; write it below the recipe's parameters."
+
+
+def _parameter_blocks(recipe: Recipe) -> Iterator[tuple[str, Parameters, bool]]:
+    """Every block of parameters with its key path, and whether it is one of a source."""
+    yield "parameters", recipe.parameters, False
+    for index, source in enumerate(recipe.models or ()):
+        yield f"models[{index}].parameters", source.parameters, True
+    for index, part in enumerate(recipe.slices or ()):
+        yield f"slices[{index}].parameters", part.parameters, False
+        for number, source in enumerate(part.sources):
+            yield f"slices[{index}].sources[{number}].parameters", source.parameters, True
 
 
 def _base(recipe: Recipe, method: Method, part: Slice) -> str | None:

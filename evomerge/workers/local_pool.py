@@ -5,11 +5,20 @@ from collections.abc import Callable
 
 from evomerge.candidate import Evaluation
 from evomerge.config import SearchConfig
+from evomerge.errors import InputError
 from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
 
 
-def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], _address: str | None) -> "LocalPool":
-    """The pool that a config asks for."""
+def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "LocalPool":
+    """The pool that a config asks for. Raises InputError where an address asks for a cluster as well.
+
+    Ray's own RAY_ADDRESS does not count: Ray sets it for every job, and a job may hold a search of one worker.
+    """
+    if address:
+        raise InputError(
+            f"--address {address}: workers.pool is local, so this process evaluates and no cluster is used; leave "
+            "--address out, or let Ray's workers evaluate (--workers N, or --set workers.pool=ray)."
+        )
     return LocalPool(make_worker)
 
 

@@ -1,0 +1,174 @@
+"""mergekit's dialect as people write it, brought to the one form that `Recipe` takes.
+
+Mappings in place of model references become `MODEL@REVISION+ADAPTER@REVISION`. Keys that mergekit ignores are left out
+with a warning, level by level as its own models have them, and so are keys with nothing behind them, without one.
+What is left is for `Recipe` to judge; `evomerge:` is our own block and is passed on as it is.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputError, closest
+
+Warn = Callable[[str], None]
+Reader = Callable[[Any, str, Warn], Any]  # of a value, its key path, and what is told of keys that are ignored
+_WHOLE = "since models are merged whole; slices take layers"
+
+
+def plain(document: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
+    """A recipe's document as `Recipe` takes it. Raises InputError for what mergekit reads and evomerge cannot merge."""
+    found: dict[str, Any] = _RECIPE(document, "", warn)
+    return found
+
+
+def _as_it_is(value: Any, _key: str, _warn: Warn) -> Any:
+    return value
+
+
+def _block(readers: Mapping[str, Reader], reasons: Mapping[str, str] | None = None) -> Reader:
+    """Reads a mapping with these keys. reasons: why certain others are ignored."""
+
+    def read(value: Any, key: str, warn: Warn) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        found = {}
+        for name, content in value.items():
+            path = f"{key}.{name}".removeprefix(".")
+            if name not in readers:
+                warn(_ignored(path, str(name), readers, (reasons or {}).get(name)))
+            elif (read := readers[name](content, path, warn) if content is not None else None) is not None:
+                found[name] = read
+        return found
+
+    return read
+
+
+def _ignored(path: str, name: str, known: Mapping[str, Reader], reason: str | None) -> str:
+    close = closest(name, known)
+    hint = f"; did you mean '{close}'?" if close else "."
+    return f"{path} is ignored, {reason}." if reason else f"{path} is ignored, as mergekit ignores it{hint}"
+
+
+def _each(reader: Reader) -> Reader:
+    """Reads a list."""
+
+    def read(value: Any, key: str, warn: Warn) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [reader(item, f"{key}[{index}]", warn) for index, item in enumerate(value)]
+
+    return read
+
+
+def _form(reader: Reader) -> Reader:
+    """Reads one of the forms that a recipe may have; one that is empty is not there."""
+    return lambda value, key, warn: reader(value, key, warn) if value else None
+
+
+def _named(reader: Reader) -> Reader:
+    """Reads a mapping with any keys, of which none may be empty."""
+
+    def read(value: Any, key: str, warn: Warn) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: reader(content, f"{key}.{name}", warn) for name, content in value.items()}
+
+    return read
+
+
+def _setting(value: Any, key: str, warn: Warn) -> Any:
+    """A parameter's value, or values with filters."""
+    return _each(_CONDITION)(value, key, warn) if isinstance(value, list) else _CONDITION(value, key, warn)
+
+
+def _dtype(value: Any, _key: str, _warn: Warn) -> Any:
+    """mergekit takes torch's names too."""
+    return value.removeprefix("torch.") or None if isinstance(value, str) else value
+
+
+def _modules(value: Any, key: str, _warn: Warn) -> None:
+    if value:
+        raise InputError(f"{key} is not supported; remove it, or merge this recipe with mergekit.")
+
+
+def _architecture(value: Any, key: str, _warn: Warn) -> None:
+    if value:
+        raise InputError(
+            f"{key} is not supported, since the model's config.json says what it is; remove it, or merge this recipe "
+            "with mergekit."
+        )
+
+
+def _reference(value: Any, key: str, warn: Warn) -> Any:
+    """A model, by name or as a mapping of model, adapter and their revisions."""
+    if isinstance(value, str):
+        parts = [value] if _is_folder(value) else value.split("+")
+        return "+".join(_part(part, key, warn) for part in parts)
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("model") is None:
+        raise InputError(f"{key}.model is required but missing; write the model below it ({{model: {{path: NAME}}}}).")
+    found = _REFERENCE(value, key, warn)
+    return found["model"] + (f"+{found['lora']}" if "lora" in found else "")
+
+
+def _path(value: Any, key: str, warn: Warn) -> str:
+    """A model or an adapter in a reference, by name or as a mapping of path and revision."""
+    found = _PATH(value, key, warn) if isinstance(value, Mapping) else {"path": value}
+    if not found.get("path"):
+        raise InputError(f"{key}.path is required but missing; add it.")
+    for name, content in found.items():
+        if not isinstance(content, str):
+            raise InputError(f"{key}.{name} is {content}; write it as text, in quotes where YAML reads a number.")
+    return _part("@".join(filter(None, (found["path"], found.get("revision")))), key, warn)
+
+
+def _part(name: str, key: str, warn: Warn) -> str:
+    """A model or an adapter without the revision that a folder cannot have."""
+    path, at, revision = name.rpartition("@")
+    if not at or _is_folder(name) or not _is_folder(path):
+        return name
+    warn(f"{key}: the revision {revision or '(none)'} is ignored, since {path} is a folder.")
+    return path
+
+
+def _is_folder(name: str) -> bool:
+    return bool(name) and Path(name).expanduser().is_dir()
+
+
+def _token_source(value: Any, key: str, warn: Warn) -> Any:
+    """Where a token's embedding comes from: a mapping with a `kind` names no model by itself."""
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    return _reference(value, key, warn) if kind is None else _TOKEN_SOURCES.get(kind, _as_it_is)(value, key, warn)
+
+
+_CONDITION = _block({"value": _as_it_is, "filter": _as_it_is})
+_PATH = _block({"path": _as_it_is, "revision": _as_it_is})
+_REFERENCE = _block({"model": _path, "lora": _path, "override_architecture": _architecture})
+_PARAMETERS = _named(_setting)
+_MODEL = _block({"model": _reference, "parameters": _PARAMETERS}, {"layer_range": _WHOLE})
+_SOURCE = _block({"model": _reference, "layer_range": _as_it_is, "parameters": _PARAMETERS})
+_SLICE = _block({"sources": _each(_SOURCE), "base_model": _reference, "parameters": _PARAMETERS})
+_TOKEN_SOURCES = {
+    "model_token": _block({"kind": _as_it_is, "model": _reference, "token_id": _as_it_is, "token": _as_it_is}),
+    "zero": _block({"kind": _as_it_is}),
+}
+_TOKEN = _block({"source": _token_source, "force": _as_it_is})
+_TOKENIZER = _block({"source": _reference, "tokens": _named(_TOKEN), "pad_to_multiple_of": _as_it_is})
+_RECIPE = _block(
+    {
+        "merge_method": _as_it_is,
+        "base_model": _reference,
+        "models": _form(_each(_MODEL)),
+        "slices": _form(_each(_SLICE)),
+        "modules": _modules,
+        "parameters": _PARAMETERS,
+        "dtype": _dtype,
+        "out_dtype": _dtype,
+        "tokenizer_source": _reference,
+        "tokenizer": _TOKENIZER,
+        "chat_template": _as_it_is,
+        "evomerge": _as_it_is,
+    }
+)
