@@ -393,7 +393,7 @@ def test_mergekit_makes_the_same_weights_from_the_file_itself_as_people_write_it
     assert_close(ours, theirs, 1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"nuslerp"}))  # which takes two models, not three
 def test_a_search_s_recipe_says_nothing_in_vain(method, decoded, tmp_path):
     export.write_recipe(decoded(method, normalize="auto"), tmp_path / "recipe.yaml")
     export.load(tmp_path / "recipe.yaml", pytest.fail)
