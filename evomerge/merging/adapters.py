@@ -65,6 +65,8 @@ class _Config(BaseModel):
     rank_pattern: dict[_Pattern, _Rank] | None = None
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
     use_rslora: bool = False
+    ensure_weight_tying: bool = False
+    modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
 
     def rank(self, module: str) -> int:
@@ -137,21 +139,29 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists() and not any(folder.glob("model*.safetensors*"))
 
 
-def load_adapter(folder: Path, table: Mapping[str, TensorInfo], renamed: Mapping[str, str], turned: bool) -> Adapter:
+def load_adapter(
+    folder: Path,
+    table: Mapping[str, TensorInfo],
+    renamed: Mapping[str, str],
+    turned: bool,
+    tied: Mapping[str, str] | None = None,
+) -> Adapter:
     """Reads an adapter's config and header, and fits them to the tensors of a base. No weight is read.
 
     renamed: tensors that transformers calls otherwise than the base's files. turned: whether the base stores its square
-    weights as (in, out); `fan_in_fan_out` does not decide it, since PEFT goes by the layer, too. Raises InputError for
-    what cannot be merged, naming the key or tensor.
+    weights as (in, out); `fan_in_fan_out` does not decide it, since PEFT goes by the layer, too. tied: the
+    embedding that stands for a head which the base ties to it, by the head's name. Raises InputError for what cannot be
+    merged, naming the key or tensor.
     """
     config = _read_config(folder)
-    return _Fitting(folder, config, table, renamed, turned).adapter()
+    return _Fitting(folder, config, table, renamed, turned, tied or {}).adapter()
 
 
 def _read_config(folder: Path) -> _Config:
     path = folder / CONFIG
     try:
         document: Any = json.loads(path.read_text(encoding="utf-8"))
+        _check_type(path, document)
         config = _Config.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
@@ -159,11 +169,6 @@ def _read_config(folder: Path) -> _Config:
         raise InputError(f"{path}: {key}: {first['msg']}; expected the config of a LoRA as PEFT saves it.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); repair or download it again.") from None
-    if config.peft_type != "LORA":
-        raise InputError(
-            f"{path}: peft_type is {config.peft_type}; only LORA can be merged on reading, so merge this adapter into "
-            "its base with PEFT and name the result."
-        )
     for key in REFUSED:
         if document.get(key):
             raise InputError(
@@ -179,6 +184,16 @@ def _read_config(folder: Path) -> _Config:
     return config
 
 
+def _check_type(path: Path, document: Any) -> None:
+    """Refuses other kinds of adapters by name, before any key of a LoRA is missed in their configs."""
+    kind = document.get("peft_type", "LORA") if isinstance(document, dict) else "LORA"
+    if kind != "LORA":
+        raise InputError(
+            f"{path}: peft_type is {kind}; only LORA can be merged on reading, so merge this adapter into "
+            "its base with PEFT, where PEFT can, and name the result."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Fitting:
     """An adapter on its way onto the tensors of a base."""
@@ -188,6 +203,7 @@ class _Fitting:
     table: Mapping[str, TensorInfo]
     renamed: Mapping[str, str]
     turned: bool
+    tied: Mapping[str, str]
 
     def adapter(self) -> Adapter:
         if not (self.folder / WEIGHTS).exists():
@@ -211,7 +227,10 @@ class _Fitting:
                 parts.setdefault(module, {})[f"{part}.bias" if kind == "bias" else part] = info
             else:
                 plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                replaced[self._target(plain, key)] = info
+                replaced[self._replaced(plain, key)] = info
+        for module in parts:
+            if self._head(f"{module}.weight"):
+                self._refuse_untying(module)
         low_rank = {self._target(f"{module}.weight", module): self._low_rank(module, parts[module]) for module in parts}
         shifts = {
             self._target(f"{module}.bias", module): self._shift(module, found["lora_B.bias"])
@@ -219,6 +238,31 @@ class _Fitting:
             if "lora_B.bias" in found
         }
         return Adapter(replaced, low_rank, shifts)
+
+    def _head(self, name: str) -> str | None:
+        """The base's name for its tied head, where that is what a tensor of the adapter is called."""
+        name = self.renamed.get(name, name)
+        return next((head for head in self.tied if name in (head, f"model.{head}")), None)
+
+    def _replaced(self, name: str, key: str) -> str:
+        """The base's tensor that one of the adapter's replaces: for a head that is still tied, the embedding."""
+        head = self._head(name)
+        target = self.tied[head] if head else self._target(name, key)
+        if target in self.tied.values() and self._trained_apart(name):
+            self._refuse_untying(name)
+        return target
+
+    def _trained_apart(self, name: str) -> bool:
+        """Whether PEFT trained a copy of a tensor of its own, which unties it."""
+        module = name.removesuffix(".weight")
+        return not self.config.ensure_weight_tying and any(map(module.endswith, self.config.modules_to_save or ()))
+
+    def _refuse_untying(self, name: str) -> None:
+        raise InputError(
+            f"{self.folder}: the adapter changes {name} by itself, but the base{self._origin} ties its head to its "
+            "embedding, and the two would no longer be one; merge the adapter into its base with PEFT, which "
+            "unties them, and use an untied model as the base."
+        )
 
     def _target(self, name: str, key: str) -> str:
         """The base's name for a tensor of the adapter, which may have been tuned without the model's head."""

@@ -173,8 +173,15 @@ class Weights:
         self._adapter: Adapter | None = None
         if self.source.adapter is not None:
             kind = model_config(self.source.folder)["model_type"]
-            self._adapter = load_adapter(self.source.adapter, self._stored, STORED_AS.get(kind, {}), kind in CONV1D)
+            self._adapter = load_adapter(
+                self.source.adapter, self._stored, STORED_AS.get(kind, {}), kind in CONV1D, self._tied()
+            )
             self.table = self._adapter.adapt_table(self._stored)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The tensors that an adapter stores whole."""
+        return () if self._adapter is None else tuple(self._adapter.replaced)
 
     def find(self, name: str) -> TensorInfo | None:
         """A tensor's entry in the table; for the head of a model that ties it, that of its embedding."""
@@ -200,6 +207,10 @@ class Weights:
             return name
         embeddings = [known for known in self.table if _EMBEDDING.search(known)]
         return embeddings[0] if len(embeddings) == 1 and _ties(model_config(self.source.folder)) else name
+
+    def _tied(self) -> dict[str, str]:
+        """The embedding that stands for each head name of a model that ties them."""
+        return {head: found for head in HEAD_NAMES if (found := self._name(head)) != head}
 
 
 def _ties(config: Mapping[str, Any]) -> bool:
@@ -298,6 +309,7 @@ def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -
                 f"{base_config['model_type']} model; only fine-tunes of one base can be merged."
             )
         if same_tensors:
+            _check_rows(label, weights, base, base_table)
             _check_tables(label, _with_head(label, weights, base, base_table), base, base_table)
         _check_floats(label, weights.table)
         warnings.append(check_settings(label, config, base, base_config))
@@ -305,18 +317,32 @@ def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -
 
 
 def _with_head(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """A model's table, with its embedding for a head where it ties them and the base does not.
+    """A model's table, with its embedding for a head where it ties them and the base does not."""
+    check_heads(label, weights.table, base, base_table)
+    shared = {head: info for head in HEAD_NAMES if head in base_table and (info := weights.find(head)) is not None}
+    return weights.table | shared
 
-    Raises InputError for a model with a head of its own where the base's is tied: it would be lost.
-    """
+
+def check_heads(label: str, table: Iterable[str], base: str, base_table: Iterable[str]) -> None:
+    """Raises InputError for a model with a head of its own where the base's is tied: it would be lost."""
     for head in HEAD_NAMES:
-        if head in weights.table and head not in base_table:
+        if head in table and head not in base_table:
             raise InputError(
                 f"{label} has a head of its own ({head}), but the base ({base}) ties its head to its embedding; only "
                 "models that are tied alike can be merged, so use an untied model as the base."
             )
-    shared = {head: info for head in HEAD_NAMES if head in base_table and (info := weights.find(head)) is not None}
-    return weights.table | shared
+
+
+def _check_rows(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> None:
+    """Tells an adapter that resized the vocabulary as that."""
+    for name in weights.replaced:
+        there, here = weights.table[name].shape, base_table[name].shape if name in base_table else ()
+        if len(there) == len(here) == 2 and there[0] != here[0] and there[1:] == here[1:]:
+            raise InputError(
+                f"{label}: the adapter resized the vocabulary: its {name} has {there[0]} rows, but the base ({base}) "
+                f"has {here[0]}; resize the base's embeddings alike (resize_token_embeddings), save it and name that, "
+                "or train the adapter without new tokens."
+            )
 
 
 def _check_tables(label: str, table: Mapping[str, TensorInfo], base: str, base_table: Mapping[str, TensorInfo]) -> None:

@@ -19,7 +19,7 @@ from evomerge.merging.kernels import checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import Skeleton, layers_of, load_config, skeleton_of, with_layers
-from evomerge.merging.sources import Weights, find_source
+from evomerge.merging.sources import Weights, check_heads, find_source
 from evomerge.merging.vocabulary import Vocabulary, build_vocabulary, chat_template, load_tokenizer
 from evomerge.recipe import Recipe
 
@@ -99,6 +99,7 @@ class StreamedMerge:
             for reference, weights in self._weights.items()
         }
         for reference, names in kinds.items():
+            check_heads(reference, names, self._first, kinds[self._first])
             extra = sorted(names[kind] for kind in names.keys() - kinds[self._first].keys())
             if extra:
                 raise InputError(
