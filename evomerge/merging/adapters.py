@@ -9,7 +9,7 @@ alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732). Tensor
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -214,6 +214,7 @@ class _Fitting:
                 )
             raise InputError(f"{self.folder}: holds no {WEIGHTS}; expected a LoRA as PEFT saves it.")
         replaced: dict[str, TensorInfo] = {}
+        whole: dict[str, str] = {}
         parts: dict[str, dict[str, TensorInfo]] = {}
         for key, info in read_header(self.folder / WEIGHTS).items():
             if info.dtype not in FLOATS:
@@ -227,10 +228,9 @@ class _Fitting:
                 parts.setdefault(module, {})[f"{part}.bias" if kind == "bias" else part] = info
             else:
                 plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-                replaced[self._replaced(plain, key)] = info
-        for module in parts:
-            if self._head(f"{module}.weight"):
-                self._refuse_untying(module)
+                whole[plain] = self._replaced(plain, key)
+                replaced[whole[plain]] = info
+        self._check_ties(whole, parts)
         low_rank = {self._target(f"{module}.weight", module): self._low_rank(module, parts[module]) for module in parts}
         shifts = {
             self._target(f"{module}.bias", module): self._shift(module, found["lora_B.bias"])
@@ -245,24 +245,27 @@ class _Fitting:
         return next((head for head in self.tied if name in (head, f"model.{head}")), None)
 
     def _replaced(self, name: str, key: str) -> str:
-        """The base's tensor that one of the adapter's replaces: for a head that is still tied, the embedding."""
+        """The base's tensor that one of the adapter's replaces: for a tied head, the embedding."""
         head = self._head(name)
-        target = self.tied[head] if head else self._target(name, key)
-        if target in self.tied.values() and self._trained_apart(name):
-            self._refuse_untying(name)
-        return target
+        return self.tied[head] if head else self._target(name, key)
 
-    def _trained_apart(self, name: str) -> bool:
-        """Whether PEFT trained a copy of a tensor of its own, which unties it."""
-        module = name.removesuffix(".weight")
-        return not self.config.ensure_weight_tying and any(map(module.endswith, self.config.modules_to_save or ()))
+    def _check_ties(self, whole: Mapping[str, str], modules: Iterable[str]) -> None:
+        """Refuses an adapter that makes the head of a tied base another tensor than its embedding.
 
-    def _refuse_untying(self, name: str) -> None:
-        raise InputError(
-            f"{self.folder}: the adapter changes {name} by itself, but the base{self._origin} ties its head to its "
-            "embedding, and the two would no longer be one; merge the adapter into its base with PEFT, which "
-            "unties them, and use an untied model as the base."
-        )
+        A LoRA on the head does, and so does a copy that was trained by itself (`modules_to_save`). Where PEFT kept the
+        pair tied, it stored both ends, which `ensure_weight_tying` alone does not promise.
+        """
+        ends = [name for name, target in whole.items() if target in self.tied.values()]
+        kept = self.config.ensure_weight_tying and len(ends) > 1
+        saved = tuple(self.config.modules_to_save or ())
+        apart = [name for name in ends if not kept and name.removesuffix(".weight").endswith(saved)]
+        for name in [*(module for module in modules if self._head(f"{module}.weight")), *apart][:1]:
+            raise InputError(
+                f"{self.folder}: the adapter changes {name} by itself, but the base{self._origin} ties its head to its "
+                "embedding, and the two would no longer be one; save an untied copy of the base (tie_word_embeddings "
+                "false, the embedding copied to the head), merge the adapter into that with PEFT, and use the copy as "
+                "the base."
+            )
 
     def _target(self, name: str, key: str) -> str:
         """The base's name for a tensor of the adapter, which may have been tuned without the model's head."""

@@ -326,6 +326,18 @@ def test_another_kind_is_told_before_the_keys_that_a_lora_would_have(kind, bases
         tensor_table(ModelSource(bases["llama"], folder))
 
 
+def test_a_pair_that_peft_meant_to_keep_tied_and_did_not_is_refused(bases, tmp_path):
+    adapter = tune(
+        bases["gpt2"],
+        tmp_path / "adapter",
+        target_modules=["c_attn"],
+        modules_to_save=["wte"],
+        ensure_weight_tying=True,
+    )
+    with pytest.raises(InputError, match=r"changes transformer\.wte\.weight by itself, but the base"):
+        tensor_table(ModelSource(bases["gpt2"], adapter))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
