@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from evomerge import config as configs
 from evomerge import export, runs
-from evomerge.errors import InputError
+from evomerge.errors import InputError, choices
 from evomerge.merging.materialize import ResidentModels
 from evomerge.merging.sources import (
     ModelSource,
@@ -382,6 +382,13 @@ def test_a_tensor_that_fits_none_of_the_base_is_named_with_the_closest(bases, ch
         r"did you mean 'model\.layers\.0\.self_attn\.q_proj\.weight'",
     ):
         tensor_table(ModelSource(bases["llama"], folder))
+
+
+def test_of_many_valid_names_only_the_few_closest_are_told():
+    names = [f"model.layers.{number}.self_attn.q_proj.weight" for number in range(300)]
+    told = choices("model.layers.7.self_attn.q_project.weight", names)
+    assert 1 <= sum(f"'{name}'" in told for name in names) <= 3
+    assert told.endswith("there are 300 valid names")
 
 
 def test_shapes_and_ranks_that_do_not_fit_are_named(bases, changed):

@@ -204,6 +204,13 @@ def test_an_untied_model_is_refused_on_a_tied_base(families, tmp_path):
     tied = save(build("llama", layers=2, tie_word_embeddings=True), tmp_path / "tied")
     with pytest.raises(InputError, match=r"^models\.mine has a head of its own \(lm_head\.weight\), but .* ties"):
         preflight(str(tied), {"models.mine": str(families["llama"]["first"])})
+    recipe = Recipe(
+        merge_method="task_arithmetic",
+        base_model=str(tied),
+        models=(Source(model=str(families["llama"]["first"]), parameters={"weight": 1.0}),),
+    )
+    with pytest.raises(InputError, match=r"has a head of its own \(lm_head\.weight\), but the base .* ties its head"):
+        export.merge(recipe, tmp_path / "out", "recipe.yaml")
 
 
 def test_a_head_is_never_made_up_for_a_model_that_says_it_has_one(families, tmp_path):
