@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-_LISTED = 40
+_LISTED, _CLOSEST = 40, 3
 
 
 class EvomergeError(Exception):
@@ -58,9 +58,15 @@ def closest(name: str, valid: Iterable[str]) -> str | None:
 
 
 def choices(name: str, valid: Iterable[str]) -> str:
-    """A phrase for an unknown name: the closest valid one first, then all of them, as far as anyone would read."""
+    """A phrase for an unknown name: the closest valid one first, then all of them where anyone would read them.
+
+    Of a long list, such as the tensors of a model, only the few closest are told.
+    """
     known = sorted(valid)
+    if len(known) > _LISTED:
+        several = get_close_matches(name, known, n=_CLOSEST, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, several))}? " if several else ""
+        return f"{hint}there are {len(known)} valid names"
     close = closest(name, known)
     hint = f"did you mean '{close}'? " if close else ""
-    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-    return f"{hint}valid names: {', '.join(known[:_LISTED]) or '(none)'}{more}"
+    return f"{hint}valid names: {', '.join(known) or '(none)'}"

@@ -18,7 +18,15 @@ from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.evidence import against, phrase
 from evomerge.licenses import combined, stated_license
 from evomerge.merging.plan import unread_parameters
-from evomerge.merging.sources import RECIPE, find_source, preflight, seen_by, split_adapter, tensor_table
+from evomerge.merging.sources import (
+    RECIPE,
+    Weights,
+    find_source,
+    preflight,
+    seen_by,
+    split_adapter,
+    tensor_table,
+)
 from evomerge.preparation import resolve_dtype
 from evomerge.recipe import Provenance, Recipe, single
 from evomerge.search import best_found, best_of, front_of, means
@@ -130,10 +138,19 @@ def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Rec
             "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},
             "versions": dict(archive.recorded_versions()),
             "seen": archive.seen,
+            "head_apart": head_apart(config),
         }
     )
     renamed = recipe.renamed(paths)
     return renamed.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
+
+
+def head_apart(config: SearchConfig) -> bool:
+    """Whether some models of a search tie their head to the embedding and others do not: in memory it is then a tensor
+    of its own, also where a recipe names only models that tie it."""
+    references = (config.base, *config.models.values())
+    heads = [Weights(find_source(reference, config.base)).own_head for reference in references]
+    return None in heads and any(heads)
 
 
 def _scores(record: Record) -> dict[str, float | None] | None:

@@ -22,6 +22,7 @@ from evomerge.merging.sources import (
     find_source,
     identity,
     locate,
+    merged_table,
     model_config,
     pinned,
     preflight,
@@ -169,11 +170,12 @@ def _check_engine(config: SearchConfig) -> None:
 
 def reopen(config: SearchConfig) -> Prepared:
     """The space of a config that was resolved before; checks only that the models are there and fit."""
-    tensors = _read_headers("base", config.base, config.base)
+    _read_headers("base", config.base, config.base)
     for name, reference in config.models.items():
         _read_headers(f"models.{name}", reference, config.base)
     labels = {f"models.{name} ({reference})": reference for name, reference in config.models.items()}
     warnings = tuple(preflight(config.base, labels))
+    tensors = merged_table(find_source(each, config.base) for each in (config.base, *config.models.values()))
     return Prepared(config, _make_space(config, tuple(tensors)), tensors, warnings)
 
 
@@ -186,12 +188,12 @@ def _make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:
     return space
 
 
-def _read_headers(key: str, reference: str, base: str) -> dict[str, TensorInfo]:
-    """The tensors of one model. What is wrong with it by itself is told under its key."""
+def _read_headers(key: str, reference: str, base: str) -> None:
+    """Reads the headers of one model. What is wrong with it by itself is told under its key."""
     with naming(key):
         source = find_source(reference, base)
         model_config(source.folder)
-        return tensor_table(source)
+        tensor_table(source)
 
 
 def identities(config: SearchConfig) -> dict[str, str]:

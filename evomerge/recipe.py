@@ -129,7 +129,8 @@ class Provenance(Settings):
     `rescale` says what a sparsified delta is divided by: its density (Yu et al. 2024, eq. 4; in DELLA each element's
     own probability of being kept) or the share of its L1 norm that survived (mergekit). `aliases` maps the paths of a
     recipe to the references that stand for them elsewhere. `seen`: digests of the items that its search saw
-    (`evomerge.seen`), which no report may show as held out.
+    (`evomerge.seen`), which no report may show as held out. `head_apart`: the head is a tensor of its own though all
+    models named here tie it to their embedding, as others of their search do not.
     """
 
     seed: int = 0
@@ -141,6 +142,7 @@ class Provenance(Settings):
     aliases: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     seen: str | None = None
+    head_apart: bool = False
 
     @property
     def digests(self) -> Digests:

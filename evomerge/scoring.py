@@ -37,7 +37,7 @@ def score(
             config, tensors = config.model_copy(update={"base": recipe.references[0]}), own
     preflight(config.base, {reference: reference for reference in recipe.references})
     make_plan(recipe, tensors, target)
-    worker = Worker(config, recipe.references, seen=recipe.evomerge.digests)
+    worker = Worker(config, recipe.references, seen=recipe.evomerge.digests, head_apart=recipe.evomerge.head_apart)
     evaluation = worker.evaluate(recipe, wanted)
     return prepared.config, {
         "target": target,

@@ -65,6 +65,8 @@ class _Config(BaseModel):
     rank_pattern: dict[_Pattern, _Rank] | None = None
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
     use_rslora: bool = False
+    ensure_weight_tying: bool = False
+    modules_to_save: list[str] | None = None
     base_model_name_or_path: str | None = None
 
     def rank(self, module: str) -> int:
@@ -103,18 +105,19 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter does to each tensor of its base, by the tensor's name."""
+    """What an adapter does to each tensor of its base, by the tensor's name. head: the head that it unties from the
+    base's embedding, if it does."""
 
     replaced: Mapping[str, TensorInfo]
-    low_rank: Mapping[str, LowRank]
+    low_rank: Mapping[str, tuple[LowRank, ...]]
     shifts: Mapping[str, Shift]
+    head: str | None = None
 
     def adapt(self, name: str, tensor: "torch.Tensor", read: "Callable[[TensorInfo], torch.Tensor]") -> "torch.Tensor":
         """One tensor of the base with the adapter merged in, in the tensor's dtype."""
         if name in self.replaced:
             tensor = read(self.replaced[name])
-        if name in self.low_rank:
-            change = self.low_rank[name]
+        for change in self.low_rank.get(name, ()):
             delta = (read(change.b).float() @ read(change.a).float()) * change.scale
             tensor = (tensor.float() + (delta.T if change.transposed else delta)).to(tensor.dtype)
         if name in self.shifts:
@@ -137,21 +140,32 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists() and not any(folder.glob("model*.safetensors*"))
 
 
-def load_adapter(folder: Path, table: Mapping[str, TensorInfo], renamed: Mapping[str, str], turned: bool) -> Adapter:
+def load_adapter(
+    folder: Path,
+    table: Mapping[str, TensorInfo],
+    renamed: Mapping[str, str],
+    turned: bool,
+    tied: tuple[str, str] | None = None,
+) -> Adapter:
     """Reads an adapter's config and header, and fits them to the tensors of a base. No weight is read.
 
     renamed: tensors that transformers calls otherwise than the base's files. turned: whether the base stores its square
-    weights as (in, out); `fan_in_fan_out` does not decide it, since PEFT goes by the layer, too. Raises InputError for
-    what cannot be merged, naming the key or tensor.
+    weights as (in, out); `fan_in_fan_out` does not decide it, since PEFT goes by the layer, too. tied: the base's head
+    and the embedding that stands for it, where the base ties them. Raises InputError for what cannot be merged, naming
+    the key or tensor.
     """
     config = _read_config(folder)
-    return _Fitting(folder, config, table, renamed, turned).adapter()
+    if tied is None:
+        return _Fitting(folder, config, table, renamed, turned).adapter()
+    head, embedding = tied
+    return _Fitting(folder, config, {**table, head: table[embedding]}, renamed, turned).tied_adapter(head, embedding)
 
 
 def _read_config(folder: Path) -> _Config:
     path = folder / CONFIG
     try:
         document: Any = json.loads(path.read_text(encoding="utf-8"))
+        _check_type(path, document)
         config = _Config.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
@@ -159,11 +173,6 @@ def _read_config(folder: Path) -> _Config:
         raise InputError(f"{path}: {key}: {first['msg']}; expected the config of a LoRA as PEFT saves it.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); repair or download it again.") from None
-    if config.peft_type != "LORA":
-        raise InputError(
-            f"{path}: peft_type is {config.peft_type}; only LORA can be merged on reading, so merge this adapter into "
-            "its base with PEFT and name the result."
-        )
     for key in REFUSED:
         if document.get(key):
             raise InputError(
@@ -177,6 +186,16 @@ def _read_config(folder: Path) -> _Config:
             "LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)."
         )
     return config
+
+
+def _check_type(path: Path, document: Any) -> None:
+    """Refuses other kinds of adapters by name, before any key of a LoRA is missed in their configs."""
+    kind = document.get("peft_type", "LORA") if isinstance(document, dict) else "LORA"
+    if kind != "LORA":
+        raise InputError(
+            f"{path}: peft_type is {kind}; only LORA can be merged on reading, so merge this adapter into "
+            "its base with PEFT, where PEFT can, and name the result."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +231,37 @@ class _Fitting:
             else:
                 plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
                 replaced[self._target(plain, key)] = info
-        low_rank = {self._target(f"{module}.weight", module): self._low_rank(module, parts[module]) for module in parts}
+        low_rank = {
+            self._target(f"{module}.weight", module): (self._low_rank(module, parts[module]),) for module in parts
+        }
         shifts = {
             self._target(f"{module}.bias", module): self._shift(module, found["lora_B.bias"])
             for module, found in parts.items()
             if "lora_B.bias" in found
         }
         return Adapter(replaced, low_rank, shifts)
+
+    def tied_adapter(self, head: str, embedding: str) -> Adapter:
+        """The adapter of a base that ties its head to its embedding, as PEFT merges it.
+
+        An end that was trained as a whole, by itself, makes the two differ. A LoRA on either end, or on both, is added
+        to the one tensor that they are; and where PEFT tied what it trained, it stored it at both ends.
+        """
+        fitted = self.adapter()
+        trained = any(self._trained_whole(name, fitted) for name in (head, embedding))
+        as_one = self.config.ensure_weight_tying and {head, embedding} <= fitted.replaced.keys()
+        if trained and not as_one:
+            return replace(fitted, head=head)
+        whole = {embedding if name == head else name: info for name, info in sorted(fitted.replaced.items())}
+        low_rank = {name: changes for name, changes in fitted.low_rank.items() if name != head}
+        if head in fitted.low_rank:
+            low_rank[embedding] = low_rank.get(embedding, ()) + fitted.low_rank[head]
+        return Adapter(whole, low_rank, fitted.shifts)
+
+    def _trained_whole(self, name: str, fitted: Adapter) -> bool:
+        """Whether a tensor was trained as a whole: PEFT may store embeddings that were not."""
+        modules = tuple(self.config.modules_to_save or ())
+        return name in fitted.replaced and name.removesuffix(".weight").endswith(modules)
 
     def _target(self, name: str, key: str) -> str:
         """The base's name for a tensor of the adapter, which may have been tuned without the model's head."""

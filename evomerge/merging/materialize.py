@@ -23,8 +23,8 @@ from evomerge.merging.methods.base import Inputs
 from evomerge.merging.passes import room_on
 from evomerge.merging.placement import place
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
-from evomerge.merging.skeleton import empty_model, load_config
-from evomerge.merging.sources import FLOATS, ModelSource, TensorInfo, Weights, named_weights
+from evomerge.merging.skeleton import empty_model, load_config, ties, untied
+from evomerge.merging.sources import FLOATS, ModelSource, TensorInfo, Weights, named_weights, untied_head
 from evomerge.merging.view import make_view
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, TokenizerSettings
@@ -45,30 +45,36 @@ class ResidentModels:
         compiled: bool = False,
         rehearsal: bool = False,
         count: int = 1,
+        head_apart: bool = False,
     ) -> None:
         """sources: every model reference with its source. skeleton: the folder whose config the merge takes. compiled:
         whether large tensors are merged by compiled code. rehearsal: everything is made on the meta device, without any
-        data, as it would be on `device`. count: of the devices, the first ones of that kind."""
+        data, as it would be on `device`. count: of the devices, the first ones of that kind. head_apart: whether the
+        head is a tensor of its own even where all of the sources tie it to their embedding; where some do not it is."""
         self.devices = [torch.device(device)] if count == 1 else [torch.device(device, n) for n in range(count)]
         self.devices = [torch.device("meta")] if rehearsal else self.devices
         self.compiled = compiled and not rehearsal
         self._planes = compiled and torch.device(device).type == "cpu"
         self._room = room_on(torch.device(device))
         self._dtype: torch.dtype = getattr(torch, dtype)
+        weights = {reference: Weights(source) for reference, source in sources.items()}
+        config = load_config(skeleton)
+        apart = ties(config) and (head_apart or untied_head(weights.values()) is not None)
+        config = untied(config) if apart else config
         self.model: Any = (
-            empty_model(load_config(skeleton), skeleton).to(self._dtype)
+            empty_model(config, skeleton).to(self._dtype)
             if rehearsal
-            else load_model(skeleton, self._dtype)
+            else load_model(skeleton, self._dtype, *([config] if apart else []))
         )
         place(self.model, self.devices, 1 + len(sources))
         self._parameters = named_weights(self.model)
-        self._sources = {reference: self._resident(source) for reference, source in sources.items()}
+        self._sources = {reference: self._resident(source) for reference, source in weights.items()}
         self._known: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
 
-    def _resident(self, source: ModelSource | Path) -> dict[str, torch.Tensor]:
-        weights = Weights(source)
+    def _resident(self, weights: Weights) -> dict[str, torch.Tensor]:
+        source, found_all = weights.source, {}
         for name, parameter in self._parameters.items():
             found = weights.find(name)
             if found is None:
@@ -81,9 +87,9 @@ class ResidentModels:
                     f"{source}: {name} has shape {list(found.shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
+            found_all[name] = found
         if self.model.device.type == "meta":
-            stored = {name: weights.table[name] for name in self._parameters}
-            return {name: _empty(info) for name, info in stored.items()}
+            return {name: _empty(info) for name, info in found_all.items()}
         resident = {name: weights.read(name).to(served.device) for name, served in self._parameters.items()}
         finite = _gathered(torch.isfinite(tensor).all() for tensor in resident.values()).tolist()
         for name, good in zip(resident, finite, strict=True):
@@ -251,14 +257,15 @@ def _empty(info: TensorInfo) -> torch.Tensor:
     return torch.empty(info.shape, dtype=getattr(torch, FLOATS[info.dtype]), device="meta")
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A causal language model from safetensors, without code from its folder."""
+def load_model(folder: Path, dtype: torch.dtype, config: Any = None) -> nn.Module:
+    """A causal language model from safetensors, without code from its folder. config: in place of the folder's own."""
+    given = {} if config is None else {"config": config}
     try:
         with quiet():
             from transformers import AutoModelForCausalLM
 
             model: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+                str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, **given
             )
     except Exception as error:  # a config is checked by several libraries, each with its own exceptions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")

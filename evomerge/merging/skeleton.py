@@ -72,6 +72,19 @@ def empty_model(config: Any, folder: Path) -> Any:
         raise _refusal(folder, error) from None
 
 
+def ties(config: Any) -> bool:
+    """Whether the head of a config's model is its embedding."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+
+
+def untied(config: Any) -> Any:
+    """The same config with a head that is a tensor of its own."""
+    changed = copy.deepcopy(config)
+    for part in (changed, changed.get_text_config()):
+        part.tie_word_embeddings = False
+    return changed
+
+
 def layers_of(config: Any) -> int:
     return int(config.get_text_config().num_hidden_layers)
 

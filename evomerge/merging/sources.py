@@ -183,8 +183,17 @@ class Weights:
         self._adapter: Adapter | None = None
         if self.source.adapter is not None:
             kind = model_config(self.source.folder)["model_type"]
-            self._adapter = load_adapter(self.source.adapter, self._stored, STORED_AS.get(kind, {}), kind in CONV1D)
+            renamed = STORED_AS.get(kind, {})
+            tied = self._tied(renamed.get(HEAD_NAMES[0], HEAD_NAMES[0]))
+            self._adapter = load_adapter(self.source.adapter, self._stored, renamed, kind in CONV1D, tied)
+            if self._adapter.head is not None and tied is not None:
+                self._stored = {**self._stored, tied[0]: self._stored[tied[1]]}
             self.table = self._adapter.adapt_table(self._stored)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The tensors that an adapter stores whole."""
+        return () if self._adapter is None else tuple(self._adapter.replaced)
 
     def find(self, name: str) -> TensorInfo | None:
         """A tensor's entry in the table; for the head of a model that ties it, that of its embedding."""
@@ -211,6 +220,16 @@ class Weights:
         embeddings = [known for known in self.table if _EMBEDDING.search(known)]
         return embeddings[0] if len(embeddings) == 1 and _ties(model_config(self.source.folder)) else name
 
+    def _tied(self, head: str) -> tuple[str, str] | None:
+        """The head and the embedding that stands for it, of a model that ties them."""
+        embedding = self._name(head)
+        return (head, embedding) if embedding != head else None
+
+    @property
+    def own_head(self) -> str | None:
+        """The name of the head, where it is a tensor of its own."""
+        return next((name for name in HEAD_NAMES if name in self.table), None)
+
 
 def _ties(config: Mapping[str, Any]) -> bool:
     """Whether a model's head is its embedding, as its config says or its architecture does by default."""
@@ -221,6 +240,12 @@ def _ties(config: Mapping[str, Any]) -> bool:
         kind = config["model_type"]
         stated = kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False)
     return bool(stated)
+
+
+def untied_head(sources: Iterable[Weights]) -> str | None:
+    """The name of the head in a merge of sources of which one has a head of its own: then the merge has, too, and in
+    sources that tie it the embedding stands for it. None where all of them tie it."""
+    return next((source.own_head for source in sources if source.own_head is not None), None)
 
 
 def named_weights(model: "nn.Module") -> "dict[str, torch.Tensor]":
@@ -296,37 +321,55 @@ def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -
     the base's too.
     """
     base_source = find_source(base, base)
-    base_config, base_table = model_config(base_source.folder), tensor_table(base_source)
+    base_weights = Weights(base_source)
+    sources = {label: Weights(find_source(reference, base)) for label, reference in models.items()}
+    head = untied_head([base_weights, *sources.values()])
+    base_config, base_table = model_config(base_source.folder), _with_head(base_weights, head)
     _check_floats(base, base_table)
     warnings = []
-    for label, reference in models.items():
-        source = find_source(reference, base)
-        config, weights = model_config(source.folder), Weights(source)
+    for label, weights in sources.items():
+        config = model_config(weights.source.folder)
         if config["model_type"] != base_config["model_type"]:
             raise InputError(
                 f"{label} is a {config['model_type']} model, but the base ({base}) is a "
                 f"{base_config['model_type']} model; only fine-tunes of one base can be merged."
             )
         if same_tensors:
-            _check_tables(label, _with_head(label, weights, base, base_table), base, base_table)
+            _check_rows(label, weights, base, base_table)
+            _check_tables(label, _with_head(weights, head), base, base_table)
         _check_floats(label, weights.table)
         warnings.append(check_settings(label, config, base, base_config))
+    if head is not None and base_weights.own_head is None:
+        names = [label for label, weights in sources.items() if weights.own_head is not None]
+        warnings.append(
+            f"{names[0]} has a head of its own ({head}), which the base ({base}) ties to its embedding: in a merge the "
+            "two are tensors of their own."
+        )
     return [warning for warning in warnings if warning]
 
 
-def _with_head(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """A model's table, with its embedding for a head where it ties them and the base does not.
+def merged_table(sources: Iterable[ModelSource]) -> dict[str, TensorInfo]:
+    """The tensors of a merge: those of the first source, which is the base, and a head where only others have one."""
+    weights = [Weights(source) for source in sources]
+    return _with_head(weights[0], untied_head(weights))
 
-    Raises InputError for a model with a head of its own where the base's is tied: it would be lost.
-    """
-    for head in HEAD_NAMES:
-        if head in weights.table and head not in base_table:
+
+def _with_head(weights: Weights, head: str | None) -> dict[str, TensorInfo]:
+    """A model's table, with its embedding for a head where only others have one of their own."""
+    info = weights.find(head) if head is not None else None
+    return weights.table | ({head: info} if head is not None and info is not None else {})
+
+
+def _check_rows(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> None:
+    """Tells an adapter that resized the vocabulary as that."""
+    for name in weights.replaced:
+        there, here = weights.table[name].shape, base_table[name].shape if name in base_table else ()
+        if len(there) == len(here) == 2 and there[0] != here[0] and there[1:] == here[1:]:
             raise InputError(
-                f"{label} has a head of its own ({head}), but the base ({base}) ties its head to its embedding; only "
-                "models that are tied alike can be merged, so use an untied model as the base."
+                f"{label}: the adapter resized the vocabulary: its {name} has {there[0]} rows, but the base ({base}) "
+                f"has {here[0]}; resize the base's embeddings alike (resize_token_embeddings), save it and name that, "
+                "or train the adapter without new tokens."
             )
-    shared = {head: info for head in HEAD_NAMES if head in base_table and (info := weights.find(head)) is not None}
-    return weights.table | shared
 
 
 def _check_tables(label: str, table: Mapping[str, TensorInfo], base: str, base_table: Mapping[str, TensorInfo]) -> None:

@@ -18,8 +18,8 @@ from evomerge.merging.checkpoint import Layout, write_weights
 from evomerge.merging.kernels import checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
-from evomerge.merging.skeleton import Skeleton, layers_of, load_config, skeleton_of, with_layers
-from evomerge.merging.sources import Weights, find_source
+from evomerge.merging.skeleton import Skeleton, layers_of, load_config, skeleton_of, untied, with_layers
+from evomerge.merging.sources import HEAD_NAMES, Weights, find_source, untied_head
 from evomerge.merging.vocabulary import Vocabulary, build_vocabulary, chat_template, load_tokenizer
 from evomerge.recipe import Recipe
 
@@ -43,6 +43,8 @@ class StreamedMerge:
         self._folders = {reference: source.folder for reference, source in sources.items()}
         self._weights = {reference: Weights(source) for reference, source in sources.items()}
         configs = {reference: load_config(folder) for reference, folder in self._folders.items()}
+        if recipe.evomerge.head_apart or untied_head(self._weights.values()) is not None:
+            configs = {reference: untied(config) for reference, config in configs.items()}
         self.plan = self._planned(configs)
         self._vocabulary = self._built_vocabulary(configs)
         self._template = chat_template(recipe, self._folders, where) if recipe.chat_template else None
@@ -99,7 +101,7 @@ class StreamedMerge:
             for reference, weights in self._weights.items()
         }
         for reference, names in kinds.items():
-            extra = sorted(names[kind] for kind in names.keys() - kinds[self._first].keys())
+            extra = sorted(names[kind] for kind in names.keys() - kinds[self._first].keys() - set(HEAD_NAMES))
             if extra:
                 raise InputError(
                     f"{reference} has the tensor {extra[0]}, which the merge ({self._first}) has no place for; "

@@ -28,18 +28,20 @@ class Worker:
         references: Iterable[str] | None = None,
         rehearsal: bool = False,
         seen: Digests = frozenset(),
+        head_apart: bool = False,
     ) -> None:
         """references: the models that recipes may name; by default the base and the models of the config. rehearsal:
         nothing is read and nothing computed, only prepared (`rehearse`). seen: digests of items that are not to be held
-        out, besides those that the models say were seen when they were made."""
+        out, besides those that the models say were seen when they were made. head_apart: see ResidentModels."""
         torch.set_num_threads(config.evaluation.threads)
         wanted = tuple(references) if references is not None else (config.base, *config.models.values())
         skeleton = find_source(config.base, config.base).folder
         device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
         sources = {reference: find_source(reference, config.base) for reference in dict.fromkeys(wanted)}
         count = 1 if rehearsal else count_gpus(config, device)
+        evaluation = config.evaluation
         self.models = ResidentModels(
-            sources, skeleton, device, config.evaluation.dtype, config.evaluation.compile is True, rehearsal, count
+            sources, skeleton, device, evaluation.dtype, evaluation.compile is True, rehearsal, count, head_apart
         )
         engine = (
             Engine(config.evaluation, skeleton, self.models.model, named_weights(self.models.model))

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evomerge import export
+from evomerge import export, runs
 from evomerge.errors import InputError
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
 from evomerge.merging.materialize import ResidentModels, fingerprint, load_model
 from evomerge.merging.sources import Weights, load_tensors, named_weights, preflight, tensor_table
 from evomerge.recipe import Recipe, Source, linear, single
 from tests.architectures import ARCHITECTURES, TIED, build, family, save
+from tests.conftest import REPOSITORY
 
 WEIGHTS = "model.safetensors"
 NAMES = sorted(ARCHITECTURES)
@@ -200,10 +202,50 @@ def test_a_tied_model_merges_into_an_untied_base_with_its_embedding_for_a_head(f
     torch.testing.assert_close(result["lm_head.weight"], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_an_untied_model_is_refused_on_a_tied_base(families, tmp_path):
+def test_an_untied_model_unties_a_tied_base_in_memory_and_on_disk(families, tmp_path):
     tied = save(build("llama", layers=2, tie_word_embeddings=True), tmp_path / "tied")
-    with pytest.raises(InputError, match=r"^models\.mine has a head of its own \(lm_head\.weight\), but .* ties"):
-        preflight(str(tied), {"models.mine": str(families["llama"]["first"])})
+    untied = families["llama"]["first"]
+    (warning,) = [each for each in preflight(str(tied), {"models.mine": str(untied)}) if "own" in each]
+    assert "has a head of its own (lm_head.weight), which the base" in warning
+    recipe = Recipe(
+        merge_method="task_arithmetic",
+        base_model=str(tied),
+        models=(Source(model=str(untied), parameters={"weight": 0.25}),),
+    )
+    fingerprint, _ = export.merge(recipe, tmp_path / "out", "recipe.yaml")
+    models = ResidentModels({str(tied): tied, str(untied): untied}, tied, "cpu", "float32")
+    assert models.materialize(recipe) == fingerprint
+    stored, own, found = (load_tensors(folder) for folder in (tied, untied, tmp_path / "out"))
+    expected = 0.75 * stored["model.embed_tokens.weight"] + 0.25 * own["lm_head.weight"]
+    torch.testing.assert_close(found["lm_head.weight"], expected, rtol=1e-6, atol=1e-7)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+def test_a_search_over_a_tied_base_and_an_untied_model_ships_what_it_scored_parents_too(tmp_path):
+    """The parent that ties its head as well: in memory it has one, so that its checkpoint has one."""
+    folders = {}
+    for name, ties in (("base", True), ("tied", True), ("untied", False)):
+        model = build("llama", seed=len(folders), layers=2, tie_word_embeddings=ties)
+        folders[name] = save(model, tmp_path / name)
+    document = {
+        "base": str(folders["base"]),
+        "models": {"tied": str(folders["tied"]), "untied": str(folders["untied"])},
+        "tasks": {"paths": [str(REPOSITORY / "evals")]},
+        "objectives": [{"task": "base_qa"}],
+        "items": {"search": 8, "heldout": 8},
+        "optimizer": {"evaluations": 4, "population": 4},
+        "workers": {"pool": "local"},
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
+    assert any(gene.group == "head" for gene in run.prepared.space.genes)
+    for name in ("g0000-00", "parent-tied", "parent-untied", "base", "uniform"):
+        shared = export.shared_recipe(export.choose(run.archive, run.config, name, ()), run.archive, run.config)
+        again = Recipe.model_validate(yaml.safe_load(shared.to_yaml()))
+        assert export.merge(again, tmp_path / f"merged-{name}", "recipe.yaml") == (shared.evomerge.fingerprint, True)
 
 
 def test_a_head_is_never_made_up_for_a_model_that_says_it_has_one(families, tmp_path):
