@@ -73,6 +73,7 @@ class Archive:
                 self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
                 self._trials = Trials(storage.engine)
             self._check_config(directory)
+            self._genes = self._recorded_genes()
             self._records = {study: self._load(study) for study in self._studies}
         except EvomergeError:
             raise
@@ -114,6 +115,11 @@ class Archive:
             )
         if recorded != current:
             study.set_user_attr("config", current)
+
+    def _recorded_genes(self) -> Sequence[Gene]:
+        """The genes by the names that the archive has for them: a version may come to call them otherwise."""
+        recorded = self._studies["search"].user_attrs.get("genes")
+        return self._genes if recorded is None else TypeAdapter(list[Gene]).validate_python(recorded)
 
     def _load(self, study: Study) -> dict[str, Record]:
         trials = self._studies[study].get_trials(deepcopy=False)
@@ -157,7 +163,7 @@ class Archive:
         longer than minutes."""
         import optuna
 
-        params, distributions = self._parameters(candidate.genome) if candidate.genome is not None else ({}, {})
+        params, distributions = self._parameters(candidate) if candidate.genome is not None else ({}, {})
         state = optuna.trial.TrialState.FAIL if evaluation.failed else optuna.trial.TrialState.COMPLETE
         values = None if evaluation.scores is None else [evaluation.scores[name] for name in self._names]
         trial = optuna.trial.create_trial(
@@ -201,26 +207,18 @@ class Archive:
         guards = {name: score for name, score in scores.items() if name not in self._names}
         return {"guards": guards} if guards else {}
 
-    def _parameters(self, genome: Sequence[float]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Optuna's parameters and their distributions: the genes that count, categorical ones by the chosen name."""
-        from optuna import distributions
+    def genes(self, candidate: Candidate) -> dict[str, float | int | str] | None:
+        """By name the genes of a candidate that count, categorical ones by their choice; None where it has none."""
+        if candidate.genome is None:
+            return None
+        counts = active(self._genes, np.array(candidate.genome))
+        values = zip(self._genes, candidate.genome, counts, strict=True)
+        return {gene.name: _shown_value(gene, value) for gene, value, counted in values if counted}
 
-        params: dict[str, Any] = {}
-        kinds: dict[str, distributions.BaseDistribution] = {}
-        counts = active(self._genes, np.array(genome))
-        for gene, value, counted in zip(self._genes, genome, counts, strict=True):
-            if not counted:
-                continue
-            if gene.domain == "categorical":
-                params[gene.name] = gene.choices[int(value)]
-                kinds[gene.name] = distributions.CategoricalDistribution(gene.choices)
-            elif gene.domain == "integer":
-                params[gene.name] = int(value)
-                kinds[gene.name] = distributions.IntDistribution(int(gene.low), int(gene.high))
-            else:
-                params[gene.name] = value
-                kinds[gene.name] = distributions.FloatDistribution(gene.low, gene.high)
-        return params, kinds
+    def _parameters(self, candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Optuna's parameters and their distributions, for the genes that count."""
+        params = self.genes(candidate) or {}
+        return params, {gene.name: _distribution(gene) for gene in self._genes if gene.name in params}
 
     def records(self, study: Study = "search") -> list[Record]:
         """Every recorded evaluation, controls first, then by generation and index."""
@@ -263,6 +261,22 @@ class Archive:
 
     def recorded_versions(self) -> Mapping[str, str]:
         return dict(self._studies["search"].user_attrs.get("versions", {}))
+
+
+def _shown_value(gene: Gene, value: float) -> float | int | str:
+    if gene.domain == "categorical":
+        return gene.choices[int(value)]
+    return int(value) if gene.domain == "integer" else value
+
+
+def _distribution(gene: Gene) -> Any:
+    from optuna import distributions
+
+    if gene.domain == "categorical":
+        return distributions.CategoricalDistribution(gene.choices)
+    if gene.domain == "integer":
+        return distributions.IntDistribution(int(gene.low), int(gene.high))
+    return distributions.FloatDistribution(gene.low, gene.high)
 
 
 def _value(gene: Gene, params: Mapping[str, Any]) -> float:

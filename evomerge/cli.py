@@ -249,8 +249,7 @@ def evaluate(
     if as_json:
         _print_json(row)
     else:
-        table = terminal.score_table(f"{split} items", [(target, row)], prepared, "scores")
-        terminal.console().print(table)
+        terminal.show_scores(terminal.console(), f"{split} items", [(target, row)], prepared, "scores")
     if row["left_out"]:
         terminal.fail(f"note: {row['left_out']} items are left out, since the search that made {target} saw them.")
     if row["truncated"]:

@@ -2,12 +2,16 @@
 rich.
 """
 
+import os
+import re
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -26,12 +30,17 @@ _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
 _FRONT_ROWS = 8
 _REDRAW = 0.5
+_NAME = 12  # characters of a column's name that stand in one line
+_WORDS = 30  # characters of a text that stand in one line
+_LARGE = 1e6
+_REASONS = 8  # of failures, that a status lists
 
 
 def console(stderr: bool = False) -> Console:
     """A console that wraps nothing when its output goes to a file or a pipe."""
     made = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
+    told = made.is_terminal or "COLUMNS" in os.environ
+    return made if told else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
 
 
 class SearchView:
@@ -102,7 +111,7 @@ class SearchView:
             self._progress.update(self._task, completed=self._count, pace=self._pace())
             if self._finished[-1] - self._drawn >= _REDRAW:  # a front of thousands takes a while to work out
                 self._drawn = self._finished[-1]
-                self._live.update(Group(self._table(), self._progress))
+                self._live.update(Group(*self._tables(), self._progress))
         elif self._count % _PLAIN_EVERY == 0 or self._count == self._total:
             self._say(self._line())
 
@@ -117,12 +126,12 @@ class SearchView:
         status = self._status()
         best = status["best"]
         none = "none keeps to the constraints yet" if status["infeasible"] else "nothing scored yet"
-        shown = f"best mean {best['mean']:.3f} ({best['id']})" if best else none
+        shown = f"best mean {number(best['mean'])} ({best['id']})" if best else none
         return f"{self._count}/{self._total}  {shown}  front {status['front_size']}  {self._pace()}".rstrip()
 
-    def _table(self) -> Table:
+    def _tables(self) -> list[Table]:
         assert self._run is not None
-        return progress_table(self._status(), self._run.config)
+        return progress_tables(self._status(), self._run.config, self._console.width)
 
     def _say(self, text: str) -> None:
         target = self._live.console if self._live is not None else self._console
@@ -134,25 +143,103 @@ class SearchView:
             self._live = None
 
 
-def score_table(title: str, rows: Sequence[tuple[str, dict[str, Any]]], config: SearchConfig, split: str) -> Table:
-    """Rows of (name, view) with one column per metric and the weighted mean of the objectives."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for metric in config.measured:
-        table.add_column(escape(metric.name), justify="right")
-    table.add_column("mean", justify="right")
-    for name, row in rows:
-        scores = row[split]
-        cells = [f"{scores[metric.name]:.3f}" if scores else "–" for metric in config.measured]
-        table.add_row(escape(name), *cells, _mean(scores, config))
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table, with a cell for every row. Words may be wrapped; numbers and ids never are.
+
+    extra: whether it is left out where it would need a table of its own.
+    """
+
+    name: str
+    cells: Sequence[str]
+    words: bool = False
+    left: bool = False
+    extra: bool = False
+
+    @property
+    def header(self) -> str:
+        """Long names of metrics in several lines."""
+        return self.name if cell_len(self.name) <= _NAME else re.sub(r"([/:,])", r"\1\n", self.name)
+
+    @property
+    def longest(self) -> int:
+        return max(map(cell_len, self.cells), default=0)
+
+    @property
+    def least(self) -> int:
+        """The width that it takes at least: all of its cells, or a few words of them, and some of its name."""
+        return max(min(self.longest, _WORDS) if self.words else self.longest, min(cell_len(self.name), _NAME))
+
+
+def tables(title: str, columns: Sequence[Column], width: int) -> list[Table]:
+    """Tables that are no wider than `width` as far as their cells allow: the columns that do not fit beside each other
+    follow in further tables, which begin with the first column again."""
+    first, *others = columns
+    pages: list[list[Column]] = [[first]]
+    for column in others:
+        fits = len(pages[-1]) == 1 or _needed([*pages[-1], column]) <= width
+        if not fits and not column.extra:
+            pages.append([first])
+        if fits or not column.extra:
+            pages[-1].append(column)
+    titles = [title, *[f"{title} (continued)" if title else ""] * (len(pages) - 1)]
+    return [_table(name, page, width) for name, page in zip(titles, pages, strict=True)]
+
+
+def _needed(columns: Sequence[Column]) -> int:
+    """The width of a table: every column has a blank on each side and a line behind it."""
+    return 1 + sum(column.least + 3 for column in columns)
+
+
+def _table(title: str, columns: Sequence[Column], width: int) -> Table:
+    """Its widths are set, since rich would cut numbers to make room. Words get what is left."""
+    needed = _needed(columns)
+    left = max(0, width - needed)
+    more = {id(column): min(left, max(0, column.longest - column.least)) for column in columns if column.words}
+    table = Table(title=escape(title), title_justify="left", width=needed + sum(more.values()))
+    for column in columns:
+        table.add_column(
+            escape(column.header),
+            justify="left" if column.left or column.words else "right",
+            width=column.least + more.get(id(column), 0),
+            overflow="fold",
+        )
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*map(escape, cells))
     return table
+
+
+def show_table(output: Console, title: str, columns: Sequence[Column]) -> None:
+    """A table, in several where the terminal is too narrow. Where one column already is, the terminal wraps lines:
+    nothing is cut."""
+    for table in tables(title, columns, output.width):
+        output.print(table)
+
+
+def show_scores(
+    output: Console, title: str, rows: Sequence[tuple[str, dict[str, Any]]], config: SearchConfig, split: str
+) -> None:
+    """Rows of (name, view) with one column per metric and the weighted mean of the objectives."""
+    found = [row[split] for _, row in rows]
+    columns = [Column("", [name for name, _ in rows], left=True)]
+    columns += [Column(metric.name, [_score(scores, metric.name) for scores in found]) for metric in config.measured]
+    show_table(output, title, [*columns, Column("mean", [_mean(scores, config) for scores in found])])
+
+
+def _score(scores: dict[str, float] | None, name: str) -> str:
+    return number(scores[name]) if scores else "–"
+
+
+def number(value: float) -> str:
+    """Three decimals; powers of ten for what would fill a line, as perplexities can."""
+    return f"{value:.3f}" if abs(value) < _LARGE else f"{value:.3e}"
 
 
 def _mean(scores: dict[str, float] | None, config: SearchConfig) -> str:
     if not scores:
         return "–"
     total = sum(objective.weight for objective in config.objectives)
-    return f"{sum(objective.weight * scores[objective.name] for objective in config.objectives) / total:.3f}"
+    return number(sum(objective.weight * scores[objective.name] for objective in config.objectives) / total)
 
 
 def show_result(output: Console, run: OpenRun) -> None:
@@ -160,7 +247,7 @@ def show_result(output: Console, run: OpenRun) -> None:
     show_front(output, run.archive, run.config, _FRONT_ROWS)
     rows = views.comparison(run.archive, run.config)
     chosen_on = "search items" if run.config.items.selection is None else "other items"
-    output.print(score_table(f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout"))
+    show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout")
     show_evidence(output, views.evidence(run.archive, run.config))
 
 
@@ -168,82 +255,77 @@ def show_evidence(output: Console, evidence: dict[str, Any]) -> None:
     """What the best candidate gains over the best parent and the best control, and what it keeps of each parent."""
     for row in evidence["against"]:
         output.print(f"{evidence['candidate']} over the {row['role']} ({row['rival']}): {phrase(row)}", markup=False)
-    if not evidence["retention"]:
+    rows = evidence["retention"]
+    if not rows:
         return
-    items = TITLES[evidence["retention"][0]["items"]]
-    table = Table(
-        "",
-        "its best",
-        "its score",
-        "candidate's",
-        "kept",
-        title=f"Kept of each parent, on {items} items",
-        title_justify="left",
-    )
-    for row in evidence["retention"]:
-        kept = "–" if row["kept"] is None else f"{row['kept']:.0%}"
-        scores = (f"{row['parent_score']:.3f}", f"{row['score']:.3f}")
-        table.add_row(escape(row["parent"]), escape(row["metric"]), *scores, kept)
-    output.print(table)
+    columns = [
+        Column("", [row["parent"] for row in rows], left=True),
+        Column("its best", [row["metric"] for row in rows], left=True),
+        Column("its score", [number(row["parent_score"]) for row in rows]),
+        Column("candidate's", [number(row["score"]) for row in rows]),
+        Column("kept", ["–" if row["kept"] is None else f"{row['kept']:.0%}" for row in rows]),
+    ]
+    show_table(output, f"Kept of each parent, on {TITLES[rows[0]['items']]} items", columns)
 
 
 def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
-    """The front on held-out items as far as they were scored, else on search items."""
-    rows = views.front(archive, config)
-    split, items = ("heldout", TITLES["heldout"]) if rows and rows[0]["heldout"] else ("scores", TITLES["search"])
-    named = [(row["id"], row) for row in rows[:most]]
-    title = f"Pareto front: {len(rows)} candidates" + (f", the best {most}" if most and most < len(rows) else "")
-    output.print(score_table(f"{title}, on {items} items", named, config, split))
+    """The front, with search and held-out scores side by side."""
+    found = views.front(archive, config)
+    rows = found[:most]
+    title = f"Pareto front: {len(found)} candidates" + (f", the best {most}" if most and most < len(found) else "")
+    columns = [
+        Column("", [row["id"] for row in rows], left=True),
+        *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in config.measured),
+        Column("mean", [f"{_mean(row['scores'], config)} / {_mean(row['heldout'], config)}" for row in rows]),
+    ]
+    show_table(output, f"{title}, on search / held-out items", [*columns, *_notes(rows)])
+
+
+def _both(row: dict[str, Any], name: str) -> str:
+    return f"{_score(row['scores'], name)} / {_score(row['heldout'], name)}"
 
 
 def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> None:
-    table = Table()
-    for column in (
-        "id",
-        "kind",
-        *(metric.name for metric in config.measured),
-        "mean",
-        "fingerprint",
-        "error",
-    ):
-        table.add_column(escape(column))
-    for row in views.candidates(archive, config):
-        scores = row["scores"]
-        cells = [f"{scores[metric.name]:.3f}" if scores else "–" for metric in config.measured]
-        table.add_row(
-            row["id"],
-            row["kind"],
-            *cells,
-            _mean(scores, config),
-            row["fingerprint"] or "–",
-            escape(_note(row)),
-        )
-    output.print(table)
+    """Every candidate with its search scores, its mean on search and held-out items, and why it lacks either."""
+    rows = views.candidates(archive, config)
+    columns = [
+        Column("id", [row["id"] for row in rows], left=True),
+        *(Column(metric.name, [_score(row["scores"], metric.name) for row in rows]) for metric in config.measured),
+        Column("mean", [_mean(row["scores"], config) for row in rows]),
+        Column("held-out mean", [_mean(row["heldout"], config) for row in rows]),
+        Column("items", [str(row["items"]) for row in rows]),
+        *_notes(rows),
+        Column("fingerprint", [row["fingerprint"] or "–" for row in rows], left=True, extra=True),
+    ]
+    show_table(output, "", columns)
+
+
+def _notes(rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """A column of what is to be said of candidates, if there is anything."""
+    notes = [_note(row) for row in rows]
+    return [Column("note", notes, words=True)] if any(notes) else []
 
 
 def _note(row: dict[str, Any]) -> str:
-    """What is to be said of a candidate's scores, if anything."""
+    """Why a candidate has no scores, may not win, or has no held-out scores."""
     if row["error"]:
-        return str(row["error"])
-    if row["subset"] is not None:
-        return f"on {row['items']} items"
-    return "" if row["feasible"] else "breaks a constraint"
+        return f"failed: {row['error']}"
+    breaks = ["breaks a constraint"] if row["feasible"] is False else []
+    return "; ".join(dict.fromkeys([*breaks, *filter(None, [row["heldout_missing"]])]))
 
 
-def progress_table(status: dict[str, Any], config: SearchConfig) -> Table:
+def progress_tables(status: dict[str, Any], config: SearchConfig, width: int) -> list[Table]:
     """The best candidate so far, and the best score of any candidate on each objective."""
     best = status["best"]
-    table = Table("", *(escape(objective.name) for objective in config.objectives), "mean", "front", "failed")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    if best and best["scores"]:
-        cells = [f"{best['scores'][objective.name]:.3f}" for objective in config.objectives]
-        table.add_row(
-            f"best, {best['id']}", *cells, f"{best['mean']:.3f}", str(status["front_size"]), str(status["failed"])
-        )
-        leaders = [status["best_per_objective"][objective.name] for objective in config.objectives]
-        table.add_row("best on each", *(f"{leader['score']:.3f}" if leader else "–" for leader in leaders), "", "", "")
-    return table
+    if not best or not best["scores"]:
+        return []
+    leaders = status["best_per_objective"]
+    columns = [Column("", [f"best, {best['id']}", "best on each"], left=True)]
+    for name in (objective.name for objective in config.objectives):
+        leader = leaders[name]
+        columns.append(Column(name, [number(best["scores"][name]), number(leader["score"]) if leader else "–"]))
+    figures = {"mean": number(best["mean"]), "front": str(status["front_size"]), "failed": str(status["failed"])}
+    return tables("", [*columns, *(Column(name, [figure, ""]) for name, figure in figures.items())], width)
 
 
 def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -> None:
@@ -252,8 +334,19 @@ def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -
         f"{status['controls']['done']}/{status['controls']['total']} controls"
         + (f", {status['pace']}" if status.get("pace") else "")
     )
-    output.print(progress_table(status, config))
+    for table in progress_tables(status, config, output.width):
+        output.print(table)
+    show_failures(output, status["failures"])
     show_evidence(output, status["evidence"])
+
+
+def show_failures(output: Console, counts: dict[str, int]) -> None:
+    """The commonest reasons for which candidates have no scores."""
+    for reason, count in list(counts.items())[:_REASONS]:
+        output.print(f"{count} failed: {reason}", markup=False)
+    if len(counts) > _REASONS:
+        rest = sum(list(counts.values())[_REASONS:])
+        output.print(f"{rest} failed for other reasons (`evomerge candidates` lists them)", markup=False)
 
 
 def truncation(count: int) -> str:

@@ -4,19 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from evomerge import failures
 from evomerge.archive import Archive, Record
 from evomerge.candidate import Evaluation
 from evomerge.config import SPLITS, SearchConfig
 from evomerge.controls import ESSENTIAL, count_controls, family
 from evomerge.criteria import Criteria, criteria_of
 from evomerge.evidence import against, retention
-from evomerge.search import best_found, best_of, front_of, means, reported
+from evomerge.search import HELDOUT_FRONT, best_found, best_of, front_of, means, reported
 
 Row = dict[str, Any]
 
 
-def candidate_row(record: Record, criteria: Criteria) -> Row:
-    """One evaluation as `candidates --json` shows it."""
+def candidate_row(archive: Archive, record: Record, criteria: Criteria) -> Row:
+    """One evaluation on search items. `genes` has those that count: what a condition rules out is left out."""
     candidate, evaluation = record.candidate, record.evaluation
     return {
         "id": candidate.id,
@@ -24,6 +25,7 @@ def candidate_row(record: Record, criteria: Criteria) -> Row:
         "generation": candidate.generation,
         "index": candidate.index,
         "genome": list(candidate.genome) if candidate.genome is not None else None,
+        "genes": archive.genes(candidate),
         "scores": scores_of(evaluation),
         "state": "failed" if evaluation.failed else "done",
         "feasible": criteria.feasible(evaluation) if evaluation.subset is None else None,
@@ -39,15 +41,18 @@ def scores_of(evaluation: Evaluation) -> dict[str, float] | None:
 
 
 def candidates(archive: Archive, config: SearchConfig) -> list[Row]:
+    """Every evaluation, with its scores on the other splits' items or the reason why there are none."""
     criteria = criteria_of(archive, config)
-    return [candidate_row(record, criteria) for record in archive.tried()]
+    why = _HeldoutReasons(archive, criteria)
+    return [_whole_row(archive, record, criteria, why) for record in archive.tried()]
 
 
 def front(archive: Archive, config: SearchConfig) -> list[Row]:
     """The Pareto front on all search items, best mean first, with held-out scores where they are known, and what they
     say of each candidate beside the best parent and the best control."""
     criteria = criteria_of(archive, config)
-    rows = [with_other_splits(archive, record, criteria) for record in front_of(archive.records(), criteria)]
+    why = _HeldoutReasons(archive, criteria)
+    rows = [_whole_row(archive, record, criteria, why) for record in why.front]
     compared = against(archive, config, [row["id"] for row in rows])
     return [{**row, "against": compared[row["id"]]} for row in rows]
 
@@ -70,10 +75,49 @@ def with_other_splits(archive: Archive, record: Record, criteria: Criteria) -> R
     """A candidate's row with its scores on the other splits' items, null where there are none."""
     selection, heldout = (archive.find(record.candidate.id, split) for split in SPLITS[1:])
     return {
-        **candidate_row(record, criteria),
+        **candidate_row(archive, record, criteria),
         "selection": scores_of(selection.evaluation) if selection else None,
         "heldout": scores_of(heldout.evaluation) if heldout else None,
     }
+
+
+def _whole_row(archive: Archive, record: Record, criteria: Criteria, why: "_HeldoutReasons") -> Row:
+    return {**with_other_splits(archive, record, criteria), "heldout_missing": why(record)}
+
+
+class _HeldoutReasons:
+    """Says of a candidate why it has no held-out scores; None where it has."""
+
+    def __init__(self, archive: Archive, criteria: Criteria) -> None:
+        records = archive.records()
+        self._archive, self._criteria = archive, criteria
+        self.front = front_of(records, criteria)
+        self._on_front = {record.candidate.id for record in self.front}
+        self._first = {record.evaluation.fingerprint: record.candidate.id for record in self.front}
+        self._chosen = {candidate.id for candidate in reported(records, criteria)}
+
+    def __call__(self, record: Record) -> str | None:
+        name, evaluation = record.candidate.id, record.evaluation
+        heldout = self._archive.find(name, "heldout")
+        if heldout is not None:
+            return f"failed on held-out items: {heldout.evaluation.error}" if heldout.evaluation.failed else None
+        if evaluation.failed:
+            return "failed"
+        if evaluation.subset is not None:
+            return "scored on a subset of the search items only"
+        if name in self._chosen:
+            return "not scored on held-out items yet"
+        if name in self._on_front:
+            return f"only the best {HELDOUT_FRONT} of the front get held-out scores"
+        return self._why_not_on_front(record)
+
+    def _why_not_on_front(self, record: Record) -> str:
+        if not self._criteria.feasible(record.evaluation):
+            return "breaks a constraint"
+        first = self._first.get(record.evaluation.fingerprint)
+        if first is not None:
+            return f"has the same weights as {first}"
+        return "not on the front" + (", nor the best of its kind" if record.candidate.kind == "control" else "")
 
 
 def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
@@ -90,6 +134,7 @@ def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
         "controls": {"done": len(tried) - len(searched), "total": controls},
         "on_all_items": sum(record.candidate.kind == "search" for record in records),
         "failed": sum(record.evaluation.failed for record in tried),
+        "failures": failures.counted(record.evaluation for record in tried),
         "infeasible": sum(
             not record.evaluation.failed and not criteria.feasible(record.evaluation) for record in records
         ),
