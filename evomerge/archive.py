@@ -106,13 +106,15 @@ class Archive:
             study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
             study.set_user_attr("config", current)  # last: a kill before it has all of this done again
             return
-        difference = _first_difference(_completed(recorded), current)
+        recorded = _completed(recorded)
+        difference = _first_difference(recorded, current)
         if difference is not None:
             key, was, now = difference
             raise InputError(
                 f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
                 f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
+        recorded["tasks"]["data_root"] = current["tasks"]["data_root"]  # where a command is given changes nothing
         if recorded != current:
             study.set_user_attr("config", current)
 
