@@ -26,6 +26,13 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
     lines += _license_lines(verdict.warnings)
     for title, scores in (("Search items", recipe.evomerge.scores), ("Held-out items", recipe.evomerge.heldout)):
         lines += _score_lines(title, scores)
+    if recipe.evomerge.verdicts:
+        lines += [
+            "## Beside its parents and controls",
+            "",
+            *(f"- {verdict}" for verdict in recipe.evomerge.verdicts),
+            "",
+        ]
     return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])
 
 

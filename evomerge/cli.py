@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evomerge.errors import EvomergeError, InputError
+from evomerge.errors import EvomergeError, InputError, WorkFailed
 
 app = typer.Typer(
     name="evomerge",
@@ -78,7 +78,7 @@ def _search(
     directory: Path, overrides: Sequence[str], address: str | None, search: Path | None, again: bool = False
 ) -> None:
     from evomerge import runs, terminal
-    from evomerge.export import none_feasible
+    from evomerge.export import all_failed, none_feasible
     from evomerge.search import best_found
 
     output = terminal.console()
@@ -102,6 +102,9 @@ def _search(
     finally:
         view.close()
     terminal.show_result(output, finished)
+    failed = all_failed(finished.archive)
+    if failed is not None:
+        raise WorkFailed(f"{failed}; see `evomerge candidates {directory}`.")
     if best_found(finished.archive, finished.config) is None:
         terminal.fail(none_feasible(finished.archive, finished.config))
     else:

@@ -1,11 +1,15 @@
 """Criteria: what makes one candidate better than another, as arrays: objectives, and limits that a winner keeps to.
 
+A mean over objectives needs one scale. Accuracies and other scores between 0 and 1 are averaged as they are. Where any
+other objective has a weight (a perplexity, a BLEU, a cost), the mean is one of gains: each objective's distance above
+the base, in units of the range of base, parents and uniform merge on search items.
+
 A candidate that breaks a limit is infeasible: it comes after every feasible one, the less it breaks the better (Deb
 2000, doi:10.1016/S0045-7825(99)00389-8), and it is never on the front, never the best and never exported.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +17,22 @@ from numpy.typing import NDArray
 from evomerge.archive import Archive
 from evomerge.candidate import Evaluation, Split
 from evomerge.config import ConstraintConfig, ObjectiveConfig, SearchConfig
-from evomerge.controls import BASE, PARENT
+from evomerge.controls import BASE, PARENT, UNIFORM
 from evomerge.errors import WorkFailed
 from evomerge.optimizers.ranking import weighted_means
 from evomerge.pareto import Scores
 
 _ROUNDING = 1e-9
+_OTHER_SCALES = {  # metrics whose scores may lie between 0 and 1 by chance
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "bleu",
+    "chrf",
+    "ter",
+}
+_NEARLY_NOTHING = 1e-3  # of the largest score of a control: a range below that says nothing of an objective's scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +61,28 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """Where the gain of an objective is 0 and where it is 1, of scores turned so that larger is better."""
+
+    zero: float
+    unit: float
+
+
+@dataclass(frozen=True, slots=True)
 class Criteria:
-    """The objectives and limits of a search on one split's items."""
+    """The objectives and limits of a search on one split's items.
+
+    scales: by objective, how its scores become gains; none where all of them can be averaged as they are.
+    """
 
     objectives: tuple[ObjectiveConfig, ...]
     limits: tuple[Limit, ...] = ()
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+
+    @property
+    def mean_name(self) -> str:
+        """What the mean is called in tables and sentences."""
+        return "mean gain" if self.scales else "mean"
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -63,12 +94,12 @@ class Criteria:
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.limits))
 
     def told(self, evaluations: Sequence[Evaluation]) -> Scores:
-        """Scores and violations as optimizers are told them, shape (n, objectives + limits)."""
-        return np.hstack([score_matrix(evaluations, self.objectives), self.violations(evaluations)])
+        """Scores or gains, and violations, as optimizers are told them, shape (n, objectives + limits)."""
+        return np.hstack([self._comparable(evaluations), self.violations(evaluations)])
 
     def eligible(self, evaluations: Sequence[Evaluation]) -> Scores:
-        """The scores of those that may win, shape (n, objectives); NaN for failures and the infeasible."""
-        scores = score_matrix(evaluations, self.objectives)
+        """Scores or gains of those that may win, shape (n, objectives); NaN for failures and the infeasible."""
+        scores = self._comparable(evaluations)
         scores[(self.violations(evaluations) > 0).any(axis=1)] = np.nan
         return scores
 
@@ -76,8 +107,17 @@ class Criteria:
         return not evaluation.failed and not self.violations([evaluation]).any()
 
     def means(self, evaluations: Sequence[Evaluation]) -> list[float]:
-        """The weighted mean score of each evaluation, feasible or not; -inf for failures."""
-        return [float(mean) for mean in weighted_means(score_matrix(evaluations, self.objectives), self.weights)]
+        """The weighted mean of each evaluation's scores or gains, feasible or not; -inf for failures."""
+        return [float(mean) for mean in weighted_means(self._comparable(evaluations), self.weights)]
+
+    def _comparable(self, evaluations: Sequence[Evaluation]) -> Scores:
+        """Scores that can be averaged, larger is better, shape (n, objectives)."""
+        scores = score_matrix(evaluations, self.objectives)
+        for index, objective in enumerate(self.objectives):
+            scale = self.scales.get(objective.name)
+            if scale is not None:
+                scores[:, index] = (scores[:, index] - scale.zero) / scale.unit
+        return scores
 
 
 def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> Scores:
@@ -104,7 +144,44 @@ def criteria_of(archive: Archive, config: SearchConfig, split: Split = "search")
     limits = [_limit(each, config, parents) for each in config.constraints]
     if split == "search":
         limits += [Limit(cost.name, -1.0, -cost.max, "max") for cost in config.objectives if cost.max is not None]
-    return Criteria(config.objectives, tuple(limits))
+    return Criteria(config.objectives, tuple(limits), _scales(archive, config, split))
+
+
+def _scales(archive: Archive, config: SearchConfig, split: Split) -> dict[str, Scale]:
+    """How scores on a split become gains: 0 is the base on that split, the unit is the same on all splits. None where
+    all objectives with a weight lie between 0 and 1, and while no control has been scored."""
+    names = [BASE, *(f"{PARENT}-{name}" for name in config.models), UNIFORM]
+    searched = [archive.find(name, "search") for name in names]
+    known = [record.evaluation.scores for record in searched if record is not None and record.evaluation.scores]
+    weighted = [objective for objective in config.objectives if objective.weight]
+    if not known or all(_between_0_and_1(objective, known) for objective in weighted):
+        return {}
+    base = archive.find(BASE, split)
+    start = base.evaluation.scores if base is not None and base.evaluation.scores else known[0]
+    return {objective.name: _scale(objective, known, start) for objective in weighted}
+
+
+def _between_0_and_1(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]]) -> bool:
+    if objective.cost is not None or objective.metric in _OTHER_SCALES:
+        return False
+    return all(0 <= scores[objective.name] <= 1 for scores in known)
+
+
+def _scale(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]], base: Mapping[str, float]) -> Scale:
+    """known: scores of the controls, the base's first. Where these are nearly all the same, a gain of 1 is as much as
+    the base has."""
+    scores = [each[objective.name] for each in known]
+    spread, size = max(scores) - min(scores), max(map(abs, scores))
+    unit = spread if spread > _NEARLY_NOTHING * size else abs(scores[0]) or 1.0
+    return Scale(sign_of(objective) * base[objective.name], unit)
+
+
+def mean_of_scores(scores: Mapping[str, float] | None, objectives: Sequence[ObjectiveConfig]) -> float | None:
+    """The weighted mean of one model's scores where no control is known; None where they are on unlike scales."""
+    weighted = [objective for objective in objectives if objective.weight]
+    if scores is None or not all(_between_0_and_1(objective, [scores]) for objective in weighted):
+        return None
+    return Criteria(tuple(objectives)).means([Evaluation(scores=scores)])[0]
 
 
 def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[str, Evaluation]) -> Limit:

@@ -3,7 +3,7 @@ each parent. From the archive to plain values for JSON and tables.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ def against(archive: Archive, config: SearchConfig, candidates: Sequence[str]) -
     held-out scores, since any of these could have been the one to be shown.
     """
     found: dict[str, list[Row]] = {name: [] for name in candidates}
+    criteria = criteria_of(archive, config, "heldout")
     heldout = {record.candidate.id: record for record in archive.records("heldout")}
     for role, rival in rivals(archive, config):
         pairs = {
@@ -34,7 +35,7 @@ def against(archive: Archive, config: SearchConfig, candidates: Sequence[str]) -
             for name, record in heldout.items()
             if (record.candidate.kind == "search" or name in candidates)
             and record is not rival
-            and (pair := _Pair.of(record, rival, config)) is not None
+            and (pair := _Pair.of(record, rival, config, criteria)) is not None
         }
         p_values = {name: pair.p_value for name, pair in pairs.items()}
         corrected = dict(zip(pairs, holm(list(p_values.values())), strict=True))
@@ -51,6 +52,8 @@ def against(archive: Archive, config: SearchConfig, candidates: Sequence[str]) -
                         "corrected": corrected[name],
                         "looked_at": len(pairs),
                         "distinguishable": corrected[name] < SIGNIFICANT and row["difference"] > 0,
+                        "verdict": _verdict(row["difference"], corrected[name]),
+                        "of": criteria.mean_name,
                         "objectives": row["objectives"],
                         "untested": row["untested"],
                     }
@@ -58,12 +61,19 @@ def against(archive: Archive, config: SearchConfig, candidates: Sequence[str]) -
     return found
 
 
+def _verdict(difference: float, p_value: float) -> str:
+    if p_value >= SIGNIFICANT or difference == 0:
+        return "not distinguishable"
+    return "better" if difference > 0 else "worse"
+
+
 def rivals(archive: Archive, config: SearchConfig) -> list[tuple[str, Record]]:
     """The best parent, and the best control that keeps to the constraints, on held-out items; each named once."""
     controls = [record for record in archive.records("heldout") if record.candidate.kind == "control"]
     parents = [record for record in controls if family(record.candidate) == PARENT]
-    parent = best_of(parents, Criteria(config.objectives))
-    control = best_of(controls, criteria_of(archive, config, "heldout"))
+    criteria = criteria_of(archive, config, "heldout")
+    parent = best_of(parents, replace(criteria, limits=()))
+    control = best_of(controls, criteria)
     if parent is not None and parent is control:
         return [("best parent and control", parent)]
     return [(role, each) for role, each in (("best parent", parent), ("best control", control)) if each is not None]
@@ -76,17 +86,27 @@ class _Pair:
     mine: Record
     theirs: Record
     config: SearchConfig
+    criteria: Criteria
     outcomes: Mapping[ObjectiveConfig, tuple[Floats, Floats]]
 
     @classmethod
-    def of(cls, mine: Record, theirs: Record, config: SearchConfig) -> "_Pair | None":
+    def of(cls, mine: Record, theirs: Record, config: SearchConfig, criteria: Criteria) -> "_Pair | None":
         known = {each: pair for each in config.objectives if (pair := _outcomes(mine, theirs, each)) is not None}
-        return cls(mine, theirs, config, known) if sum(each.weight for each in known) > 0 else None
+        return cls(mine, theirs, config, criteria, known) if sum(each.weight for each in known) > 0 else None
 
     @property
     def differences(self) -> dict[ObjectiveConfig, Floats]:
         """By objective, what each item gains; shape (items,), larger is better."""
         return {each: sign_of(each) * (own - other) for each, (own, other) in self.outcomes.items()}
+
+    @property
+    def gains(self) -> list[Floats]:
+        """By objective, what each item gains on the scale of the mean; shape (items,)."""
+        scales = self.criteria.scales
+        return [
+            differences / scales[objective.name].unit if objective.name in scales else differences
+            for objective, differences in self.differences.items()
+        ]
 
     @property
     def weights(self) -> Floats:
@@ -97,11 +117,10 @@ class _Pair:
         """Of the difference of the weighted means."""
         if len(self.outcomes) == 1:
             return self._task_p_value(next(iter(self.outcomes)))[1]
-        return sign_flip(list(self.differences.values()), self.weights, self._random("flips"))
+        return sign_flip(self.gains, self.weights, self._random("flips"))
 
     def row(self) -> Row:
-        differences = self.differences
-        every = list(differences.values())
+        differences, every = self.differences, self.gains
         return {
             "difference": weighted_difference(every, self.weights),
             "interval": list(interval(every, self.weights, self._random("items"))),
@@ -192,4 +211,15 @@ def phrase(row: Row) -> str:
     low, high = row["interval"]
     least = "< 0.001" if row["corrected"] < 0.001 else f"{row['corrected']:.3f}"
     candidates = f" corrected for {row['looked_at']} candidates" if row["looked_at"] > 1 else ""
-    return f"{row['difference']:+.3f} in the mean (95 % interval {low:+.3f} to {high:+.3f}), p {least}{candidates}"
+    untested = f"; without {', '.join(row['untested'])}, of which no item has a score" if row["untested"] else ""
+    return (
+        f"{row['difference']:+.3f} in the {row['of']} (95 % interval {low:+.3f} to {high:+.3f}), p {least}{candidates}"
+        f"{untested}"
+    )
+
+
+def sentence(row: Row) -> str:
+    """The verdict on a candidate beside a rival, with the comparison: `better than ...`, `worse than ...`, `not
+    distinguishable from ...`."""
+    joint = "from" if row["verdict"] == "not distinguishable" else "than"
+    return f"{row['verdict']} {joint} {row['rival']} on held-out items: {phrase(row)}"

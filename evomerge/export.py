@@ -15,7 +15,8 @@ from evomerge.card import model_card
 from evomerge.config import SearchConfig, Split
 from evomerge.criteria import Criteria, criteria_of
 from evomerge.errors import InputError, WorkFailed, choices
-from evomerge.evidence import against, phrase
+from evomerge.evidence import against, sentence
+from evomerge.failures import counted
 from evomerge.licenses import combined, stated_license
 from evomerge.merging.plan import unread_parameters
 from evomerge.merging.sources import (
@@ -32,6 +33,8 @@ from evomerge.recipe import Provenance, Recipe, single
 from evomerge.search import best_found, best_of, front_of, means
 from evomerge.seen import encoded
 
+_REASONS = 3  # for which candidates failed, that a sentence tells
+
 
 def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer: Sequence[str]) -> Record:
     """The record to export: by id, by preference over the front, or the best found.
@@ -46,9 +49,23 @@ def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer
     best = _preferred(records, archive, config, prefer) if prefer else best_found(archive, config)
     if best is None and all(record.evaluation.failed for record in records):
         raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
+    failed = all_failed(archive)
+    if failed is not None:
+        raise WorkFailed(f"{failed}, so there is nothing to export; --candidate names a control if you want one.")
     if best is None:
         raise WorkFailed(none_feasible(archive, config))
     return best
+
+
+def all_failed(archive: Archive) -> str | None:
+    """A clause for a search of which every candidate failed, with the commonest reasons; None for any other."""
+    searched = [record.evaluation for record in archive.tried() if record.candidate.kind == "search"]
+    if not searched or not all(evaluation.failed for evaluation in searched):
+        return None
+    reasons = list(counted(searched).items())
+    told = "; ".join(f"{count} x {reason.rstrip('.')}" for reason, count in reasons[:_REASONS])
+    more = sum(count for _, count in reasons[_REASONS:])
+    return f"all {len(searched)} candidates failed ({told}{f'; {more} for other reasons' if more else ''})"
 
 
 def none_feasible(archive: Archive, config: SearchConfig) -> str:
@@ -139,6 +156,7 @@ def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Rec
             "versions": dict(archive.recorded_versions()),
             "seen": archive.seen,
             "head_apart": head_apart(config),
+            "verdicts": tuple(map(sentence, against(archive, config, [record.candidate.id])[record.candidate.id])),
         }
     )
     renamed = recipe.renamed(paths)
@@ -174,6 +192,13 @@ def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str
     """What a user should know before shipping a candidate: a control that is as good on what has been measured, or from
     which held-out items do not tell it apart."""
     found = []
+    if record.candidate.kind == "control":
+        what = (
+            "a merge that the search had to beat"
+            if len(record.candidate.recipe.references) > 1
+            else "a model unchanged"
+        )
+        found.append(f"{record.candidate.id} is a control, {what}, and no candidate of the search.")
     splits: dict[Split, str] = {"search": "search", "heldout": "held-out"}
     for split, items in splits.items():
         records = archive.records(split)
@@ -184,10 +209,13 @@ def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str
             continue
         own, theirs = means([mine, rival], criteria)
         if theirs >= own:
-            found.append(f"the control {rival.candidate.id} scores {theirs:.3f} on {items} items, this one {own:.3f}.")
+            scores = "scores" if not criteria.scales else f"has a {criteria.mean_name} of"
+            found.append(
+                f"the control {rival.candidate.id} {scores} {theirs:.3f} on {items} items, this one {own:.3f}."
+            )
     for row in against(archive, config, [record.candidate.id])[record.candidate.id]:
-        if not row["distinguishable"]:
-            found.append(f"not distinguishable from {row['rival']} on held-out items: {phrase(row)}.")
+        if row["verdict"] != "better":
+            found.append(f"{sentence(row)}.")
     return found
 
 

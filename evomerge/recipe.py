@@ -130,7 +130,8 @@ class Provenance(Settings):
     own probability of being kept) or the share of its L1 norm that survived (mergekit). `aliases` maps the paths of a
     recipe to the references that stand for them elsewhere. `seen`: digests of the items that its search saw
     (`evomerge.seen`), which no report may show as held out. `head_apart`: the head is a tensor of its own though all
-    models named here tie it to their embedding, as others of their search do not.
+    models named here tie it to their embedding, as others of their search do not. `verdicts`: what held-out items said
+    of the candidate beside the best parent and the best control.
     """
 
     seed: int = 0
@@ -139,6 +140,7 @@ class Provenance(Settings):
     fingerprint: str | None = None
     scores: dict[str, float | None] | None = None
     heldout: dict[str, float | None] | None = None
+    verdicts: tuple[str, ...] = ()
     aliases: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     seen: str | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from evomerge import export
 from evomerge.config import SPLITS, SearchConfig
+from evomerge.criteria import mean_of_scores
 from evomerge.errors import InputError
 from evomerge.layers import layer_count
 from evomerge.merging.plan import make_plan
@@ -43,6 +44,7 @@ def score(
         "target": target,
         "split": split,
         "scores": dict(evaluation.scores) if evaluation.scores is not None else None,
+        "mean": mean_of_scores(evaluation.scores, config.objectives),
         "error": evaluation.error,
         "items": evaluation.items,
         "left_out": worker.left_out(wanted),

@@ -21,7 +21,8 @@ from rich.table import Table
 from evomerge import views
 from evomerge.archive import Archive
 from evomerge.config import SearchConfig
-from evomerge.evidence import phrase
+from evomerge.criteria import criteria_of
+from evomerge.evidence import sentence
 from evomerge.progress import pace_of
 from evomerge.runs import OpenRun
 
@@ -126,7 +127,7 @@ class SearchView:
         status = self._status()
         best = status["best"]
         none = "none keeps to the constraints yet" if status["infeasible"] else "nothing scored yet"
-        shown = f"best mean {number(best['mean'])} ({best['id']})" if best else none
+        shown = f"best {status['mean']} {number(best['mean'])} ({best['id']})" if best else none
         return f"{self._count}/{self._total}  {shown}  front {status['front_size']}  {self._pace()}".rstrip()
 
     def _tables(self) -> list[Table]:
@@ -217,13 +218,19 @@ def show_table(output: Console, title: str, columns: Sequence[Column]) -> None:
 
 
 def show_scores(
-    output: Console, title: str, rows: Sequence[tuple[str, dict[str, Any]]], config: SearchConfig, split: str
+    output: Console,
+    title: str,
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    config: SearchConfig,
+    split: str,
+    mean: str = "mean",
 ) -> None:
-    """Rows of (name, view) with one column per metric and the weighted mean of the objectives."""
+    """Rows of (name, view) with one column per metric, and the mean of the objectives by the name that it goes by."""
     found = [row[split] for _, row in rows]
+    key = "mean" if split == "scores" else f"{split}_mean"
     columns = [Column("", [name for name, _ in rows], left=True)]
     columns += [Column(metric.name, [_score(scores, metric.name) for scores in found]) for metric in config.measured]
-    show_table(output, title, [*columns, Column("mean", [_mean(scores, config) for scores in found])])
+    show_table(output, title, [*columns, Column(mean, [_mean(row[key]) for _, row in rows])])
 
 
 def _score(scores: dict[str, float] | None, name: str) -> str:
@@ -235,11 +242,18 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < _LARGE else f"{value:.3e}"
 
 
-def _mean(scores: dict[str, float] | None, config: SearchConfig) -> str:
-    if not scores:
-        return "–"
-    total = sum(objective.weight for objective in config.objectives)
-    return number(sum(objective.weight * scores[objective.name] for objective in config.objectives) / total)
+def _mean(mean: float | None) -> str:
+    return number(mean) if mean is not None else "–"
+
+
+def _explain(output: Console, mean: str) -> None:
+    """What a mean of unlike scores is."""
+    if mean != "mean":
+        output.print(
+            f"{mean}: how far the objectives lie above the base's, weighted, each in units of the range of base, "
+            "parents and uniform merge on search items",
+            markup=False,
+        )
 
 
 def show_result(output: Console, run: OpenRun) -> None:
@@ -247,14 +261,16 @@ def show_result(output: Console, run: OpenRun) -> None:
     show_front(output, run.archive, run.config, _FRONT_ROWS)
     rows = views.comparison(run.archive, run.config)
     chosen_on = "search items" if run.config.items.selection is None else "other items"
-    show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout")
+    mean = criteria_of(run.archive, run.config).mean_name
+    show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout", mean)
+    _explain(output, mean)
     show_evidence(output, views.evidence(run.archive, run.config))
 
 
 def show_evidence(output: Console, evidence: dict[str, Any]) -> None:
     """What the best candidate gains over the best parent and the best control, and what it keeps of each parent."""
     for row in evidence["against"]:
-        output.print(f"{evidence['candidate']} over the {row['role']} ({row['rival']}): {phrase(row)}", markup=False)
+        output.print(f"{evidence['candidate']}, beside the {row['role']}: {sentence(row)}", markup=False)
     rows = evidence["retention"]
     if not rows:
         return
@@ -270,15 +286,16 @@ def show_evidence(output: Console, evidence: dict[str, Any]) -> None:
 
 def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
     """The front, with search and held-out scores side by side."""
-    found = views.front(archive, config)
+    found, mean = views.front(archive, config), criteria_of(archive, config).mean_name
     rows = found[:most]
     title = f"Pareto front: {len(found)} candidates" + (f", the best {most}" if most and most < len(found) else "")
     columns = [
         Column("", [row["id"] for row in rows], left=True),
         *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in config.measured),
-        Column("mean", [f"{_mean(row['scores'], config)} / {_mean(row['heldout'], config)}" for row in rows]),
+        Column(mean, [f"{_mean(row['mean'])} / {_mean(row['heldout_mean'])}" for row in rows]),
     ]
     show_table(output, f"{title}, on search / held-out items", [*columns, *_notes(rows)])
+    _explain(output, mean)
 
 
 def _both(row: dict[str, Any], name: str) -> str:
@@ -287,17 +304,18 @@ def _both(row: dict[str, Any], name: str) -> str:
 
 def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> None:
     """Every candidate with its search scores, its mean on search and held-out items, and why it lacks either."""
-    rows = views.candidates(archive, config)
+    rows, mean = views.candidates(archive, config), criteria_of(archive, config).mean_name
     columns = [
         Column("id", [row["id"] for row in rows], left=True),
         *(Column(metric.name, [_score(row["scores"], metric.name) for row in rows]) for metric in config.measured),
-        Column("mean", [_mean(row["scores"], config) for row in rows]),
-        Column("held-out mean", [_mean(row["heldout"], config) for row in rows]),
+        Column(mean, [_mean(row["mean"]) for row in rows]),
+        Column(f"held-out {mean}", [_mean(row["heldout_mean"]) for row in rows]),
         Column("items", [str(row["items"]) for row in rows]),
         *_notes(rows),
         Column("fingerprint", [row["fingerprint"] or "–" for row in rows], left=True, extra=True),
     ]
     show_table(output, "", columns)
+    _explain(output, mean)
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[Column]:
@@ -324,7 +342,11 @@ def progress_tables(status: dict[str, Any], config: SearchConfig, width: int) ->
     for name in (objective.name for objective in config.objectives):
         leader = leaders[name]
         columns.append(Column(name, [number(best["scores"][name]), number(leader["score"]) if leader else "–"]))
-    figures = {"mean": number(best["mean"]), "front": str(status["front_size"]), "failed": str(status["failed"])}
+    figures = {
+        status["mean"]: number(best["mean"]),
+        "front": str(status["front_size"]),
+        "failed": str(status["failed"]),
+    }
     return tables("", [*columns, *(Column(name, [figure, ""]) for name, figure in figures.items())], width)
 
 

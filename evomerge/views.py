@@ -7,7 +7,7 @@ from typing import Any
 from evomerge import failures
 from evomerge.archive import Archive, Record
 from evomerge.candidate import Evaluation
-from evomerge.config import SPLITS, SearchConfig
+from evomerge.config import SPLITS, SearchConfig, Split
 from evomerge.controls import ESSENTIAL, count_controls, family
 from evomerge.criteria import Criteria, criteria_of
 from evomerge.evidence import against, retention
@@ -42,16 +42,16 @@ def scores_of(evaluation: Evaluation) -> dict[str, float] | None:
 
 def candidates(archive: Archive, config: SearchConfig) -> list[Row]:
     """Every evaluation, with its scores on the other splits' items or the reason why there are none."""
-    criteria = criteria_of(archive, config)
-    why = _HeldoutReasons(archive, criteria)
+    criteria = criteria_by_split(archive, config)
+    why = _HeldoutReasons(archive, criteria["search"])
     return [_whole_row(archive, record, criteria, why) for record in archive.tried()]
 
 
 def front(archive: Archive, config: SearchConfig) -> list[Row]:
     """The Pareto front on all search items, best mean first, with held-out scores where they are known, and what they
     say of each candidate beside the best parent and the best control."""
-    criteria = criteria_of(archive, config)
-    why = _HeldoutReasons(archive, criteria)
+    criteria = criteria_by_split(archive, config)
+    why = _HeldoutReasons(archive, criteria["search"])
     rows = [_whole_row(archive, record, criteria, why) for record in why.front]
     compared = against(archive, config, [row["id"] for row in rows])
     return [{**row, "against": compared[row["id"]]} for row in rows]
@@ -71,17 +71,29 @@ def evidence(archive: Archive, config: SearchConfig) -> Row:
     }
 
 
-def with_other_splits(archive: Archive, record: Record, criteria: Criteria) -> Row:
-    """A candidate's row with its scores on the other splits' items, null where there are none."""
+def criteria_by_split(archive: Archive, config: SearchConfig) -> dict[Split, Criteria]:
+    """A search's criteria on the items of each split."""
+    return {split: criteria_of(archive, config, split) for split in SPLITS}
+
+
+def with_other_splits(archive: Archive, record: Record, criteria: Mapping[Split, Criteria]) -> Row:
+    """A candidate's row with its scores on the other splits' items and the means of all, null where there are none."""
     selection, heldout = (archive.find(record.candidate.id, split) for split in SPLITS[1:])
     return {
-        **candidate_row(archive, record, criteria),
+        **candidate_row(archive, record, criteria["search"]),
+        "mean": _mean(record, criteria["search"]),
         "selection": scores_of(selection.evaluation) if selection else None,
+        "selection_mean": _mean(selection, criteria["selection"]),
         "heldout": scores_of(heldout.evaluation) if heldout else None,
+        "heldout_mean": _mean(heldout, criteria["heldout"]),
     }
 
 
-def _whole_row(archive: Archive, record: Record, criteria: Criteria, why: "_HeldoutReasons") -> Row:
+def _mean(record: Record | None, criteria: Criteria) -> float | None:
+    return means([record], criteria)[0] if record is not None and not record.evaluation.failed else None
+
+
+def _whole_row(archive: Archive, record: Record, criteria: Mapping[Split, Criteria], why: "_HeldoutReasons") -> Row:
     return {**with_other_splits(archive, record, criteria), "heldout_missing": why(record)}
 
 
@@ -140,7 +152,8 @@ def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
         ),
         "front_size": len(front_of(records, criteria)),
         "best_per_objective": _best_per_objective(records, criteria),
-        "best": {**with_other_splits(archive, best, criteria), "mean": means([best], criteria)[0]} if best else None,
+        "mean": criteria.mean_name,
+        "best": with_other_splits(archive, best, criteria_by_split(archive, config)) if best else None,
     }
 
 
@@ -182,7 +195,7 @@ TITLES: Mapping[str, str] = {
 
 def comparison(archive: Archive, config: SearchConfig) -> list[tuple[str, Row]]:
     """(title, row) for every control worth comparing with, and the evolved best last; each chosen on search items."""
-    records, criteria = archive.records(), criteria_of(archive, config)
+    records, criteria = archive.records(), criteria_by_split(archive, config)
     rows = []
     for name in dict.fromkeys(family(record.candidate) for record in records):
         members = [record for record in records if family(record.candidate) == name]
