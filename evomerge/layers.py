@@ -3,20 +3,28 @@
 import re
 from collections.abc import Iterable
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+# parts of a whole model that see or hear for its language model: they have layers of their own
+_SENSES = re.compile(
+    r"(?:^|\.)(?:vision\w*|visual\w*|image\w*|video\w*|audio\w*|speech\w*|\w*projector|\w*connector|\w*aligner|\w*qformer)\."
+)
 _INPUT = re.compile(r"embed(?!_out)|wte|wpe")  # GPT-NeoX calls its head embed_out
 
 
 def layer_index(name: str) -> int | None:
-    """The layer's number, or None for tensors outside the layers."""
-    match = _LAYER.search(name)
+    """The layer's number, or None for tensors outside the language model's layers."""
+    match = _in_layer(name)
     return int(match.group(1)) if match else None
 
 
 def with_layer(name: str, layer: int) -> str:
     """The name of the same tensor in another layer."""
-    match = _LAYER.search(name)
+    match = _in_layer(name)
     return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}" if match else name
+
+
+def _in_layer(name: str) -> "re.Match[str] | None":
+    return None if _SENSES.search(name) else _LAYER.search(name)
 
 
 def layer_count(names: Iterable[str]) -> int:
@@ -25,7 +33,7 @@ def layer_count(names: Iterable[str]) -> int:
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor outside the layers comes before them (embeddings) rather than after (final norm and head)."""
-    return _INPUT.search(name) is not None
+    return _INPUT.search(name) is not None or _SENSES.search(name) is not None
 
 
 def embedding_names(names: Iterable[str]) -> list[str]:

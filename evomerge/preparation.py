@@ -15,7 +15,7 @@ from typing import Any
 from evomerge.config import COSTS, OPTIMIZERS, SPACES, SearchConfig, imported, load
 from evomerge.controls import check_controls, count_controls
 from evomerge.errors import InputError, choices, naming
-from evomerge.merging.experts import check_view
+from evomerge.merging.naming import check_view
 from evomerge.merging.sources import (
     FLOATS,
     TensorInfo,
@@ -180,10 +180,11 @@ def reopen(config: SearchConfig) -> Prepared:
 
 
 def _make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:
-    kind = model_config(find_source(config.base, config.base).folder)["model_type"]
+    folder = find_source(config.base, config.base).folder
+    kind = model_config(folder)["model_type"]
     if config.space.changes_layers:
         with naming("space"):
-            check_view(kind)
+            check_view(folder)
     space: SearchSpace = imported(SPACES[config.space.kind].make)(config, tensors, kind)
     return space
 

@@ -24,8 +24,9 @@ from evomerge import recipe as recipes
 from evomerge.config import GeneConfig, SpaceConfig
 from evomerge.errors import InputError, WorkFailed
 from evomerge.merging import stream
+from evomerge.merging.building import load_model
 from evomerge.merging.checkpoint import write_weights
-from evomerge.merging.materialize import fingerprint, load_model
+from evomerge.merging.materialize import fingerprint
 from evomerge.merging.methods import METHODS
 from evomerge.merging.sources import tensor_table
 from evomerge.recipe import Provenance, Recipe, Source

@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_map_only
 
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
-from evomerge.merging.experts import check_view
+from evomerge.merging.building import empty_model, load_config, load_model
 from evomerge.merging.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.naming import check_view, naming_of
 from evomerge.merging.passes import room_on
 from evomerge.merging.placement import place
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
-from evomerge.merging.skeleton import empty_model, load_config, ties, untied
-from evomerge.merging.sources import FLOATS, ModelSource, TensorInfo, Weights, named_weights, untied_head
+from evomerge.merging.skeleton import ties, untied
+from evomerge.merging.sources import FLOATS, ModelSource, TensorInfo, Weights, untied_head
 from evomerge.merging.view import make_view
-from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class ResidentModels:
         self._room = room_on(torch.device(device))
         self._dtype: torch.dtype = getattr(torch, dtype)
         weights = {reference: Weights(source) for reference, source in sources.items()}
-        config = load_config(skeleton)
+        self._folder, config = skeleton, load_config(skeleton)
         apart = ties(config) and (head_apart or untied_head(weights.values()) is not None)
         config = untied(config) if apart else config
         self.model: Any = (
@@ -67,7 +67,8 @@ class ResidentModels:
             else load_model(skeleton, self._dtype, *([config] if apart else []))
         )
         place(self.model, self.devices, 1 + len(sources))
-        self._parameters = named_weights(self.model)
+        self._naming = naming_of(config, skeleton)
+        self._parameters = self._naming.weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in weights.items()}
         self._known: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
@@ -128,6 +129,7 @@ class ResidentModels:
             return self._make_view(plan)
         for tensor in plan.tensors:
             self._merge(plan, tensor, self._parameters[tensor.name])
+        self._naming.settle(self.model, self._parameters)
         self.candidate = self.model
         return self._parameters, self._parameters
 
@@ -136,7 +138,7 @@ class ResidentModels:
         return len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
 
     def _make_view(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
-        check_view(self.model.config.model_type)
+        check_view(self._folder)
         made = {}
         templates = [next(iter(layer.values())) for layer in plan.layers]
         places = {tensor.name: self._parameters[_template(tensor.name, templates)].device for tensor in plan.tensors}
@@ -255,20 +257,3 @@ def _gathered(results: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def _empty(info: TensorInfo) -> torch.Tensor:
     return torch.empty(info.shape, dtype=getattr(torch, FLOATS[info.dtype]), device="meta")
-
-
-def load_model(folder: Path, dtype: torch.dtype, config: Any = None) -> nn.Module:
-    """A causal language model from safetensors, without code from its folder. config: in place of the folder's own."""
-    given = {} if config is None else {"config": config}
-    try:
-        with quiet():
-            from transformers import AutoModelForCausalLM
-
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, **given
-            )
-    except Exception as error:  # a config is checked by several libraries, each with its own exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
-        raise InputError(f"{folder}: transformers cannot load this model ({reason}); check its config.json.") from None
-    model.eval()
-    return model  # type: ignore[no-any-return]

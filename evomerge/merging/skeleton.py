@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from evomerge.errors import InputError
-from evomerge.merging.sources import named_weights
-from evomerge.quiet import quiet
+from evomerge.merging.naming import naming_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,47 +27,18 @@ class Skeleton:
     vocabulary: frozenset[str]
 
 
-def load_config(folder: Path) -> Any:
-    """The transformers config of a model folder, without code from it."""
-    try:
-        with quiet():
-            from transformers import AutoConfig
-
-            return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a config is checked by several libraries, each with its own exceptions
-        raise _refusal(folder, error) from None
-
-
 def skeleton_of(config: Any, folder: Path) -> Skeleton:
-    """What the causal language model of a config holds. `folder` opens an error's message."""
-    model = empty_model(config, folder)
-    parameters = named_weights(model)
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    rows = {id(parameter) for module in ends for parameter in module.parameters()}
+    """What the model of a config holds. `folder` opens an error's message."""
+    naming = naming_of(config, folder)
     config = copy.deepcopy(config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [naming.architecture]
+    merged = set(naming.merged)
     return Skeleton(
         config=config,
-        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        buffers={
-            name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items() if name not in tied
-        },
-        vocabulary=frozenset(name for name, parameter in parameters.items() if id(parameter) in rows),
+        parameters={name: naming.shapes[name] for name in naming.merged},
+        buffers={name: (shape, naming.dtypes[name]) for name, shape in naming.shapes.items() if name not in merged},
+        vocabulary=naming.vocabulary,
     )
-
-
-def empty_model(config: Any, folder: Path) -> Any:
-    """The causal language model of a config, on PyTorch's meta device. `folder` opens an error's message."""
-    try:
-        with quiet(), torch.device("meta"):
-            from transformers import AutoModelForCausalLM
-
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), trust_remote_code=False
-            )
-    except Exception as error:
-        raise _refusal(folder, error) from None
 
 
 def ties(config: Any) -> bool:
@@ -106,8 +75,3 @@ def with_layers(config: Any, layers: Sequence[tuple[Any, int]]) -> Any:
     for key, values in listed.items():
         setattr(text, key, values)
     return changed
-
-
-def _refusal(folder: Path, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
-    return InputError(f"{folder}: transformers cannot build this model ({reason}); check its config.json.")

@@ -5,16 +5,15 @@ id, each with `@REVISION` and `+ADAPTER` where wanted, or an adapter's folder, w
 `tensor_table` reads names, shapes and dtypes from the file headers alone; `preflight` compares them before any weight
 is read; `Weights` reads one tensor at a time. Pickled weights are never opened.
 
-Tensors go by the names that checkpoints of the whole model use: those of a model saved without its head get the
-prefix that transformers would give them; buffers that old checkpoints hold, and heads that are stored though the config
-ties them to the embedding, are left out.
+Tensors go by the names that transformers would write for the whole model (`naming`), whatever a checkpoint calls them;
+buffers that old checkpoints hold, and heads that are stored though the config ties them to the embedding, are left out.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from evomerge.errors import InputError, choices
 from evomerge.merging.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.merging.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from evomerge.merging.adapters import Adapter, is_adapter, load_adapter
-from evomerge.merging.experts import stored_parts
 from evomerge.merging.settings import check_settings
 from evomerge.merging.tensor_files import FLOATS as FLOATS
 from evomerge.merging.tensor_files import TensorFiles, read_header
@@ -33,19 +31,18 @@ from evomerge.seen import Digests
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from evomerge.merging.naming import Naming
+    from evomerge.merging.tensor_files import Piece
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 RECIPE = "evomerge_recipe.yaml"  # beside the weights of a merge
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# parameters that checkpoints store under another name than transformers gives them, by model type
-STORED_AS = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 CONV1D = ("gpt2", "openai-gpt")  # architectures whose layers store their weights as (in, out)
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _SAMPLE = 1 << 20
-_HEADLESS = re.compile(r"(?:layers|h|blocks)\.\d+\.")
 _BUFFER = re.compile(r"\.(?:attn|attention)\.(?:bias|masked_bias)$|\.rotary_emb\.\w+$")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 
@@ -183,7 +180,8 @@ class Weights:
         self._adapter: Adapter | None = None
         if self.source.adapter is not None:
             kind = model_config(self.source.folder)["model_type"]
-            renamed = STORED_AS.get(kind, {})
+            naming = _naming(self.source.folder)
+            renamed = {held: name for name, held in naming.whole.items() if held != name} if naming else {}
             tied = self._tied(renamed.get(HEAD_NAMES[0], HEAD_NAMES[0]))
             self._adapter = load_adapter(self.source.adapter, self._stored, renamed, kind in CONV1D, tied)
             if self._adapter.head is not None and tied is not None:
@@ -248,18 +246,8 @@ def untied_head(sources: Iterable[Weights]) -> str | None:
     return next((source.own_head for source in sources if source.own_head is not None), None)
 
 
-def named_weights(model: "nn.Module") -> "dict[str, torch.Tensor]":
-    """A model's parameters, or views of their parts, under the names that its checkpoints use."""
-    kind: str = getattr(model.config, "model_type", "")
-    renamed = STORED_AS.get(kind, {})
-    return {
-        renamed.get(stored, stored): part
-        for name, parameter in model.named_parameters()
-        for stored, part in stored_parts(kind, name, parameter)
-    }
-
-
 def _model_table(folder: Path) -> dict[str, TensorInfo]:
+    """A model's tensors by the names that transformers would write, whatever the names in its files are."""
     table: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
         table |= read_header(file)
@@ -267,26 +255,28 @@ def _model_table(folder: Path) -> dict[str, TensorInfo]:
     if not (folder / "config.json").exists():
         return table
     config = model_config(folder)
-    if any(_HEADLESS.match(name) for name in table):
-        prefix = _base_model_prefix(config["model_type"])
-        table = {name if name in HEAD_NAMES else f"{prefix}.{name}": info for name, info in table.items()}
-    renamed = STORED_AS.get(config["model_type"], {})
-    table = {renamed.get(name, name): info for name, info in table.items()}
+    naming = _naming(folder)
+    if naming is not None:
+        read = naming.read_from({name: info.shape for name, info in table.items()})
+        table = {name: _cut(table[stored], piece) for name, (stored, piece) in read.items()}
     if any(head in table for head in HEAD_NAMES) and _ties(config):
         table = {name: info for name, info in table.items() if name not in HEAD_NAMES}
     return table
 
 
-def _base_model_prefix(model_type: str) -> str:
-    """What transformers calls the part of a causal language model that is saved when it is saved without its head."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+def _cut(info: TensorInfo, piece: "Piece | None") -> TensorInfo:
+    return info if piece is None else replace(info, shape=piece.shape, piece=piece)
+
+
+def _naming(folder: Path) -> "Naming | None":
+    """How transformers calls the tensors of a folder's model; None where it cannot build the model, which is told when
+    the model is wanted."""
+    from evomerge.merging.naming import naming_in
 
     try:
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
-        return str(kind.base_model_prefix)
-    except KeyError:
-        raise InputError(f"model_type {model_type} is no causal language model that transformers knows.") from None
+        return naming_in(folder)
+    except InputError:
+        return None
 
 
 def _weight_files(folder: Path) -> list[Path]:

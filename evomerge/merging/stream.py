@@ -14,16 +14,18 @@ import torch
 
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.layers import layer_index, with_layer
+from evomerge.merging.building import load_config
 from evomerge.merging.checkpoint import Layout, write_weights
 from evomerge.merging.kernels import checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
-from evomerge.merging.skeleton import Skeleton, layers_of, load_config, skeleton_of, untied, with_layers
+from evomerge.merging.skeleton import Skeleton, layers_of, skeleton_of, untied, with_layers
 from evomerge.merging.sources import HEAD_NAMES, Weights, find_source, untied_head
 from evomerge.merging.vocabulary import Vocabulary, build_vocabulary, chat_template, load_tokenizer
 from evomerge.recipe import Recipe
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model")
+PROCESSOR = ("*processor_config.json", "chat_template.json")
 GENERATION = "generation_config.json"
 
 
@@ -214,9 +216,10 @@ class StreamedMerge:
 
     def _write_tokenizer(self, folder: Path) -> None:
         source = self._folders[self._first]
-        if self._vocabulary is None and self._template is None:
-            for file in (file for pattern in TOKENIZER for file in source.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
+        plain = self._vocabulary is None and self._template is None
+        for file in (file for pattern in (*PROCESSOR, *(TOKENIZER if plain else ())) for file in source.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
+        if plain:
             return
         tokenizer = self._vocabulary.tokenizer if self._vocabulary else load_tokenizer(source)
         if self._template is not None:

@@ -15,13 +15,38 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a tensor lies in another one: strides over the elements of that.
+
+    tensor: the name of the other.
+    whole: whether it is all of it, as it is.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    whole: bool
+
+    def of(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """The piece as a view of a contiguous tensor; the tensor itself where it is the whole of it."""
+        if self.whole:
+            return tensor
+        return tensor.detach().as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, without its values; `stored` is its name in the file."""
+    """Where a tensor lies and what it is, without its values; `stored` is its name in the file.
+
+    piece: which part of what is stored it is; None where it is all of that.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     stored: str
+    piece: Piece | None = None
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -57,6 +82,7 @@ class TensorFiles:
             if info.file not in self._open:
                 self._open[info.file] = safe_open(str(info.file), framework="pt")
             tensor: torch.Tensor = self._open[info.file].get_tensor(info.stored)
+            tensor = tensor if info.piece is None else info.piece.of(tensor).contiguous()
         except (SafetensorError, OSError) as error:
             raise InputError(f"{info.file}: cannot be read ({error}); copy or download it again.") from None
         return tensor

@@ -12,7 +12,8 @@ from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.materialize import ResidentModels
-from evomerge.merging.sources import find_source, named_weights, seen_by
+from evomerge.merging.naming import named_weights
+from evomerge.merging.sources import find_source, seen_by
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.seen import Digests

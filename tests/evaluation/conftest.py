@@ -21,7 +21,7 @@ from transformers import (
 
 from evomerge import zoo
 from evomerge.config import SearchConfig
-from evomerge.merging.materialize import load_model
+from evomerge.merging.building import load_model
 from evomerge.zoo.language import VOCABULARY
 
 Rows = list[dict[str, Any]]

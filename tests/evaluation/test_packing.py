@@ -20,7 +20,7 @@ from transformers import (
 
 from evomerge.evaluation.packing import LONGEST, pack, takes_packed_rows
 from evomerge.evaluation.prepared import PreparedRequests, Request
-from evomerge.merging.materialize import load_model
+from evomerge.merging.building import load_model
 
 CPU = torch.device("cpu")
 rows = st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple), min_size=1, max_size=9, unique=True)

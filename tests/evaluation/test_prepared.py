@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn import functional
 
 from evomerge.evaluation.prepared import PreparedRequests, Request, Response
-from evomerge.merging.materialize import load_model
+from evomerge.merging.building import load_model
 from evomerge.zoo.language import VOCABULARY
 
 CPU = torch.device("cpu")

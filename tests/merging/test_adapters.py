@@ -21,12 +21,12 @@ from evomerge import config as configs
 from evomerge import export, runs
 from evomerge.errors import InputError, choices
 from evomerge.merging.materialize import ResidentModels
+from evomerge.merging.naming import named_weights
 from evomerge.merging.sources import (
     ModelSource,
     find_source,
     identity,
     load_tensors,
-    named_weights,
     preflight,
     tensor_table,
 )
@@ -64,7 +64,8 @@ def merged_by_peft(
         warnings.simplefilter("ignore")
         model = kind.from_pretrained(base, dtype=dtype)
         whole = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return {name: weight.detach() for name, weight in named_weights(whole).items()}
+    named = named_weights(whole) if kind is AutoModelForCausalLM else dict(whole.named_parameters())
+    return {name: weight.detach() for name, weight in named.items()}
 
 
 @pytest.fixture(scope="module")

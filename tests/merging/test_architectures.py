@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from evomerge import export, runs
 from evomerge.errors import InputError
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
-from evomerge.merging.materialize import ResidentModels, fingerprint, load_model
-from evomerge.merging.sources import Weights, load_tensors, named_weights, preflight, tensor_table
+from evomerge.merging.building import load_model
+from evomerge.merging.materialize import ResidentModels, fingerprint
+from evomerge.merging.naming import named_weights
+from evomerge.merging.sources import Weights, load_tensors, preflight, tensor_table
 from evomerge.recipe import Recipe, Source, linear, single
 from tests.architectures import ARCHITECTURES, TIED, build, family, save
 from tests.conftest import REPOSITORY

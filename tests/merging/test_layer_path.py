@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from evomerge import export
 from evomerge.errors import InputError
 from evomerge.layers import layer_index
+from evomerge.merging.building import load_model
 from evomerge.merging.layer_path import SCALE_RULES, Hop, LayerPath
-from evomerge.merging.materialize import ResidentModels, fingerprint, load_model
+from evomerge.merging.materialize import ResidentModels, fingerprint
 from evomerge.recipe import Recipe, Slice, Source
 from tests.architectures import build, family
 

@@ -17,10 +17,11 @@ from evomerge.evaluation.prepared import PreparedRequests, Request
 from evomerge.layers import layer_index
 from evomerge.memory import LiveBytes
 from evomerge.merging import materialize
+from evomerge.merging.building import empty_model
 from evomerge.merging.materialize import ResidentModels
+from evomerge.merging.naming import named_weights
 from evomerge.merging.placement import divide, parts
-from evomerge.merging.skeleton import empty_model
-from evomerge.merging.sources import Weights, named_weights
+from evomerge.merging.sources import Weights
 from evomerge.recipe import Recipe, Slice, Source
 from tests.architectures import ARCHITECTURES, TIED, build
 from tests.test_memory import recipe

@@ -1,0 +1,77 @@
+"""Building models from their configs, with transformers and without code from their folders.
+
+A model is a causal language model, or a whole model that writes text about images, of which the language model is a
+part. Where transformers has both for a config, `architectures` in config.json decides.
+"""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import InputError
+from evomerge.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of a model folder, without code from it."""
+    try:
+        with quiet():
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a config is checked by several libraries, each with its own exceptions
+        raise _refusal(folder, "build", error) from None
+
+
+def empty_model(config: Any, folder: Path) -> Any:
+    """The model of a config, on PyTorch's meta device. `folder` opens an error's message."""
+    import torch
+
+    try:
+        with quiet(), torch.device("meta"):
+            return _auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:
+        raise _refusal(folder, "build", error) from None
+
+
+def load_model(folder: Path, dtype: "torch.dtype", config: Any = None) -> Any:
+    """The model in a folder, from safetensors, without code from there. config: in place of the folder's own."""
+    kind = _auto_class(config or load_config(folder))
+    given = {} if config is None else {"config": config}
+    try:
+        with quiet():
+            model: Any = kind.from_pretrained(
+                str(folder), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, **given
+            )
+    except Exception as error:
+        raise _refusal(folder, "load", error) from None
+    model.eval()
+    return model
+
+
+def _auto_class(config: Any) -> Any:
+    """transformers' own choice of a class: by `architectures`, or else the first that it has for such a config."""
+    import transformers
+
+    known = {name: _classes(getattr(transformers, name), config) for name in _AUTO}
+    named = [name for name, classes in known.items() if classes & set(config.architectures or ())]
+    return getattr(transformers, next(iter([*named, *(name for name in known if known[name]), _AUTO[0]])))
+
+
+def _classes(auto: Any, config: Any) -> set[str]:
+    """The names of the classes that an auto class has for a config."""
+    mapping = auto._model_mapping
+    if type(config) not in mapping:
+        return set()
+    found = mapping[type(config)]
+    return {kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))}
+
+
+def _refusal(folder: Path, what: str, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+    return InputError(f"{folder}: transformers cannot {what} this model ({reason}); check its config.json.")
