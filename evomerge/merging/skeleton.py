@@ -54,10 +54,6 @@ def untied(config: Any) -> Any:
     return changed
 
 
-def layers_of(config: Any) -> int:
-    return int(config.get_text_config().num_hidden_layers)
-
-
 def with_layers(config: Any, layers: Sequence[tuple[Any, int]]) -> Any:
     """A config for other layers: for each of them the config and the number of the layer that it comes from.
 

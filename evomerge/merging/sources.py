@@ -216,7 +216,7 @@ class Weights:
         if name in self.table or name not in HEAD_NAMES:
             return name
         embeddings = [known for known in self.table if _EMBEDDING.search(known)]
-        return embeddings[0] if len(embeddings) == 1 and _ties(model_config(self.source.folder)) else name
+        return embeddings[0] if len(embeddings) == 1 and _ties(self.source.folder) else name
 
     def _tied(self, head: str) -> tuple[str, str] | None:
         """The head and the embedding that stands for it, of a model that ties them."""
@@ -229,15 +229,12 @@ class Weights:
         return next((name for name in HEAD_NAMES if name in self.table), None)
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
-    """Whether a model's head is its embedding, as its config says or its architecture does by default."""
-    stated = config.get("tie_word_embeddings")
-    if stated is None:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        kind = config["model_type"]
-        stated = kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False)
-    return bool(stated)
+def _ties(folder: Path) -> bool:
+    """Whether a model's head is its embedding: as transformers makes the model, or else as its config says."""
+    naming = _naming(folder)
+    if naming is not None:
+        return any(head in naming.tied for head in HEAD_NAMES)
+    return bool(model_config(folder).get("tie_word_embeddings"))
 
 
 def untied_head(sources: Iterable[Weights]) -> str | None:
@@ -254,12 +251,11 @@ def _model_table(folder: Path) -> dict[str, TensorInfo]:
     table = {name: info for name, info in table.items() if not _BUFFER.search(name)}
     if not (folder / "config.json").exists():
         return table
-    config = model_config(folder)
     naming = _naming(folder)
     if naming is not None:
         read = naming.read_from({name: info.shape for name, info in table.items()})
         table = {name: _cut(table[stored], piece) for name, (stored, piece) in read.items()}
-    if any(head in table for head in HEAD_NAMES) and _ties(config):
+    if any(head in table for head in HEAD_NAMES) and _ties(folder):
         table = {name: info for name, info in table.items() if name not in HEAD_NAMES}
     return table
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from evomerge.errors import InputError, WorkFailed, choices
-from evomerge.layers import layer_index, with_layer
+from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import load_config
 from evomerge.merging.checkpoint import Layout, write_weights
 from evomerge.merging.kernels import checksum, uniform_field
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
-from evomerge.merging.skeleton import Skeleton, layers_of, skeleton_of, untied, with_layers
+from evomerge.merging.skeleton import Skeleton, skeleton_of, untied, with_layers
 from evomerge.merging.sources import HEAD_NAMES, Weights, find_source, untied_head
 from evomerge.merging.vocabulary import Vocabulary, build_vocabulary, chat_template, load_tokenizer
 from evomerge.recipe import Recipe
@@ -59,10 +59,15 @@ class StreamedMerge:
         return self._vocabulary.unknown if self._vocabulary else []
 
     def _planned(self, configs: dict[str, Any]) -> MergePlan:
-        names = {
+        every = {
             reference: tuple(skeleton_of(config, self._folders[reference]).parameters)
             for reference, config in configs.items()
-            if reference == self._first or layers_of(config) != layers_of(configs[self._first])
+        }
+        self._depth = layer_count(every[self._first])
+        names = {
+            reference: own
+            for reference, own in every.items()
+            if reference == self._first or layer_count(own) != self._depth
         }
         return make_plan(self._recipe, names[self._first], self._where, names)
 
@@ -74,7 +79,7 @@ class StreamedMerge:
 
     def _output_skeleton(self, configs: dict[str, Any]) -> Skeleton:
         config = configs[self._first]
-        if not self.plan.keeps_layers or len(self.plan.layers) != layers_of(config):
+        if not self.plan.keeps_layers or len(self.plan.layers) != self._depth:
             origins = (next(iter(sources.items())) for sources in self.plan.layers)
             config = with_layers(config, [(configs[model], layer) for model, layer in origins])
         if self._vocabulary is not None:
