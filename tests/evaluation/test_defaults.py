@@ -54,6 +54,24 @@ def test_lm_eval_s_defaults_are_those_that_evaluation_follows() -> None:
     assert of_command["apply_chat_template"] is False
 
 
+def test_lm_eval_takes_no_argument_that_nobody_has_looked_at() -> None:
+    """Those that change a score are compared above and below; the others are about output, caches and machines."""
+    looked_at = (
+        "model_args tasks num_fewshot batch_size max_batch_size device use_cache cache_requests rewrite_requests_cache "
+        "delete_requests_cache limit samples bootstrap_iters check_integrity write_out log_samples evaluation_tracker "
+        "system_instruction apply_chat_template fewshot_as_multiturn gen_kwargs task_manager verbosity predict_only "
+        "random_seed numpy_random_seed torch_random_seed fewshot_random_seed confirm_run_unsafe_code metadata"
+    )
+    assert set(defaults(simple_evaluate)) == set(looked_at.split())
+    of_model = (
+        "backend revision subfolder tokenizer truncation logits_cache max_length device dtype softmax_dtype "
+        "mixed_precision_dtype batch_size max_batch_size trust_remote_code use_fast_tokenizer add_bos_token "
+        "prefix_token_id parallelize max_memory_per_gpu max_cpu_memory offload_folder tp_plan peft delta autogptq gptqmodel "
+        "gguf_file think_end_token enable_thinking chat_template_args"
+    )
+    assert set(defaults(HFLM.__init__)) == set(of_model.split())
+
+
 def test_lm_eval_s_model_has_the_defaults_that_evaluation_follows() -> None:
     wanted = {
         "truncation": False,

@@ -160,7 +160,7 @@ def test_no_requests_have_no_responses(built):
 
 
 @pytest.mark.parametrize("lead", [2.0, 6.0, 10.0])
-def test_log_likelihoods_near_probability_one_keep_their_digits(lead):
+def test_log_likelihoods_near_probability_one_keep_the_digits_of_a_log_softmax(lead):
     """However large the logits are, of which own - logsumexp would keep no more digits than they have themselves."""
 
     class Sure(torch.nn.Module):
