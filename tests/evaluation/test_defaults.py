@@ -66,8 +66,8 @@ def test_lm_eval_takes_no_argument_that_nobody_has_looked_at() -> None:
     of_model = (
         "backend revision subfolder tokenizer truncation logits_cache max_length device dtype softmax_dtype "
         "mixed_precision_dtype batch_size max_batch_size trust_remote_code use_fast_tokenizer add_bos_token "
-        "prefix_token_id parallelize max_memory_per_gpu max_cpu_memory offload_folder tp_plan peft delta autogptq gptqmodel "
-        "gguf_file think_end_token enable_thinking chat_template_args"
+        "prefix_token_id parallelize max_memory_per_gpu max_cpu_memory offload_folder tp_plan peft delta autogptq "
+        "gptqmodel gguf_file think_end_token enable_thinking chat_template_args"
     )
     assert set(defaults(HFLM.__init__)) == set(of_model.split())
 
