@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from evomerge.config import Split as Split
+from evomerge.config.base import Split as Split
 from evomerge.outcomes import Outcomes
 from evomerge.recipe import Recipe
 

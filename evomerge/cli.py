@@ -77,9 +77,9 @@ def _worker_settings(workers: int | None) -> list[str]:
 def _search(
     directory: Path, overrides: Sequence[str], address: str | None, search: Path | None, again: bool = False
 ) -> None:
-    from evomerge import runs, terminal
-    from evomerge.export import all_failed, none_feasible
-    from evomerge.search import best_found
+    from evomerge.reports import terminal
+    from evomerge.runs import directory as runs
+    from evomerge.search.best import all_failed, best_found, none_feasible
 
     output = terminal.console()
     view = terminal.SearchView(output)
@@ -132,7 +132,7 @@ class _Interruption:
 @app.command()
 def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Where a run stands, while it runs or after."""
-    from evomerge import progress, terminal, views
+    from evomerge.reports import progress, terminal, views
 
     archive, config, running = _read(directory)
     content = views.status(archive, config, running)
@@ -145,11 +145,12 @@ def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
 
 def _read(target: str) -> tuple[Any, Any, bool]:
     """The archive and config of a run, given by its directory or by the storage, and whether it is running."""
-    from evomerge import archive, runs
-    from evomerge.lock import is_running
+    from evomerge.archive import shared
+    from evomerge.runs import directory as runs
+    from evomerge.runs.lock import is_running
 
     if "://" in target or target.startswith("${"):
-        return archive.open_shared(target)
+        return shared.open_shared(target)
     opened = runs.read(Path(target))
     return opened.archive, opened.config, is_running(opened.directory)
 
@@ -157,7 +158,7 @@ def _read(target: str) -> tuple[Any, Any, bool]:
 @app.command()
 def front(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """The Pareto front on all search items, with held-out scores where they are known."""
-    from evomerge import terminal, views
+    from evomerge.reports import terminal, views
 
     archive, config, _ = _read(directory)
     if as_json:
@@ -169,7 +170,7 @@ def front(directory: RunOrStorage, as_json: AsJson = False) -> None:
 @app.command()
 def candidates(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Every evaluation, in the order of the search."""
-    from evomerge import terminal, views
+    from evomerge.reports import terminal, views
 
     archive, config, _ = _read(directory)
     if as_json:
@@ -187,15 +188,17 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="The recipe to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a candidate's recipe, which mergekit reads too."""
-    from evomerge import export as exports
-    from evomerge import runs, terminal
+    from evomerge.export import choice
+    from evomerge.export import recipe as exports
+    from evomerge.reports import terminal
+    from evomerge.runs import directory as runs
 
     opened = runs.read(directory)
     runs.check_sources(opened)
-    record = exports.choose(opened.archive, opened.config, candidate, prefer or [])
+    record = choice.choose(opened.archive, opened.config, candidate, prefer or [])
     recipe = exports.shared_recipe(record, opened.archive, opened.config)
     exports.write_recipe(recipe, output)
-    for warning in exports.warnings(record, opened.archive, opened.config):
+    for warning in choice.warnings(record, opened.archive, opened.config):
         terminal.warn(warning)
     terminal.console().print(
         f"{record.candidate.id} written to {output}; merge it with `evomerge merge {output} OUT_DIR`"
@@ -220,12 +223,13 @@ def merge(
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md too.")] = True,
 ) -> None:
     """Write a recipe's merge as a plain Hugging Face checkpoint and check its fingerprint."""
-    from evomerge import export as exports
-    from evomerge import terminal
-    from evomerge.workers.worker import resolve_device
+    from evomerge.devices import resolve_device
+    from evomerge.export import checkpoint
+    from evomerge.merging.sources import located
+    from evomerge.reports import terminal
 
-    fingerprint, checked = exports.merge(
-        exports.load(recipe, terminal.warn),
+    fingerprint, checked = checkpoint.merge(
+        located.load(recipe, terminal.warn),
         out,
         str(recipe),
         resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device"),
@@ -246,7 +250,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a model or a recipe as a search would."""
-    from evomerge import scoring, terminal
+    from evomerge.reports import terminal
+    from evomerge.search import scoring
 
     prepared, row = scoring.score(target, config, split, terminal.warn)
     if as_json:
@@ -265,7 +270,8 @@ def evaluate(
 @app.command()
 def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None:
     """Validate a search without running it: models, tasks, dimensions, memory, cost."""
-    from evomerge import preparation, terminal
+    from evomerge.reports import terminal
+    from evomerge.search import preparation
 
     summary = preparation.summarize(preparation.prepare_file(search, set_ or []))
     if as_json:
@@ -293,9 +299,11 @@ def submit(
     insecure: Insecure = False,
 ) -> None:
     """Run a search as a job of a Ray cluster; the same directory again goes on with it."""
-    from evomerge import cluster, config, terminal
+    from evomerge.config import files
+    from evomerge.reports import terminal
+    from evomerge.runs import cluster
 
-    loaded = config.load(search, set_ or [])
+    loaded = files.load(search, set_ or [])
     job = cluster.Cluster(address, ca, insecure).submit(
         loaded, search.stem, output or f"~/evomerge-runs/{search.stem}", pip or []
     )
@@ -309,7 +317,8 @@ def jobs(address: Dashboard = _DASHBOARD, ca: Ca = None, insecure: Insecure = Fa
     """The searches on a Ray cluster."""
     from dataclasses import asdict
 
-    from evomerge import cluster, terminal
+    from evomerge.reports import terminal
+    from evomerge.runs import cluster
 
     found = cluster.Cluster(address, ca, insecure).jobs()
     if as_json:
@@ -328,7 +337,8 @@ def logs(
     insecure: Insecure = False,
 ) -> None:
     """What a job prints; with --follow the exit status says how it ended."""
-    from evomerge import cluster, terminal
+    from evomerge.reports import terminal
+    from evomerge.runs import cluster
 
     head = cluster.Cluster(address, ca, insecure)
     if not follow:
@@ -343,7 +353,8 @@ def logs(
 @app.command()
 def stop(job: JobId, address: Dashboard = _DASHBOARD, ca: Ca = None, insecure: Insecure = False) -> None:
     """Stop a job as Ctrl-C does; what it has evaluated stays."""
-    from evomerge import cluster, terminal
+    from evomerge.reports import terminal
+    from evomerge.runs import cluster
 
     ended = cluster.Cluster(address, ca, insecure).stop(job)
     terminal.console().print(f"{job} {ended.state}; go on by submitting the search to {ended.directory} again")
@@ -352,7 +363,7 @@ def stop(job: JobId, address: Dashboard = _DASHBOARD, ca: Ca = None, insecure: I
 @app.command(hidden=True)
 def unpack(directory: RunDirectory, version: Annotated[str, typer.Option()]) -> None:
     """What a submitted job does first."""
-    from evomerge import cluster
+    from evomerge.runs import cluster
 
     cluster.unpack(Path(), directory.expanduser(), version)
 
@@ -360,8 +371,8 @@ def unpack(directory: RunDirectory, version: Annotated[str, typer.Option()]) -> 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """The merge methods with models, parameters, what can be searched of them, and sources."""
-    from evomerge import terminal
     from evomerge.merging.methods import METHODS
+    from evomerge.reports import terminal
     from evomerge.spaces.table import searchable
 
     rows: list[dict[str, Any]] = [
@@ -396,8 +407,8 @@ def _kinds(genes: Sequence[dict[str, Any]], searched: bool) -> str:
 @app.command()
 def spaces(as_json: AsJson = False) -> None:
     """The kinds of search spaces with their options, genes and sources."""
-    from evomerge import terminal
-    from evomerge.config import SPACES
+    from evomerge.config.tables import SPACES
+    from evomerge.reports import terminal
     from evomerge.spaces.table import space_row
 
     rows = [space_row(kind, space) for kind, space in SPACES.items()]

@@ -70,3 +70,9 @@ def choices(name: str, valid: Iterable[str]) -> str:
     close = closest(name, known)
     hint = f"did you mean '{close}'? " if close else ""
     return f"{hint}valid names: {', '.join(known) or '(none)'}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from evomerge.config import Settings
+from evomerge.config.base import Settings
+from evomerge.config.documents import read_yaml, validate
 from evomerge.dialect import plain
-from evomerge.documents import read_yaml, validate
 from evomerge.errors import naming
 from evomerge.seen import Digests, decoded
 

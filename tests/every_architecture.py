@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from evomerge.merging.materialize import ResidentModels
-from evomerge.merging.stream import StreamedMerge, stored_fingerprint
+from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.streamed.merge import StreamedMerge, stored_fingerprint
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, Source, linear
 

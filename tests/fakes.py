@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evomerge.candidate import Evaluation, Split, Subset, failure
+from evomerge.candidate import Evaluation, Subset, failure
+from evomerge.config.base import Split
 from evomerge.errors import WorkerPoisoned
 from evomerge.recipe import Recipe
 from evomerge.workers import Job, Listener, unheard

@@ -9,29 +9,20 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from evomerge import config as configs
 from evomerge.candidate import Evaluation
-from evomerge.config import (
-    COSTS,
-    OPTIMIZERS,
-    POOLS,
-    SPACES,
-    CostRow,
-    OptimizerRow,
-    PoolRow,
-    SearchConfig,
-    SpaceRow,
-    SpaceSettings,
-)
+from evomerge.config import running
+from evomerge.config.search import SearchConfig
+from evomerge.config.spaces import SpaceSettings
+from evomerge.config.tables import COSTS, OPTIMIZERS, POOLS, SPACES, CostRow, OptimizerRow, PoolRow, SpaceRow
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs, Method
 from evomerge.optimizers.base import Problem
-from evomerge.pareto import Scores
+from evomerge.optimizers.pareto import Scores
 from evomerge.recipe import Recipe, Source, linear
 from evomerge.spaces import Gene, Genome, at
 from evomerge.spaces.table import GeneRow
 from evomerge.workers import Evaluator, Job, Listener, unheard
-from tests.test_runs import evomerge
+from tests.commands import evomerge
 
 WriteSearch = Callable[..., Path]
 
@@ -39,7 +30,7 @@ WriteSearch = Callable[..., Path]
 class Middle:
     """An optimizer that proposes the middle of the box and what lies around it."""
 
-    def __init__(self, config: configs.OptimizerConfig, problem: Problem) -> None:
+    def __init__(self, config: running.OptimizerConfig, problem: Problem) -> None:
         self._genes, self._population = problem.genes, config.population or 1
 
     def ask(self) -> Genome:

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from evomerge import cli, runs
-from evomerge.lock import run_lock
+from evomerge import cli
+from evomerge.runs import directory as runs
+from evomerge.runs.lock import run_lock
 from tests.conftest import REPOSITORY
 
 Spoil = Callable[[Path], object]

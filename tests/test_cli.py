@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evomerge import cli
-from evomerge.config import SpaceConfig
+from evomerge.config.spaces import SpaceConfig
 from evomerge.merging.methods import METHODS
 from evomerge.spaces.parameter import ParameterSpace
 

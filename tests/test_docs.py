@@ -8,8 +8,8 @@ import pytest
 import typer
 
 from evomerge.cli import app
-from evomerge.config import load
-from evomerge.preparation import prepare
+from evomerge.config.files import load
+from evomerge.search.preparation import prepare
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -31,7 +31,7 @@ def test_every_option_in_the_readme_exists() -> None:
 
 
 def test_every_path_in_the_file_map_exists() -> None:
-    block = README.split("## Map of files")[1].split("```")[1]
+    block = (REPOSITORY / "docs" / "internals.md").read_text().split("## Map of files")[1].split("```")[1]
     folders = [REPOSITORY]
     for line in block.strip().splitlines():
         depth = (len(line) - len(line.lstrip())) // 2

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge import config
-from evomerge.archive import Archive
+from evomerge.archive.archive import Archive
 from evomerge.candidate import Candidate, Evaluation
+from evomerge.config import files
 from evomerge.outcomes import Outcomes
 from evomerge.recipe import single
 
@@ -37,7 +37,7 @@ def test_a_thousand_items_take_a_bit_each_and_two_bytes_for_a_margin():
 
 
 def test_the_archive_gives_back_what_was_recorded(search_file, tmp_path):
-    settings = config.load(search_file())
+    settings = files.load(search_file())
     goals = tuple(each.model_copy(update={"goal": "maximize"}) for each in settings.objectives)
     settings = settings.model_copy(update={"objectives": goals})
     evaluation = Evaluation(

@@ -13,11 +13,11 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from evomerge import recipe as recipes
-from evomerge.config import validate
+from evomerge.config.documents import validate
 from evomerge.errors import InputError
 from evomerge.merging.methods import METHODS
 from evomerge.merging.plan import make_plan
-from evomerge.merging.sources import tensor_table
+from evomerge.merging.sources.weights import tensor_table
 from evomerge.recipe import Condition, Provenance, Recipe, Slice, Source
 
 LAYERS = 4

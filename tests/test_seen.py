@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge import recipe as recipes
-from evomerge.config import load
+from evomerge.config.files import load
 from evomerge.evaluation.items import Division
 from evomerge.evaluation.loading import distinct_tasks, load_targets
-from evomerge.preparation import prepare
+from evomerge.search.preparation import prepare
 from evomerge.seen import SIZE, decoded, digest_of, encoded
-from tests.test_runs import evomerge
+from tests.commands import evomerge
 
 WriteSearch = Callable[..., Path]
 digests = st.frozensets(st.binary(min_size=SIZE, max_size=SIZE))

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from evomerge.config import EvaluationConfig
+from evomerge.config.scoring import EvaluationConfig
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation import vllm_server
 from evomerge.evaluation.generation import GenerationBatch

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomerge.config import Split
+from evomerge.config.base import Split
 from evomerge.errors import InputError
 from evomerge.evaluation.items import Division, both_splits, examples_are_items
 from evomerge.evaluation.rendering import Side, document_digest, items_of

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from evomerge.candidate import Split, Subset
-from evomerge.config import ObjectiveConfig, SearchConfig
+from evomerge.candidate import Subset
+from evomerge.config.base import Split
+from evomerge.config.scoring import ObjectiveConfig
+from evomerge.config.search import SearchConfig
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.candidate import Subset
-from evomerge.config import ItemsConfig, Split
+from evomerge.config.base import Split
+from evomerge.config.scoring import ItemsConfig
 from evomerge.errors import InputError
 from evomerge.evaluation.rendering import Item, items_of
 from evomerge.randomness import counter_rng

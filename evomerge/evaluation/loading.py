@@ -11,16 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evomerge.config import (
-    ConstraintConfig,
-    EvaluationConfig,
-    ItemsConfig,
-    ObjectiveConfig,
-    SearchConfig,
-    Split,
-    TasksConfig,
-)
-from evomerge.documents import shown
+from evomerge.config.base import Split
+from evomerge.config.documents import shown
+from evomerge.config.scoring import ConstraintConfig, EvaluationConfig, ItemsConfig, ObjectiveConfig, TasksConfig
+from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, choices
 from evomerge.evaluation.items import Division, both_splits
 from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks

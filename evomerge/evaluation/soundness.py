@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from evomerge.config import Split
+from evomerge.config.base import Split
 from evomerge.errors import InputError
 from evomerge.evaluation.items import Division
 from evomerge.evaluation.rendering import Item

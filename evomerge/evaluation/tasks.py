@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from evomerge.config import TasksConfig
+from evomerge.config.scoring import TasksConfig
 from evomerge.errors import InputError, choices
 
 

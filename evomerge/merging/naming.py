@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from evomerge.errors import InputError
 from evomerge.merging.building import empty_model, load_config
-from evomerge.merging.tensor_files import Piece
+from evomerge.merging.sources.tensor_files import Piece
 from evomerge.quiet import quiet
 
 Tensors = dict[str, torch.Tensor]

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from evomerge.optimizers.pareto import Scores
 from evomerge.optimizers.ranking import Ranking
-from evomerge.pareto import Scores
 from evomerge.spaces import Gene, Genome
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import OptimizerConfig
+from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
 from evomerge.optimizers.in_generations import InGenerations
-from evomerge.pareto import Scores
+from evomerge.optimizers.pareto import Scores
 from evomerge.quiet import quiet
 from evomerge.spaces import Gene, Genome, canonical
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config import OptimizerConfig
+from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
+from evomerge.optimizers.pareto import Scores
 from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.optimizers.relaxation import Relaxation
-from evomerge.pareto import Scores
 from evomerge.quiet import quiet
 from evomerge.spaces import Genome
 

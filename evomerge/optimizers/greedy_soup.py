@@ -9,11 +9,11 @@ from collections.abc import Set
 
 import numpy as np
 
-from evomerge.config import OptimizerConfig
+from evomerge.config.running import OptimizerConfig
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Problem
+from evomerge.optimizers.pareto import Scores
 from evomerge.optimizers.ranking import Incumbent
-from evomerge.pareto import Scores
 from evomerge.spaces import TAKE, Genome, canonical
 
 

@@ -9,10 +9,10 @@ by their weighted mean, whatever the ranking.
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config import OptimizerConfig
+from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
+from evomerge.optimizers.pareto import Scores
 from evomerge.optimizers.ranking import Incumbent
-from evomerge.pareto import Scores
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Gene, Genome, active, at, canonical
 

@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.optimizers.base import Optimizer
+from evomerge.optimizers.pareto import Scores
 from evomerge.optimizers.pending import Pending
-from evomerge.pareto import Scores
 from evomerge.spaces import Genome
 
 

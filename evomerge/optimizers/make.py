@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from evomerge.config import OPTIMIZERS, OptimizerConfig, StageConfig, imported
+from evomerge.config.running import OptimizerConfig, StageConfig
+from evomerge.config.tables import OPTIMIZERS, imported
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Optimizer, Problem
 from evomerge.optimizers.stages import StagedOptimizer

@@ -13,13 +13,13 @@ from collections.abc import Set
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config import OptimizerConfig
+from evomerge.config.running import OptimizerConfig
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Problem
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.optimizers.group_evolution import change_group
 from evomerge.optimizers.in_generations import InGenerations
-from evomerge.pareto import Scores
+from evomerge.optimizers.pareto import Scores
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Genome
 from evomerge.spaces.paths import HOP, SCALE, PathGenes, Step, random_scale, random_steps

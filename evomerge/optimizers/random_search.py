@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from evomerge.config import OptimizerConfig
+from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
-from evomerge.pareto import Scores
+from evomerge.optimizers.pareto import Scores
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Gene, Genome, at, canonical
 

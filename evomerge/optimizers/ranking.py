@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.pareto import Scores, exclusive_gains, front_mask, ranks
+from evomerge.optimizers.pareto import Scores, exclusive_gains, front_mask, ranks
 from evomerge.spaces import Genome
 
 _EXACT_OBJECTIVES = 4  # beyond these, exact contributions cost seconds a generation; rank and mean decide alone

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config import OptimizerConfig, StageConfig
+from evomerge.config.running import OptimizerConfig, StageConfig
 from evomerge.optimizers.base import Optimizer, Problem
+from evomerge.optimizers.pareto import Scores
 from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
-from evomerge.pareto import Scores
 from evomerge.spaces import Genome, active, canonical
 
 

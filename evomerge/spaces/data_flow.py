@@ -11,13 +11,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from evomerge.config import FREE, DataFlowConfig, SearchConfig
+from evomerge.config.search import SearchConfig
+from evomerge.config.spaces import FREE, DataFlowConfig
 from evomerge.errors import InputError, choices
 from evomerge.layers import layer_count
-from evomerge.merging.layer_path import Hop, LayerPath, check_scaling
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, Genome, canonical, categorical
 from evomerge.spaces.forms import FORMS, Form, Region, distances
+from evomerge.spaces.layer_path import Hop, LayerPath, check_scaling
 
 BASE = "base"
 

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from evomerge.config import DataFlowConfig, GeneConfig
-from evomerge.merging.layer_path import Hop
+from evomerge.config.base import GeneConfig
+from evomerge.config.spaces import DataFlowConfig
 from evomerge.spaces import Condition, Gene, Genome, at, canonical, categorical
+from evomerge.spaces.layer_path import Hop
 from evomerge.spaces.paths import GATE, SCALE, PathGenes, Step, block_name, path_genes, random_scale, random_steps
 
 _FLIP = 0.1

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evomerge.config import DataFlowConfig, HybridConfig, PinnedConfig, SearchConfig
+from evomerge.config.search import SearchConfig
+from evomerge.config.spaces import DataFlowConfig, HybridConfig, PinnedConfig
 from evomerge.errors import InputError, naming
 from evomerge.layers import layer_count
 from evomerge.merging import methods
-from evomerge.merging.layer_path import Hop
 from evomerge.recipe import Parameters, Recipe, Slice, Source
 from evomerge.spaces import Gene, Genome, SearchSpace
 from evomerge.spaces.data_flow import BASE, DataFlowSpace
+from evomerge.spaces.layer_path import Hop
 from evomerge.spaces.parameter import ParameterSpace
 
 MERGE = "merge"

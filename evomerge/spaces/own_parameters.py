@@ -7,8 +7,9 @@ group of tensors (and by model where the method takes them by model); whole numb
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evomerge.config import GeneChange, GeneConfig, SpaceConfig
-from evomerge.documents import validate
+from evomerge.config.base import GeneChange, GeneConfig
+from evomerge.config.documents import validate
+from evomerge.config.spaces import SpaceConfig
 from evomerge.errors import InputError, choices
 from evomerge.merging.methods.base import Method, Parameter
 from evomerge.spaces import Condition, Gene, categorical

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import GeneConfig, SearchConfig, SpaceConfig
+from evomerge.config.base import GeneConfig
+from evomerge.config.search import SearchConfig
+from evomerge.config.spaces import SpaceConfig
 from evomerge.errors import InputError
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
 from evomerge.merging import methods

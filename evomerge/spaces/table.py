@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from evomerge.config import DataFlowConfig, SpaceConfig, SpaceRow, imported
+from evomerge.config.spaces import DataFlowConfig, SpaceConfig
+from evomerge.config.tables import SpaceRow, imported
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Method
 

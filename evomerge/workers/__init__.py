@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from evomerge.candidate import Candidate, Evaluation, Split, Study, Subset, failure
-from evomerge.errors import EvomergeError
+from evomerge.candidate import Candidate, Evaluation, Study, Subset, failure
+from evomerge.config.base import Split
+from evomerge.errors import EvomergeError, first_line
 from evomerge.recipe import Recipe
 
 Listener = Callable[[str, dict[str, Any]], None]
@@ -69,9 +70,3 @@ def evaluate_guarded(evaluator: Evaluator, recipe: Recipe, split: Split, subset:
         raise
     except Exception as error:
         return failure(first_line(error))
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 from evomerge.candidate import Evaluation
-from evomerge.config import SearchConfig
+from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
 from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
 

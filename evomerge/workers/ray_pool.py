@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.candidate import Evaluation, failure
-from evomerge.config import SearchConfig, WorkersConfig
-from evomerge.errors import EvomergeError, InputError, WorkerPoisoned, WorkFailed
-from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, first_line, unheard
+from evomerge.config.running import WorkersConfig
+from evomerge.config.search import SearchConfig
+from evomerge.errors import EvomergeError, InputError, WorkerPoisoned, WorkFailed, first_line
+from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
 
 _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver

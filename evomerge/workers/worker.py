@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
-from evomerge.candidate import Evaluation, Split, Subset, failure
-from evomerge.config import COSTS, SearchConfig, imported
-from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
+from evomerge.candidate import Evaluation, Subset, failure
+from evomerge.config.base import Split
+from evomerge.config.search import SearchConfig
+from evomerge.config.tables import COSTS, imported
+from evomerge.devices import count_gpus, resolve_device
+from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
-from evomerge.merging.materialize import ResidentModels
 from evomerge.merging.naming import named_weights
-from evomerge.merging.sources import find_source, seen_by
-from evomerge.quiet import quiet
+from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.sources.references import find_source
+from evomerge.merging.sources.tokenizers import read_tokenizer
+from evomerge.merging.sources.weights import seen_by
 from evomerge.recipe import Recipe
 from evomerge.seen import Digests
-from evomerge.workers import first_line
 
 
 class Worker:
@@ -112,21 +115,6 @@ class Worker:
             ) from None
 
 
-def read_tokenizer(key: str, reference: str, base: str) -> Any:
-    """A model's tokenizer. Raises InputError, opened by `key`, where there is none."""
-    folder = find_source(reference, base).folder
-    try:
-        with quiet():
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizer files are parsed by several libraries, each with its own exceptions
-        reason = first_line(error).rstrip(".: ")
-        raise InputError(
-            f"{key}: {folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
-        ) from None
-
-
 def load_tokenizer(config: SearchConfig) -> Any:
     """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
     tokenizer = read_tokenizer("base", config.base, config.base)
@@ -137,28 +125,3 @@ def load_tokenizer(config: SearchConfig) -> Any:
             "set it to false, or use a base that has one."
         )
     return tokenizer
-
-
-def resolve_device(name: str, key: str = "evaluation.device") -> str:
-    """The device that `auto` stands for here. Raises InputError for one that is not there, naming the key that asks."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or name.endswith(":"):
-        raise InputError(f"{key} is '{name}'; use auto, cpu, cuda or cuda:N.")
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(number or 0) >= seen:
-        raise InputError(f"{key} is '{name}', but torch sees {seen} CUDA devices here; use auto or cpu.")
-    return name
-
-
-def count_gpus(config: SearchConfig, device: str) -> int:
-    """Over how many GPUs a worker spreads its models. Raises InputError where they are not there."""
-    wanted = int(config.workers.num_gpus or 1)
-    if wanted <= 1 or device != "cuda":
-        return 1
-    if wanted > torch.cuda.device_count():
-        raise InputError(
-            f"workers.num_gpus is {wanted}, but torch sees {torch.cuda.device_count()} CUDA devices here; lower it."
-        )
-    return wanted

@@ -3,8 +3,9 @@
 import hashlib
 from typing import Any
 
-from evomerge.candidate import Evaluation, Split
-from evomerge.config import SearchConfig
+from evomerge.candidate import Evaluation
+from evomerge.config.base import Split
+from evomerge.config.search import SearchConfig
 from evomerge.optimizers.make import resolve
 from evomerge.recipe import Recipe
 from evomerge.spaces.parameter import ParameterSpace

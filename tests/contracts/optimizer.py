@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config import OptimizerConfig
+from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Optimizer, Problem
 from evomerge.optimizers.make import make_optimizer, resolve
 from evomerge.optimizers.ranking import Ranking

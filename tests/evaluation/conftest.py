@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from evomerge import zoo
-from evomerge.config import SearchConfig
+from evomerge.config.search import SearchConfig
 from evomerge.merging.building import load_model
 from evomerge.zoo.language import VOCABULARY
 

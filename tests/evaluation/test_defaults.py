@@ -16,7 +16,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from evomerge.config import EvaluationConfig
+from evomerge.config.scoring import EvaluationConfig
 from evomerge.evaluation.few_shots import SEED as FEWSHOT_SEED
 from evomerge.evaluation.generation import SAMPLING_SEED
 from evomerge.evaluation.harness import Harness

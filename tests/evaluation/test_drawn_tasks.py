@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from evomerge import zoo
-from evomerge.config import SearchConfig
+from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
 from evomerge.evaluation.few_shots import SEED
 from evomerge.evaluation.harness import Harness

@@ -10,13 +10,14 @@ import pytest
 import yaml
 
 from evomerge.candidate import Subset
-from evomerge.config import SearchConfig, load
+from evomerge.config.files import load
+from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkerPoisoned
 from evomerge.evaluation import vllm_server
 from evomerge.evaluation.engine import check_interpreter
-from evomerge.memory import plan_memory
-from evomerge.preparation import reopen
 from evomerge.recipe import Recipe, Slice, Source, linear, single
+from evomerge.search.preparation import reopen
+from evomerge.workers.memory import plan_memory
 from evomerge.workers.worker import Worker
 
 EVALS = Path(__file__).parents[2] / "evals"

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from evomerge.config import SPLITS, ItemsConfig, Split
+from evomerge.config.base import SPLITS, Split
+from evomerge.config.scoring import ItemsConfig
 from evomerge.errors import InputError
 from evomerge.evaluation import few_shots
 from evomerge.evaluation.harness import Harness

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evomerge.config import SearchConfig
+from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.loading import check_metrics, load_targets

@@ -18,7 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from evomerge.evaluation.packing import LONGEST, pack, takes_packed_rows
+from evomerge.evaluation.packing import LONGEST, pack
+from evomerge.evaluation.packing_probe import takes_packed_rows
 from evomerge.evaluation.prepared import PreparedRequests, Request
 from evomerge.merging.building import load_model
 

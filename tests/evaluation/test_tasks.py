@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.config import TasksConfig
+from evomerge.config.scoring import TasksConfig
 from evomerge.errors import InputError
 from evomerge.evaluation.tasks import absolute_data_files, find_tasks
 

@@ -11,14 +11,17 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evomerge import export, runs
 from evomerge.errors import InputError
+from evomerge.export import checkpoint, choice
+from evomerge.export import recipe as export
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
 from evomerge.merging.building import load_model
-from evomerge.merging.materialize import ResidentModels, fingerprint
 from evomerge.merging.naming import named_weights
-from evomerge.merging.sources import Weights, load_tensors, preflight, tensor_table
+from evomerge.merging.resident.models import ResidentModels, fingerprint
+from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.weights import Weights, load_tensors, tensor_table
 from evomerge.recipe import Recipe, Source, linear, single
+from evomerge.runs import directory as runs
 from tests.architectures import ARCHITECTURES, TIED, build, family, save
 from tests.conftest import REPOSITORY
 
@@ -92,7 +95,7 @@ def test_models_merge_with_themselves_to_themselves(name, families):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_reloads_to_the_same_weights_and_logits(name, families, tmp_path):
     recipe = linear({str(families[name]["first"]): 1.0, str(families[name]["second"]): 1.0})
-    found, _ = export.merge(recipe, tmp_path / "out", "recipe.yaml")
+    found, _ = checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")
     models = resident(families[name])
     assert models.materialize(linear({"first": 1.0, "second": 1.0})) == found
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -214,7 +217,7 @@ def test_an_untied_model_unties_a_tied_base_in_memory_and_on_disk(families, tmp_
         base_model=str(tied),
         models=(Source(model=str(untied), parameters={"weight": 0.25}),),
     )
-    fingerprint, _ = export.merge(recipe, tmp_path / "out", "recipe.yaml")
+    fingerprint, _ = checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")
     models = ResidentModels({str(tied): tied, str(untied): untied}, tied, "cpu", "float32")
     assert models.materialize(recipe) == fingerprint
     stored, own, found = (load_tensors(folder) for folder in (tied, untied, tmp_path / "out"))
@@ -245,9 +248,12 @@ def test_a_search_over_a_tied_base_and_an_untied_model_ships_what_it_scored_pare
     run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
     assert any(gene.group == "head" for gene in run.prepared.space.genes)
     for name in ("g0000-00", "parent-tied", "parent-untied", "base", "uniform"):
-        shared = export.shared_recipe(export.choose(run.archive, run.config, name, ()), run.archive, run.config)
+        shared = export.shared_recipe(choice.choose(run.archive, run.config, name, ()), run.archive, run.config)
         again = Recipe.model_validate(yaml.safe_load(shared.to_yaml()))
-        assert export.merge(again, tmp_path / f"merged-{name}", "recipe.yaml") == (shared.evomerge.fingerprint, True)
+        assert checkpoint.merge(again, tmp_path / f"merged-{name}", "recipe.yaml") == (
+            shared.evomerge.fingerprint,
+            True,
+        )
 
 
 def test_a_head_is_never_made_up_for_a_model_that_says_it_has_one(families, tmp_path):

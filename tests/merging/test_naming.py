@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from evomerge import export
 from evomerge.errors import InputError
-from evomerge.merging.materialize import ResidentModels
-from evomerge.merging.sources import WEIGHTS
-from evomerge.preparation import prepare_file
+from evomerge.export import checkpoint
+from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.sources.weights import WEIGHTS
 from evomerge.recipe import Recipe
+from evomerge.search.preparation import prepare_file
 from tests import architectures
 
 EXPERTS = {
@@ -49,7 +49,7 @@ def test_what_is_evaluated_is_what_is_exported(family, tmp_path):
     recipe = recipe_of(family, "dare_ties")
     resident = ResidentModels({str(folder): folder for folder in family.values()}, family["base"], "cpu", "float32")
     fingerprint = resident.materialize(recipe)
-    assert export.merge(recipe, tmp_path / "out", "recipe.yaml")[0] == fingerprint
+    assert checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")[0] == fingerprint
     shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     words = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_what_is_evaluated_is_what_is_exported(family, tmp_path):
 
 
 def test_every_expert_is_merged_with_those_of_its_number(family, tmp_path):
-    export.merge(recipe_of(family, "linear"), tmp_path / "out", "recipe.yaml")
+    checkpoint.merge(recipe_of(family, "linear"), tmp_path / "out", "recipe.yaml")
     merged, first, second = (
         load_file(folder / WEIGHTS) for folder in (tmp_path / "out", family["first"], family["second"])
     )
@@ -82,5 +82,5 @@ def test_a_recipe_of_other_layers_is_refused_in_memory_and_merged_to_a_checkpoin
     resident = ResidentModels({str(family["base"]): family["base"]}, family["base"], "cpu", "float32")
     with pytest.raises(InputError, match="write the checkpoint with `evomerge merge`"):
         resident.materialize(recipe)
-    export.merge(recipe, tmp_path / "out", "recipe.yaml")
+    checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4

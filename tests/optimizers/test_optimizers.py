@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.config import OptimizerConfig, StageConfig
+from evomerge.config.running import OptimizerConfig, StageConfig
 from evomerge.optimizers.base import Problem
 from evomerge.optimizers.make import make_optimizer, resolve
 from evomerge.optimizers.random_search import random_genome

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evomerge.config import DataFlowConfig, OptimizerConfig
+from evomerge.config.running import OptimizerConfig
+from evomerge.config.spaces import DataFlowConfig
 from evomerge.optimizers.base import Problem
 from evomerge.optimizers.make import make_optimizer, resolve
 from evomerge.optimizers.path_evolution import crossed, mutated

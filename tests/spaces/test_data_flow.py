@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.config import DataFlowConfig, HybridConfig, SpaceConfig
+from evomerge.config.spaces import DataFlowConfig, HybridConfig, SpaceConfig
 from evomerge.errors import InputError
-from evomerge.merging.layer_path import Hop
 from evomerge.recipe import Recipe
 from evomerge.spaces import at, canonical
 from evomerge.spaces.data_flow import DataFlowSpace, limited
 from evomerge.spaces.forms import FORMS, distances
 from evomerge.spaces.hybrid import HybridSpace
+from evomerge.spaces.layer_path import Hop
 from evomerge.spaces.parameter import ParameterSpace
 from evomerge.spaces.paths import PathGenes, Step
 from tests.contracts.space import SpaceContract

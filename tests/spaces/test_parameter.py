@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from evomerge.config import GeneConfig, SpaceConfig
+from evomerge.config.base import GeneConfig
+from evomerge.config.spaces import SpaceConfig
 from evomerge.errors import InputError
 from evomerge.merging.methods import METHODS
 from evomerge.merging.plan import make_plan

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from evomerge.candidate import Candidate
-from evomerge.config import WorkersConfig
+from evomerge.config.running import WorkersConfig
 from evomerge.errors import InputError, WorkFailed
 from evomerge.recipe import linear
 from evomerge.workers import Job, ray_pool

@@ -4,18 +4,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge import config, zoo
-from evomerge.config import WorkersConfig
+from evomerge import zoo
+from evomerge.config import files
+from evomerge.config.running import WorkersConfig
+from evomerge.devices import count_gpus, resolve_device
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
-from evomerge.merging.materialize import fingerprint
+from evomerge.merging.resident.models import fingerprint
 from evomerge.recipe import Provenance, Recipe, Source, linear, single
-from evomerge.workers.worker import Worker, count_gpus, resolve_device
+from evomerge.workers.worker import Worker
 
 
 @pytest.fixture
 def search(search_file):
-    return config.load(search_file(evaluation={"device": "cpu", "dtype": "float32"}))
+    return files.load(search_file(evaluation={"device": "cpu", "dtype": "float32"}))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import zoo
 from evomerge.errors import InputError
-from evomerge.zoo import evals, training
+from evomerge.zoo import evals, language, training
 from evomerge.zoo.language import TOKEN_IDS, VOCABULARY, prompt, reply
 
 EVALS = Path(__file__).parents[2] / "evals"
@@ -134,5 +134,5 @@ def test_learning_new_words_leaves_the_old_ones_alone():
     start = training.with_language_b(training.new_model(seed=0), seed=0)
     stage = replace(training.STAGES["lang"][0], steps=2)
     before, after = start.lm_head.weight, training.train(start, stage, Random(0)).lm_head.weight
-    assert torch.equal(before[: training.FIRST_WORD_OF_B], after[: training.FIRST_WORD_OF_B])
-    assert not torch.equal(before[training.FIRST_WORD_OF_B :], after[training.FIRST_WORD_OF_B :])
+    assert torch.equal(before[: language.FIRST_WORD_OF_B], after[: language.FIRST_WORD_OF_B])
+    assert not torch.equal(before[language.FIRST_WORD_OF_B :], after[language.FIRST_WORD_OF_B :])

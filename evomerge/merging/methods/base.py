@@ -6,8 +6,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from evomerge.merging.kernels import UNIFORM_STEPS
-from evomerge.merging.passes import Pass, write
+from evomerge.merging.methods.kernels import UNIFORM_STEPS
+from evomerge.merging.methods.passes import Pass, write
 
 T = TypeVar("T")
 

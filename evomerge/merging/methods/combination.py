@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
+from evomerge.merging.methods.passes import Numbers, Pass, Tensors, numbers_on
 
 Coefficient = float | torch.Tensor
 

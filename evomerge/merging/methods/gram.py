@@ -2,8 +2,8 @@
 
 import torch
 
-from evomerge.merging.kernels import ordered_total
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.kernels import ordered_total
 
 
 def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:

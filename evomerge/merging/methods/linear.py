@@ -1,9 +1,9 @@
 """Weighted averages of models: model soups (Wortsman et al. 2022)."""
 
-from evomerge.merging.kernels import divisor
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import combination, heaviest
-from evomerge.merging.passes import Pass
+from evomerge.merging.methods.kernels import divisor
+from evomerge.merging.methods.passes import Pass
 
 
 def merge_linear(inputs: Inputs) -> Pass:

@@ -4,11 +4,11 @@ from itertools import combinations
 
 import torch
 
-from evomerge.merging.kernels import ordered_sum, pieces
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import around
 from evomerge.merging.methods.gram import gram
-from evomerge.merging.passes import Pass
+from evomerge.merging.methods.kernels import ordered_sum, pieces
+from evomerge.merging.methods.passes import Pass
 
 _LEAST_NORM = 1e-6
 _SINGULAR = 1e-6

@@ -4,7 +4,7 @@ import torch
 
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import around
-from evomerge.merging.passes import Pass
+from evomerge.merging.methods.passes import Pass
 
 
 def merge_passthrough(inputs: Inputs) -> Pass | torch.Tensor:

@@ -10,7 +10,9 @@ from functools import partial, reduce
 
 import torch
 
-from evomerge.merging.kernels import (
+from evomerge.merging.methods.base import Inputs, each_time
+from evomerge.merging.methods.gram import gram
+from evomerge.merging.methods.kernels import (
     UNIFORM_STEPS,
     as_field,
     ascending,
@@ -23,11 +25,9 @@ from evomerge.merging.kernels import (
     sum_of_squares,
     sums_below,
 )
-from evomerge.merging.methods.base import Inputs, each_time
-from evomerge.merging.methods.gram import gram
+from evomerge.merging.methods.passes import Numbers, Pass, Tensors, numbers_on
 from evomerge.merging.methods.sparsify import delta_in, magnitude
 from evomerge.merging.methods.task_vectors import deltas_of, sign_of, sum_of, total_of
-from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
 _NEGLIGIBLE = 1e-6
 _SMOOTHING = 1e-8

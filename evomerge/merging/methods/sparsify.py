@@ -10,10 +10,18 @@ from typing import Protocol
 
 import torch
 
-from evomerge.merging.kernels import UNIFORM_STEPS, as_field, below, field_steps, indicator, kth_smallest, steps_of
 from evomerge.merging.methods.base import Inputs, each_time
-from evomerge.merging.order import order_statistics
-from evomerge.merging.passes import Tensors
+from evomerge.merging.methods.kernels import (
+    UNIFORM_STEPS,
+    as_field,
+    below,
+    field_steps,
+    indicator,
+    kth_smallest,
+    steps_of,
+)
+from evomerge.merging.methods.order import order_statistics
+from evomerge.merging.methods.passes import Tensors
 
 Values = Mapping[str, float | torch.Tensor]
 

@@ -6,11 +6,11 @@ matrix alone, in float64. The number of threads changes no bit; another device's
 
 import torch
 
-from evomerge.merging.kernels import divisor, ordered_sum
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import Coefficient, around, combination, heaviest
 from evomerge.merging.methods.gram import gram
-from evomerge.merging.passes import Pass
+from evomerge.merging.methods.kernels import divisor, ordered_sum
+from evomerge.merging.methods.passes import Pass
 
 _NO_NORM = 1e-8
 _NO_NORM_BY_ROWS = 1e-7

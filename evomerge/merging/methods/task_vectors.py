@@ -10,18 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from evomerge.merging.kernels import (
-    UNIFORM_STEPS,
-    divisor,
-    exact_l1,
-    indicator,
-    l1_steps,
-    pieces,
-    sums_below,
-)
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.kernels import UNIFORM_STEPS, divisor, exact_l1, indicator, l1_steps, pieces, sums_below
+from evomerge.merging.methods.passes import Numbers, Pass, Tensors, numbers_on
 from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, delta_in, magnitude
-from evomerge.merging.passes import Numbers, Pass, Tensors, numbers_on
 
 _NEGLIGIBLE_L1 = 1e-7
 _FINEST = 1.0 / UNIFORM_STEPS  # no mask is finer than that

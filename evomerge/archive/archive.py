@@ -1,0 +1,343 @@
+"""Archive: every evaluation of a search, durable, and the checkpoint from which it resumes.
+
+Optuna studies in one storage, so that any Optuna dashboard reads them: `search` holds one trial per candidate (a
+parameter per gene that counts, a value per objective), `heldout` the scores of chosen candidates on items that the
+search never saw (and `selection`, where the config asks for it, on those that decide among them). `subset` holds what
+candidates scored on a part of the search items; `search` then has those alone that went on to all. An evaluation is one
+transaction, written by `evomerge.trials`, the only other module that knows Optuna's storage.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from evomerge.archive.storage import brief, open_storage, refusal, storage_url, study_prefix
+from evomerge.archive.trials import Trials
+from evomerge.candidate import Candidate, Evaluation, Kind, Study, Subset
+from evomerge.config.documents import shown
+from evomerge.config.search import SearchConfig
+from evomerge.config.storage_url import masked
+from evomerge.errors import EvomergeError, InputError, WorkFailed
+from evomerge.files import DATABASE, SEARCH_FILE
+from evomerge.outcomes import Outcomes
+from evomerge.quiet import quiet
+from evomerge.recipe import Recipe
+from evomerge.spaces import Gene, active
+from evomerge.versions import versions
+
+_PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
+_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "tasks.data_root")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """When an evaluation came in an asynchronous search: how many had before it, and how many generations had been
+    asked for by then."""
+
+    number: int
+    asked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A candidate with what happened to it."""
+
+    candidate: Candidate
+    evaluation: Evaluation
+    arrival: Arrival | None = None
+
+
+class Archive:
+    """The recorded evaluations of one run directory, in memory and in its storage."""
+
+    def __init__(self, directory: Path, config: SearchConfig, genes: Sequence[Gene], prefix: str | None = None) -> None:
+        """Opens the archive of a run, or creates it. Raises InputError where it holds another search.
+
+        prefix: of the names of its studies, where it is not the directory that says it.
+        """
+        self._config, self._genes = config, genes
+        self.listener: Callable[[str, dict[str, Any]], None] = lambda event, fields: None  # of storage_retry
+        self._prefix = study_prefix(directory, config) if prefix is None else prefix
+        self._names = [objective.name for objective in config.objectives]
+        try:
+            with quiet():
+                storage = open_storage(storage_url(directory, config))
+                self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
+                self._trials = Trials(storage.engine)
+            self._check_config(directory)
+            self._genes = self._recorded_genes()
+            self._records = {study: self._load(study) for study in self._studies}
+        except EvomergeError:
+            raise
+        except Exception as error:  # a damaged storage raises anything, and so do trials that evomerge did not write
+            where = directory / DATABASE if config.storage is None else masked(config.storage)
+            raise InputError(
+                f"{where}: the archive cannot be read ({brief(error)}); check it, or restore it from a copy."
+            ) from None
+
+    def _study(self, storage: Any, study: Study) -> Any:
+        import optuna
+
+        return optuna.create_study(
+            storage=storage,
+            study_name=self._prefix + study,
+            directions=[objective.goal or "maximize" for objective in self._config.objectives],
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(seed=0),
+        )
+
+    def _check_config(self, directory: Path) -> None:
+        study = self._studies["search"]
+        current = self._config.model_dump(mode="json", by_alias=True, exclude={"storage"})  # which may hold a password
+        recorded = study.user_attrs.get("config")
+        if recorded is None:
+            with quiet():
+                for each in self._studies.values():
+                    each.set_metric_names(self._names)
+            study.set_user_attr("versions", versions())
+            study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
+            study.set_user_attr("config", current)  # last: a kill before it has all of this done again
+            return
+        recorded = _completed(recorded)
+        difference = _first_difference(recorded, current)
+        if difference is not None:
+            key, was, now = difference
+            raise InputError(
+                f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
+                f"{shown(was)}; restore it, or run the changed search in a new directory."
+            )
+        recorded["tasks"]["data_root"] = current["tasks"]["data_root"]  # where a command is given changes nothing
+        if recorded != current:
+            study.set_user_attr("config", current)
+
+    def _recorded_genes(self) -> Sequence[Gene]:
+        """The genes by the names that the archive has for them: a version may come to call them otherwise."""
+        recorded = self._studies["search"].user_attrs.get("genes")
+        return self._genes if recorded is None else TypeAdapter(list[Gene]).validate_python(recorded)
+
+    def _load(self, study: Study) -> dict[str, Record]:
+        trials = self._studies[study].get_trials(deepcopy=False)
+        records = (self._record(trial) for trial in trials if trial.state.is_finished())
+        return {record.candidate.id: record for record in records}
+
+    def _record(self, trial: Any) -> Record:
+        attributes = trial.user_attrs
+        genome = tuple(_value(gene, trial.params) for gene in self._genes) if trial.params else None
+        kind: Kind = attributes["kind"]
+        candidate = Candidate(
+            id=attributes["id"],
+            kind=kind,
+            generation=attributes["generation"],
+            index=attributes["index"],
+            recipe=Recipe.model_validate(attributes["recipe"]),
+            genome=genome,
+        )
+        evaluation = Evaluation(
+            scores=None
+            if trial.values is None
+            else {**dict(zip(self._names, trial.values, strict=True)), **attributes.get("guards", {})},
+            error=attributes.get("error"),
+            outcomes={name: Outcomes.from_json(each) for name, each in attributes.get("outcomes", {}).items()},
+            items=attributes["items"],
+            fingerprint=attributes.get("fingerprint"),
+            seconds=attributes["seconds"],
+            truncated=attributes.get("truncated", 0),
+            subset=Subset(*attributes["subset"]) if "subset" in attributes else None,
+        )
+        arrival = Arrival(*attributes["arrival"]) if "arrival" in attributes else None
+        return Record(candidate, evaluation, arrival)
+
+    def find(self, candidate_id: str, study: Study) -> Record | None:
+        return self._records[study].get(candidate_id) if study in self._records else None
+
+    def record(
+        self, candidate: Candidate, evaluation: Evaluation, study: Study, arrival: Arrival | None = None
+    ) -> None:
+        """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it, or is away for
+        longer than minutes."""
+        import optuna
+
+        params, distributions = self._parameters(candidate) if candidate.genome is not None else ({}, {})
+        state = optuna.trial.TrialState.FAIL if evaluation.failed else optuna.trial.TrialState.COMPLETE
+        values = None if evaluation.scores is None else [evaluation.scores[name] for name in self._names]
+        trial = optuna.trial.create_trial(
+            state=state,
+            values=values,
+            params=params,
+            distributions=distributions,
+            user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
+        )
+        self._add(trial, study)
+        self._records[study][candidate.id] = Record(candidate, evaluation, arrival)
+
+    def _add(self, trial: Any, study: Study) -> None:
+        """Adds a trial, once, waiting for a storage that is briefly away."""
+        identity, pause, deadline = trial.user_attrs["id"], _PAUSE, time.monotonic() + _PATIENCE
+        tried = False
+        while True:
+            try:
+                if not (tried and self._holds(identity, study)):  # its commit may have been all that came through
+                    self._trials.add(self._prefix + study, trial)
+                return
+            except Exception as error:
+                passing, reason = refusal(error)
+                if not passing or time.monotonic() + pause > deadline:
+                    raise WorkFailed(
+                        f"the archive refused evaluation {identity} ({reason}); nothing was lost: free some "
+                        "space or restore the storage, then resume."
+                    ) from None
+            tried = True
+            self.listener("storage_retry", {"id": identity, "reason": reason, "seconds": pause})
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+
+    def _holds(self, identity: str, study: Study) -> bool:
+        trials = self._studies[study].get_trials(deepcopy=False)
+        return any(trial.user_attrs.get("id") == identity for trial in trials)
+
+    def _guards(self, evaluation: Evaluation) -> dict[str, Any]:
+        """The scores that are no objectives."""
+        scores = evaluation.scores or {}
+        guards = {name: score for name, score in scores.items() if name not in self._names}
+        return {"guards": guards} if guards else {}
+
+    def genes(self, candidate: Candidate) -> dict[str, float | int | str] | None:
+        """By name the genes of a candidate that count, categorical ones by their choice; None where it has none."""
+        if candidate.genome is None:
+            return None
+        counts = active(self._genes, np.array(candidate.genome))
+        values = zip(self._genes, candidate.genome, counts, strict=True)
+        return {gene.name: _shown_value(gene, value) for gene, value, counted in values if counted}
+
+    def _parameters(self, candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Optuna's parameters and their distributions, for the genes that count."""
+        params = self.genes(candidate) or {}
+        return params, {gene.name: _distribution(gene) for gene in self._genes if gene.name in params}
+
+    def records(self, study: Study = "search") -> list[Record]:
+        """Every recorded evaluation, controls first, then by generation and index."""
+        return sorted(self._records[study].values(), key=lambda record: place(record.candidate))
+
+    def tried(self) -> list[Record]:
+        """Every candidate in the same order, on all search items or else on a subset of them."""
+        latest = {**self._records.get("subset", {}), **self._records["search"]}
+        return sorted(latest.values(), key=lambda record: place(record.candidate))
+
+    def arrivals(self) -> list[Record]:
+        """The search candidates of an asynchronous search in the order in which their evaluations came."""
+        recorded = [(record.arrival.number, record) for record in self._records["search"].values() if record.arrival]
+        return [record for _, record in sorted(recorded, key=lambda pair: pair[0])]
+
+    def check_sources(self, sources: Mapping[str, str]) -> None:
+        """Raises InputError naming a source model whose identity is not the one that the archive was made with."""
+        for key, recorded in self._studies["search"].user_attrs.get("sources", {}).items():
+            if key in sources and sources[key] != recorded:
+                raise InputError(
+                    f"{key}: the model's files have changed since this search began, so what it scored cannot be made "
+                    "again; restore them, or run the search in a new directory."
+                )
+
+    def record_sources(self, sources: Mapping[str, str]) -> None:
+        """Notes the identity of each source model, by its key in the config, where none is noted yet."""
+        if "sources" not in self._studies["search"].user_attrs:
+            self._studies["search"].set_user_attr("sources", dict(sources))
+
+    def record_seen(self, seen: str) -> None:
+        """Notes the items that the search sees (`evomerge.seen`), where none are noted yet."""
+        if self.seen is None:
+            self._studies["search"].set_user_attr("seen", seen)
+
+    @property
+    def seen(self) -> str | None:
+        """The items that the search sees; None in runs that did not note them."""
+        seen: str | None = self._studies["search"].user_attrs.get("seen")
+        return seen
+
+    def recorded_versions(self) -> Mapping[str, str]:
+        return dict(self._studies["search"].user_attrs.get("versions", {}))
+
+
+def _shown_value(gene: Gene, value: float) -> float | int | str:
+    if gene.domain == "categorical":
+        return gene.choices[int(value)]
+    return int(value) if gene.domain == "integer" else value
+
+
+def _distribution(gene: Gene) -> Any:
+    from optuna import distributions
+
+    if gene.domain == "categorical":
+        return distributions.CategoricalDistribution(gene.choices)
+    if gene.domain == "integer":
+        return distributions.IntDistribution(int(gene.low), int(gene.high))
+    return distributions.FloatDistribution(gene.low, gene.high)
+
+
+def _value(gene: Gene, params: Mapping[str, Any]) -> float:
+    """A gene's value in a trial; those that do not count are not recorded, and stand at their start."""
+    value = params.get(gene.name)
+    if value is None:
+        return gene.start
+    return float(gene.choices.index(value) if gene.domain == "categorical" else value)
+
+
+def place(candidate: Candidate) -> tuple[int, int]:
+    """Sorts candidates in the order of the search."""
+    return candidate.generation, candidate.index
+
+
+def _attributes(candidate: Candidate, evaluation: Evaluation, arrival: Arrival | None) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "id": candidate.id,
+        "kind": candidate.kind,
+        "generation": candidate.generation,
+        "index": candidate.index,
+        "items": evaluation.items,
+        "seconds": round(evaluation.seconds, 4),
+        "recipe": candidate.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+    if arrival is not None:
+        attributes["arrival"] = [arrival.number, arrival.asked]
+    if evaluation.fingerprint is not None:
+        attributes["fingerprint"] = evaluation.fingerprint
+    if evaluation.error is not None:
+        attributes["error"] = evaluation.error
+    if evaluation.subset is not None:
+        attributes["subset"] = [evaluation.subset.number, evaluation.subset.share]
+    if evaluation.truncated:
+        attributes["truncated"] = evaluation.truncated
+    if evaluation.outcomes:
+        attributes["outcomes"] = {name: each.to_json() for name, each in evaluation.outcomes.items()}
+    return attributes
+
+
+def studies(config: SearchConfig) -> tuple[Study, ...]:
+    """The studies that a search keeps."""
+    return ("subset", *config.splits) if config.subsets is True else config.splits
+
+
+def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config with the defaults of keys that came later; as it is where it can no longer be read."""
+    try:
+        return SearchConfig.model_validate(recorded).model_dump(mode="json", by_alias=True, exclude={"storage"})
+    except ValidationError:
+        return recorded
+
+
+def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key path, in order, at which two configs differ in something that decides the archive."""
+    if key in _FREE_TO_CHANGE or was == now:
+        return None
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = dict.fromkeys([*was, *now])
+        parts = [(was.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        parts = [(*pair, f"{key}[{index}]") for index, pair in enumerate(zip(was, now, strict=True))]
+    else:
+        return key, was, now
+    return next((found for part in parts if (found := _first_difference(*part)) is not None), None)

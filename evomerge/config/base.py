@@ -1,0 +1,49 @@
+"""What every block of a search file has in common: frozen, without unknown keys; and what a gene is."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+RESERVED_NAMES = {"base", "uniform", "merge", "free"}
+Split = Literal["search", "selection", "heldout"]
+SPLITS: tuple[Split, ...] = ("search", "selection", "heldout")
+
+
+class Settings(BaseModel):
+    """A frozen block of settings that rejects keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+
+class GeneConfig(Settings):
+    """Bounds, start and initial step of one kind of gene, in its own units; `fixed` takes it out of the search."""
+
+    low: float
+    high: float
+    start: float | None = None
+    step: float = Field(gt=0)
+    fixed: float | None = None
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f".low is {self.low:g}; use a value below high, which is {self.high:g}")
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise ValueError(f".start is {self.start:g}; use a value from low to high ({self.low:g} to {self.high:g})")
+        return self
+
+
+class GeneChange(Settings):
+    """What a user changes about a gene that has bounds of its own; nothing at all asks for the gene as it is."""
+
+    low: float | None = None
+    high: float | None = None
+    start: float | None = None
+    step: float | None = None
+    fixed: float | None = None

@@ -1,0 +1,68 @@
+"""A search file as it is read: overrides applied, checked, its paths made absolute."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from evomerge.config.documents import read_yaml, set_value, shown, validate
+from evomerge.config.scoring import EvaluationConfig
+from evomerge.config.search import SearchConfig
+from evomerge.errors import InputError, naming
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    """Reads a search file. Raises InputError naming the file and the key path of the first problem."""
+    document = read_yaml(path)
+    for override in overrides:
+        set_value(document, override)
+    config = validate(SearchConfig, document, path)
+    with naming(path):
+        return _anchored(config, path.parent)
+
+
+def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
+    """The same config with its relative local paths made absolute."""
+    paths = [_absolute(f"tasks.paths[{index}]", path, folder)[0] for index, path in enumerate(config.tasks.paths)]
+    root = (
+        str(Path.cwd())
+        if config.tasks.data_root is None
+        else _absolute("tasks.data_root", config.tasks.data_root, folder)[0]
+    )
+    return config.model_copy(
+        update={
+            "base": _anchor("base", config.base, folder),
+            "models": {name: _anchor(f"models.{name}", model, folder) for name, model in config.models.items()},
+            "tasks": config.tasks.model_copy(update={"paths": tuple(paths), "data_root": root}),
+            "evaluation": _anchored_interpreter(config.evaluation, folder),
+        }
+    )
+
+
+def _anchored_interpreter(evaluation: EvaluationConfig, folder: Path) -> EvaluationConfig:
+    """vLLM's interpreter by its absolute path, links not followed: an environment's interpreter is one."""
+    python = evaluation.vllm.python
+    if python is None:
+        return evaluation
+    path = os.path.abspath(folder / os.path.expanduser(python))
+    return evaluation.model_copy(update={"vllm": evaluation.vllm.model_copy(update={"python": path})})
+
+
+def _anchor(key: str, reference: str, folder: Path) -> str:
+    """A model reference, absolute where it is a local path; a model and its adapter each by itself."""
+    if reference.startswith("zoo:") and "+" not in reference:
+        return reference
+    path, there = _absolute(key, reference, folder)
+    model, plus, adapter = reference.partition("+")
+    if plus and not there:
+        return f"{_anchor(key, model, folder)}+{_anchor(key, adapter, folder)}"
+    return path if there or reference.startswith((".", "/", "~")) else reference
+
+
+def _absolute(key: str, path: str, folder: Path) -> tuple[str, bool]:
+    """A path relative to a folder made absolute, and whether there is something at it."""
+    try:
+        found = (folder / Path(path).expanduser()).resolve()
+        return str(found), found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"{key} is {shown(path)}, which cannot be a path ({reason}); correct it.") from None

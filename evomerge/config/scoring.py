@@ -1,0 +1,170 @@
+"""What candidates are scored on: objectives, constraints, tasks, items, and everything that changes a score."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import (
+    Field,
+    PrivateAttr,
+    model_validator,
+)
+
+from evomerge.config.base import Settings
+from evomerge.config.tables import CostName
+
+
+class ObjectiveConfig(Settings):
+    """One score to be optimized: a metric of a task, or with `cost` what the model itself costs.
+
+    `goal` defaults to what the task says of the metric; costs are minimized. A cost takes part in means only with a
+    weight of its own, and candidates that cost more than `max` never win. `seconds` is the time that an evaluation
+    takes on the machine at hand: recorded once and replayed, but another run will measure another.
+    """
+
+    task: str = ""
+    metric: str = "acc"
+    filter: str | None = None
+    cost: CostName | None = None
+    goal: Literal["maximize", "minimize"] | None = None
+    weight: float = Field(default=1.0, ge=0)
+    max: float | None = Field(default=None, gt=0)
+    _names_filter: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cost(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("cost") is not None:
+            return {"goal": "minimize", "weight": 0.0, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.cost is None and not self.task:
+            raise ValueError(".task is required but missing; add it, or a cost")
+        if self.cost is None and self.weight == 0:
+            raise ValueError(".weight is 0; use a value greater than 0")
+        if self.cost is None and self.max is not None:
+            raise ValueError(f".max is {self.max:g}, but only a cost has a limit; remove it")
+        if self.cost is not None and (self.task or self.filter is not None or self.metric != "acc"):
+            raise ValueError(f".cost is {self.cost}, which belongs to no task; give either a cost or a task")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The objective's name in scores: the cost, or the task, with the metric where it is not plain accuracy, and
+        with both metric and filter where a search measures the metric by several filters."""
+        if self.cost is not None:
+            return self.cost
+        if self._names_filter and self.filter is not None:
+            return f"{self.task}:{self.metric}:{self.filter}"
+        return self.task if self.metric == "acc" else f"{self.task}:{self.metric}"
+
+
+class ConstraintConfig(Settings):
+    """What a candidate must keep: a share `retain` of a score of one of the parents, whether an objective or not.
+
+    of: the name of the parent, or `base`; by default the best parent on the metric. Of a score that is to be small, or
+    is below 0, it may be worse by the share 1 - retain.
+    """
+
+    task: str
+    metric: str = "acc"
+    filter: str | None = None
+    goal: Literal["maximize", "minimize"] | None = None
+    retain: float = Field(gt=0, le=1)
+    of: str | None = None
+    _names_filter: bool = PrivateAttr(default=False)
+
+    @property
+    def guard(self) -> ObjectiveConfig:
+        """The metric as it is measured."""
+        guard = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter, goal=self.goal)
+        guard._names_filter = self._names_filter
+        return guard
+
+    @property
+    def name(self) -> str:
+        """The name of the metric in scores, as an objective would have it."""
+        return self.guard.name
+
+
+class TasksConfig(Settings):
+    """Where tasks are found, and which of them may run code that comes with their YAML.
+
+    data_root: where data files are looked for that do not lie beside a task's YAML file; by default the directory in
+    which the search is started, as lm-eval has it.
+    """
+
+    paths: tuple[str, ...] = ()
+    allow_code: tuple[str, ...] = ()
+    data_root: str | None = None
+
+
+class ItemsConfig(Settings):
+    """How many items the search and the report each see (None: all there are). Never the same ones.
+
+    A task with a validation and a test split is searched on the first and reported on the second. The items of any
+    other task are divided by `seed`, `search_fraction` of them for the search. selection: how many more, of those that
+    the search leaves, decide which candidate of the front is the best (None: the search items do).
+    """
+
+    search: int | None = Field(default=None, ge=1)
+    selection: int | None = Field(default=None, ge=1)
+    heldout: int | None = Field(default=None, ge=1)
+    search_fraction: float = Field(default=0.5, gt=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class VllmConfig(Settings):
+    """The environment of its own that vLLM has, and what its engine takes there.
+
+    python: the interpreter. cache_gib: memory for keys and values. eager: nothing is compiled, so that it starts sooner
+    and writes slower.
+    """
+
+    python: str | None = None
+    cache_gib: float = Field(default=4, gt=0)
+    eager: bool = False
+
+
+class EvaluationConfig(Settings):
+    """Everything that changes the floating-point results of a score, so all of it is frozen with the search.
+
+    backend: what writes the texts of generate_until tasks; log-likelihoods are transformers' in any case.
+    compile: whether merges run as compiled code; `auto` does for large models on CPUs that have a compiler, where the
+    bits are those of uncompiled code.
+    prefix_sharing: whether the options of a document share one row behind a mask; auto asks for it where the base's
+    architecture takes such masks. generation_kwargs go over those of the tasks' files.
+    fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
+    applied, as in lm-eval.
+
+    What is not set here is as in lm-eval 0.4.13, but for two things: log-probabilities are taken in float32 whatever
+    the model's dtype, and sampled texts start from one seed for every candidate.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: int = Field(default=128, ge=1)
+    threads: int = Field(default=1, ge=1)
+    compile: bool | Literal["auto"] = "auto"
+    num_fewshot: int | None = Field(default=None, ge=0)
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    generation_kwargs: dict[str, bool | int | float | str | list[str] | None] = Field(default_factory=dict)
+    prefix_sharing: Literal["auto", "mask", "none"] = "auto"
+    backend: Literal["hf", "vllm"] = "hf"
+    vllm: VllmConfig = VllmConfig()
+
+    @property
+    def multiturn(self) -> bool:
+        """Whether few-shot examples are turns of their own."""
+        return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+
+    @model_validator(mode="after")
+    def _interpreter(self) -> Self:
+        if self.backend == "vllm" and self.vllm.python is None:
+            raise ValueError(
+                ".vllm.python is missing, but backend is vllm; name the interpreter of an environment that has vLLM"
+            )
+        return self

@@ -1,0 +1,152 @@
+"""SearchConfig: what a search file says, checked key by key and frozen.
+
+`load` reads YAML, applies `--set` overrides, and reports the first problem with its file and key path. `preparation`
+fills in everything that the machine or the search space decides (device, population, covariance), so that the frozen
+copy in a run directory says all that the archive depends on. Paths are relative to the file they stand in.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from evomerge.config.base import RESERVED_NAMES, SPLITS, Name, Settings, Split
+from evomerge.config.running import ControlsConfig, OptimizerConfig, WorkersConfig
+from evomerge.config.scoring import ConstraintConfig, EvaluationConfig, ItemsConfig, ObjectiveConfig, TasksConfig
+from evomerge.config.spaces import SpaceConfig
+from evomerge.config.storage_url import refuse_password
+from evomerge.config.tables import AnySpaceConfig
+from evomerge.errors import choices
+
+
+class SearchConfig(Settings):
+    """One search: models, objectives, space, optimizer, and where it runs.
+
+    subsets: whether candidates are scored on a few of the search items first, and on all of them only where that may
+    make them the best or put them on the front; `auto` does where it saves work (`preparation`). In a search that is
+    extended, a generation that the budget had cut may have sent on others than the whole one would.
+    """
+
+    base: str
+    models: dict[Name, str]
+    objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
+    constraints: tuple[ConstraintConfig, ...] = ()
+    tasks: TasksConfig = TasksConfig()
+    items: ItemsConfig = ItemsConfig()
+    space: AnySpaceConfig = SpaceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    subsets: bool | Literal["auto"] = "auto"
+    controls: ControlsConfig = ControlsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    workers: WorkersConfig = WorkersConfig()
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    storage: str | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _named_models(cls, value: Any) -> Any:
+        """A plain list of models is named by the last part of each reference: of the adapter, where there is one."""
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            return value
+        paths = [item.rpartition("+")[2].partition("@")[0] for item in value]
+        names = [Path(path.removeprefix("zoo:")).name for path in paths]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"two of them would be called {repeated[0]}; give them names (name: path)")
+        return dict(zip(names, value, strict=True))
+
+    @field_validator("storage")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        return refuse_password(value) if value is not None else None
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if not self.models and self.space.merging is not None:
+            raise ValueError(".models is {}; give at least one")
+        device, gpus = self.evaluation.device, self.workers.num_gpus or 0
+        if gpus > 1 and device.startswith("cuda:"):
+            raise ValueError(f".evaluation.device is {device}, but workers.num_gpus is {gpus:g}; use cuda for several")
+        if all(objective.weight == 0 for objective in self.objectives):
+            raise ValueError(".objectives are all costs; add a task, or give a cost a weight")
+        return self
+
+    @model_validator(mode="after")
+    def _layers(self) -> Self:
+        if self.evaluation.backend == "vllm" and self.space.changes_layers:
+            raise ValueError(
+                f".evaluation.backend is vllm, whose engine has the base's layers only, but space.kind is "
+                f"{self.space.kind}; use backend: hf"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _named_by_filter(self) -> Self:
+        """Metrics that are measured by several filters have these in their names."""
+        measured: list[ObjectiveConfig | ConstraintConfig] = [*self.constraints]
+        measured += [each for each in self.objectives if each.cost is None]
+        filters: dict[tuple[str, str], set[str | None]] = {}
+        for metric in measured:
+            filters.setdefault((metric.task, metric.metric), set()).add(metric.filter)
+        for metric in measured:
+            metric._names_filter = len(filters[metric.task, metric.metric]) > 1
+        return self
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [objective.name for objective in self.objectives]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(f".objectives[{index}] is {name} again; name each objective once")
+        for name in sorted(RESERVED_NAMES & set(self.models)):
+            raise ValueError(f".models.{name}: this name is kept for a control; choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _constrained(self) -> Self:
+        for index, constraint in enumerate(self.constraints):
+            known = ["base", *self.models]
+            if constraint.of is not None and constraint.of not in known:
+                raise ValueError(
+                    f".constraints[{index}].of is {constraint.of}, which is no parent; {choices(constraint.of, known)}"
+                )
+        return self
+
+    @property
+    def measured(self) -> tuple[ObjectiveConfig, ...]:
+        """Every metric that an evaluation has a score of: the objectives, then what only constraints ask for."""
+        found = {objective.name: objective for objective in self.objectives}
+        for constraint in self.constraints:
+            found.setdefault(constraint.name, constraint.guard)
+        return tuple(found.values())
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that items are divided into, in the order in which they are scored."""
+        return SPLITS if self.items.selection is not None else ("search", "heldout")
+
+    @property
+    def budget(self) -> int:
+        """How many search candidates there are to be: some optimizers come to an end before."""
+        row = self.optimizer.row
+        asked = self.optimizer.evaluations
+        return asked if row is None or row.most is None else min(asked, row.most(len(self.models)))
+
+    def digest(self) -> str:
+        """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage, and
+        not where vLLM or the tasks' data files lie."""
+        content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
+        content["optimizer"].pop("evaluations")
+        content["tasks"].pop("data_root")
+        content["evaluation"]["vllm"].pop("python")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)

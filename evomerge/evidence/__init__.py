@@ -1,0 +1,1 @@
+"""What held-out items say of a candidate beside its controls."""

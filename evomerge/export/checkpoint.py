@@ -1,0 +1,85 @@
+"""A recipe's merge as a checkpoint, kept only where its fingerprint is the one that was scored."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from evomerge.devices import resolve_dtype
+from evomerge.errors import WorkFailed
+from evomerge.export.card import model_card
+from evomerge.export.licenses import combined, stated_license
+from evomerge.merging.sources.located import located
+from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.references import find_source
+from evomerge.merging.sources.weights import RECIPE, seen_by, tensor_table
+from evomerge.recipe import Provenance, Recipe
+from evomerge.seen import encoded
+from evomerge.versions import versions
+
+
+def merge(
+    recipe: Recipe,
+    out: Path,
+    where: str,
+    device: str = "cpu",
+    *,
+    shard_size: str = "5GB",
+    tokenizer: bool = True,
+    card: bool = True,
+    warn: Callable[[str], None] = lambda _: None,
+) -> tuple[str, bool]:
+    """Writes a recipe's checkpoint. Returns its fingerprint and whether the recipe recorded the same one.
+
+    shard_size: of a file of weights, as in 5GB (bytes) or 5B (parameters). warn: is told what the user should know.
+    Raises WorkFailed, leaving nothing, where the recipe records another fingerprint than the merge has.
+    """
+    import torch
+
+    from evomerge.merging.streamed.merge import StreamedMerge, stored_fingerprint
+    from evomerge.merging.streamed.shards import check_writable, parse_size, staged
+
+    check_writable(out)
+    recipe = located(recipe)
+    skeleton = recipe.references[0]
+    for warning in preflight(skeleton, {each: each for each in recipe.references[1:]}, same_tensors=False):
+        warn(warning)
+    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", tensor_table(find_source(skeleton, skeleton)))
+    size = parse_size(shard_size, getattr(torch, dtype).itemsize)
+    merged = StreamedMerge(recipe, where, device, dtype)
+    if merged.unknown_tokens:
+        shown = ", ".join(merged.unknown_tokens[:8])
+        warn(f"{where}: no model has an embedding for {shown}; zeros are taken (tokenizer.tokens can name a source).")
+    verdict = combined(_licenses(recipe))
+    for warning in verdict.warnings:
+        warn(warning)
+    recorded = recipe.evomerge.fingerprint
+    with staged(out) as folder:
+        found = merged.write(folder, size, tokenizer)
+        if recorded is not None and found != recorded:
+            raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
+        read = stored_fingerprint(folder)
+        if read != found:
+            raise WorkFailed(f"{folder}: the written weights have fingerprint {read}, expected {found}; not kept.")
+        seen = recipe.evomerge.digests.union(*(seen_by(find_source(each, skeleton)) for each in recipe.references))
+        noted = {"fingerprint": found, "seen": encoded(seen) if seen else None}
+        kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
+        (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
+        if card:
+            (folder / "README.md").write_text(model_card(kept, found, verdict), encoding="utf-8")
+    return found, recorded is not None
+
+
+def _licenses(recipe: Recipe) -> dict[str, str | None]:
+    """What the card of each parent states, by the name that the merge's card calls it."""
+    aliases, found = recipe.evomerge.aliases, {}
+    for reference in recipe.references:
+        source = find_source(reference, recipe.references[0])
+        folders = [source.folder] if source.adapter is None else [source.folder, source.adapter]
+        found[aliases.get(reference, reference)] = stated_license(folders)
+    return found
+
+
+def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> str:
+    now = versions()
+    changed = [f"{name} {was} → {now.get(name)}" for name, was in provenance.versions.items() if now.get(name) != was]
+    cause = f"versions changed: {', '.join(changed)}" if changed else "a source model or a parameter has changed"
+    return f"{where}: the merge has fingerprint {found}, but {recorded} was scored ({cause}); nothing was written."

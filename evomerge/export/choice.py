@@ -1,0 +1,112 @@
+"""Which candidate is exported, and what its user should know before shipping it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from evomerge.archive.archive import Archive, Record
+from evomerge.config.base import Split
+from evomerge.config.search import SearchConfig
+from evomerge.errors import InputError, WorkFailed, choices
+from evomerge.evidence.comparison import against, sentence
+from evomerge.search.best import all_failed, best_found, best_of, front_of, means, none_feasible
+from evomerge.search.criteria import Criteria, criteria_of
+
+
+def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer: Sequence[str]) -> Record:
+    """The record to export: by id, by preference over the front, or the best found.
+
+    Raises WorkFailed where no candidate keeps to the search's constraints.
+    """
+    records = archive.records()
+    if candidate is not None and prefer:
+        raise InputError(f"--candidate {candidate} and --prefer {prefer[0]} were both given; give one of them.")
+    if candidate is not None:
+        return _by_id(records, criteria_of(archive, config), candidate)
+    best = _preferred(records, archive, config, prefer) if prefer else best_found(archive, config)
+    if best is None and all(record.evaluation.failed for record in records):
+        raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
+    failed = all_failed(archive)
+    if failed is not None:
+        raise WorkFailed(f"{failed}, so there is nothing to export; --candidate names a control if you want one.")
+    if best is None:
+        raise WorkFailed(none_feasible(archive, config))
+    return best
+
+
+def _by_id(records: Sequence[Record], criteria: Criteria, candidate: str) -> Record:
+    found = {record.candidate.id: record for record in records}
+    if candidate not in found:
+        shown = choices(candidate, found) if len(found) <= 12 else "`evomerge candidates` lists them"
+        raise InputError(f"--candidate {candidate}: no such candidate in this run; {shown}.")
+    if found[candidate].evaluation.failed:
+        raise InputError(f"--candidate {candidate} failed ({found[candidate].evaluation.error}); choose another.")
+    broken = [
+        f"{limit}, while it reaches {scores[limit.name]:.3f}"
+        for limit in criteria.limits
+        if (scores := found[candidate].evaluation.scores) is not None and limit.violation(found[candidate].evaluation)
+    ]
+    if broken:
+        raise InputError(f"--candidate {candidate} breaks a constraint ({broken[0]}); choose another.")
+    return found[candidate]
+
+
+def _preferred(
+    records: Sequence[Record], archive: Archive, config: SearchConfig, prefer: Sequence[str]
+) -> Record | None:
+    weights = _preferences(config, prefer)
+    objectives = tuple(
+        objective.model_copy(update={"weight": weights[objective.name]})
+        for objective in config.objectives
+        if weights.get(objective.name, 0) > 0
+    )
+    criteria = criteria_of(archive, config)
+    return best_of(front_of(records, criteria), replace(criteria, objectives=objectives))
+
+
+def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float]:
+    names = [objective.name for objective in config.objectives]
+    weights = {}
+    for text in prefer:
+        name, _, value = text.rpartition("=")
+        if name not in names:
+            raise InputError(f"--prefer {text}: expected OBJECTIVE=WEIGHT; {choices(name or text, names)}.")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise InputError(f"--prefer {text}: the weight '{value}' is no number.") from None
+        if not 0 <= weights[name] < float("inf"):
+            raise InputError(f"--prefer {text}: use a weight of at least 0.")
+    if not any(weights.values()):
+        raise InputError("--prefer: every weight is 0; give at least one objective a positive weight.")
+    return weights
+
+
+def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str]:
+    """What a user should know before shipping a candidate: a control that is as good on what has been measured, or from
+    which held-out items do not tell it apart."""
+    found = []
+    if record.candidate.kind == "control":
+        what = (
+            "a merge that the search had to beat"
+            if len(record.candidate.recipe.references) > 1
+            else "a model unchanged"
+        )
+        found.append(f"{record.candidate.id} is a control, {what}, and no candidate of the search.")
+    splits: dict[Split, str] = {"search": "search", "heldout": "held-out"}
+    for split, items in splits.items():
+        records = archive.records(split)
+        mine = archive.find(record.candidate.id, split)
+        criteria = criteria_of(archive, config, split)
+        rival = best_of([other for other in records if other.candidate.kind == "control"], criteria)
+        if mine is None or rival is None or rival.candidate.id == record.candidate.id:
+            continue
+        own, theirs = means([mine, rival], criteria)
+        if theirs >= own:
+            scores = "scores" if not criteria.scales else f"has a {criteria.mean_name} of"
+            found.append(
+                f"the control {rival.candidate.id} {scores} {theirs:.3f} on {items} items, this one {own:.3f}."
+            )
+    for row in against(archive, config, [record.candidate.id])[record.candidate.id]:
+        if row["verdict"] != "better":
+            found.append(f"{sentence(row)}.")
+    return found

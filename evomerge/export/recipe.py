@@ -1,0 +1,70 @@
+"""Export: the recipe of a candidate as people share it, and a recipe's merge as a checkpoint.
+
+Model references become paths that mergekit can read; `evomerge.aliases` keeps what they stood for, so that the recipe
+can be merged again on another machine.
+"""
+
+from pathlib import Path
+
+from evomerge.archive.archive import Archive, Record
+from evomerge.config.search import SearchConfig
+from evomerge.errors import InputError
+from evomerge.evidence.comparison import against, sentence
+from evomerge.merging.sources.references import find_source, split_adapter
+from evomerge.merging.sources.weights import Weights
+from evomerge.recipe import Recipe
+
+
+def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Recipe:
+    """A candidate's recipe with paths for references, dtype, fingerprint, scores and versions.
+
+    An adapter becomes `MODEL+ADAPTER`, which mergekit reads too, here and in the aliases.
+    """
+    recipe = record.candidate.recipe
+    sources = {reference: find_source(reference, config.base) for reference in recipe.references}
+    paths = {reference: str(source) for reference, source in sources.items()}
+    whole = {
+        reference: f"{config.base}+{reference}" if source.adapter and not split_adapter(reference)[1] else reference
+        for reference, source in sources.items()
+    }
+    heldout = archive.find(record.candidate.id, "heldout")
+    provenance = recipe.evomerge.model_copy(
+        update={
+            "candidate": record.candidate.id,
+            "fingerprint": record.evaluation.fingerprint,
+            "scores": _scores(record),
+            "heldout": _scores(heldout) if heldout else None,
+            "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},
+            "versions": dict(archive.recorded_versions()),
+            "seen": archive.seen,
+            "head_apart": head_apart(config),
+            "verdicts": tuple(map(sentence, against(archive, config, [record.candidate.id])[record.candidate.id])),
+        }
+    )
+    renamed = recipe.renamed(paths)
+    return renamed.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
+
+
+def head_apart(config: SearchConfig) -> bool:
+    """Whether some models of a search tie their head to the embedding and others do not: in memory it is then a tensor
+    of its own, also where a recipe names only models that tie it."""
+    references = (config.base, *config.models.values())
+    heads = [Weights(find_source(reference, config.base)).own_head for reference in references]
+    return None in heads and any(heads)
+
+
+def _scores(record: Record) -> dict[str, float | None] | None:
+    return dict(record.evaluation.scores) if record.evaluation.scores is not None else None
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes a recipe, whole or not at all."""
+    from evomerge.files import write_text
+
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give -o the name of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, recipe.to_yaml())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another -o.") from None

@@ -1,0 +1,42 @@
+"""The names of a run directory's files, and how one of them is written: whole, or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from evomerge.errors import InputError, WorkFailed
+
+DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
+TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
+
+
+def check_writable(directory: Path) -> None:
+    """Raises InputError where a directory cannot be made or written to, without making it."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"{directory}: cannot write there ({error.strerror}); choose another --output.") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing. Raises WorkFailed where there is no room for it."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise unwritten(path, error) from None
+
+
+def unwritten(path: Path, error: OSError) -> WorkFailed:
+    return WorkFailed(
+        f"{path}: cannot be written ({error.strerror}); nothing was lost: free some space or restore the disk, then "
+        "resume."
+    )

@@ -1,0 +1,233 @@
+"""Tensor arithmetic that must come out the same on every device, in every order, with any number of threads.
+
+Uniforms, sums that scale a delta, and fingerprints are therefore made of integers, whose sums do not depend on order.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import torch
+
+from evomerge.merging.methods.passes import for_each_chunk
+
+UNIFORM_STEPS = 1 << 16
+_MASK32 = 0xFFFFFFFF
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_SPLITMIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_L1_STEPS = float(1 << 30)
+NEGLIGIBLE_WEIGHT = 1e-8
+_PIECE = 1 << 20  # numbers of a sum, whose order it is part of
+_COLUMNS = 1 << 15
+
+
+def _key(*parts: object) -> bytes:
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """A bijective hash of 32-bit integers held in int64 ("lowbias32", Wellons 2018)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def pieces(count: int, device: torch.device, elements: int = 1) -> Iterator[slice]:
+    """Parts of a vector, or of rows of so many elements, whose copies stay in the cache and fit into the holes that
+    freed memory leaves; on other devices than a CPU parts that need few launches."""
+    size = max(1, (1 << (16 if device.type == "cpu" else 20)) // max(1, elements))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def uniform_field(seed: int, position: int, name: str, count: int, device: torch.device | str) -> torch.Tensor:
+    """One uniform 16-bit number per element, shape (count,), int16 in [-32768, 32767].
+
+    Drawn by counter from (seed, position of the model in the recipe, tensor name, element), so that an element's draw
+    depends on nothing else.
+    """
+    key = _key(seed, position, name)
+    low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+    field = torch.empty(count, dtype=torch.int16, device=device)
+    for part in pieces(count, field.device):
+        index = torch.arange(part.start, part.stop, dtype=torch.int64, device=device)
+        mixed = _mix32((index & _MASK32) ^ low)
+        mixed = _mix32((mixed + (index >> 32) * 0x9E3779B1 + high) & _MASK32)
+        field[part].copy_((mixed >> 16) - 32768)
+    return field
+
+
+def as_field(uniforms: torch.Tensor, planes: bool) -> torch.Tensor:
+    """A field of 16-bit numbers as a pass reads it: as it is, or as two planes of bytes, shape (2, count), high bytes
+    first. torch compiles bytes to vector instructions on CPUs, and 16-bit integers not."""
+    if not planes:
+        return uniforms
+    field = torch.empty((2, uniforms.numel()), dtype=torch.uint8, device=uniforms.device)
+    for part in pieces(uniforms.numel(), uniforms.device):
+        steps = uniforms[part].to(torch.int32) + 32768
+        field[0, part], field[1, part] = steps >> 8, steps & 255
+    return field
+
+
+def field_steps(field: torch.Tensor) -> torch.Tensor:
+    """The numbers of a field in either form, or of a wider one, as float32 from 0."""
+    if field.dtype == torch.uint8:
+        return field[0].to(torch.float32) * 256 + field[1].to(torch.float32)
+    return field.to(torch.float32) + (32768 if field.dtype == torch.int16 else 0)
+
+
+def below(field: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """1.0 where a number of a field, counted from 0, is less than `steps`, else 0.0."""
+    if field.dtype == torch.int16 and not torch.compiler.is_compiling():
+        return indicator(torch.lt, field, steps - 32768)
+    return indicator(torch.lt, field_steps(field), steps)
+
+
+def keep_mask(uniforms: torch.Tensor, density: float | torch.Tensor) -> torch.Tensor:
+    """True where u < density (one for all, or one per element), so that the masks of two densities are nested."""
+    return field_steps(uniforms) < steps_of(density)
+
+
+def steps_of(density: float | torch.Tensor) -> float | torch.Tensor:
+    """How many of the 65536 steps of a uniform lie below a density."""
+    if isinstance(density, torch.Tensor):
+        return (density * UNIFORM_STEPS).round().to(torch.float32)
+    return float(round(density * UNIFORM_STEPS))
+
+
+Comparison = Callable[..., torch.Tensor]
+
+
+def indicator(
+    holds: Comparison, a: torch.Tensor, b: torch.Tensor | float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """1.0 where `holds` (torch.lt and its kin), else 0.0; written to `out`, which may be `a`, if that is given.
+
+    Outside of compiled code a comparison that writes floats takes a fraction of the time of one that writes truth
+    values, and so does arithmetic with them.
+    """
+    if torch.compiler.is_compiling():
+        return holds(a, b).to(torch.float32)
+    return holds(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device) if out is None else out)
+
+
+def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """The sum of |delta| as an integer number of `largest` / 2^30; exact, so free of any order of summation."""
+    return l1_steps(delta, largest).sum()
+
+
+def l1_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """|delta| in whole numbers of `largest` / 2^30."""
+    return (_of_largest(delta.abs(), largest) * _L1_STEPS).round().to(torch.int64)
+
+
+def square_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """delta^2 in whole numbers of `largest`^2 / 2^30."""
+    return (_of_largest(delta, largest).square() * _L1_STEPS).round().to(torch.int64)
+
+
+def sum_of_squares(steps: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """A sum of `square_steps` as a number, float64."""
+    return steps.to(torch.float64) * (largest.to(torch.float64).square() / _L1_STEPS)
+
+
+def sums_below(field: torch.Tensor, count: int, steps: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """For each number of steps of a field of `count` elements, the sum of what `steps` gives (whole numbers, part by
+    part) for the elements that lie below; int64, shape (65537,)."""
+    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=field.device)
+    for part in pieces(count, field.device):
+        table.index_add_(0, field_steps(field[..., part]).to(torch.int64) + 1, steps(part))
+    return table.cumsum(0)
+
+
+def _of_largest(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float64) / largest.to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def ascending(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements in order, flat. NumPy's sort uses vector instructions on CPUs."""
+    flat = tensor.flatten()
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.sort(flat.numpy()))
+    return torch.empty_like(flat) if flat.is_meta else flat.sort().values
+
+
+def kth_smallest(tensor: torch.Tensor, k: int) -> torch.Tensor:
+    """The element at index k of the sorted tensor, as a scalar tensor."""
+    flat = tensor.flatten()
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.partition(flat.numpy(), k))[k]
+    return torch.kthvalue(flat, k + 1).values
+
+
+def largest_magnitudes(delta: torch.Tensor, count: int) -> torch.Tensor:
+    """A mask of the `count` largest |delta|; elements tied with the smallest of them are all kept."""
+    magnitude = delta.abs()
+    return magnitude >= kth_smallest(magnitude, magnitude.numel() - count)
+
+
+def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension (kept, with size 1) in float64, by adding the second half to the first.
+
+    Element by element in a fixed order: the same bits on every device with any number of threads.
+    """
+    total = tensor.to(torch.float64)
+    while (count := total.shape[-1]) > 1:
+        half, odd = divmod(count, 2)
+        folded = total[..., :half] + total[..., half : 2 * half]
+        total = torch.cat([folded, total[..., -1:]], dim=-1) if odd else folded
+    return total.sum(dim=-1, keepdim=True)  # of one element, or none
+
+
+def ordered_total(part: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
+    """The sum of a long vector that `part` gives piece by piece: float64, shape (1,), in a fixed order, in little
+    memory."""
+    sums = [ordered_sum(part(slice(start, start + _PIECE))) for start in range(0, count, _PIECE)]
+    return ordered_sum(torch.cat(sums)) if sums else ordered_sum(part(slice(0, 0)))
+
+
+def divisor(total: float) -> float:
+    """A sum of weights to divide by; 1 where it is negligible, since it stands for nothing."""
+    return total if abs(total) >= NEGLIGIBLE_WEIGHT else 1.0
+
+
+def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """An int64 scalar of a tensor's bits and their places: the sum over 32-bit words of word x odd number of its place.
+
+    An odd multiplier is invertible modulo 2^64, so no single changed word goes unnoticed.
+    """
+    salt = int.from_bytes(_key(name, tuple(tensor.shape), tensor.dtype), "little", signed=True)
+    words = _words(tensor)
+    columns = _columns(words.device)
+    whole = words.numel() // _COLUMNS * _COLUMNS
+    size = _COLUMNS * (1 if words.device.type == "cpu" else 256)  # in the cache, or in few launches
+
+    def sums(start: int) -> torch.Tensor:
+        return (words[start : min(start + size, whole)].view(-1, _COLUMNS) * columns).sum(1)
+
+    rest = (words[whole:] * columns[: words.numel() - whole]).sum().reshape(1)
+    rows = torch.cat([*for_each_chunk(sums, range(0, whole, size), words.device), rest])
+    return (rows * _multipliers(salt, rows.numel(), rows.device)).sum() + salt
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as 32-bit integers, the last one filled up with zeros."""
+    octets = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if octets.numel() % 4 or octets.storage_offset() % 4:
+        octets = torch.cat([octets, octets.new_zeros(-octets.numel() % 4)])
+    return octets.view(torch.int32)
+
+
+@cache
+def _columns(device: torch.device) -> torch.Tensor:
+    return _multipliers(0, _COLUMNS, device)
+
+
+def _multipliers(salt: int, count: int, device: torch.device) -> torch.Tensor:
+    """Odd 64-bit hashes of the places from 0 ("splitmix64", Steele et al. 2014)."""
+    mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN + salt
+    for shift, factor in _SPLITMIX:
+        mixed = (mixed ^ (mixed >> shift & ((1 << 64 - shift) - 1))) * factor
+    return mixed | 1

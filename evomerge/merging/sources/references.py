@@ -1,0 +1,109 @@
+"""From a model reference to folders: `zoo:NAME`, a folder, a Hugging Face id, with `@REVISION` and `+ADAPTER`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge import zoo
+from evomerge.errors import InputError
+from evomerge.merging.sources.adapters import CONFIG as ADAPTER_CONFIG
+from evomerge.merging.sources.adapters import is_adapter
+from evomerge.merging.sources.tensor_files import FLOATS as FLOATS
+from evomerge.merging.sources.tensor_files import TensorInfo as TensorInfo
+
+if TYPE_CHECKING:
+    pass
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model folder, and the folder of an adapter that is merged into it on reading."""
+
+    folder: Path
+    adapter: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.adapter is None else f"{self.folder}+{self.adapter}"
+
+
+def find_source(reference: str, base: str) -> ModelSource:
+    """The source of a model reference. Raises InputError where there is none.
+
+    base: the reference that an adapter named by itself is taken to change.
+    """
+    model, adapter = split_adapter(reference)
+    folder = locate(model)
+    if not is_adapter(folder):
+        return ModelSource(folder, _adapter_folder(adapter) if adapter else None)
+    if adapter or base == reference:
+        raise InputError(
+            f"{model} is an adapter, not a model; name the model that it changes before it (MODEL+{model})."
+        )
+    if split_adapter(base)[1]:
+        raise InputError(
+            f"{model} is an adapter, and the base ({base}) has one already; name the model that it changes before it "
+            f"(MODEL+{model})."
+        )
+    return ModelSource(locate(base), folder)
+
+
+def split_adapter(reference: str) -> tuple[str, str | None]:
+    """`MODEL+ADAPTER` taken apart; a folder that has a plus in its name is one model."""
+    if "+" not in reference or Path(reference).expanduser().is_dir():
+        return reference, None
+    model, _, adapter = reference.partition("+")
+    if not model or not adapter or "+" in adapter:
+        raise InputError(f"{reference}: expected MODEL+ADAPTER, one of each.")
+    return model, adapter
+
+
+def pinned(reference: str) -> str:
+    """The reference, with the commit that a Hugging Face id stands for now in place of its revision."""
+    model, adapter = split_adapter(reference)
+    if adapter:
+        return f"{pinned(model)}+{pinned(adapter)}"
+    folder = locate(model)
+    downloaded = folder.parent.name == "snapshots" and not Path(model).expanduser().exists()
+    return f"{model.partition('@')[0]}@{folder.name}" if downloaded else reference
+
+
+def _adapter_folder(reference: str) -> Path:
+    folder = locate(reference)
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"{reference}: {ADAPTER_CONFIG} is missing; only a LoRA as PEFT saves it can follow a plus sign."
+        )
+    return folder
+
+
+def locate(reference: str) -> Path:
+    """The folder of one model or adapter. Raises InputError where there is none."""
+    if reference.startswith("zoo:"):
+        return zoo.path(reference.removeprefix("zoo:"))
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{reference}: expected a model folder, got a file; name the folder that holds config.json.")
+    if reference.startswith((".", "/", "~")) or reference.partition("@")[0].count("/") != 1:
+        raise InputError(
+            f"{reference}: no such model folder; give a folder, a Hugging Face id (owner/name) or zoo:NAME "
+            f"({', '.join(zoo.names())})."
+        )
+    return _download(reference)
+
+
+def _download(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    identifier, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(identifier, revision=revision or None, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{reference}: no such folder here, and the Hugging Face hub gave no such model ({reason}); "
+            "check the name, or the network."
+        ) from None

@@ -1,0 +1,243 @@
+"""Source: a model taken into a search, read from safetensors only.
+
+`find_source` turns a reference into a folder with the adapters that change it: `zoo:math`, a folder, a Hugging Face
+id, each with `@REVISION` and `+ADAPTER` where wanted, or an adapter's folder, which stands for the base with it.
+`tensor_table` reads names, shapes and dtypes from the file headers alone; `preflight` compares them before any weight
+is read; `Weights` reads one tensor at a time. Pickled weights are never opened.
+
+Tensors go by the names that transformers would write for the whole model (`naming`), whatever a checkpoint calls them;
+buffers that old checkpoints hold, and heads that are stored though the config ties them to the embedding, are left out.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import InputError, choices
+from evomerge.merging.sources.adapters import CONFIG as ADAPTER_CONFIG
+from evomerge.merging.sources.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from evomerge.merging.sources.adapters import Adapter, load_adapter
+from evomerge.merging.sources.tensor_files import FLOATS as FLOATS
+from evomerge.merging.sources.tensor_files import TensorFiles, read_header
+from evomerge.merging.sources.tensor_files import TensorInfo as TensorInfo
+from evomerge.recipe import load as load_recipe
+from evomerge.seen import Digests
+
+if TYPE_CHECKING:
+    import torch
+
+    from evomerge.merging.naming import Naming
+    from evomerge.merging.sources.tensor_files import Piece
+from evomerge.merging.sources.references import ModelSource
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+RECIPE = "evomerge_recipe.yaml"  # beside the weights of a merge
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONV1D = ("gpt2", "openai-gpt")  # architectures whose layers store their weights as (in, out)
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+_SAMPLE = 1 << 20
+_BUFFER = re.compile(r"\.(?:attn|attention)\.(?:bias|masked_bias)$|\.rotary_emb\.\w+$")
+
+
+def seen_by(source: ModelSource) -> Digests:
+    """What the search saw that made a model, as the recipe beside its weights says; nothing where there is none."""
+    folders = [source.folder] if source.adapter is None else [source.folder, source.adapter]
+    recipes = [load_recipe(folder / RECIPE) for folder in folders if (folder / RECIPE).is_file()]
+    return frozenset().union(*(recipe.evomerge.digests for recipe in recipes))
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: config.json is missing; a model folder holds config.json and weights.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); repair or download it again.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{path}: model_type is missing; expected the config.json of a Hugging Face model.")
+    return config
+
+
+def tensor_table(source: ModelSource | Path) -> dict[str, TensorInfo]:
+    """Every tensor of a source by name, from the safetensors headers."""
+    return Weights(source).table
+
+
+class Weights:
+    """The tensors of a source, read one at a time, adapters merged in.
+
+    table: every tensor's name, with the dtype and shape that `read` gives it.
+    """
+
+    def __init__(self, source: ModelSource | Path) -> None:
+        """Reads the headers, no values."""
+        self.source = source if isinstance(source, ModelSource) else ModelSource(source)
+        self._files = TensorFiles()
+        self._stored = self.table = _model_table(self.source.folder)
+        self._adapter: Adapter | None = None
+        if self.source.adapter is not None:
+            kind = model_config(self.source.folder)["model_type"]
+            naming = _naming(self.source.folder)
+            renamed = {held: name for name, held in naming.whole.items() if held != name} if naming else {}
+            tied = self._tied(renamed.get(HEAD_NAMES[0], HEAD_NAMES[0]))
+            self._adapter = load_adapter(self.source.adapter, self._stored, renamed, kind in CONV1D, tied)
+            if self._adapter.head is not None and tied is not None:
+                self._stored = {**self._stored, tied[0]: self._stored[tied[1]]}
+            self.table = self._adapter.adapt_table(self._stored)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The tensors that an adapter stores whole."""
+        return () if self._adapter is None else tuple(self._adapter.replaced)
+
+    def find(self, name: str) -> TensorInfo | None:
+        """A tensor's entry in the table; for the head of a model that ties it, that of its embedding."""
+        return self.table.get(self._name(name))
+
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor that `find` finds, on the CPU in its storage dtype; not to be written to.
+
+        It is memory-mapped where no adapter changes it.
+        """
+        found = self._name(name)
+        if found not in self._stored:
+            raise InputError(f"{self.source}: the weights lack {name}; {choices(name, self._stored)}.")
+        tensor = self._files.read(self._stored[found])
+        return tensor if self._adapter is None else self._adapter.adapt(found, tensor, self._files.read)
+
+    def close(self) -> None:
+        """Gives back the memory that reading has mapped, as soon as no tensor needs it."""
+        self._files.close()
+
+    def _name(self, name: str) -> str:
+        if name in self.table or name not in HEAD_NAMES:
+            return name
+        embeddings = [known for known in self.table if _EMBEDDING.search(known)]
+        return embeddings[0] if len(embeddings) == 1 and _ties(self.source.folder) else name
+
+    def _tied(self, head: str) -> tuple[str, str] | None:
+        """The head and the embedding that stands for it, of a model that ties them."""
+        embedding = self._name(head)
+        return (head, embedding) if embedding != head else None
+
+    @property
+    def own_head(self) -> str | None:
+        """The name of the head, where it is a tensor of its own."""
+        return next((name for name in HEAD_NAMES if name in self.table), None)
+
+
+def _ties(folder: Path) -> bool:
+    """Whether a model's head is its embedding: as transformers makes the model, or else as its config says."""
+    naming = _naming(folder)
+    if naming is not None:
+        return any(head in naming.tied for head in HEAD_NAMES)
+    return bool(model_config(folder).get("tie_word_embeddings"))
+
+
+def untied_head(sources: Iterable[Weights]) -> str | None:
+    """The name of the head in a merge of sources of which one has a head of its own: then the merge has, too, and in
+    sources that tie it the embedding stands for it. None where all of them tie it."""
+    return next((source.own_head for source in sources if source.own_head is not None), None)
+
+
+def _model_table(folder: Path) -> dict[str, TensorInfo]:
+    """A model's tensors by the names that transformers would write, whatever the names in its files are."""
+    table: dict[str, TensorInfo] = {}
+    for file in _weight_files(folder):
+        table |= read_header(file)
+    table = {name: info for name, info in table.items() if not _BUFFER.search(name)}
+    if not (folder / "config.json").exists():
+        return table
+    naming = _naming(folder)
+    if naming is not None:
+        read = naming.read_from({name: info.shape for name, info in table.items()})
+        table = {name: _cut(table[stored], piece) for name, (stored, piece) in read.items()}
+    if any(head in table for head in HEAD_NAMES) and _ties(folder):
+        table = {name: info for name, info in table.items() if name not in HEAD_NAMES}
+    return table
+
+
+def _cut(info: TensorInfo, piece: "Piece | None") -> TensorInfo:
+    return info if piece is None else replace(info, shape=piece.shape, piece=piece)
+
+
+def _naming(folder: Path) -> "Naming | None":
+    """How transformers calls the tensors of a folder's model; None where it cannot build the model, which is told when
+    the model is wanted."""
+    from evomerge.merging.naming import naming_in
+
+    try:
+        return naming_in(folder)
+    except InputError:
+        return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{index}: not a readable safetensors index ({error}); download it again.") from None
+        for name in names:
+            if Path(name).name != name or name in ("", ".."):
+                raise InputError(f"{index}: shard '{name}' lies outside the model folder; refused.")
+            if not (folder / name).exists():
+                raise InputError(f"{folder}: shard {name} named by {INDEX} is missing; download it again.")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder}: weights are pickled ({pickles[0]}), and a pickle can run code when it is opened; "
+            "convert them to safetensors (model.save_pretrained) first."
+        )
+    raise InputError(f"{folder}: holds no {WEIGHTS}; expected a Hugging Face model in safetensors.")
+
+
+def merged_table(sources: Iterable[ModelSource]) -> dict[str, TensorInfo]:
+    """The tensors of a merge: those of the first source, which is the base, and a head where only others have one."""
+    weights = [Weights(source) for source in sources]
+    return with_head(weights[0], untied_head(weights))
+
+
+def with_head(weights: Weights, head: str | None) -> dict[str, TensorInfo]:
+    """A model's table, with its embedding for a head where only others have one of their own."""
+    info = weights.find(head) if head is not None else None
+    return weights.table | ({head: info} if head is not None and info is not None else {})
+
+
+def load_tensors(source: ModelSource | Path, names: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
+    """The named tensors of a source, or all of them, in their storage dtypes."""
+    weights = Weights(source)
+    return {name: weights.read(name) for name in (weights.table if names is None else names)}
+
+
+def identity(source: ModelSource) -> str:
+    """16 hexadecimal digits that change when a source's files do: config, sizes, headers, the first and last MiB.
+
+    Reads a few MiB of each file, so that terabytes take no longer than seconds.
+    """
+    digest = hashlib.sha256()
+    files = [source.folder / "config.json", *_weight_files(source.folder)]
+    if source.adapter is not None:
+        files += [source.adapter / ADAPTER_CONFIG, source.adapter / ADAPTER_WEIGHTS]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            if file.suffix == ".safetensors":
+                digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
+            for start in (stream.tell(), max(stream.tell(), size - _SAMPLE)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]

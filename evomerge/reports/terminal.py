@@ -1,0 +1,385 @@
+"""What people see: rich tables and a live view on a terminal, plain lines elsewhere. The only module that imports
+rich.
+"""
+
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from evomerge.archive.archive import Archive
+from evomerge.config.search import SearchConfig
+from evomerge.evidence.comparison import sentence
+from evomerge.reports import views
+from evomerge.reports.progress import pace_of
+from evomerge.runs.journal import OpenRun
+from evomerge.search.criteria import criteria_of
+
+TITLES = {"subset": "search", "search": "search", "selection": "selection", "heldout": "held-out"}
+_RATE_WINDOW = 40
+_PLAIN_EVERY = 25
+_FRONT_ROWS = 8
+_REDRAW = 0.5
+_NAME = 12  # characters of a column's name that stand in one line
+_WORDS = 30  # characters of a text that stand in one line
+_LARGE = 1e6
+_REASONS = 8  # of failures, that a status lists
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that wraps nothing when its output goes to a file or a pipe."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    told = made.is_terminal or "COLUMNS" in os.environ
+    return made if told else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
+
+
+class SearchView:
+    """Follows a search: a live table and progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, output: Console) -> None:
+        self._console = output
+        self._run: OpenRun | None = None
+        self._finished: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._live: Live | None = None
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}")
+        )
+        self._task: Any = None
+        self._count = 0
+        self._truncated: set[str] = set()
+        self._drawn = 0.0
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """A listener of `Search`."""
+        if event == "starting" and self._console.is_terminal:
+            self._say("starting workers ...")
+        elif event == "warning":
+            self._say(f"warning: {fields['message']}")
+        elif event == "opened":
+            self._open(fields["run"])
+        elif event == "workers":
+            self._say(f"{fields['count']} worker(s) ready")
+        elif event == "start":
+            self._say(f"controls evaluated; the search starts at {fields['control']}")
+        elif event == "evaluated":
+            self._evaluated(fields)
+        if event == "finished":
+            self.close()
+
+    def _open(self, run: OpenRun) -> None:
+        self._run = run
+        status = views.status(run.archive, run.config, running=True)
+        self._total = status["budget"] + status["controls"]["total"]
+        self._count = status["evaluations"] + status["controls"]["done"]
+        self._say(
+            f"{run.directory}: {len(run.prepared.space.genes)} genes, {len(run.config.objectives)} objectives, "
+            f"{status['budget']} candidates and {status['controls']['total']} controls"
+            + (f"; {self._count} already recorded" if self._count else "")
+        )
+        if self._console.is_terminal:
+            self._task = self._progress.add_task("search", total=self._total, completed=self._count, pace="")
+            self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def _evaluated(self, fields: dict[str, Any]) -> None:
+        assert self._run is not None
+        truncated = fields["evaluation"].truncated
+        if truncated and fields["split"] not in self._truncated:
+            self._truncated.add(fields["split"])
+            self._say(f"warning: {fields['split']} items: {truncation(truncated)}")
+        if fields["evaluation"].failed:
+            self._say(f"{fields['candidate'].id} failed: {fields['evaluation'].error}")
+        if fields["split"] not in ("search", "subset"):
+            if self._live is not None:
+                self._progress.update(self._task, description=f"{TITLES[fields['split']]} scores", pace="")
+            return
+        if fields["split"] == "search" and self._run.archive.find(fields["candidate"].id, "subset") is not None:
+            return  # counted when it was scored on the subset
+        self._count += 1
+        self._finished.append(time.monotonic())
+        if self._live is not None:
+            self._progress.update(self._task, completed=self._count, pace=self._pace())
+            if self._finished[-1] - self._drawn >= _REDRAW:  # a front of thousands takes a while to work out
+                self._drawn = self._finished[-1]
+                self._live.update(Group(*self._tables(), self._progress))
+        elif self._count % _PLAIN_EVERY == 0 or self._count == self._total:
+            self._say(self._line())
+
+    def _pace(self) -> str:
+        return str(pace_of(self._finished, self._total - self._count)["pace"])
+
+    def _status(self) -> dict[str, Any]:
+        assert self._run is not None
+        return views.status(self._run.archive, self._run.config, running=True)
+
+    def _line(self) -> str:
+        status = self._status()
+        best = status["best"]
+        none = "none keeps to the constraints yet" if status["infeasible"] else "nothing scored yet"
+        shown = f"best {status['mean']} {number(best['mean'])} ({best['id']})" if best else none
+        return f"{self._count}/{self._total}  {shown}  front {status['front_size']}  {self._pace()}".rstrip()
+
+    def _tables(self) -> list[Table]:
+        assert self._run is not None
+        return progress_tables(self._status(), self._run.config, self._console.width)
+
+    def _say(self, text: str) -> None:
+        target = self._live.console if self._live is not None else self._console
+        target.print(escape(text))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table, with a cell for every row. Words may be wrapped; numbers and ids never are.
+
+    extra: whether it is left out where it would need a table of its own.
+    """
+
+    name: str
+    cells: Sequence[str]
+    words: bool = False
+    left: bool = False
+    extra: bool = False
+
+    @property
+    def header(self) -> str:
+        """Long names of metrics in several lines."""
+        return self.name if cell_len(self.name) <= _NAME else re.sub(r"([/:,])", r"\1\n", self.name)
+
+    @property
+    def longest(self) -> int:
+        return max(map(cell_len, self.cells), default=0)
+
+    @property
+    def least(self) -> int:
+        """The width that it takes at least: all of its cells, or a few words of them, and some of its name."""
+        return max(min(self.longest, _WORDS) if self.words else self.longest, min(cell_len(self.name), _NAME))
+
+
+def tables(title: str, columns: Sequence[Column], width: int) -> list[Table]:
+    """Tables that are no wider than `width` as far as their cells allow: the columns that do not fit beside each other
+    follow in further tables, which begin with the first column again."""
+    first, *others = columns
+    pages: list[list[Column]] = [[first]]
+    for column in others:
+        fits = len(pages[-1]) == 1 or _needed([*pages[-1], column]) <= width
+        if not fits and not column.extra:
+            pages.append([first])
+        if fits or not column.extra:
+            pages[-1].append(column)
+    titles = [title, *[f"{title} (continued)" if title else ""] * (len(pages) - 1)]
+    return [_table(name, page, width) for name, page in zip(titles, pages, strict=True)]
+
+
+def _needed(columns: Sequence[Column]) -> int:
+    """The width of a table: every column has a blank on each side and a line behind it."""
+    return 1 + sum(column.least + 3 for column in columns)
+
+
+def _table(title: str, columns: Sequence[Column], width: int) -> Table:
+    """Its widths are set, since rich would cut numbers to make room. Words get what is left."""
+    needed = _needed(columns)
+    left = max(0, width - needed)
+    more = {id(column): min(left, max(0, column.longest - column.least)) for column in columns if column.words}
+    table = Table(title=escape(title), title_justify="left", width=needed + sum(more.values()))
+    for column in columns:
+        table.add_column(
+            escape(column.header),
+            justify="left" if column.left or column.words else "right",
+            width=column.least + more.get(id(column), 0),
+            overflow="fold",
+        )
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def show_table(output: Console, title: str, columns: Sequence[Column]) -> None:
+    """A table, in several where the terminal is too narrow. Where one column already is, the terminal wraps lines:
+    nothing is cut."""
+    for table in tables(title, columns, output.width):
+        output.print(table)
+
+
+def show_scores(
+    output: Console,
+    title: str,
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    config: SearchConfig,
+    split: str,
+    mean: str = "mean",
+) -> None:
+    """Rows of (name, view) with one column per metric, and the mean of the objectives by the name that it goes by."""
+    found = [row[split] for _, row in rows]
+    key = "mean" if split == "scores" else f"{split}_mean"
+    columns = [Column("", [name for name, _ in rows], left=True)]
+    columns += [Column(metric.name, [_score(scores, metric.name) for scores in found]) for metric in config.measured]
+    show_table(output, title, [*columns, Column(mean, [_mean(row[key]) for _, row in rows])])
+
+
+def _score(scores: dict[str, float] | None, name: str) -> str:
+    return number(scores[name]) if scores else "–"
+
+
+def number(value: float) -> str:
+    """Three decimals; powers of ten for what would fill a line, as perplexities can."""
+    return f"{value:.3f}" if abs(value) < _LARGE else f"{value:.3e}"
+
+
+def _mean(mean: float | None) -> str:
+    return number(mean) if mean is not None else "–"
+
+
+def _explain(output: Console, mean: str) -> None:
+    """What a mean of unlike scores is."""
+    if mean != "mean":
+        output.print(
+            f"{mean}: how far the objectives lie above the base's, weighted, each in units of the range of base, "
+            "parents and uniform merge on search items",
+            markup=False,
+        )
+
+
+def show_result(output: Console, run: OpenRun) -> None:
+    """The tables at the end of a run: the head of the front, then controls and evolved best on held-out items."""
+    show_front(output, run.archive, run.config, _FRONT_ROWS)
+    rows = views.comparison(run.archive, run.config)
+    chosen_on = "search items" if run.config.items.selection is None else "other items"
+    mean = criteria_of(run.archive, run.config).mean_name
+    show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout", mean)
+    _explain(output, mean)
+    show_evidence(output, views.evidence(run.archive, run.config))
+
+
+def show_evidence(output: Console, evidence: dict[str, Any]) -> None:
+    """What the best candidate gains over the best parent and the best control, and what it keeps of each parent."""
+    for row in evidence["against"]:
+        output.print(f"{evidence['candidate']}, beside the {row['role']}: {sentence(row)}", markup=False)
+    rows = evidence["retention"]
+    if not rows:
+        return
+    columns = [
+        Column("", [row["parent"] for row in rows], left=True),
+        Column("its best", [row["metric"] for row in rows], left=True),
+        Column("its score", [number(row["parent_score"]) for row in rows]),
+        Column("candidate's", [number(row["score"]) for row in rows]),
+        Column("kept", ["–" if row["kept"] is None else f"{row['kept']:.0%}" for row in rows]),
+    ]
+    show_table(output, f"Kept of each parent, on {TITLES[rows[0]['items']]} items", columns)
+
+
+def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
+    """The front, with search and held-out scores side by side."""
+    found, mean = views.front(archive, config), criteria_of(archive, config).mean_name
+    rows = found[:most]
+    title = f"Pareto front: {len(found)} candidates" + (f", the best {most}" if most and most < len(found) else "")
+    columns = [
+        Column("", [row["id"] for row in rows], left=True),
+        *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in config.measured),
+        Column(mean, [f"{_mean(row['mean'])} / {_mean(row['heldout_mean'])}" for row in rows]),
+    ]
+    show_table(output, f"{title}, on search / held-out items", [*columns, *_notes(rows)])
+    _explain(output, mean)
+
+
+def _both(row: dict[str, Any], name: str) -> str:
+    return f"{_score(row['scores'], name)} / {_score(row['heldout'], name)}"
+
+
+def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> None:
+    """Every candidate with its search scores, its mean on search and held-out items, and why it lacks either."""
+    rows, mean = views.candidates(archive, config), criteria_of(archive, config).mean_name
+    columns = [
+        Column("id", [row["id"] for row in rows], left=True),
+        *(Column(metric.name, [_score(row["scores"], metric.name) for row in rows]) for metric in config.measured),
+        Column(mean, [_mean(row["mean"]) for row in rows]),
+        Column(f"held-out {mean}", [_mean(row["heldout_mean"]) for row in rows]),
+        Column("items", [str(row["items"]) for row in rows]),
+        *_notes(rows),
+        Column("fingerprint", [row["fingerprint"] or "–" for row in rows], left=True, extra=True),
+    ]
+    show_table(output, "", columns)
+    _explain(output, mean)
+
+
+def _notes(rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """A column of what is to be said of candidates, if there is anything."""
+    notes = [_note(row) for row in rows]
+    return [Column("note", notes, words=True)] if any(notes) else []
+
+
+def _note(row: dict[str, Any]) -> str:
+    """Why a candidate has no scores, may not win, or has no held-out scores."""
+    if row["error"]:
+        return f"failed: {row['error']}"
+    breaks = ["breaks a constraint"] if row["feasible"] is False else []
+    return "; ".join(dict.fromkeys([*breaks, *filter(None, [row["heldout_missing"]])]))
+
+
+def progress_tables(status: dict[str, Any], config: SearchConfig, width: int) -> list[Table]:
+    """The best candidate so far, and the best score of any candidate on each objective."""
+    best = status["best"]
+    if not best or not best["scores"]:
+        return []
+    leaders = status["best_per_objective"]
+    columns = [Column("", [f"best, {best['id']}", "best on each"], left=True)]
+    for name in (objective.name for objective in config.objectives):
+        leader = leaders[name]
+        columns.append(Column(name, [number(best["scores"][name]), number(leader["score"]) if leader else "–"]))
+    figures = {
+        status["mean"]: number(best["mean"]),
+        "front": str(status["front_size"]),
+        "failed": str(status["failed"]),
+    }
+    return tables("", [*columns, *(Column(name, [figure, ""]) for name, figure in figures.items())], width)
+
+
+def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -> None:
+    output.print(
+        f"{status['state']}: {status['evaluations']}/{status['budget']} candidates, "
+        f"{status['controls']['done']}/{status['controls']['total']} controls"
+        + (f", {status['pace']}" if status.get("pace") else "")
+    )
+    for table in progress_tables(status, config, output.width):
+        output.print(table)
+    show_failures(output, status["failures"])
+    show_evidence(output, status["evidence"])
+
+
+def show_failures(output: Console, counts: dict[str, int]) -> None:
+    """The commonest reasons for which candidates have no scores."""
+    for reason, count in list(counts.items())[:_REASONS]:
+        output.print(f"{count} failed: {reason}", markup=False)
+    if len(counts) > _REASONS:
+        rest = sum(list(counts.values())[_REASONS:])
+        output.print(f"{rest} failed for other reasons (`evomerge candidates` lists them)", markup=False)
+
+
+def truncation(count: int) -> str:
+    return f"{count} prompts do not fit the model's context and lose their beginning, as in lm-eval."
+
+
+def fail(message: str) -> None:
+    """One line on standard error."""
+    print(f"evomerge: {message}", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """A sentence that the user should read, though the work goes on."""
+    fail(f"warning: {message}")

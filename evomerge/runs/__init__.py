@@ -1,0 +1,1 @@
+"""Run directories, and searches as jobs of a cluster."""

@@ -1,0 +1,175 @@
+"""A run directory: made, locked, run, resumed, read.
+
+It holds search.yaml (resolved and frozen), archive.db, log.jsonl (one line per event) and best.yaml; all but the first
+two are derived from them.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, suppress
+from pathlib import Path
+from typing import Any
+
+from evomerge.archive.archive import Archive
+from evomerge.archive.storage import check_storage, presence, study_prefix
+from evomerge.config import files
+from evomerge.config.search import SearchConfig
+from evomerge.errors import InputError, WorkFailed, naming
+from evomerge.files import DATABASE, SEARCH_FILE, TASKS, check_writable, write_text
+from evomerge.runs.journal import LOG_FILE, OpenRun, _Journal
+from evomerge.runs.lock import LOCK, run_lock
+from evomerge.search.loop import Search
+from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
+from evomerge.workers import Listener, WorkerPool
+from evomerge.workers.pools import make_pool
+
+
+def start(
+    search_file: Path,
+    directory: Path,
+    overrides: Sequence[str],
+    address: str | None,
+    listener: Listener,
+    again: bool = False,
+) -> OpenRun:
+    """Runs a search file in a new directory, or with `again` goes on where the directory holds that search already.
+
+    Raises InputError before anything is written, so the pool comes first.
+    """
+    held = _held(directory)
+    if held and SEARCH_FILE not in held:
+        raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
+    prepared = prepare_file(search_file, overrides)
+    if SEARCH_FILE in held:
+        if not again or not _same_search(directory, prepared.config):
+            raise InputError(_occupied(directory, prepared.config))
+        return _go_on(directory, prepared, address, listener)
+    check_writable(directory)
+    with naming(search_file):
+        check_storage(prepared.config.storage)
+    for warning in prepared.warnings:
+        listener("warning", {"message": warning})
+    listener("starting", {})
+    with closing(make_pool(prepared.config, address)) as pool:
+        directory.mkdir(parents=True, exist_ok=True)
+        with run_lock(directory), _present(directory, prepared.config):
+            if (directory / SEARCH_FILE).exists():  # somebody was faster
+                raise InputError(_occupied(directory, prepared.config))
+            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+            return _run(OpenRun(directory, prepared, _archive(directory, prepared)), pool, listener)
+
+
+def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
+    """Goes on with an interrupted run, or with a finished one whose budget has grown."""
+    return _go_on(directory, _reopen(directory, overrides), address, listener)
+
+
+def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
+    _check_archive_kept(directory, prepared.config)
+    with run_lock(directory), _present(directory, prepared.config):
+        run = OpenRun(directory, prepared, _archive(directory, prepared))
+        check_sources(run)
+        listener("starting", {})
+        with closing(make_pool(prepared.config, address)) as pool:
+            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+            return _run(run, pool, listener)
+
+
+def check_sources(run: OpenRun) -> None:
+    """Raises InputError where a source model's files are not those that the search began with."""
+    with naming(run.directory / SEARCH_FILE):
+        run.archive.check_sources(identities(run.config))
+
+
+def read(directory: Path) -> OpenRun:
+    """A run as it stands, for looking at it; another process may be writing to it."""
+    prepared = _reopen(directory)
+    _check_archive_kept(directory, prepared.config)
+    if prepared.config.storage is None and not (directory / DATABASE).exists():
+        raise InputError(f"{directory}: {DATABASE} is missing, so nothing has been evaluated; resume the run first.")
+    return OpenRun(directory, prepared, _archive(directory, prepared))
+
+
+def _reopen(directory: Path, overrides: Sequence[str] = ()) -> Prepared:
+    config = read_config(directory, overrides)
+    with naming(directory / SEARCH_FILE):
+        return reopen(config)
+
+
+def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such run directory; give the folder that `evomerge run` made.")
+    if not (directory / SEARCH_FILE).exists():
+        raise InputError(f"{directory}: holds no {SEARCH_FILE}, so it is no run directory; check the path.")
+    return files.load(directory / SEARCH_FILE, overrides)
+
+
+def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[None]:
+    """The lock that others than this directory's see, where the archive is shared."""
+    return presence(config.storage, study_prefix(directory, config))
+
+
+def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
+    """Raises InputError where the log tells of an archive that is gone: going on would begin all over, silently."""
+    database = directory / DATABASE
+    gone = not database.exists() or (database.is_file() and database.stat().st_size == 0)
+    if config.storage is None and gone and (directory / LOG_FILE).exists():
+        raise InputError(
+            f"{database}: is {'empty' if database.exists() else 'missing'}, though {LOG_FILE} tells of evaluations; "
+            "restore it from a copy, or run the search again in a new directory."
+        )
+
+
+def _archive(directory: Path, prepared: Prepared) -> Archive:
+    return Archive(directory, prepared.config, prepared.space.genes)
+
+
+def _held(directory: Path) -> list[str]:
+    """The names in a directory that is to hold a run."""
+    try:
+        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS))
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise InputError(
+            f"{directory}: expected a folder for the run, found a file; choose another --output."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be used ({error.strerror}); choose another --output.") from None
+
+
+def _same_search(directory: Path, config: SearchConfig) -> bool:
+    held = read_config(directory)
+    return (held.digest(), held.storage) == (config.digest(), config.storage)
+
+
+def _occupied(directory: Path, config: SearchConfig) -> str:
+    if _same_search(directory, config):
+        return f"{directory}: already holds this search; go on with `evomerge resume {directory}`."
+    return (
+        f"{directory}: already holds another search; choose another --output, or resume that one with "
+        f"`evomerge resume {directory}`."
+    )
+
+
+def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
+    run.archive.record_sources(identities(run.config))
+    if run.prepared.seen is not None:
+        run.archive.record_seen(run.prepared.seen)
+    journal = _Journal(run)
+    journal("started", {"process": os.getpid(), "recorded": len(run.archive.tried())})
+
+    def tell(event: str, fields: dict[str, Any]) -> None:
+        journal(event, fields)
+        listener(event, fields)
+
+    listener("opened", {"run": run})
+    try:
+        journal("workers", {"count": pool.size, "pool": run.config.workers.pool})
+        listener("workers", {"count": pool.size})
+        Search(run.config, run.prepared.space, run.archive, pool, tell).run()
+    except BaseException as error:
+        with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
+            journal("stopped", {"reason": type(error).__name__, "message": str(error)})
+        raise
+    return run

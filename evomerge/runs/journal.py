@@ -1,0 +1,87 @@
+"""An open run, and what is written beside its archive while it goes on: log.jsonl and best.yaml."""
+
+import json
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.archive.archive import Archive, Record
+from evomerge.config.search import SearchConfig
+from evomerge.export.recipe import shared_recipe
+from evomerge.files import unwritten, write_text
+from evomerge.search.best import best_found, means
+from evomerge.search.criteria import criteria_of
+from evomerge.search.preparation import Prepared
+
+LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run directory with its archive in memory."""
+
+    directory: Path
+    prepared: Prepared
+    archive: Archive
+
+    @property
+    def config(self) -> SearchConfig:
+        return self.prepared.config
+
+
+class _Journal:
+    """Appends events to log.jsonl and keeps best.yaml up to date."""
+
+    def __init__(self, run: OpenRun) -> None:
+        self._run = run
+        _end_line(run.directory / LOG_FILE)
+        best = best_found(run.archive, run.config)
+        self._best = means([best], criteria_of(run.archive, run.config))[0] if best else -math.inf
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        line = {"time": round(time.time(), 3), "event": event, **_plain(fields)}
+        try:
+            with (self._run.directory / LOG_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise unwritten(self._run.directory / LOG_FILE, error) from None
+        if event == "evaluated" and fields["split"] == "search":
+            criteria = criteria_of(self._run.archive, self._run.config)
+            mean = means([Record(fields["candidate"], fields["evaluation"])], criteria)[0]
+            if mean > self._best and criteria.feasible(fields["evaluation"]):
+                self._best = mean
+                self._write_best()
+        elif event == "finished":
+            self._write_best()
+
+    def _write_best(self) -> None:
+        best = best_found(self._run.archive, self._run.config)
+        if best is None:
+            (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search can have moved the choice
+            return
+        recipe = shared_recipe(best, self._run.archive, self._run.config)
+        write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
+
+
+def _end_line(log: Path) -> None:
+    """Cuts off the line that a kill or a full disk has left half-written."""
+    with suppress(FileNotFoundError), log.open("rb+") as stream:
+        whole = stream.read().rfind(b"\n") + 1
+        stream.truncate(whole)
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """An event's fields as JSON takes them."""
+    if "candidate" not in fields:
+        return fields
+    evaluation = fields["evaluation"]
+    return {
+        "id": fields["candidate"].id,
+        "split": fields["split"],
+        "scores": evaluation.scores,
+        "error": evaluation.error,
+        "seconds": round(evaluation.seconds, 4),
+    }

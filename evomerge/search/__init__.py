@@ -1,0 +1,1 @@
+"""The search: prepared, started from its controls, run by generations or asynchronously."""

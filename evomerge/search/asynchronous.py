@@ -1,0 +1,77 @@
+"""The asynchronous schedule: each evaluation is told as it arrives, and no worker waits for another's.
+
+What is proposed then depends on who finishes first, and so on the number of workers and on chance. The archive makes
+it repeatable: it holds each evaluation's `Arrival`, and a resumed search goes through the same asks and tells again. An
+archive is a function of its config and of the recorded order, and of nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evomerge.archive.archive import Arrival, Record
+from evomerge.candidate import Candidate, Evaluation
+from evomerge.config.search import SearchConfig
+from evomerge.errors import WorkFailed
+from evomerge.optimizers.base import Optimizer
+from evomerge.optimizers.pareto import Scores
+from evomerge.search.generations import propose
+from evomerge.spaces import SearchSpace
+from evomerge.workers import Job
+
+
+@dataclass
+class AsyncSchedule:
+    """An optimizer that is asked whenever a worker has nothing to do, cut off at the budget.
+
+    told: turns evaluations into the scores that the optimizer is told.
+    """
+
+    optimizer: Optimizer
+    space: SearchSpace
+    config: SearchConfig
+    told: Callable[[Sequence[Evaluation]], Scores]
+    _asked: int = field(init=False, default=0)
+    _arrived: int = field(init=False, default=0)
+    _created: int = field(init=False, default=0)
+    _exhausted: bool = field(init=False, default=False)
+    _queue: dict[str, tuple[int, Candidate]] = field(init=False, default_factory=dict)
+
+    def next(self) -> Job | None:
+        while not self._queue and self._created < self.config.budget and not self._exhausted:
+            self._ask()
+        identity = next(iter(self._queue), None)
+        if identity is None or self._queue[identity][0] >= self.config.budget:
+            return None
+        return Job(self._queue.pop(identity)[1], "search")
+
+    def _ask(self) -> None:
+        genomes = self.optimizer.ask()
+        self._exhausted = len(genomes) == 0
+        for index, genome in enumerate(genomes):
+            candidate = propose(self.space, genome, self._asked, index)
+            self._queue[candidate.id] = (self._created + index, candidate)
+        self._created += len(genomes)
+        self._asked += 1
+
+    def arrival(self) -> Arrival:
+        return Arrival(self._arrived, self._asked)
+
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        self.optimizer.tell(np.array(job.candidate.genome)[np.newaxis], self.told([evaluation]))
+        self._arrived += 1
+
+    def replayed(self, record: Record) -> Job:
+        """The job of the next recorded arrival, asked for as it was then. Raises WorkFailed where the optimizer
+        never proposes it."""
+        assert record.arrival is not None
+        while self._asked < record.arrival.asked and not self._exhausted:
+            self._ask()
+        identity = record.candidate.id
+        if record.arrival.number != self._arrived or identity not in self._queue:
+            raise WorkFailed(
+                f"candidate {identity} is recorded as arrival {record.arrival.number}, which the search does not come "
+                "to again; restore the archive from a copy."
+            )
+        return Job(self._queue.pop(identity)[1], "search")

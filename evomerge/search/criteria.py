@@ -1,0 +1,222 @@
+"""Criteria: what makes one candidate better than another, as arrays: objectives, and limits that a winner keeps to.
+
+A mean over objectives needs one scale. Accuracies and other scores between 0 and 1 are averaged as they are. Where any
+other objective has a weight (a perplexity, a BLEU, a cost), the mean is one of gains: each objective's distance above
+the base, in units of the range of base, parents and uniform merge on search items.
+
+A candidate that breaks a limit is infeasible: it comes after every feasible one, the less it breaks the better (Deb
+2000, doi:10.1016/S0045-7825(99)00389-8), and it is never on the front, never the best and never exported.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.archive.archive import Archive
+from evomerge.candidate import Evaluation
+from evomerge.config.base import Split
+from evomerge.config.scoring import ConstraintConfig, ObjectiveConfig
+from evomerge.config.search import SearchConfig
+from evomerge.errors import WorkFailed
+from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.ranking import weighted_means
+from evomerge.search.controls import BASE, PARENT, UNIFORM
+
+_ROUNDING = 1e-9
+_OTHER_SCALES = {  # metrics whose scores may lie between 0 and 1 by chance
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "bleu",
+    "chrf",
+    "ter",
+}
+_NEARLY_NOTHING = 1e-3  # of the largest score of a control: a range below that says nothing of an objective's scale
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a score must reach: a share of a parent's, or not more than a cost's maximum.
+
+    bound: where larger is better, so of the negated score where `sign` is -1; NaN while the parent's score is not
+    known, and then nobody reaches it. source: where the bound comes from, in a phrase.
+    """
+
+    name: str
+    sign: float
+    bound: float
+    source: str
+
+    def violation(self, evaluation: Evaluation) -> float:
+        """By how much an evaluation misses the bound, as a share of it: 0 where it does not, NaN for a failure."""
+        if evaluation.scores is None:
+            return np.nan
+        missing = (self.bound - self.sign * evaluation.scores[self.name]) / (abs(self.bound) or 1.0)
+        return np.inf if np.isnan(missing) else float(missing) if missing > _ROUNDING else 0.0
+
+    def __str__(self) -> str:
+        side = "at least" if self.sign > 0 else "at most"
+        return f"{self.name} {side} {round(self.sign * self.bound, 3):.12g} ({self.source})"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Where the gain of an objective is 0 and where it is 1, of scores turned so that larger is better."""
+
+    zero: float
+    unit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Criteria:
+    """The objectives and limits of a search on one split's items.
+
+    scales: by objective, how its scores become gains; none where all of them can be averaged as they are.
+    """
+
+    objectives: tuple[ObjectiveConfig, ...]
+    limits: tuple[Limit, ...] = ()
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+
+    @property
+    def mean_name(self) -> str:
+        """What the mean is called in tables and sentences."""
+        return "mean gain" if self.scales else "mean"
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        return np.array([objective.weight for objective in self.objectives])
+
+    def violations(self, evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
+        """How far each evaluation breaks each limit, shape (n, limits); NaN for failures."""
+        rows = [[limit.violation(evaluation) for limit in self.limits] for evaluation in evaluations]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.limits))
+
+    def told(self, evaluations: Sequence[Evaluation]) -> Scores:
+        """Scores or gains, and violations, as optimizers are told them, shape (n, objectives + limits)."""
+        return np.hstack([self._comparable(evaluations), self.violations(evaluations)])
+
+    def eligible(self, evaluations: Sequence[Evaluation]) -> Scores:
+        """Scores or gains of those that may win, shape (n, objectives); NaN for failures and the infeasible."""
+        scores = self._comparable(evaluations)
+        scores[(self.violations(evaluations) > 0).any(axis=1)] = np.nan
+        return scores
+
+    def feasible(self, evaluation: Evaluation) -> bool:
+        return not evaluation.failed and not self.violations([evaluation]).any()
+
+    def means(self, evaluations: Sequence[Evaluation]) -> list[float]:
+        """The weighted mean of each evaluation's scores or gains, feasible or not; -inf for failures."""
+        return [float(mean) for mean in weighted_means(self._comparable(evaluations), self.weights)]
+
+    def _comparable(self, evaluations: Sequence[Evaluation]) -> Scores:
+        """Scores that can be averaged, larger is better, shape (n, objectives)."""
+        scores = score_matrix(evaluations, self.objectives)
+        for index, objective in enumerate(self.objectives):
+            scale = self.scales.get(objective.name)
+            if scale is not None:
+                scores[:, index] = (scores[:, index] - scale.zero) / scale.unit
+        return scores
+
+
+def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> Scores:
+    """Scores turned so that larger is better, shape (n, objectives); NaN for failures."""
+    rows = [
+        [np.nan] * len(objectives)
+        if evaluation.scores is None
+        else [sign_of(objective) * evaluation.scores[objective.name] for objective in objectives]
+        for evaluation in evaluations
+    ]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(objectives))
+
+
+def sign_of(metric: ObjectiveConfig | ConstraintConfig) -> float:
+    return -1.0 if metric.goal == "minimize" else 1.0
+
+
+def criteria_of(archive: Archive, config: SearchConfig, split: Split = "search") -> Criteria:
+    """A search's criteria on a split, by the scores that its parents have there. Costs are limited on search items: the
+    time that an evaluation takes depends on how many items there are."""
+    names = [BASE, *(f"{PARENT}-{name}" for name in config.models)]
+    found = {name: archive.find(name, split) for name in names}
+    parents = {name: record.evaluation for name, record in found.items() if record is not None}
+    limits = [_limit(each, config, parents) for each in config.constraints]
+    if split == "search":
+        limits += [Limit(cost.name, -1.0, -cost.max, "max") for cost in config.objectives if cost.max is not None]
+    return Criteria(config.objectives, tuple(limits), _scales(archive, config, split))
+
+
+def _scales(archive: Archive, config: SearchConfig, split: Split) -> dict[str, Scale]:
+    """How scores on a split become gains: 0 is the base on that split, the unit is the same on all splits. None where
+    all objectives with a weight lie between 0 and 1, and while no control has been scored."""
+    names = [BASE, *(f"{PARENT}-{name}" for name in config.models), UNIFORM]
+    searched = [archive.find(name, "search") for name in names]
+    known = [record.evaluation.scores for record in searched if record is not None and record.evaluation.scores]
+    weighted = [objective for objective in config.objectives if objective.weight]
+    if not known or all(_between_0_and_1(objective, known) for objective in weighted):
+        return {}
+    base = archive.find(BASE, split)
+    start = base.evaluation.scores if base is not None and base.evaluation.scores else known[0]
+    return {objective.name: _scale(objective, known, start) for objective in weighted}
+
+
+def _between_0_and_1(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]]) -> bool:
+    if objective.cost is not None or objective.metric in _OTHER_SCALES:
+        return False
+    return all(0 <= scores[objective.name] <= 1 for scores in known)
+
+
+def _scale(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]], base: Mapping[str, float]) -> Scale:
+    """known: scores of the controls, the base's first. Where these are nearly all the same, a gain of 1 is as much as
+    the base has."""
+    scores = [each[objective.name] for each in known]
+    spread, size = max(scores) - min(scores), max(map(abs, scores))
+    unit = spread if spread > _NEARLY_NOTHING * size else abs(scores[0]) or 1.0
+    return Scale(sign_of(objective) * base[objective.name], unit)
+
+
+def mean_of_scores(scores: Mapping[str, float] | None, objectives: Sequence[ObjectiveConfig]) -> float | None:
+    """The weighted mean of one model's scores where no control is known; None where they are on unlike scales."""
+    weighted = [objective for objective in objectives if objective.weight]
+    if scores is None or not all(_between_0_and_1(objective, [scores]) for objective in weighted):
+        return None
+    return Criteria(tuple(objectives)).means([Evaluation(scores=scores)])[0]
+
+
+def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[str, Evaluation]) -> Limit:
+    """parents: the evaluations of base and parents, as far as there are any."""
+    sign = sign_of(constraint)
+    names = _references(constraint, config)
+    known = {
+        name: sign * evaluation.scores[constraint.name]
+        for name in names
+        if (evaluation := parents.get(name)) is not None and evaluation.scores is not None
+    }
+    if not known or any(name not in parents for name in names):
+        return Limit(constraint.name, sign, np.nan, f"of {names[0]}'s")
+    best = max(known, key=lambda name: known[name])
+    bound = known[best] - (1 - constraint.retain) * abs(known[best])
+    return Limit(constraint.name, sign, bound, f"of {best}'s {sign * known[best]:.3f}")
+
+
+def _references(constraint: ConstraintConfig, config: SearchConfig) -> list[str]:
+    """The controls that a constraint compares with."""
+    if constraint.of is None and config.models:
+        return [f"{PARENT}-{name}" for name in config.models]
+    return [BASE if constraint.of in (None, "base") else f"{PARENT}-{constraint.of}"]
+
+
+def check_limits(archive: Archive, config: SearchConfig, criteria: Criteria) -> None:
+    """Raises WorkFailed where no parent that a constraint compares with could be scored."""
+    for index, constraint in enumerate(config.constraints):
+        limit = criteria.limits[index]
+        name = _references(constraint, config)[0]
+        record = archive.find(name, "search")
+        if np.isnan(limit.bound) and record is not None:
+            raise WorkFailed(
+                f"constraints[{index}] keeps a share of what {name} scores on {limit.name}, but {name} could not be "
+                f"evaluated ({record.evaluation.error}); mend it, or compare with another."
+            )

@@ -1,0 +1,132 @@
+"""Pipelined generations: g0..g_lag are asked at once, then tell(g) and ask(g + lag + 1) strictly alternate, so that
+proposals depend neither on timing nor on the number of workers (`evomerge.asynchronous` gives that up for busier ones).
+
+With subsets, a generation is scored on its subset first; once all generations before it are done with, it is settled
+who is scored on all search items.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.candidate import Candidate, Evaluation, Subset
+from evomerge.config.search import SearchConfig
+from evomerge.optimizers.base import Optimizer
+from evomerge.search.criteria import Criteria
+from evomerge.search.subsets import Subsets
+from evomerge.spaces import Genome, SearchSpace
+from evomerge.workers import Job
+
+
+def propose(space: SearchSpace, genome: NDArray[np.float64], generation: int, index: int) -> Candidate:
+    """A proposed genome, shape (dimension,), as a candidate."""
+    return Candidate(
+        id=f"g{generation:04d}-{index:02d}",
+        kind="search",
+        generation=generation,
+        index=index,
+        recipe=space.decode(genome),
+        genome=tuple(genome.tolist()),
+    )
+
+
+@dataclass
+class _Generation:
+    """evaluations: on all search items, or estimates of that. screened: on the subset, where there is one."""
+
+    genomes: Genome
+    candidates: list[Candidate]
+    subset: Subset | None
+    evaluations: list[Evaluation | None]
+    screened: list[Evaluation | None]
+    halves: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return None not in self.evaluations
+
+
+@dataclass
+class Generations:
+    """The generations of an optimizer, cut off at the budget."""
+
+    optimizer: Optimizer
+    space: SearchSpace
+    config: SearchConfig
+    criteria: Criteria
+    subsets: Subsets | None = None
+    _asked: int = field(init=False, default=0)
+    _settled: int = field(init=False, default=0)
+    _told: int = field(init=False, default=0)
+    _created: int = field(init=False, default=0)
+    _exhausted: bool = field(init=False, default=False)
+    _open: dict[int, _Generation] = field(init=False, default_factory=dict)
+    _queue: deque[Job] = field(init=False, default_factory=deque)
+
+    def next(self) -> Job | None:
+        self._advance()
+        return self._queue.popleft() if self._queue else None
+
+    def _advance(self) -> None:
+        """Settles, tells and asks in their fixed order, as far as what has been received allows; tells only what leads
+        to an ask."""
+        self._settle()
+        while self._created < self.config.budget and not self._exhausted:
+            if self._asked - self._told <= self.config.optimizer.lag:
+                self._ask()
+            elif self._told < self._settled and self._open[self._told].complete:
+                self._tell()
+            else:
+                return
+
+    def _ask(self) -> None:
+        genomes = self.optimizer.ask()
+        self._exhausted = len(genomes) == 0
+        left = genomes[: self.config.budget - self._created]
+        candidates = [propose(self.space, genome, self._asked, index) for index, genome in enumerate(left)]
+        subset = self.subsets.draw(self._asked) if self.subsets is not None else None
+        self._queue.extend(Job(candidate, "search", subset) for candidate in candidates)
+        none: list[Evaluation | None] = [None] * len(candidates)
+        self._open[self._asked] = _Generation(genomes, candidates, subset, [*none], [*none])
+        self._created += len(candidates)
+        self._asked += 1
+
+    def _settle(self) -> None:
+        """Decides, one generation after the other, which of its candidates are scored on all search items."""
+        while self._settled < self._asked:
+            generation, before = self._open[self._settled], self._open.get(self._settled - 1)
+            seen = generation.evaluations if generation.subset is None else generation.screened
+            scored = [each for each in seen if each is not None]
+            if len(scored) < len(seen) or (before is not None and not before.complete):
+                return
+            if self.subsets is not None:
+                if before is not None:
+                    self.subsets.learn([each for each in before.evaluations if each and each.subset is None])
+                generation.halves = self.subsets.halves(scored)
+                if generation.subset is not None:
+                    generation.evaluations = self.subsets.settle(scored)
+            self._queue.extend(
+                Job(candidate, "search")
+                for candidate, evaluation in zip(generation.candidates, generation.evaluations, strict=True)
+                if evaluation is None
+            )
+            self._settled += 1
+
+    def _tell(self) -> None:
+        self._open.pop(self._told - 1, None)
+        generation = self._open[self._told]
+        evaluations = [evaluation for evaluation in generation.evaluations if evaluation is not None]
+        self.optimizer.tell(generation.genomes, self.criteria.told(evaluations))
+        if self.subsets is not None:
+            self.subsets.adapt(generation.halves)
+        self._told += 1
+
+    def arrival(self) -> None:
+        return None
+
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        generation = self._open[job.candidate.generation]
+        kept = generation.evaluations if job.subset is None else generation.screened
+        kept[job.candidate.index] = evaluation

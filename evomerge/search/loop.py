@@ -1,0 +1,192 @@
+"""The search: controls first, then ask, dispatch, tell, record, and held-out scores at the end.
+
+There is no special code for resuming: the loop runs from the start, and a candidate that the archive already holds is
+answered from there, once its genome has been compared.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from evomerge.archive.archive import Archive, Arrival, Record
+from evomerge.candidate import Candidate, Evaluation, Study
+from evomerge.config.base import Split
+from evomerge.config.search import SearchConfig
+from evomerge.errors import WorkFailed
+from evomerge.optimizers.base import Problem
+from evomerge.optimizers.make import make_optimizer
+from evomerge.optimizers.ranking import Ranking
+from evomerge.search.asynchronous import AsyncSchedule
+from evomerge.search.best import reported
+from evomerge.search.controls import (
+    essential_controls,
+    further_controls,
+    start_of_weights,
+    start_weights,
+)
+from evomerge.search.criteria import check_limits, criteria_of
+from evomerge.search.generations import Generations
+from evomerge.search.subsets import Subsets
+from evomerge.spaces import SearchSpace
+from evomerge.versions import versions
+from evomerge.workers import Job, Listener, WorkerPool
+
+
+def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
+    """A sentence for each metric on which all controls score the same: a search cannot tell candidates apart by it."""
+    known = [evaluation.scores for evaluation in controls if evaluation.scores is not None]
+    for metric in config.measured:
+        found = {scores[metric.name] for scores in known}
+        if metric.cost is None and len(found) == 1 and len(known) > 1:
+            yield (
+                f"{metric.name}: base, parents and uniform merge all score {found.pop():.3f}; look at what the task "
+                "asks and how it is answered, since a search on it may tell no candidates apart."
+            )
+
+
+class Schedule(Protocol):
+    """A source of jobs that waits for the evaluations of those it has handed out."""
+
+    def next(self) -> Job | None:
+        """The next job, or None while there is none to hand out."""
+        ...
+
+    def arrival(self) -> Arrival | None:
+        """What is recorded with the next evaluation that is received, where the order of receiving them counts."""
+        ...
+
+    def receive(self, job: Job, evaluation: Evaluation) -> None: ...
+
+
+class Batch:
+    """A fixed list of candidates, on one split."""
+
+    def __init__(self, candidates: Sequence[Candidate], split: Split = "search") -> None:
+        self._candidates = candidates
+        self._queue = deque(Job(candidate, split) for candidate in candidates)
+        self._received: dict[str, Evaluation] = {}
+
+    def next(self) -> Job | None:
+        return self._queue.popleft() if self._queue else None
+
+    def arrival(self) -> None:
+        return None
+
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        self._received[job.candidate.id] = evaluation
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """By candidate, in the order of the list: who finished first must not show."""
+        return {candidate.id: self._received[candidate.id] for candidate in self._candidates}
+
+
+@dataclass
+class Search:
+    """One search over a pool of workers, recorded in an archive."""
+
+    config: SearchConfig
+    space: SearchSpace
+    archive: Archive
+    pool: WorkerPool
+    listener: Listener
+
+    def run(self) -> None:
+        """Runs or resumes to the end of the budget. Interrupted anywhere, it goes on from the archive."""
+        self.pool.listener = self.archive.listener = self.listener
+        essential = Batch(essential_controls(self.config))
+        self._drain([essential])
+        further = Batch(further_controls(self.config, self.space))
+        self._drain([self._proposals(essential), further])
+        records = self.archive.records()
+        chosen = reported(records, criteria_of(self.archive, self.config))
+        for split in self.config.splits[1:]:
+            self._drain([Batch(chosen, split)])
+        self.listener("finished", {"evaluations": len(records)})
+
+    def _proposals(self, essential: Batch) -> Schedule:
+        """The optimizer, started at the best essential control (or where the space says)."""
+        criteria = criteria_of(self.archive, self.config)
+        scores = criteria.told(list(essential.evaluations.values()))
+        ranking = Ranking(criteria.weights, elite=self.config.optimizer.ranking == "elite")
+        ranking.observe(scores)
+        values = ranking.means(scores)
+        if not np.isfinite(values).any():
+            first = next(iter(essential.evaluations.values()))
+            raise WorkFailed(f"no control could be evaluated, so nothing else can be ({first.error}).")
+        check_limits(self.archive, self.config, criteria)
+        for warning in _without_difference(list(essential.evaluations.values()), self.config):
+            self.listener("warning", {"message": warning})
+        leader = list(essential.evaluations)[int(np.argmax(values))]
+        start = self.space.encode(start_weights(self.config, leader))
+        given = start_of_weights(self.config)
+        if given is not None:
+            start = self.space.encode(dict.fromkeys(self.config.models, given))
+        self.listener("start", {"control": leader})
+        weights = [start_weights(self.config, control) for control in essential.evaluations]
+        merges = np.array([bool(each) for each in weights])  # all but the base
+        encoded = [self.space.encode(each) for each in weights if each]
+        known = (np.stack(encoded), scores[merges]) if encoded else None
+        problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
+        optimizer = make_optimizer(self.config.optimizer, problem)
+        if self.config.optimizer.schedule == "pipelined":
+            subsets = Subsets(criteria, list(essential.evaluations.values())) if self.config.subsets is True else None
+            return Generations(optimizer, self.space, self.config, criteria, subsets)
+        schedule = AsyncSchedule(optimizer, self.space, self.config, criteria.told)
+        for record in self.archive.arrivals():
+            job = schedule.replayed(record)
+            self._check_replay(job, record)
+            schedule.receive(job, record.evaluation)
+        return schedule
+
+    def _drain(self, schedules: Sequence[Schedule]) -> None:
+        """Evaluates all that the schedules hand out, the first ones first. Two jobs per worker and one more are
+        kept in the pool, so that no worker waits for the archive."""
+        owners: dict[tuple[str, Study], Schedule] = {}
+        while True:
+            while len(owners) <= 2 * self.pool.size:
+                schedule, job = self._next(schedules)
+                if job is None or schedule is None:
+                    break
+                known = self.archive.find(job.candidate.id, job.study)
+                if known is not None:
+                    self._check_replay(job, known)
+                    schedule.receive(job, known.evaluation)
+                    continue
+                owners[job.candidate.id, job.study] = schedule
+                self.pool.submit(job)
+            if not owners:
+                return
+            job, evaluation = self.pool.wait()
+            evaluation = replace(evaluation, subset=job.subset)
+            owner = owners.pop((job.candidate.id, job.study))
+            self.archive.record(job.candidate, evaluation, job.study, owner.arrival())
+            self.listener("evaluated", {"candidate": job.candidate, "evaluation": evaluation, "split": job.study})
+            owner.receive(job, evaluation)
+
+    def _next(self, schedules: Sequence[Schedule]) -> tuple[Schedule | None, Job | None]:
+        for schedule in schedules:
+            job = schedule.next()
+            if job is not None:
+                return schedule, job
+        return None, None
+
+    def _check_replay(self, job: Job, known: Record) -> None:
+        """Raises WorkFailed where the archive holds another genome than the optimizer now proposes, or its scores on
+        another subset."""
+        candidate = job.candidate
+        same = candidate.genome == known.candidate.genome and job.subset == known.evaluation.subset
+        if candidate.kind == "search" and not same:
+            recorded, now = self.archive.recorded_versions(), versions()
+            changed = [
+                f"{name} {recorded[name]} → {now.get(name)}" for name in recorded if recorded[name] != now.get(name)
+            ]
+            hint = f"; versions changed: {', '.join(changed)}" if changed else ""
+            what = "genome" if candidate.genome != known.candidate.genome else "subset of items"
+            raise WorkFailed(
+                f"candidate {candidate.id} is recorded with another {what} than the search now proposes{hint}; "
+                "resume with the versions that recorded it."
+            )

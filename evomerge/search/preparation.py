@@ -1,0 +1,285 @@
+"""From a search file to a search that can start: everything checked, everything automatic decided.
+
+All of a user's mistakes should show here, within seconds, before anything is written or any weight is read.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.config.files import load
+from evomerge.config.search import SearchConfig
+from evomerge.config.tables import COSTS, OPTIMIZERS, imported
+from evomerge.devices import resolve_compile, resolve_dtype
+from evomerge.errors import InputError, choices, naming
+from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.references import find_source, locate, pinned
+from evomerge.merging.sources.tensor_files import TensorInfo
+from evomerge.merging.sources.weights import identity, merged_table, model_config, seen_by, tensor_table
+from evomerge.optimizers.make import resolve
+from evomerge.search.controls import check_controls, count_controls
+from evomerge.seen import Digests, encoded
+from evomerge.spaces import SearchSpace
+from evomerge.spaces.data_flow import DataFlowSpace
+from evomerge.spaces.make import make_space
+
+_WORTH_A_SUBSET = 100  # search items
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A resolved config with its search space and the base's tensors.
+
+    seen: the items that the search will see (`evomerge.seen.encoded`); None for a config that was resolved before.
+    """
+
+    config: SearchConfig
+    space: SearchSpace
+    tensors: dict[str, TensorInfo]
+    warnings: tuple[str, ...] = ()
+    seen: str | None = None
+
+
+def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
+    """A search file, read and prepared. Every mistake in it is told with its name."""
+    config = load(search_file, overrides)
+    with naming(search_file):
+        return prepare(config)
+
+
+def prepare(config: SearchConfig) -> Prepared:
+    """Checks models, space, tasks and device, and resolves what was left automatic."""
+    from evomerge.evaluation import few_shots, soundness
+    from evomerge.evaluation.items import Division
+    from evomerge.evaluation.loading import (
+        check_greedy,
+        check_metrics,
+        distinct_tasks,
+        exam_warnings,
+        fewest_items,
+        load_targets,
+        without_items,
+    )
+    from evomerge.evaluation.packing_probe import takes_packed_rows
+    from evomerge.workers.worker import load_tokenizer
+
+    config = _pinned(config)
+    prepared = reopen(config)
+    check_controls(config)
+    load_tokenizer(config)
+    targets = load_targets(config.measured, config.tasks, config.evaluation)
+    config = check_metrics(config, targets)
+    if config.evaluation.backend == "vllm":
+        check_greedy(targets, locate(config.base))
+        _check_engine(config)
+    tasks = distinct_tasks(targets)
+    division = Division(tasks, config.items, seen_by_sources(config))
+    doubts = tuple(soundness.check(tasks, division, config.splits))
+    sharing = config.evaluation.prefix_sharing
+    if sharing == "auto":
+        sharing = "mask" if takes_packed_rows(locate(config.base)) else "none"
+    _check_vocabularies(config, prepared.space)
+    device = _device(config)
+    resolved = config.model_copy(
+        update={
+            "optimizer": resolve(
+                config.optimizer, len(prepared.space.genes), len(config.objectives), prepared.space.genes
+            ),
+            "evaluation": config.evaluation.model_copy(
+                update={
+                    "device": device,
+                    "dtype": resolve_dtype(config.evaluation.dtype, prepared.tensors),
+                    "compile": resolve_compile(config.evaluation.compile, device, prepared.tensors),
+                    "prefix_sharing": sharing,
+                    "fewshot_as_multiturn": config.evaluation.multiturn,
+                }
+            ),
+        }
+    )
+    _check_optimizer(resolved, prepared.space)
+    _check_named_once(resolved)
+    whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
+    resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
+    warnings = (*prepared.warnings, *exam_warnings(targets), *_passed_over(division.left_out), *doubts)
+    seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
+    return Prepared(resolved, prepared.space, prepared.tensors, warnings, encoded(seen))
+
+
+def seen_by_sources(config: SearchConfig) -> Digests:
+    """What the searches saw that made the base and the models, where they say so."""
+    references = (config.base, *config.models.values())
+    return frozenset().union(*(seen_by(find_source(reference, config.base)) for reference in references))
+
+
+def _passed_over(left_out: Mapping[Any, int]) -> Iterator[str]:
+    """A sentence for every task of which items are not held out because they were seen."""
+    for task, count in left_out.items():
+        if count:
+            yield (
+                f"task '{task.config.task}': {count} of its items are not held out, since they are the same as items "
+                "or few-shot examples of this search, or of a search that made one of its models."
+            )
+
+
+def _pinned(config: SearchConfig) -> SearchConfig:
+    """The config with every Hugging Face id at its commit, so that a resumed search finds the same weights."""
+
+    def pin(key: str, reference: str) -> str:
+        with naming(key):
+            return pinned(reference)
+
+    base = pin("base", config.base)
+    models = {name: pin(f"models.{name}", reference) for name, reference in config.models.items()}
+    return config.model_copy(update={"base": base, "models": models})
+
+
+def _device(config: SearchConfig) -> str:
+    """The device that the workers will have. Ray's may run where there are GPUs, though there is none here."""
+    from evomerge.devices import resolve_device
+
+    name, workers = config.evaluation.device, config.workers
+    if workers.pool == "ray" and (name == "cuda" or (name == "auto" and workers.num_gpus)):
+        return "cuda"
+    return resolve_device(name)
+
+
+def _check_engine(config: SearchConfig) -> None:
+    """Raises InputError where vLLM cannot be started."""
+    from evomerge.evaluation.engine import check_interpreter
+
+    if config.evaluation.device.startswith("cuda:"):
+        raise InputError(
+            f"evaluation.device is {config.evaluation.device}, but vLLM takes the first device that it sees; use cuda, "
+            "and CUDA_VISIBLE_DEVICES to choose."
+        )
+    assert config.evaluation.vllm.python is not None  # as the config has been checked
+    check_interpreter(config.evaluation.vllm.python)
+
+
+def reopen(config: SearchConfig) -> Prepared:
+    """The space of a config that was resolved before; checks only that the models are there and fit."""
+    _read_headers("base", config.base, config.base)
+    for name, reference in config.models.items():
+        _read_headers(f"models.{name}", reference, config.base)
+    labels = {f"models.{name} ({reference})": reference for name, reference in config.models.items()}
+    warnings = tuple(preflight(config.base, labels))
+    tensors = merged_table(find_source(each, config.base) for each in (config.base, *config.models.values()))
+    return Prepared(config, make_space(config, tuple(tensors)), tensors, warnings)
+
+
+def _read_headers(key: str, reference: str, base: str) -> None:
+    """Reads the headers of one model. What is wrong with it by itself is told under its key."""
+    with naming(key):
+        source = find_source(reference, base)
+        model_config(source.folder)
+        tensor_table(source)
+
+
+def identities(config: SearchConfig) -> dict[str, str]:
+    """What each model's files are now, by its key in the config."""
+    models = {"base": config.base} | {f"models.{name}": reference for name, reference in config.models.items()}
+    return {key: identity(find_source(reference, config.base)) for key, reference in models.items()}
+
+
+def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:
+    """Whether candidates are scored on subsets first. `auto` does with items enough, for optimizers that
+    learn from the ranks within a generation (measured with cma_es by scripts/bench/subsets).
+
+    items: the fewest that a metric is measured on. whole: a metric that can only be had on all items.
+    """
+    if config.subsets is False:
+        return False
+    hindrance = None
+    costs = [objective.cost for objective in config.objectives if objective.cost is not None]
+    of_items = [cost for cost in costs if COSTS[cost].of_items]
+    if whole is not None:
+        hindrance = f"{whole} is no mean over items"
+    elif items == 0:
+        hindrance = "there are only costs"
+    elif of_items:
+        hindrance = f"the cost '{of_items[0]}' depends on how many items there are"
+    elif config.optimizer.schedule != "pipelined":
+        hindrance = f"optimizer.schedule is {config.optimizer.schedule}, which has no generations"
+    elif OPTIMIZERS[config.optimizer.name].sequential:
+        hindrance = f"{config.optimizer.name} compares its few candidates on all items"
+    if config.subsets is True and hindrance is not None:
+        raise InputError(f"subsets is true, but {hindrance}; set it to false or auto.")
+    if config.subsets is True:
+        return True
+    names = {config.optimizer.name, *(stage.name for stage in config.optimizer.stages if stage.name)}
+    learn = all(OPTIMIZERS[name].learns_ranks for name in names)
+    return hindrance is None and learn and items >= _WORTH_A_SUBSET
+
+
+def _check_named_once(config: SearchConfig) -> None:
+    """A recipe that names a model twice is one that mergekit cannot read."""
+    seen = {config.base: "base"}
+    for name, reference in config.models.items():
+        if reference in seen:
+            raise InputError(f"models.{name} is {reference}, which is {seen[reference]} too; name each model once.")
+        seen[reference] = f"models.{name}"
+
+
+def _check_vocabularies(config: SearchConfig, space: SearchSpace) -> None:
+    """Raises InputError where a model may give its embeddings or head but numbers its tokens unlike the base."""
+    from evomerge.merging.sources.tokenizers import read_tokenizer
+
+    if not isinstance(space, DataFlowSpace):
+        return
+    known = read_tokenizer("base", config.base, config.base).get_vocab()
+    for name in space.embedding_models:
+        if name not in config.models:
+            continue
+        vocabulary = read_tokenizer(f"models.{name}", config.models[name], config.base).get_vocab()
+        different = sorted(token for token, number in vocabulary.items() if known.get(token) != number)
+        if different:
+            token = different[0]
+            raise InputError(
+                f"models.{name} may give the embeddings or the head, but its tokenizer is not the base's (token "
+                f"{token!r} is {vocabulary[token]} there and {known.get(token)} here); let another model give them."
+            )
+
+
+def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
+    kinds = {gene.kind for gene in space.genes}
+    used = dict.fromkeys([config.optimizer.name, *(stage.name for stage in config.optimizer.stages if stage.name)])
+    for check in (OPTIMIZERS[name].check for name in used):
+        if check is not None:
+            imported(check)(kinds)
+    for index, stage in enumerate(config.optimizer.stages):
+        missing = sorted(set(stage.genes) - kinds)
+        if missing:
+            raise InputError(
+                f"optimizer.stages[{index}].genes names {missing[0]}, but the space has no such free gene; "
+                f"{choices(missing[0], kinds)}."
+            )
+
+
+def summarize(prepared: Prepared) -> dict[str, Any]:
+    """What a search will take: dimensions, candidates, items, and memory per worker in GiB."""
+    from evomerge.workers.memory import plan_memory, shortage
+
+    config = prepared.config
+    plan = plan_memory(config, prepared.space)
+    short = shortage(config, plan)
+    return {
+        "models": {"base": config.base, **config.models},
+        "parameters": sum(math.prod(info.shape) for info in prepared.tensors.values()),
+        "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
+        "optimizer": config.optimizer.name,
+        "population": config.optimizer.population,
+        "candidates": config.budget,
+        "controls": count_controls(config),
+        "objectives": {objective.name: objective.goal for objective in config.objectives},
+        "constraints": {f"{each.name} of {each.of or 'the best parent'}": each.retain for each in config.constraints},
+        "items_per_task": {split: getattr(config.items, split) for split in config.splits},
+        "device": config.evaluation.device,
+        "dtype": config.evaluation.dtype,
+        "prefix_sharing": config.evaluation.prefix_sharing,
+        "subsets": config.subsets,
+        "gib_per_worker": {name: round(size / 2**30, 3) for name, size in plan.parts().items()},
+        "warnings": [*prepared.warnings, *([short] if short else [])],
+    }

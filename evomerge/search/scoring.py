@@ -1,0 +1,56 @@
+"""Scoring one model or recipe by hand, with the tasks, items and device of a search file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evomerge.config.base import SPLITS
+from evomerge.config.search import SearchConfig
+from evomerge.errors import InputError
+from evomerge.layers import layer_count
+from evomerge.merging.plan import make_plan
+from evomerge.merging.sources import located
+from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.references import find_source
+from evomerge.merging.sources.weights import tensor_table
+from evomerge.search.criteria import mean_of_scores
+from evomerge.search.preparation import prepare_file
+
+
+def score(
+    target: str, search_file: Path, split: str, warn: Callable[[str], None] = lambda _: None
+) -> tuple[SearchConfig, dict[str, Any]]:
+    """The resolved config, and scores, error, items and fingerprint of a model or recipe on a split.
+
+    What the search saw that made it is never held out; `left_out` says how many items that are.
+    warn: is told of what a recipe says in vain.
+    """
+    from evomerge.workers.worker import Worker
+
+    if split not in SPLITS:
+        raise InputError(f"--split is '{split}'; use search or heldout, or selection where items.selection is given.")
+    prepared = prepare_file(search_file)
+    wanted = next((each for each in prepared.config.splits if each == split), None)
+    if wanted is None:
+        raise InputError(f"--split is {split}, but {search_file} has no items.selection; use search or heldout.")
+    recipe = located.read(target, warn)
+    config, tensors = prepared.config, prepared.tensors
+    if recipe.models is not None and len(recipe.references) == 1:
+        own = tensor_table(find_source(recipe.references[0], config.base))
+        if layer_count(own) != layer_count(tensors):  # as a path's checkpoint has: such a model stands for itself
+            config, tensors = config.model_copy(update={"base": recipe.references[0]}), own
+    preflight(config.base, {reference: reference for reference in recipe.references})
+    make_plan(recipe, tensors, target)
+    worker = Worker(config, recipe.references, seen=recipe.evomerge.digests, head_apart=recipe.evomerge.head_apart)
+    evaluation = worker.evaluate(recipe, wanted)
+    return prepared.config, {
+        "target": target,
+        "split": split,
+        "scores": dict(evaluation.scores) if evaluation.scores is not None else None,
+        "mean": mean_of_scores(evaluation.scores, config.objectives),
+        "error": evaluation.error,
+        "items": evaluation.items,
+        "left_out": worker.left_out(wanted),
+        "truncated": evaluation.truncated,
+        "fingerprint": evaluation.fingerprint,
+    }

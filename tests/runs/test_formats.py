@@ -1,0 +1,84 @@
+"""Runs and searches of earlier versions: what they hold can be read, and leads to the same weights, for good."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomerge import recipe
+from evomerge.export import choice
+from evomerge.export import recipe as export
+from evomerge.reports import views
+from evomerge.runs import directory as runs
+from tests.commands import evomerge
+from tests.conftest import REPOSITORY
+
+DATA = REPOSITORY / "tests" / "data"
+FORMATS = ["format_1"]
+
+
+@pytest.fixture(params=FORMATS)
+def kept(request: pytest.FixtureRequest) -> Path:
+    """A run with controls, failures, selection items and a front, and beside it what its own version printed of it."""
+    return DATA / str(request.param)
+
+
+@pytest.fixture
+def directory(kept: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(kept / "run", tmp_path / "run"))
+
+
+def printed(kept: Path, command: str) -> Any:
+    return json.loads((kept / f"{command}.json").read_text())
+
+
+def same_or_more(old: Any, new: Any) -> bool:
+    """Whether all that an old document says is in a new one, which may have more keys."""
+    if isinstance(old, dict):
+        return isinstance(new, dict) and all(key in new and same_or_more(old[key], new[key]) for key in old)
+    if isinstance(old, list):
+        return isinstance(new, list) and len(old) == len(new) and all(map(same_or_more, old, new))
+    return bool(old == new)
+
+
+@pytest.mark.parametrize("command", ["status", "front", "candidates"])
+def test_commands_print_of_an_old_run_what_its_own_version_printed(command: str, kept: Path, directory: Path) -> None:
+    assert same_or_more(printed(kept, command), json.loads(evomerge(command, directory, "--json")))
+
+
+@pytest.mark.parametrize("command", ["status", "front", "candidates"])
+def test_people_can_read_an_old_run_too(command: str, directory: Path) -> None:
+    assert "g0000-07" in evomerge(command, directory)
+
+
+def test_an_old_run_is_exported_and_merged_to_the_weights_that_it_scored(
+    kept: Path, directory: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "merged"
+    evomerge("export", directory, "-o", file)
+    evomerge("merge", file, out)
+    best = printed(kept, "status")["best"]
+    assert recipe.load(out / "evomerge_recipe.yaml").evomerge.fingerprint == best["fingerprint"]
+    assert recipe.load(file).evomerge.heldout == best["heldout"]
+
+
+def test_every_candidate_of_an_old_front_can_be_exported(kept: Path, directory: Path) -> None:
+    run = runs.read(directory)
+    for row in printed(kept, "front"):
+        record = choice.choose(run.archive, run.config, row["id"], [])
+        assert export.shared_recipe(record, run.archive, run.config).evomerge.fingerprint == row["fingerprint"]
+
+
+@pytest.mark.slow
+def test_the_first_demo_still_finds_the_same_weights_with_the_same_heldout_scores(tmp_path: Path) -> None:
+    """Without its further controls, which the search takes no notice of."""
+    off = [f"--set=controls.{name}=false" for name in ("one_knob", "per_model", "random_search")]
+    evomerge("run", DATA / "demo" / "search.yaml", "--output", tmp_path / "run", "--workers", 0, *off)
+    run = runs.read(tmp_path / "run")
+    best = views.status(run.archive, run.config, running=False)["best"]
+    assert (best["id"], best["fingerprint"]) == ("g0117-00", "196ee2c4f94c2024")
+    heldout = {"base_qa": 0.9275, "math_a": 0.8775, "lang_b": 0.91, "cross_math_b": 0.7375}
+    assert best["heldout"] == pytest.approx(heldout, abs=1e-12)
+    assert sum(heldout.values()) / 4 == pytest.approx(0.863, abs=5e-4)

@@ -1,0 +1,195 @@
+"""Data-flow and hybrid searches: kills, workers and resumption must not show; what is found must ship."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from evomerge.archive.archive import Archive
+from evomerge.candidate import Candidate
+from evomerge.config.files import load
+from evomerge.errors import InputError
+from evomerge.layers import layer_count
+from evomerge.merging.sources.weights import tensor_table
+from evomerge.reports import views
+from evomerge.runs import directory as runs
+from evomerge.search.best import best_found, front_of
+from evomerge.search.criteria import criteria_of
+from evomerge.search.loop import Search
+from evomerge.search.preparation import Prepared, prepare
+from tests.commands import content, evomerge
+from tests.fakes import FakePool, Killed
+
+SPACES: dict[str, dict[str, Any]] = {
+    "paths": {
+        "space": {"kind": "data_flow", "max_layers": 8, "scale": {"low": 0.5, "high": 1.5}, "head": "free"},
+        "optimizer": {"evaluations": 32},
+    },
+    "slots": {
+        "space": {"kind": "data_flow", "form": "slots", "granularity": 2, "scale": {"low": 0.5, "high": 1.5}},
+        "optimizer": {"evaluations": 24, "name": "cat_cma", "population": 8},
+    },
+    "hybrid": {
+        "space": {"kind": "hybrid", "parameter": {"density": {"fixed": 1.0}}, "path": {"sources": ["lang"]}},
+        "optimizer": {
+            "name": "group_evolution",
+            "evaluations": 28,
+            "stages": [
+                {"genes": ["weight"], "evaluations": 12},
+                {"genes": ["hop"], "evaluations": 8, "name": "path_evolution"},
+                {"genes": ["weight", "hop"], "name": "path_evolution"},
+            ],
+        },
+    },
+}
+OBJECTIVES = [{"task": "base_qa"}, {"task": "cross_math_b"}, {"cost": "layers", "max": 7}]
+
+
+@pytest.fixture(params=list(SPACES))
+def prepared(request, search_file: Callable[..., Path]) -> Prepared:
+    return prepare(load(search_file(objectives=OBJECTIVES, **SPACES[request.param])))
+
+
+def depth(candidate: Candidate) -> int:
+    parts = candidate.recipe.slices
+    return sum(part.length for part in parts) if parts else 6
+
+
+def quality(candidate: Candidate) -> tuple[float, float, float]:
+    """Short models are better at the first task and long ones at the second."""
+    genome = np.array(candidate.genome or [0.0])
+    return (
+        float(np.exp(-depth(candidate) / 9)),
+        float(np.tanh(depth(candidate) + np.cos(genome).mean())),
+        (float(depth(candidate))),
+    )
+
+
+def run(prepared: Prepared, directory: Path, **pool: Any) -> tuple[Archive, FakePool]:
+    directory.mkdir(exist_ok=True)
+    archive = Archive(directory, prepared.config, prepared.space.genes)
+    fake = FakePool([objective.name for objective in prepared.config.objectives], quality, **pool)
+    Search(prepared.config, prepared.space, archive, fake, lambda event, fields: None).run()
+    return archive, fake
+
+
+def test_kills_and_workers_do_not_show_in_the_archive(prepared, tmp_path):
+    alone, undisturbed = run(prepared, tmp_path / "alone")
+    expected = views.candidates(alone, prepared.config), views.front(alone, prepared.config)
+    for attempt in range(len(undisturbed.evaluated)):
+        try:
+            killed, _ = run(prepared, tmp_path / "killed", size=3, seed=attempt, dies_after=19)
+        except Killed:
+            continue
+        break
+    assert (views.candidates(killed, prepared.config), views.front(killed, prepared.config)) == expected
+
+
+def test_what_costs_more_than_allowed_is_scored_but_never_wins(prepared, tmp_path):
+    archive, _ = run(prepared, tmp_path / "run")
+    records, criteria = archive.records(), criteria_of(archive, prepared.config)
+    assert any(depth(record.candidate) > 7 for record in records)
+    assert all(record.evaluation.scores is not None for record in records)
+    assert all(depth(record.candidate) <= 7 for record in front_of(records, criteria))
+    best = best_found(archive, prepared.config)
+    assert best is not None
+    assert depth(best.candidate) <= 7
+
+
+REAL = {
+    "data_flow": {
+        "space": {
+            "kind": "data_flow",
+            "sources": ["lang", "math", "base"],
+            "scale": {"low": 0.5, "high": 1.5},
+            "embeddings": "free",
+            "head": "free",
+        },
+        "optimizer": {"evaluations": 12},
+    },
+    "hybrid": {
+        "space": {
+            "kind": "hybrid",
+            "parameter": {"layer_groups": ["0-1", "2-3", "4-5"]},
+            "path": {"sources": ["lang", "base"]},
+        },
+        "optimizer": {"name": "path_evolution", "evaluations": 12},
+    },
+}
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("name", list(REAL))
+def test_a_search_on_the_zoo_is_interrupted_resumed_exported_and_merged(name, search_file, tmp_path):
+    path = search_file(
+        objectives=[{"task": "base_qa"}, {"cost": "layers"}, {"cost": "parameters"}],
+        items={"search": 12, "heldout": 12},
+        **REAL[name],
+    )
+    whole, cut, count = tmp_path / "whole", tmp_path / "cut", 0
+
+    def stop_at_the_ninth(event: str, fields: dict[str, Any]) -> None:
+        nonlocal count
+        count += event == "evaluated"
+        if count == 9:
+            raise Stop
+
+    evomerge("run", path, "--output", whole)
+    with pytest.raises(Stop):
+        runs.start(path, cut, (), None, stop_at_the_ninth)
+    evomerge("resume", cut)
+    assert content(cut) == content(whole)
+    rows = content(whole)[0]
+    assert all(row["state"] == "done" for row in rows)
+    other = next(row for row in rows if row["genome"] and row["scores"]["layers"] != 6)
+    recipe, merged = tmp_path / "recipe.yaml", tmp_path / "merged"
+    evomerge("export", whole, "--candidate", other["id"], "-o", recipe)
+    assert other["fingerprint"] in evomerge("merge", recipe, merged)
+    assert layer_count(tensor_table(merged)) == other["scores"]["layers"]
+    for target in (recipe, merged):
+        row = json.loads(evomerge("evaluate", target, "--config", path, "--json"))
+        assert (row["scores"], row["fingerprint"]) == (other["scores"], other["fingerprint"])
+
+
+def test_a_model_with_other_tokens_gives_neither_embeddings_nor_head(tiny_models, search_file, tmp_path):
+    shutil.copytree(tiny_models["first"], tmp_path / "first")
+    tokenizer = json.loads((tmp_path / "first" / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    one, other = list(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+    (tmp_path / "first" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    models = {"first": str(tmp_path / "first"), "second": str(tiny_models["second"])}
+
+    def attempt(name: str, **space: Any) -> Prepared:
+        space = {"kind": "data_flow", "sources": ["second", "first"]} | space
+        return prepare(load(search_file(name, base=str(tiny_models["base"]), models=models, space=space)))
+
+    assert attempt("theirs.yaml").space.genes
+    with pytest.raises(
+        InputError, match=r"models\.first may give the embeddings or the head, but its tokenizer is not"
+    ):
+        attempt("free.yaml", head="free")
+
+
+def test_a_search_needs_no_models_besides_the_base(search_file):
+    space = {"kind": "data_flow", "form": "upscale", "sources": ["base"]}
+    found = prepare(load(search_file(models={}, space=space, optimizer={"evaluations": 5})))
+    assert {gene.kind for gene in found.space.genes} == {"layers"}
+    assert found.config.optimizer.name == "group_evolution"
+
+
+def test_the_resolved_config_can_be_read_again(search_file, tmp_path):
+    for index, (name, settings) in enumerate(REAL.items()):
+        resolved = prepare(load(search_file(f"{name}.yaml", **settings))).config
+        again = tmp_path / f"{index}.yaml"
+        again.write_text(resolved.to_yaml())
+        assert load(again) == resolved
+        assert yaml.safe_load(again.read_text())["space"]["kind"] == name
