@@ -171,8 +171,8 @@ def test_layers_are_repeated_dropped_and_reordered_with_what_the_config_says_of_
         assert merged.config.layer_types == [config.layer_types[layer] for layer in order]
     originals, layers = dict(model.named_parameters()), dict(merged.named_parameters())
     for name, parameter in layers.items():
-        number = layers.layer_index(name)
-        expected = name if number is None else layers.with_layer(name, order[number])
+        number = layer_names.layer_index(name)
+        expected = name if number is None else layer_names.with_layer(name, order[number])
         assert torch.equal(parameter, originals[expected]), name
     assert merged(torch.arange(12)[None]).logits.isfinite().all()
 
