@@ -196,7 +196,7 @@ def export(
     opened = runs.read(directory)
     runs.check_sources(opened)
     record = choice.choose(opened.archive, opened.config, candidate, prefer or [])
-    recipe = exports.shared_recipe(record, opened.archive, opened.config)
+    recipe = exports.shared_recipe(record, opened.archive, opened.config, opened.prepared.models)
     exports.write_recipe(recipe, output)
     for warning in choice.warnings(record, opened.archive, opened.config):
         terminal.warn(warning)

@@ -16,10 +16,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.sources.models import find_models
 from evomerge.merging.streamed.merge import StreamedMerge, stored_fingerprint
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe, Source, linear
+from tests.models import load_models
 
 WIDTH, HEADS, HEAD, LAYERS, TOKENS, EXPERTS = 32, 4, 8, 2, 128, 4
 
@@ -181,11 +182,13 @@ def try_merges(kind: str, folder: Path) -> Outcome:
         base_model=names[0],
         models=tuple(Source(model=name, parameters=drops) for name in names[1:]),
     )
-    resident = ResidentModels(dict(zip(names, folders, strict=True)), folders[0], "cpu", "float32")
+    resident = load_models(dict(zip(names, folders, strict=True)), folders[0], "cpu", "float32")
     for recipe in (linear(dict.fromkeys(names, 1.0)), ties):
         out = folder / recipe.merge_method
         out.mkdir()
-        written = StreamedMerge(recipe, "recipe.yaml", "cpu", "float32").write(out, 10**9, tokenizer=False)
+        written = StreamedMerge(
+            recipe, find_models(recipe.references[0], recipe.references), "recipe.yaml", "cpu", "float32"
+        ).write(out, 10**9, tokenizer=False)
         assert stored_fingerprint(out) == written
         loaded = _reloaded(auto, out)
         assert resident.materialize(recipe) == written

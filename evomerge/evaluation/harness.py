@@ -20,7 +20,7 @@ from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
-from evomerge.evaluation.loading import cause, distinct_tasks, load_targets
+from evomerge.evaluation.loading import Target, cause, distinct_tasks, forked, load_targets
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.prepared import PreparedRequests, Request, Response, tolerance
 from evomerge.outcomes import Outcomes
@@ -52,10 +52,19 @@ class Harness:
         tokenizer: Any,
         writer: Writer | None = None,
         seen: Digests = frozenset(),
+        targets: Mapping[str, Target] | None = None,
     ) -> None:
-        """writer: what writes texts with the resident model's weights; by default the model itself.
-        seen: digests of items that are not to be held out (`evomerge.seen`)."""
+        """Takes a model and its tokenizer, and builds nothing yet.
+
+        config: of the search.
+        model: the resident model.
+        tokenizer: the base's.
+        writer: what writes texts with the resident model's weights; by default the model itself.
+        seen: digests of items that are not to be held out (`evomerge.seen`).
+        targets: the tasks that the config measures, loaded already; by default they are loaded here.
+        """
         self._config, self._model, self._writer, self._seen = config, model, writer, seen
+        self._targets = targets or load_targets(config.measured, config.tasks, config.evaluation)
         with quiet():
             from lm_eval.models.huggingface import HFLM
 
@@ -67,7 +76,7 @@ class Harness:
         where the model scores packed rows otherwise than full ones."""
         if split not in self._splits:
             with quiet():
-                self._splits[split] = _PreparedSplit(self._config, self._lm, split, self._seen)
+                self._splits[split] = _PreparedSplit(self._config, self._lm, split, self._seen, forked(self._targets))
                 if self._model.device.type != "meta":
                     self._splits[split].check_packing(self._model)
 
@@ -109,9 +118,10 @@ class Harness:
 class _PreparedSplit:
     """Every task of a split with its instances, their tokens, and lm-eval's code to score them."""
 
-    def __init__(self, config: SearchConfig, lm: Any, split: Split, seen: Digests) -> None:
-        self._config, self._lm = config, lm
-        self._targets = load_targets(config.measured, config.tasks, config.evaluation)
+    def __init__(
+        self, config: SearchConfig, lm: Any, split: Split, seen: Digests, targets: Mapping[str, Target]
+    ) -> None:
+        self._config, self._lm, self._targets = config, lm, targets
         tasks = distinct_tasks(self._targets)
         division = Division(tasks, config.items, seen)
         self.left_out = sum(division.left_out.values()) if split == "heldout" else 0

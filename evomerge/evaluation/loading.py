@@ -7,7 +7,8 @@ ours.
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -246,6 +247,22 @@ def load_targets(
         else Target(name, (load(file),))
         for name, file in found.items()
     }
+
+
+def forked(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The same targets for one split: tasks share their documents, and what preparing a split changes is their own."""
+    forks = {id(task): _fork(task) for task in distinct_tasks(targets)}
+    return {
+        name: replace(target, tasks=tuple(forks[id(task)] for task in target.tasks)) for name, target in targets.items()
+    }
+
+
+def _fork(task: Any) -> Any:
+    own = copy(task)
+    for name in ("sampler", "fewshot_cfg"):
+        if hasattr(task, name):
+            setattr(own, name, copy(getattr(task, name)))
+    return own
 
 
 def distinct_tasks(targets: Mapping[str, Target]) -> list[Any]:

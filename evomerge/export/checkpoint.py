@@ -1,6 +1,6 @@
 """A recipe's merge as a checkpoint, kept only where its fingerprint is the one that was scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evomerge.devices import resolve_dtype
@@ -8,9 +8,9 @@ from evomerge.errors import WorkFailed
 from evomerge.export.card import model_card
 from evomerge.export.licenses import combined, stated_license
 from evomerge.merging.sources.located import located
+from evomerge.merging.sources.models import Models, find_models
 from evomerge.merging.sources.preflight import preflight
-from evomerge.merging.sources.references import find_source
-from evomerge.merging.sources.weights import RECIPE, seen_by, tensor_table
+from evomerge.merging.sources.weights import RECIPE
 from evomerge.recipe import Provenance, Recipe
 from evomerge.seen import encoded
 from evomerge.versions import versions
@@ -39,16 +39,16 @@ def merge(
 
     check_writable(out)
     recipe = located(recipe)
-    skeleton = recipe.references[0]
-    for warning in preflight(skeleton, {each: each for each in recipe.references[1:]}, same_tensors=False):
+    models = find_models(recipe.references[0], recipe.references)
+    for warning in preflight(models, same_tensors=False):
         warn(warning)
-    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", tensor_table(find_source(skeleton, skeleton)))
+    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", models.base.table)
     size = parse_size(shard_size, getattr(torch, dtype).itemsize)
-    merged = StreamedMerge(recipe, where, device, dtype)
+    merged = StreamedMerge(recipe, models, where, device, dtype)
     if merged.unknown_tokens:
         shown = ", ".join(merged.unknown_tokens[:8])
         warn(f"{where}: no model has an embedding for {shown}; zeros are taken (tokenizer.tokens can name a source).")
-    verdict = combined(_licenses(recipe))
+    verdict = combined(_licenses(models, recipe.evomerge.aliases))
     for warning in verdict.warnings:
         warn(warning)
     recorded = recipe.evomerge.fingerprint
@@ -59,7 +59,7 @@ def merge(
         read = stored_fingerprint(folder)
         if read != found:
             raise WorkFailed(f"{folder}: the written weights have fingerprint {read}, expected {found}; not kept.")
-        seen = recipe.evomerge.digests.union(*(seen_by(find_source(each, skeleton)) for each in recipe.references))
+        seen = recipe.evomerge.digests | models.seen
         noted = {"fingerprint": found, "seen": encoded(seen) if seen else None}
         kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
         (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
@@ -68,14 +68,9 @@ def merge(
     return found, recorded is not None
 
 
-def _licenses(recipe: Recipe) -> dict[str, str | None]:
+def _licenses(models: Models, aliases: Mapping[str, str]) -> dict[str, str | None]:
     """What the card of each parent states, by the name that the merge's card calls it."""
-    aliases, found = recipe.evomerge.aliases, {}
-    for reference in recipe.references:
-        source = find_source(reference, recipe.references[0])
-        folders = [source.folder] if source.adapter is None else [source.folder, source.adapter]
-        found[aliases.get(reference, reference)] = stated_license(folders)
-    return found
+    return {aliases.get(reference, reference): stated_license(model.folders) for reference, model in models.items()}
 
 
 def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> str:

@@ -10,23 +10,20 @@ from evomerge.archive.archive import Archive, Record
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
 from evomerge.evidence.comparison import against, sentence
-from evomerge.merging.sources.references import find_source, split_adapter
-from evomerge.merging.sources.weights import Weights
+from evomerge.merging.sources.models import Models
+from evomerge.merging.sources.references import split_adapter
 from evomerge.recipe import Recipe
 
 
-def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Recipe:
+def shared_recipe(record: Record, archive: Archive, config: SearchConfig, models: Models) -> Recipe:
     """A candidate's recipe with paths for references, dtype, fingerprint, scores and versions.
 
     An adapter becomes `MODEL+ADAPTER`, which mergekit reads too, here and in the aliases.
     """
     recipe = record.candidate.recipe
-    sources = {reference: find_source(reference, config.base) for reference in recipe.references}
-    paths = {reference: str(source) for reference, source in sources.items()}
-    whole = {
-        reference: f"{config.base}+{reference}" if source.adapter and not split_adapter(reference)[1] else reference
-        for reference, source in sources.items()
-    }
+    paths = {reference: str(models[reference].source) for reference in recipe.references}
+    alone = {reference for reference in paths if models[reference].source.adapter and not split_adapter(reference)[1]}
+    whole = {reference: f"{config.base}+{reference}" if reference in alone else reference for reference in paths}
     heldout = archive.find(record.candidate.id, "heldout")
     provenance = recipe.evomerge.model_copy(
         update={
@@ -37,20 +34,12 @@ def shared_recipe(record: Record, archive: Archive, config: SearchConfig) -> Rec
             "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},
             "versions": dict(archive.recorded_versions()),
             "seen": archive.seen,
-            "head_apart": head_apart(config),
+            "head_apart": models.head_apart,
             "verdicts": tuple(map(sentence, against(archive, config, [record.candidate.id])[record.candidate.id])),
         }
     )
     renamed = recipe.renamed(paths)
     return renamed.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
-
-
-def head_apart(config: SearchConfig) -> bool:
-    """Whether some models of a search tie their head to the embedding and others do not: in memory it is then a tensor
-    of its own, also where a recipe names only models that tie it."""
-    references = (config.base, *config.models.values())
-    heads = [Weights(find_source(reference, config.base)).own_head for reference in references]
-    return None in heads and any(heads)
 
 
 def _scores(record: Record) -> dict[str, float | None] | None:

@@ -50,7 +50,7 @@ def start(
     for warning in prepared.warnings:
         listener("warning", {"message": warning})
     listener("starting", {})
-    with closing(make_pool(prepared.config, address)) as pool:
+    with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
         with run_lock(directory), _present(directory, prepared.config):
             if (directory / SEARCH_FILE).exists():  # somebody was faster
@@ -70,7 +70,7 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
         run = OpenRun(directory, prepared, _archive(directory, prepared))
         check_sources(run)
         listener("starting", {})
-        with closing(make_pool(prepared.config, address)) as pool:
+        with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
             return _run(run, pool, listener)
 
@@ -78,7 +78,7 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
 def check_sources(run: OpenRun) -> None:
     """Raises InputError where a source model's files are not those that the search began with."""
     with naming(run.directory / SEARCH_FILE):
-        run.archive.check_sources(identities(run.config))
+        run.archive.check_sources(identities(run.prepared))
 
 
 def read(directory: Path) -> OpenRun:
@@ -153,7 +153,7 @@ def _occupied(directory: Path, config: SearchConfig) -> str:
 
 
 def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
-    run.archive.record_sources(identities(run.config))
+    run.archive.record_sources(identities(run.prepared))
     if run.prepared.seen is not None:
         run.archive.record_seen(run.prepared.seen)
     journal = _Journal(run)

@@ -62,7 +62,7 @@ class _Journal:
         if best is None:
             (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search can have moved the choice
             return
-        recipe = shared_recipe(best, self._run.archive, self._run.config)
+        recipe = shared_recipe(best, self._run.archive, self._run.config, self._run.prepared.models)
         write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
 
 

@@ -8,38 +8,46 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.config.files import load
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, OPTIMIZERS, imported
 from evomerge.devices import resolve_compile, resolve_dtype
 from evomerge.errors import InputError, choices, naming
+from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
-from evomerge.merging.sources.references import find_source, locate, pinned
-from evomerge.merging.sources.tensor_files import TensorInfo
-from evomerge.merging.sources.weights import identity, merged_table, model_config, seen_by, tensor_table
+from evomerge.merging.sources.references import pinned
 from evomerge.optimizers.make import resolve
 from evomerge.search.controls import check_controls, count_controls
-from evomerge.seen import Digests, encoded
+from evomerge.seen import encoded
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.data_flow import DataFlowSpace
 from evomerge.spaces.make import make_space
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.loading import Target
 
 _WORTH_A_SUBSET = 100  # search items
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A resolved config with its search space and the base's tensors.
+    """A resolved config with all that it names.
 
+    config: what was left automatic is decided in it.
+    space: what genomes are decoded by.
+    models: the base and the models.
+    warnings: what the user should know before the search starts.
+    targets: the tasks that are measured, loaded; None for a config that was resolved before.
     seen: the items that the search will see (`evomerge.seen.encoded`); None for a config that was resolved before.
     """
 
     config: SearchConfig
     space: SearchSpace
-    tensors: dict[str, TensorInfo]
+    models: Models
     warnings: tuple[str, ...] = ()
+    targets: "Mapping[str, Target] | None" = None
     seen: str | None = None
 
 
@@ -60,6 +68,7 @@ def prepare(config: SearchConfig) -> Prepared:
         distinct_tasks,
         exam_warnings,
         fewest_items,
+        forked,
         load_targets,
         without_items,
     )
@@ -69,49 +78,43 @@ def prepare(config: SearchConfig) -> Prepared:
     config = _pinned(config)
     prepared = reopen(config)
     check_controls(config)
-    load_tokenizer(config)
-    targets = load_targets(config.measured, config.tasks, config.evaluation)
+    base, space = prepared.models.base, prepared.space
+    load_tokenizer(config, base)
+    loaded = load_targets(config.measured, config.tasks, config.evaluation)
+    targets = forked(loaded)
     config = check_metrics(config, targets)
     if config.evaluation.backend == "vllm":
-        check_greedy(targets, locate(config.base))
+        check_greedy(targets, base.folder)
         _check_engine(config)
     tasks = distinct_tasks(targets)
-    division = Division(tasks, config.items, seen_by_sources(config))
+    division = Division(tasks, config.items, prepared.models.seen)
     doubts = tuple(soundness.check(tasks, division, config.splits))
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
-        sharing = "mask" if takes_packed_rows(locate(config.base)) else "none"
-    _check_vocabularies(config, prepared.space)
+        sharing = "mask" if takes_packed_rows(base.folder) else "none"
+    _check_vocabularies(config, prepared)
     device = _device(config)
     resolved = config.model_copy(
         update={
-            "optimizer": resolve(
-                config.optimizer, len(prepared.space.genes), len(config.objectives), prepared.space.genes
-            ),
+            "optimizer": resolve(config.optimizer, len(space.genes), len(config.objectives), space.genes),
             "evaluation": config.evaluation.model_copy(
                 update={
                     "device": device,
-                    "dtype": resolve_dtype(config.evaluation.dtype, prepared.tensors),
-                    "compile": resolve_compile(config.evaluation.compile, device, prepared.tensors),
+                    "dtype": resolve_dtype(config.evaluation.dtype, prepared.models.table),
+                    "compile": resolve_compile(config.evaluation.compile, device, prepared.models.table),
                     "prefix_sharing": sharing,
                     "fewshot_as_multiturn": config.evaluation.multiturn,
                 }
             ),
         }
     )
-    _check_optimizer(resolved, prepared.space)
+    _check_optimizer(resolved, space)
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
     resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
     warnings = (*prepared.warnings, *exam_warnings(targets), *_passed_over(division.left_out), *doubts)
     seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
-    return Prepared(resolved, prepared.space, prepared.tensors, warnings, encoded(seen))
-
-
-def seen_by_sources(config: SearchConfig) -> Digests:
-    """What the searches saw that made the base and the models, where they say so."""
-    references = (config.base, *config.models.values())
-    return frozenset().union(*(seen_by(find_source(reference, config.base)) for reference in references))
+    return Prepared(resolved, space, prepared.models, warnings, loaded, encoded(seen))
 
 
 def _passed_over(left_out: Mapping[Any, int]) -> Iterator[str]:
@@ -161,27 +164,17 @@ def _check_engine(config: SearchConfig) -> None:
 
 def reopen(config: SearchConfig) -> Prepared:
     """The space of a config that was resolved before; checks only that the models are there and fit."""
-    _read_headers("base", config.base, config.base)
-    for name, reference in config.models.items():
-        _read_headers(f"models.{name}", reference, config.base)
-    labels = {f"models.{name} ({reference})": reference for name, reference in config.models.items()}
-    warnings = tuple(preflight(config.base, labels))
-    tensors = merged_table(find_source(each, config.base) for each in (config.base, *config.models.values()))
-    return Prepared(config, make_space(config, tuple(tensors)), tensors, warnings)
+    models = models_of(config)
+    labels = {reference: f"models.{name} ({reference})" for name, reference in config.models.items()}
+    warnings = tuple(preflight(models, labels))
+    return Prepared(config, make_space(config, models), models, warnings)
 
 
-def _read_headers(key: str, reference: str, base: str) -> None:
-    """Reads the headers of one model. What is wrong with it by itself is told under its key."""
-    with naming(key):
-        source = find_source(reference, base)
-        model_config(source.folder)
-        tensor_table(source)
-
-
-def identities(config: SearchConfig) -> dict[str, str]:
+def identities(prepared: Prepared) -> dict[str, str]:
     """What each model's files are now, by its key in the config."""
-    models = {"base": config.base} | {f"models.{name}": reference for name, reference in config.models.items()}
-    return {key: identity(find_source(reference, config.base)) for key, reference in models.items()}
+    keys = {"base": prepared.config.base}
+    keys |= {f"models.{name}": reference for name, reference in prepared.config.models.items()}
+    return {key: prepared.models[reference].identity for key, reference in keys.items()}
 
 
 def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:
@@ -223,17 +216,18 @@ def _check_named_once(config: SearchConfig) -> None:
         seen[reference] = f"models.{name}"
 
 
-def _check_vocabularies(config: SearchConfig, space: SearchSpace) -> None:
+def _check_vocabularies(config: SearchConfig, prepared: Prepared) -> None:
     """Raises InputError where a model may give its embeddings or head but numbers its tokens unlike the base."""
     from evomerge.merging.sources.tokenizers import read_tokenizer
 
+    space, models = prepared.space, prepared.models
     if not isinstance(space, DataFlowSpace):
         return
-    known = read_tokenizer("base", config.base, config.base).get_vocab()
+    known = read_tokenizer("base", models.base.folder).get_vocab()
     for name in space.embedding_models:
         if name not in config.models:
             continue
-        vocabulary = read_tokenizer(f"models.{name}", config.models[name], config.base).get_vocab()
+        vocabulary = read_tokenizer(f"models.{name}", models[config.models[name]].folder).get_vocab()
         different = sorted(token for token, number in vocabulary.items() if known.get(token) != number)
         if different:
             token = different[0]
@@ -263,11 +257,11 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
     from evomerge.workers.memory import plan_memory, shortage
 
     config = prepared.config
-    plan = plan_memory(config, prepared.space)
+    plan = plan_memory(config, prepared.space, prepared.models, prepared.targets)
     short = shortage(config, plan)
     return {
         "models": {"base": config.base, **config.models},
-        "parameters": sum(math.prod(info.shape) for info in prepared.tensors.values()),
+        "parameters": sum(math.prod(info.shape) for info in prepared.models.table.values()),
         "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
         "optimizer": config.optimizer.name,
         "population": config.optimizer.population,

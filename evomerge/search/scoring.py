@@ -10,9 +10,8 @@ from evomerge.errors import InputError
 from evomerge.layers import layer_count
 from evomerge.merging.plan import make_plan
 from evomerge.merging.sources import located
+from evomerge.merging.sources.models import Models, find_models
 from evomerge.merging.sources.preflight import preflight
-from evomerge.merging.sources.references import find_source
-from evomerge.merging.sources.weights import tensor_table
 from evomerge.search.criteria import mean_of_scores
 from evomerge.search.preparation import prepare_file
 
@@ -34,14 +33,15 @@ def score(
     if wanted is None:
         raise InputError(f"--split is {split}, but {search_file} has no items.selection; use search or heldout.")
     recipe = located.read(target, warn)
-    config, tensors = prepared.config, prepared.tensors
-    if recipe.models is not None and len(recipe.references) == 1:
-        own = tensor_table(find_source(recipe.references[0], config.base))
-        if layer_count(own) != layer_count(tensors):  # as a path's checkpoint has: such a model stands for itself
-            config, tensors = config.model_copy(update={"base": recipe.references[0]}), own
-    preflight(config.base, {reference: reference for reference in recipe.references})
-    make_plan(recipe, tensors, target)
-    worker = Worker(config, recipe.references, seen=recipe.evomerge.digests, head_apart=recipe.evomerge.head_apart)
+    config, models = prepared.config, find_models(prepared.config.base, recipe.references)
+    if recipe.models is not None and len(models) == 1:
+        (alone,) = models.values()
+        if layer_count(alone.table) != layer_count(prepared.models.table):  # a path's checkpoint stands for itself
+            config, models = config.model_copy(update={"base": alone.reference}), Models(alone, models.by_reference)
+    preflight(models)
+    make_plan(recipe, models.table, target)
+    seen, head_apart = recipe.evomerge.digests, recipe.evomerge.head_apart
+    worker = Worker(config, models, prepared.targets, seen=seen, head_apart=head_apart)
     evaluation = worker.evaluate(recipe, wanted)
     return prepared.config, {
         "target": target,

@@ -4,16 +4,14 @@ from evomerge.config.search import SearchConfig
 from evomerge.config.tables import SPACES, imported
 from evomerge.errors import naming
 from evomerge.merging.naming import check_view
-from evomerge.merging.sources.references import find_source
-from evomerge.merging.sources.weights import model_config
+from evomerge.merging.sources.models import Models
 from evomerge.spaces import SearchSpace
 
 
-def make_space(config: SearchConfig, tensors: tuple[str, ...]) -> SearchSpace:
-    folder = find_source(config.base, config.base).folder
-    kind = model_config(folder)["model_type"]
+def make_space(config: SearchConfig, models: Models) -> SearchSpace:
+    """The space of a search over these models. Raises InputError where they cannot give what it asks for."""
     if config.space.changes_layers:
         with naming("space"):
-            check_view(folder)
-    space: SearchSpace = imported(SPACES[config.space.kind].make)(config, tensors, kind)
+            check_view(models.base.folder)
+    space: SearchSpace = imported(SPACES[config.space.kind].make)(config, tuple(models.table), models.base.kind)
     return space

@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evomerge.config.search import SearchConfig
+from evomerge.evaluation.loading import Target
+from evomerge.merging.sources.models import Models
 from evomerge.recipe import Recipe
 from evomerge.spaces import SearchSpace, at
 from evomerge.workers.worker import Worker
@@ -82,18 +84,24 @@ class MemoryPlan:
         return {**asdict(self), "total": self.total}
 
 
-def plan_memory(config: SearchConfig, space: SearchSpace) -> MemoryPlan:
-    """Rehearses candidates in the middle of the space, by each of its methods. The config must be resolved."""
+def plan_memory(
+    config: SearchConfig, space: SearchSpace, models: Models | None = None, targets: Mapping[str, Target] | None = None
+) -> MemoryPlan:
+    """Rehearses candidates in the middle of the space, by each of its methods.
+
+    config: of the search, resolved.
+    models, targets: those of the config, where they are found and loaded already.
+    """
     with LiveBytes(says_yes=True) as live:  # transformers looks whether a batch is one of the plain kind
-        worker = Worker(config, rehearsal=True)
-        models = live.now
+        worker = Worker(config, models, targets, rehearsal=True)
+        held = live.now
         for recipe in _typical(space):
             worker.rehearse(recipe)
-        shared, candidate = live.now - models, live.peak - live.now
+        shared, candidate = live.now - held, live.peak - live.now
         kept = min(_KEPT_OF_CANDIDATES * candidate, _MOST_KEPT_OF_CANDIDATES)
         host = _LIBRARIES + _COMPILER * (config.evaluation.compile is True) + int(kept)
         on_host = config.evaluation.device == "cpu"
-        return MemoryPlan(models, shared, candidate, host if on_host else 0, _engine(config, worker, on_host))
+        return MemoryPlan(held, shared, candidate, host if on_host else 0, _engine(config, worker, on_host))
 
 
 def _engine(config: SearchConfig, worker: Worker, on_host: bool) -> int:

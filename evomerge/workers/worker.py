@@ -1,7 +1,7 @@
 """Worker: holds the models, merges a recipe in place, scores it. Knows nothing of Ray or of the search around it."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from evomerge.devices import count_gpus, resolve_device
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
+from evomerge.evaluation.loading import Target
 from evomerge.merging.naming import named_weights
 from evomerge.merging.resident.models import ResidentModels
-from evomerge.merging.sources.references import find_source
+from evomerge.merging.sources.models import Model, Models, models_of
 from evomerge.merging.sources.tokenizers import read_tokenizer
-from evomerge.merging.sources.weights import seen_by
 from evomerge.recipe import Recipe
 from evomerge.seen import Digests
 
@@ -29,31 +29,38 @@ class Worker:
     def __init__(
         self,
         config: SearchConfig,
-        references: Iterable[str] | None = None,
+        models: Models | None = None,
+        targets: Mapping[str, Target] | None = None,
+        *,
         rehearsal: bool = False,
         seen: Digests = frozenset(),
         head_apart: bool = False,
     ) -> None:
-        """references: the models that recipes may name; by default the base and the models of the config. rehearsal:
-        nothing is read and nothing computed, only prepared (`rehearse`). seen: digests of items that are not to be held
-        out, besides those that the models say were seen when they were made. head_apart: see ResidentModels."""
+        """Loads the models and prepares the tasks.
+
+        config: of the search, resolved.
+        models: those that recipes may name, found already; by default they are found here.
+        targets: the tasks, loaded already; by default they are loaded here.
+        rehearsal: nothing is read and nothing computed, only prepared (`rehearse`).
+        seen: digests of items that are not to be held out, besides those that the models say were seen when they were
+            made.
+        head_apart: see ResidentModels.
+        """
         torch.set_num_threads(config.evaluation.threads)
-        wanted = tuple(references) if references is not None else (config.base, *config.models.values())
-        skeleton = find_source(config.base, config.base).folder
+        models = models or models_of(config)
         device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
-        sources = {reference: find_source(reference, config.base) for reference in dict.fromkeys(wanted)}
         count = 1 if rehearsal else count_gpus(config, device)
         evaluation = config.evaluation
         self.models = ResidentModels(
-            sources, skeleton, device, evaluation.dtype, evaluation.compile is True, rehearsal, count, head_apart
+            models, device, evaluation.dtype, evaluation.compile is True, rehearsal, count, head_apart
         )
         engine = (
-            Engine(config.evaluation, skeleton, self.models.model, named_weights(self.models.model))
+            Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
             if config.evaluation.backend == "vllm" and not rehearsal
             else None
         )
-        seen = seen.union(*map(seen_by, sources.values()))
-        self._harness = Harness(config, self.models.model, load_tokenizer(config), engine, seen)
+        tokenizer = load_tokenizer(config, models.base)
+        self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
         for split in config.splits:  # all now: an item that cannot be scored should not show after the search
@@ -115,13 +122,12 @@ class Worker:
             ) from None
 
 
-def load_tokenizer(config: SearchConfig) -> Any:
+def load_tokenizer(config: SearchConfig, base: Model) -> Any:
     """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
-    tokenizer = read_tokenizer("base", config.base, config.base)
+    tokenizer = read_tokenizer("base", base.folder)
     if config.evaluation.apply_chat_template and tokenizer.chat_template is None:
-        folder = find_source(config.base, config.base).folder
         raise InputError(
-            f"evaluation.apply_chat_template is true, but the tokenizer in {folder} has no chat template; "
+            f"evaluation.apply_chat_template is true, but the tokenizer in {base.folder} has no chat template; "
             "set it to false, or use a base that has one."
         )
     return tokenizer

@@ -18,12 +18,12 @@ from evomerge.layers import embedding_names, head_names, layer_count, layer_inde
 from evomerge.merging.building import load_model
 from evomerge.merging.naming import named_weights
 from evomerge.merging.resident.models import ResidentModels, fingerprint
-from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.weights import Weights, load_tensors, tensor_table
 from evomerge.recipe import Recipe, Source, linear, single
 from evomerge.runs import directory as runs
 from tests.architectures import ARCHITECTURES, TIED, build, family, save
 from tests.conftest import REPOSITORY
+from tests.models import check_models, load_models
 
 WEIGHTS = "model.safetensors"
 NAMES = sorted(ARCHITECTURES)
@@ -36,7 +36,7 @@ def families(tmp_path_factory) -> dict[str, dict[str, Path]]:
 
 
 def resident(folders: dict[str, Path], dtype: str = "float32") -> ResidentModels:
-    return ResidentModels(folders, folders["base"], "cpu", dtype)
+    return load_models(folders, folders["base"], "cpu", dtype)
 
 
 def merged(models: ResidentModels, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def test_layers_embeddings_and_head_are_told_apart(name, families):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_merge_is_the_formula_on_the_stored_tensors(name, families):
     folders = {key: str(folder) for key, folder in families[name].items()}
-    preflight(folders["base"], {key: folders[key] for key in ("first", "second")})
+    check_models(folders["base"], {key: folders[key] for key in ("first", "second")})
     stored = {key: load_file(Path(folder) / WEIGHTS) for key, folder in folders.items()}
     models = resident(families[name])
     average = merged(models, linear({"first": 1.0, "second": 3.0}))
@@ -126,7 +126,7 @@ def test_a_model_saved_without_its_head_is_read_by_the_whole_model_s_names(name,
     whole = load_model(families[name]["first"], torch.float32)
     headless = save(whole.base_model, tmp_path / "headless")
     assert not tensor_table(families[name]["first"]).keys() & load_file(headless / WEIGHTS).keys()
-    preflight(str(families[name]["base"]), {"models.mine": str(headless)})
+    check_models(str(families[name]["base"]), {"models.mine": str(headless)})
     for folder in (headless, families[name]["first"]):
         assert tensor_table(folder).keys() == tensor_table(families[name]["base"]).keys()
     models = resident({"base": headless, "first": families[name]["first"]})
@@ -136,7 +136,7 @@ def test_a_model_saved_without_its_head_is_read_by_the_whole_model_s_names(name,
 def test_an_untied_model_saved_without_its_head_is_refused(families, tmp_path):
     headless = save(load_model(families["llama"]["first"], torch.float32).base_model, tmp_path / "headless")
     with pytest.raises(InputError, match=r"^models\.mine lacks the tensor lm_head\.weight of the base"):
-        preflight(str(families["llama"]["base"]), {"models.mine": str(headless)})
+        check_models(str(families["llama"]["base"]), {"models.mine": str(headless)})
     with pytest.raises(InputError, match=r"lacks? lm_head\.weight"):
         resident({"base": headless})
 
@@ -157,8 +157,8 @@ def test_buffers_in_old_checkpoints_are_ignored(name, families, tmp_path):
     buffers = {key: torch.ones(shape) for key, shape in BUFFERS[name].items()}
     old = rewritten(families[name]["first"], tmp_path / "old", lambda tensors: tensors | buffers)
     assert tensor_table(old).keys() == tensor_table(families[name]["first"]).keys()
-    preflight(str(families[name]["base"]), {"models.mine": str(old)})
-    preflight(str(old), {"models.mine": str(families[name]["base"])})
+    check_models(str(families[name]["base"]), {"models.mine": str(old)})
+    check_models(str(old), {"models.mine": str(families[name]["base"])})
     models = resident({"base": old, "first": families[name]["first"]})
     assert models.materialize(single("base")) == models.materialize(single("first"))
 
@@ -185,7 +185,7 @@ def test_a_tied_head_that_is_stored_all_the_same_is_ignored(name, families, tmp_
             lambda tensors: tensors | {"lm_head.weight": tensors[embedding].clone()},
             tie_word_embeddings=tied,
         )
-        preflight(str(families[name]["base"]), {"models.mine": str(full)})
+        check_models(str(families[name]["base"]), {"models.mine": str(full)})
         models = resident({"base": families[name]["base"], "full": full, "first": families[name]["first"]})
         assert models.materialize(single("full")) == models.materialize(single("first"))
 
@@ -193,14 +193,14 @@ def test_a_tied_head_that_is_stored_all_the_same_is_ignored(name, families, tmp_
 def test_an_architecture_s_default_decides_where_the_config_is_silent(families, tmp_path):
     silent = rewritten(families["llama"]["first"], tmp_path / "silent", lambda t: t, tie_word_embeddings=None)
     assert "lm_head.weight" in tensor_table(silent)
-    preflight(str(families["llama"]["base"]), {"models.mine": str(silent)})
+    check_models(str(families["llama"]["base"]), {"models.mine": str(silent)})
 
 
 def test_a_tied_model_merges_into_an_untied_base_with_its_embedding_for_a_head(families, tmp_path):
     tied = save(build("llama", layers=2, tie_word_embeddings=True), tmp_path / "tied")
     assert "lm_head.weight" not in tensor_table(tied)
     base = families["llama"]["base"]
-    preflight(str(base), {"models.mine": str(tied)})
+    check_models(str(base), {"models.mine": str(tied)})
     stored, own = load_tensors(tied), load_tensors(base)
     result = merged(resident({"base": base, "tied": tied}), linear({"base": 1.0, "tied": 1.0}))
     expected = (own["lm_head.weight"] + stored["model.embed_tokens.weight"]) / 2
@@ -210,7 +210,7 @@ def test_a_tied_model_merges_into_an_untied_base_with_its_embedding_for_a_head(f
 def test_an_untied_model_unties_a_tied_base_in_memory_and_on_disk(families, tmp_path):
     tied = save(build("llama", layers=2, tie_word_embeddings=True), tmp_path / "tied")
     untied = families["llama"]["first"]
-    (warning,) = [each for each in preflight(str(tied), {"models.mine": str(untied)}) if "own" in each]
+    (warning,) = [each for each in check_models(str(tied), {"models.mine": str(untied)}) if "own" in each]
     assert "has a head of its own (lm_head.weight), which the base" in warning
     recipe = Recipe(
         merge_method="task_arithmetic",
@@ -218,7 +218,7 @@ def test_an_untied_model_unties_a_tied_base_in_memory_and_on_disk(families, tmp_
         models=(Source(model=str(untied), parameters={"weight": 0.25}),),
     )
     fingerprint, _ = checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")
-    models = ResidentModels({str(tied): tied, str(untied): untied}, tied, "cpu", "float32")
+    models = load_models({str(tied): tied, str(untied): untied}, tied, "cpu", "float32")
     assert models.materialize(recipe) == fingerprint
     stored, own, found = (load_tensors(folder) for folder in (tied, untied, tmp_path / "out"))
     expected = 0.75 * stored["model.embed_tokens.weight"] + 0.25 * own["lm_head.weight"]
@@ -248,7 +248,9 @@ def test_a_search_over_a_tied_base_and_an_untied_model_ships_what_it_scored_pare
     run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
     assert any(gene.group == "head" for gene in run.prepared.space.genes)
     for name in ("g0000-00", "parent-tied", "parent-untied", "base", "uniform"):
-        shared = export.shared_recipe(choice.choose(run.archive, run.config, name, ()), run.archive, run.config)
+        shared = export.shared_recipe(
+            choice.choose(run.archive, run.config, name, ()), run.archive, run.config, run.prepared.models
+        )
         again = Recipe.model_validate(yaml.safe_load(shared.to_yaml()))
         assert checkpoint.merge(again, tmp_path / f"merged-{name}", "recipe.yaml") == (
             shared.evomerge.fingerprint,
@@ -277,7 +279,7 @@ def test_dtypes_may_differ_between_models_and_within_one(families, tmp_path):
         tmp_path / "half",
         lambda tensors: {name: t.to(torch.bfloat16 if "mlp" in name else torch.float16) for name, t in tensors.items()},
     )
-    preflight(str(folders["base"]), {"models.mine": str(half)})
+    check_models(str(folders["base"]), {"models.mine": str(half)})
     models = resident(folders | {"half": half})
     base = load_file(folders["base"] / WEIGHTS)
     for name, tensor in merged(models, linear({"base": 1.0, "half": 1.0})).items():
@@ -305,9 +307,9 @@ def test_shards_hold_the_same_model(name, families, tmp_path):
 def test_another_activation_or_number_of_heads_is_refused(name, key, value, families, tmp_path):
     other = rewritten(families[name]["first"], tmp_path / "other", lambda tensors: tensors, **{key: value})
     with pytest.raises(InputError, match=rf"^models\.mine: {key} in config\.json is {value}, but the base"):
-        preflight(str(families[name]["base"]), {"models.mine": str(other)})
+        check_models(str(families[name]["base"]), {"models.mine": str(other)})
 
 
 def test_a_default_that_only_one_config_spells_out_is_no_difference(families, tmp_path):
     terse = rewritten(families["llama"]["first"], tmp_path / "terse", lambda t: t, head_dim=None, hidden_act=None)
-    preflight(str(families["llama"]["base"]), {"models.mine": str(terse)})
+    check_models(str(families["llama"]["base"]), {"models.mine": str(terse)})

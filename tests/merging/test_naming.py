@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.errors import InputError
 from evomerge.export import checkpoint
-from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.weights import WEIGHTS
 from evomerge.recipe import Recipe
 from evomerge.search.preparation import prepare_file
 from tests import architectures
+from tests.models import load_models
 
 EXPERTS = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
@@ -47,7 +47,7 @@ def recipe_of(family: dict[str, Path], method: str) -> Recipe:
 
 def test_what_is_evaluated_is_what_is_exported(family, tmp_path):
     recipe = recipe_of(family, "dare_ties")
-    resident = ResidentModels({str(folder): folder for folder in family.values()}, family["base"], "cpu", "float32")
+    resident = load_models({str(folder): folder for folder in family.values()}, family["base"], "cpu", "float32")
     fingerprint = resident.materialize(recipe)
     assert checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")[0] == fingerprint
     shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -79,7 +79,7 @@ def test_a_search_over_their_layers_is_refused(family, search_file):
 def test_a_recipe_of_other_layers_is_refused_in_memory_and_merged_to_a_checkpoint(family, tmp_path):
     slices = [{"sources": [{"model": str(family["base"]), "layer_range": [0, 2]}]}] * 2
     recipe = Recipe.model_validate({"merge_method": "passthrough", "slices": slices, "dtype": "float32"})
-    resident = ResidentModels({str(family["base"]): family["base"]}, family["base"], "cpu", "float32")
+    resident = load_models({str(family["base"]): family["base"]}, family["base"], "cpu", "float32")
     with pytest.raises(InputError, match="write the checkpoint with `evomerge merge`"):
         resident.materialize(recipe)
     checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")

@@ -68,7 +68,10 @@ def test_every_candidate_of_an_old_front_can_be_exported(kept: Path, directory: 
     run = runs.read(directory)
     for row in printed(kept, "front"):
         record = choice.choose(run.archive, run.config, row["id"], [])
-        assert export.shared_recipe(record, run.archive, run.config).evomerge.fingerprint == row["fingerprint"]
+        assert (
+            export.shared_recipe(record, run.archive, run.config, run.prepared.models).evomerge.fingerprint
+            == row["fingerprint"]
+        )
 
 
 @pytest.mark.slow

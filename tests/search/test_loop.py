@@ -63,7 +63,7 @@ def content(archive: Archive, prepared: Prepared) -> tuple[Any, Any]:
 def with_budget(prepared: Prepared, evaluations: int) -> Prepared:
     optimizer = prepared.config.optimizer.model_copy(update={"evaluations": evaluations})
     config = prepared.config.model_copy(update={"optimizer": optimizer})
-    return Prepared(config, prepared.space, prepared.tensors)
+    return Prepared(config, prepared.space, prepared.models)
 
 
 @pytest.mark.parametrize(("size", "seed"), [(2, 1), (3, 2), (16, 3)])

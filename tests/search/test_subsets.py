@@ -112,7 +112,7 @@ def test_an_extended_search_tries_what_the_larger_budget_would_have_tried(prepar
     """Whom a generation that the budget had cut sends on to all items may differ, but nothing is forgotten."""
     optimizer = prepared.config.optimizer.model_copy(update={"evaluations": 60})
     longer = Prepared(
-        prepared.config.model_copy(update={"optimizer": optimizer}), prepared.space, prepared.tensors, prepared.warnings
+        prepared.config.model_copy(update={"optimizer": optimizer}), prepared.space, prepared.models, prepared.warnings
     )
     expected, _ = run(longer, tmp_path / "expected")
     short, _ = run(prepared, tmp_path / "extended")

@@ -22,6 +22,7 @@ from evomerge.merging.resident.models import ResidentModels, fingerprint
 from evomerge.recipe import Recipe, Slice, Source
 from evomerge.spaces.layer_path import SCALE_RULES, Hop, LayerPath
 from tests.architectures import build, family
+from tests.models import load_models
 
 LAYERS = 4
 EIGHT = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2")
@@ -40,7 +41,7 @@ def models(request, tmp_path_factory) -> tuple[str, ResidentModels, dict[str, st
     references = {name: str(folder) for name, folder in folders.items()}
     return (
         request.param,
-        ResidentModels({str(f): f for f in folders.values()}, folders["base"], "cpu", "float32"),
+        load_models({str(f): f for f in folders.values()}, folders["base"], "cpu", "float32"),
         (references),
     )
 

@@ -17,6 +17,7 @@ from evomerge.recipe import Recipe, Source
 from evomerge.search.preparation import prepare_file
 from evomerge.workers.memory import LiveBytes, MemoryPlan, plan_memory, shortage
 from tests.conftest import REPOSITORY
+from tests.models import load_models
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 PARENTS = ("first", "second", "third")
@@ -34,7 +35,7 @@ def recipe(method: str, density: float = 0.5) -> Recipe:
 
 
 def rehearsed(tiny_models) -> ResidentModels:
-    return ResidentModels(tiny_models, tiny_models["base"], "cpu", "float32", rehearsal=True)
+    return load_models(tiny_models, tiny_models["base"], "cpu", "float32", rehearsal=True)
 
 
 def test_bytes_count_as_long_as_a_tensor_or_a_view_of_it_lives():
@@ -102,7 +103,7 @@ def test_a_candidate_takes_no_more_than_twice_its_room(method):
 def test_what_a_search_needs_is_told_part_by_part():
     prepared = prepare_file(DEMO, ["workers.pool=local"])
     plan = plan_memory(prepared.config, prepared.space)
-    elements = sum(math.prod(info.shape) for info in prepared.tensors.values())
+    elements = sum(math.prod(info.shape) for info in prepared.models.table.values())
     assert plan.models >= 4 * 4 * elements  # three sources and the merge, in float32
     assert plan.shared >= 2 * 2 * elements  # sixteen bits of each model's masks
     assert plan.candidate > 0

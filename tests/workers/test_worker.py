@@ -11,6 +11,7 @@ from evomerge.devices import count_gpus, resolve_device
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.resident.models import fingerprint
+from evomerge.merging.sources.models import find_models
 from evomerge.recipe import Provenance, Recipe, Source, linear, single
 from evomerge.workers.worker import Worker
 
@@ -95,13 +96,13 @@ def test_weights_that_are_no_numbers_are_a_failure_with_a_reason_and_the_next_ca
 
 
 def test_a_recipe_with_a_model_that_the_worker_does_not_hold_is_a_failure_that_names_it(search):
-    failed = Worker(search, ["zoo:base"]).evaluate(single("zoo:math"), "search")
+    failed = Worker(search, find_models("zoo:base", ["zoo:base"])).evaluate(single("zoo:math"), "search")
     assert failed.failed
     assert "zoo:math" in failed.error
 
 
 def test_only_the_named_models_are_held(search):
-    alone = Worker(search, ["zoo:math"]).evaluate(single("zoo:math"), "search")
+    alone = Worker(search, find_models("zoo:base", ["zoo:math"])).evaluate(single("zoo:math"), "search")
     assert without_time(alone) == without_time(Worker(search).evaluate(single("zoo:math"), "search"))
 
 

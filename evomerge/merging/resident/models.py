@@ -8,7 +8,6 @@ What candidates have in common (uniform fields, thresholds, scalar products) is 
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +25,7 @@ from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
-from evomerge.merging.sources.references import ModelSource
+from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.recipe import Recipe, TokenizerSettings
@@ -40,8 +39,7 @@ class ResidentModels:
 
     def __init__(
         self,
-        sources: Mapping[str, ModelSource | Path],
-        skeleton: Path,
+        models: Models,
         device: str,
         dtype: str,
         compiled: bool = False,
@@ -49,7 +47,7 @@ class ResidentModels:
         count: int = 1,
         head_apart: bool = False,
     ) -> None:
-        """sources: every model reference with its source. skeleton: the folder whose config the merge takes. compiled:
+        """models: those that recipes may name; the base's config is that of every merge. compiled:
         whether large tensors are merged by compiled code. rehearsal: everything is made on the meta device, without any
         data, as it would be on `device`. count: of the devices, the first ones of that kind. head_apart: whether the
         head is a tensor of its own even where all of the sources tie it to their embedding; where some do not it is."""
@@ -59,8 +57,9 @@ class ResidentModels:
         self._planes = compiled and torch.device(device).type == "cpu"
         self._room = room_on(torch.device(device))
         self._dtype: torch.dtype = getattr(torch, dtype)
-        weights = {reference: Weights(source) for reference, source in sources.items()}
-        self._folder, config = skeleton, load_config(skeleton)
+        skeleton = self._folder = models.base.folder
+        config = load_config(skeleton)
+        weights = {reference: model.weights for reference, model in models.items()}
         apart = ties(config) and (head_apart or untied_head(weights.values()) is not None)
         config = untied(config) if apart else config
         self.model: Any = (
@@ -68,7 +67,7 @@ class ResidentModels:
             if rehearsal
             else load_model(skeleton, self._dtype, *([config] if apart else []))
         )
-        place(self.model, self.devices, 1 + len(sources))
+        place(self.model, self.devices, 1 + len(models))
         self._naming = naming_of(config, skeleton)
         self._parameters = self._naming.weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in weights.items()}

@@ -1,50 +1,45 @@
 """Whether models can be merged, by their configs and headers, before any weight is read."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from evomerge.errors import InputError
 from evomerge.merging.sources.model_settings import check_settings
-from evomerge.merging.sources.tensor_files import FLOATS as FLOATS
-from evomerge.merging.sources.tensor_files import TensorInfo as TensorInfo
-
-if TYPE_CHECKING:
-    pass
-from evomerge.merging.sources.references import find_source
-from evomerge.merging.sources.weights import Weights, model_config, untied_head, with_head
+from evomerge.merging.sources.models import Models
+from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
+from evomerge.merging.sources.weights import Weights, with_head
 
 
-def preflight(base: str, models: Mapping[str, str], same_tensors: bool = True) -> list[str]:
-    """Warnings about models whose configs differ from the base's; raises InputError at the first difference that makes
-    them unmergeable.
+def preflight(models: Models, labels: Mapping[str, str] | None = None, same_tensors: bool = True) -> list[str]:
+    """Warnings about models whose configs differ from the base's.
 
-    models: how to call each model in a message, with its reference. same_tensors: whether names and shapes have to be
-    the base's too.
+    models: the base, and the models that are merged with it.
+    labels: what to call a model in a message, by its reference; by default its reference.
+    same_tensors: whether names and shapes have to be the base's too.
+    Raises InputError at the first difference that makes models unmergeable.
     """
-    base_source = find_source(base, base)
-    base_weights = Weights(base_source)
-    sources = {label: Weights(find_source(reference, base)) for label, reference in models.items()}
-    head = untied_head([base_weights, *sources.values()])
-    base_config, base_table = model_config(base_source.folder), with_head(base_weights, head)
-    _check_floats(base, base_table)
-    warnings = []
-    for label, weights in sources.items():
-        config = model_config(weights.source.folder)
-        if config["model_type"] != base_config["model_type"]:
+    base, head = models.base, models.head
+    base_table = with_head(base.weights, head)
+    _check_floats(base.reference, base_table)
+    warnings, own_heads = [], []
+    for model in models.values():
+        if model is base:
+            continue
+        label = (labels or {}).get(model.reference, model.reference)
+        if model.kind != base.kind:
             raise InputError(
-                f"{label} is a {config['model_type']} model, but the base ({base}) is a "
-                f"{base_config['model_type']} model; only fine-tunes of one base can be merged."
+                f"{label} is a {model.kind} model, but the base ({base.reference}) is a {base.kind} model; only "
+                "fine-tunes of one base can be merged."
             )
         if same_tensors:
-            _check_rows(label, weights, base, base_table)
-            _check_tables(label, with_head(weights, head), base, base_table)
-        _check_floats(label, weights.table)
-        warnings.append(check_settings(label, config, base, base_config))
-    if head is not None and base_weights.own_head is None:
-        names = [label for label, weights in sources.items() if weights.own_head is not None]
+            _check_rows(label, model.weights, base.reference, base_table)
+            _check_tables(label, with_head(model.weights, head), base.reference, base_table)
+        _check_floats(label, model.table)
+        warnings.append(check_settings(label, model.config, base.reference, base.config))
+        own_heads += [label] if model.weights.own_head is not None else []
+    if head is not None and base.weights.own_head is None:
         warnings.append(
-            f"{names[0]} has a head of its own ({head}), which the base ({base}) ties to its embedding: in a merge the "
-            "two are tensors of their own."
+            f"{own_heads[0]} has a head of its own ({head}), which the base ({base.reference}) ties to its embedding: "
+            "in a merge the two are tensors of their own."
         )
     return [warning for warning in warnings if warning]
 

@@ -2,17 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from evomerge import zoo
 from evomerge.errors import InputError
 from evomerge.merging.sources.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.merging.sources.adapters import is_adapter
-from evomerge.merging.sources.tensor_files import FLOATS as FLOATS
-from evomerge.merging.sources.tensor_files import TensorInfo as TensorInfo
 
-if TYPE_CHECKING:
-    pass
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 
 

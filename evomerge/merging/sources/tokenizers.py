@@ -1,15 +1,18 @@
 """The tokenizer of a model folder, without code from it."""
 
+from pathlib import Path
 from typing import Any
 
 from evomerge.errors import InputError, first_line
-from evomerge.merging.sources.references import find_source
 from evomerge.quiet import quiet
 
 
-def read_tokenizer(key: str, reference: str, base: str) -> Any:
-    """A model's tokenizer. Raises InputError, opened by `key`, where there is none."""
-    folder = find_source(reference, base).folder
+def read_tokenizer(key: str, folder: Path) -> Any:
+    """A model's tokenizer.
+
+    key: where the model stands in a file, for the message.
+    Raises InputError where there is no tokenizer, or one that transformers does not read.
+    """
     try:
         with quiet():
             from transformers import AutoTokenizer

@@ -1,9 +1,7 @@
 """Source: a model taken into a search, read from safetensors only.
 
-`find_source` turns a reference into a folder with the adapters that change it: `zoo:math`, a folder, a Hugging Face
-id, each with `@REVISION` and `+ADAPTER` where wanted, or an adapter's folder, which stands for the base with it.
-`tensor_table` reads names, shapes and dtypes from the file headers alone; `preflight` compares them before any weight
-is read; `Weights` reads one tensor at a time. Pickled weights are never opened.
+`Weights` reads names, shapes and dtypes from the file headers when it is made, and then one tensor at a time. Pickled
+weights are never opened.
 
 Tensors go by the names that transformers would write for the whole model (`naming`), whatever a checkpoint calls them;
 buffers that old checkpoints hold, and heads that are stored though the config ties them to the embedding, are left out.
@@ -21,6 +19,7 @@ from evomerge.errors import InputError, choices
 from evomerge.merging.sources.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.merging.sources.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from evomerge.merging.sources.adapters import Adapter, load_adapter
+from evomerge.merging.sources.references import ModelSource
 from evomerge.merging.sources.tensor_files import FLOATS as FLOATS
 from evomerge.merging.sources.tensor_files import TensorFiles, read_header
 from evomerge.merging.sources.tensor_files import TensorInfo as TensorInfo
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
     from evomerge.merging.naming import Naming
     from evomerge.merging.sources.tensor_files import Piece
-from evomerge.merging.sources.references import ModelSource
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -202,12 +200,6 @@ def _weight_files(folder: Path) -> list[Path]:
             "convert them to safetensors (model.save_pretrained) first."
         )
     raise InputError(f"{folder}: holds no {WEIGHTS}; expected a Hugging Face model in safetensors.")
-
-
-def merged_table(sources: Iterable[ModelSource]) -> dict[str, TensorInfo]:
-    """The tensors of a merge: those of the first source, which is the base, and a head where only others have one."""
-    weights = [Weights(source) for source in sources]
-    return with_head(weights[0], untied_head(weights))
 
 
 def with_head(weights: Weights, head: str | None) -> dict[str, TensorInfo]:

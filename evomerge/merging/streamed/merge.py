@@ -19,7 +19,7 @@ from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import checksum, uniform_field
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import Skeleton, skeleton_of, untied, with_layers
-from evomerge.merging.sources.references import find_source
+from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.weights import HEAD_NAMES, Weights, untied_head
 from evomerge.merging.streamed.shards import Layout, write_weights
 from evomerge.merging.streamed.vocabulary import Vocabulary, build_vocabulary, chat_template, load_tokenizer
@@ -36,15 +36,15 @@ class StreamedMerge:
     The output takes config, generation config and tokenizer from the base, or from the first model where there is none.
     """
 
-    def __init__(self, recipe: Recipe, where: str, device: str, dtype: str) -> None:
-        """dtype: of the output. Raises InputError for what cannot be merged."""
+    def __init__(self, recipe: Recipe, models: Models, where: str, device: str, dtype: str) -> None:
+        """models: those of the recipe, its first one as the base. dtype: of the output. Raises InputError for what
+        cannot be merged."""
         self._recipe, self._where = recipe, where
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._first = recipe.references[0]
-        sources = {reference: find_source(reference, self._first) for reference in recipe.references}
-        self._folders = {reference: source.folder for reference, source in sources.items()}
-        self._weights = {reference: Weights(source) for reference, source in sources.items()}
+        self._first = models.base.reference
+        self._folders = {reference: model.folder for reference, model in models.items()}
+        self._weights = {reference: model.weights for reference, model in models.items()}
         configs = {reference: load_config(folder) for reference, folder in self._folders.items()}
         if recipe.evomerge.head_apart or untied_head(self._weights.values()) is not None:
             configs = {reference: untied(config) for reference, config in configs.items()}

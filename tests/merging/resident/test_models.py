@@ -18,6 +18,7 @@ from evomerge.merging.methods.kernels import uniform_field
 from evomerge.merging.plan import make_plan
 from evomerge.merging.resident.models import ResidentModels, fingerprint
 from evomerge.recipe import Condition, Parameters, Provenance, Recipe, Slice, Source
+from tests.models import load_models
 
 PARENTS = ("first", "second", "third")
 RANDOM = [name for name, method in METHODS.items() if method.random]
@@ -43,7 +44,7 @@ def recipe(method: str, seed: int = 0, rescale: str = "l1", density: float = 0.6
 
 @pytest.fixture(scope="module")
 def resident(tiny_models) -> ResidentModels:
-    return ResidentModels(tiny_models, tiny_models["base"], "cpu", "float32")
+    return load_models(tiny_models, tiny_models["base"], "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_sources_are_left_as_they_were(resident, weights):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_arithmetic_is_in_float32_with_one_rounding_into_the_model_s_dtype(method, dtype, resident, tiny_models):
-    narrow = ResidentModels(tiny_models, tiny_models["base"], "cpu", dtype)
+    narrow = load_models(tiny_models, tiny_models["base"], "cpu", dtype)
     narrow.materialize(recipe(method))
     resident.materialize(recipe(method))
     rounded = {name: tensor.to(getattr(torch, dtype)) for name, tensor in parameters(resident).items()}
@@ -142,7 +143,7 @@ def test_sources_keep_the_precision_they_are_stored_in(changed, tiny_models, wei
     """A float32 source of a bfloat16 model is not rounded before the merge, a bfloat16 source is read as it is."""
     name = "model.norm.weight"
     narrow = changed("second", model__norm__weight=weights["second"][name].bfloat16())
-    models = ResidentModels(tiny_models | {"second": narrow}, tiny_models["base"], "cpu", "bfloat16")
+    models = load_models(tiny_models | {"second": narrow}, tiny_models["base"], "cpu", "bfloat16")
     models.materialize(recipes.linear({"first": 1.0, "second": 1.0}))
     exact = (weights["first"][name].double() + weights["second"][name].bfloat16().double()) / 2
     assert torch.equal(parameters(models)[name], exact.float().bfloat16())
@@ -154,7 +155,7 @@ def test_sources_keep_the_precision_they_are_stored_in(changed, tiny_models, wei
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_recipe_gives_the_same_fingerprint_in_every_process_state(method, resident, tiny_models):
     merge, threads, found = recipe(method, seed=3), torch.get_num_threads(), set()
-    other = ResidentModels(dict(reversed(tiny_models.items())), tiny_models["base"], "cpu", "float32")
+    other = load_models(dict(reversed(tiny_models.items())), tiny_models["base"], "cpu", "float32")
     for count in (1, 2):
         torch.set_num_threads(count)
         found |= {resident.materialize(merge), resident.materialize(merge), other.materialize(merge)}
@@ -165,7 +166,7 @@ def test_the_same_recipe_gives_the_same_fingerprint_in_every_process_state(metho
 
 @pytest.mark.parametrize("method", RANDOM)
 def test_masks_do_not_depend_on_the_candidates_before(method, resident, tiny_models):
-    fresh = ResidentModels(tiny_models, tiny_models["base"], "cpu", "float32")
+    fresh = load_models(tiny_models, tiny_models["base"], "cpu", "float32")
     expected = fresh.materialize(recipe(method, seed=9))
     for earlier in (
         recipe(method, seed=1),
@@ -190,7 +191,7 @@ def test_a_method_without_masks_takes_no_notice_of_the_seed(method, resident):
 @pytest.mark.parametrize("method", RANDOM)
 def test_two_models_with_the_same_weights_have_masks_of_their_own(method, tiny_models):
     folders = tiny_models | {"twin": tiny_models["first"]}
-    models = ResidentModels(folders, tiny_models["base"], "cpu", "float32")
+    models = load_models(folders, tiny_models["base"], "cpu", "float32")
 
     def merge(names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         sources = tuple(Source(model=name, parameters={"weight": 1 / len(names), "density": 0.5}) for name in names)
@@ -232,17 +233,17 @@ def test_a_model_with_a_value_that_is_not_finite_is_refused_when_it_is_loaded(ch
     bad[3, 4] = float("nan")
     folder = changed("first", model__layers__2__mlp__up_proj__weight=bad)
     with pytest.raises(InputError, match=r"up_proj\.weight holds values that are not finite"):
-        ResidentModels(tiny_models | {"first": folder}, tiny_models["base"], "cpu", "float32")
+        load_models(tiny_models | {"first": folder}, tiny_models["base"], "cpu", "float32")
 
 
 def test_non_finite_weights_fail_the_candidate_and_name_the_first_tensor(tiny_models):
-    models = ResidentModels(tiny_models, tiny_models["base"], "cpu", "float32")
+    models = load_models(tiny_models, tiny_models["base"], "cpu", "float32")
     models._sources["first"]["model.layers.2.mlp.up_proj.weight"] = torch.full((48, 32), float("nan"))
     for method in METHODS:
         with pytest.raises(CandidateFailed, match=r"non-finite weights .* in model\.layers\.2\.mlp\.up_proj\.weight$"):
             models.materialize(recipe(method))
     others = recipes.linear({"second": 1.0, "third": 1.0})  # the next candidate is unharmed
-    assert models.materialize(others) == ResidentModels(tiny_models, tiny_models["base"], "cpu", "float32").materialize(
+    assert models.materialize(others) == load_models(tiny_models, tiny_models["base"], "cpu", "float32").materialize(
         others
     )
 
@@ -252,7 +253,7 @@ def test_weights_that_overflow_only_in_the_model_s_dtype_fail_the_candidate(resi
     huge = huge.model_copy(update={"parameters": {"normalize": False}})
     resident.materialize(huge)
     with pytest.raises(CandidateFailed, match="non-finite weights"):
-        ResidentModels(tiny_models, tiny_models["base"], "cpu", "float16").materialize(huge)
+        load_models(tiny_models, tiny_models["base"], "cpu", "float16").materialize(huge)
 
 
 @pytest.mark.parametrize("method", ["linear", *TASK_VECTORS])
@@ -276,13 +277,13 @@ def test_a_recipe_that_cannot_be_planned_is_an_input_error(resident):
 def test_a_source_that_lacks_a_tensor_of_the_model_is_an_input_error(changed, tiny_models):
     folder = changed("first", model__norm__weight=None)
     with pytest.raises(InputError, match=r"lack model\.norm\.weight, which LlamaForCausalLM needs"):
-        ResidentModels({"first": folder}, tiny_models["base"], "cpu", "float32")
+        load_models({"first": folder}, tiny_models["base"], "cpu", "float32")
 
 
 def test_a_source_of_another_shape_is_an_input_error(changed, tiny_models):
     folder = changed("first", model__norm__weight=torch.zeros(31))
     with pytest.raises(InputError, match=r"model\.norm\.weight has shape \[31\], expected \[32\]"):
-        ResidentModels({"first": folder}, tiny_models["base"], "cpu", "float32")
+        load_models({"first": folder}, tiny_models["base"], "cpu", "float32")
 
 
 def test_a_model_that_transformers_cannot_load_is_an_input_error(changed):

@@ -24,6 +24,7 @@ from evomerge.merging.sources.weights import Weights
 from evomerge.recipe import Recipe, Slice, Source
 from evomerge.workers.memory import LiveBytes
 from tests.architectures import ARCHITECTURES, TIED, build
+from tests.models import load_models
 from tests.workers.test_memory import recipe
 
 LAYERS = 6
@@ -96,7 +97,7 @@ def spread(pretending: None, tiny_models: dict[str, Path], monkeypatch: pytest.M
     monkeypatch.setattr(building, "load_model", load)
     monkeypatch.setattr(Weights, "read", lambda self, name: torch.empty(self.table[name].shape))
     monkeypatch.setattr("evomerge.merging.resident.placement._room", lambda device: 1e9)
-    return ResidentModels(tiny_models, tiny_models["base"], PRETENDED, "float32", count=2)
+    return load_models(tiny_models, tiny_models["base"], PRETENDED, "float32", count=2)
 
 
 def requests() -> list[Request]:

@@ -22,15 +22,14 @@ from evomerge.errors import InputError, choices
 from evomerge.export import checkpoint, choice
 from evomerge.export import recipe as export
 from evomerge.merging.naming import named_weights
-from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources import located
-from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.references import ModelSource, find_source
 from evomerge.merging.sources.weights import identity, load_tensors, tensor_table
 from evomerge.recipe import Recipe, Source, linear, single
 from evomerge.runs import directory as runs
 from tests.architectures import family, shake
 from tests.conftest import REPOSITORY
+from tests.models import check_models, load_models
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION = ["q_proj", "v_proj"]
@@ -190,9 +189,9 @@ def test_a_merge_with_the_base_unties_in_memory_as_on_disk(on_ends, tmp_path):
         models=(Source(model=f"{base}+{adapter}", parameters={"weight": 0.7}),),
     )
     sources = {reference: find_source(reference, str(base)) for reference in recipe.references}
-    resident = ResidentModels(sources, base, "cpu", "float32")
+    resident = load_models(sources, base, "cpu", "float32")
     assert ("lm_head.weight" in named_weights(resident.model)) is unties
-    rehearsal = ResidentModels(sources, base, "cpu", "float32", rehearsal=True)
+    rehearsal = load_models(sources, base, "cpu", "float32", rehearsal=True)
     rehearsal.rehearse(recipe)
     assert rehearsal.plan(recipe).tensors == resident.plan(recipe).tensors
     scored = resident.materialize(recipe)
@@ -207,7 +206,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(case, bases, tmp_path):
     name, settings = CASES[case]
     base = bases[name]
     adapter = tune(base, tmp_path / "adapter", **settings)
-    preflight(str(base), {"models.mine": str(adapter)})
+    check_models(str(base), {"models.mine": str(adapter)})
     found, expected = load_tensors(ModelSource(base, adapter)), merged_by_peft(base, adapter)
     assert found.keys() == expected.keys()
     untouched = load_tensors(base)
@@ -339,7 +338,9 @@ def test_a_search_over_an_adapter_exports_a_recipe_that_merges_to_what_was_score
     }
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
     run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
-    shared = export.shared_recipe(choice.choose(run.archive, run.config, "g0000-00", ()), run.archive, run.config)
+    shared = export.shared_recipe(
+        choice.choose(run.archive, run.config, "g0000-00", ()), run.archive, run.config, run.prepared.models
+    )
     whole = f"{bases['llama']}+{plain}"
     assert shared.references == (str(bases["llama"]), whole)
     assert checkpoint.merge(shared, tmp_path / "out", "recipe.yaml") == (shared.evomerge.fingerprint, True)
@@ -350,7 +351,7 @@ def test_a_search_over_an_adapter_exports_a_recipe_that_merges_to_what_was_score
 
 def test_resident_models_hold_the_adapted_weights(bases, plain):
     sources = {"base": ModelSource(bases["llama"]), "tuned": ModelSource(bases["llama"], plain)}
-    models = ResidentModels(sources, bases["llama"], "cpu", "float32")
+    models = load_models(sources, bases["llama"], "cpu", "float32")
     tuned = models.materialize(single("tuned"))
     expected = load_tensors(sources["tuned"])
     assert all(torch.equal(weight, expected[name]) for name, weight in named_weights(models.model).items())
@@ -373,7 +374,7 @@ def test_resident_models_hold_the_adapted_weights(bases, plain):
 )
 def test_variants_whose_merge_is_another_are_refused_by_name(key, value, bases, changed):
     with pytest.raises(InputError, match=rf"^/.*/{CONFIG}: {key} is set, .* with PEFT"):
-        preflight(str(bases["llama"]), {"models.mine": str(changed(**{key: value}))})
+        check_models(str(bases["llama"]), {"models.mine": str(changed(**{key: value}))})
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
@@ -430,7 +431,7 @@ def test_an_adapter_that_resizes_the_vocabulary_is_refused_where_sizes_must_agre
         InputError,
         match=r"^models\.mine: the adapter resized .* model\.embed_tokens\.weight has 130 rows, but .* has \d+;",
     ):
-        preflight(str(bases["llama"]), {"models.mine": str(folder)})
+        check_models(str(bases["llama"]), {"models.mine": str(folder)})
 
 
 # Identity

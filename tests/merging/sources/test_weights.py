@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from evomerge import zoo
 from evomerge.errors import InputError
-from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources import tensor_files
-from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.references import locate, pinned
 from evomerge.merging.sources.weights import load_tensors, model_config, tensor_table
 from evomerge.recipe import single
 from evomerge.search.preparation import prepare_file
+from tests.models import check_models, load_models
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -57,7 +56,7 @@ def rewrite(folder) -> Callable[..., Path]:
 
 
 def check(tiny_models: dict[str, Path], folder: Path) -> None:
-    preflight(str(tiny_models["base"]), {"models.mine (here)": str(folder)})
+    check_models(str(tiny_models["base"]), {"models.mine (here)": str(folder)})
 
 
 # locate
@@ -179,14 +178,14 @@ def test_a_sharded_model_is_read_like_a_whole_one(folder, sharded, tiny_models):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     check(tiny_models, sharded)
-    models = ResidentModels({"whole": folder, "parts": sharded}, sharded, "cpu", "float32")
+    models = load_models({"whole": folder, "parts": sharded}, sharded, "cpu", "float32")
     assert models.materialize(single("whole")) == models.materialize(single("parts"))
 
 
 def test_fine_tunes_of_one_base_pass(tiny_models):
     models = {name: str(path) for name, path in tiny_models.items() if name != "base"}
-    preflight(str(tiny_models["base"]), models)
-    preflight("zoo:base", {"math": "zoo:math", "lang": "zoo:lang"})
+    check_models(str(tiny_models["base"]), models)
+    check_models("zoo:base", {"math": "zoo:math", "lang": "zoo:lang"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -235,7 +234,7 @@ def test_pickled_weights_are_refused_and_never_opened(folder, tiny_models, tmp_p
     with pytest.raises(InputError, match=r"weights are pickled \(pytorch_model\.bin\).*convert them to safetensors"):
         check(tiny_models, folder)
     with pytest.raises(InputError, match="weights are pickled"):
-        ResidentModels({"models.mine (here)": folder}, folder, "cpu", "float32")
+        load_models({"models.mine (here)": folder}, folder, "cpu", "float32")
     assert not mark.exists()
 
 
@@ -243,7 +242,7 @@ def test_pickles_beside_safetensors_are_left_alone(folder, tiny_models, tmp_path
     mark = tmp_path / "opened"
     (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(mark)))
     check(tiny_models, folder)
-    ResidentModels({"models.mine (here)": folder}, folder, "cpu", "float32")
+    load_models({"models.mine (here)": folder}, folder, "cpu", "float32")
     assert not mark.exists()
 
 
@@ -413,7 +412,7 @@ def test_quantized_weights_are_refused(dtype, rewrite, tiny_models):
     with pytest.raises(InputError, match=rf"{name} is stored as \w+; only floating-point weights .* dequantize"):
         check(tiny_models, folder)
     with pytest.raises(InputError, match="dequantize"):
-        preflight(str(folder), {})
+        check_models(str(folder), {})
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 
 from evomerge.errors import InputError
 from evomerge.export import checkpoint
+from evomerge.layers import layer_index, with_layer
 from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import ResidentModels, fingerprint
 from evomerge.merging.skeleton import Skeleton, skeleton_of
 from evomerge.merging.sources.weights import Weights
 from evomerge.merging.streamed import merge as stream_module
 from evomerge.recipe import Provenance, Recipe, Slice, Source
+from tests.models import load_models
 
 SMALL = {
     "vocab_size": 64,
@@ -52,7 +54,7 @@ def resident(tiny_models) -> Callable[[str], ResidentModels]:
 
     def models(dtype: str) -> ResidentModels:
         if dtype not in made:
-            made[dtype] = ResidentModels(folders, tiny_models["base"], "cpu", dtype)
+            made[dtype] = load_models(folders, tiny_models["base"], "cpu", dtype)
         return made[dtype]
 
     return models
@@ -98,7 +100,7 @@ def test_tied_parameters_count_once(make_model, tmp_path):
     recipe = whole("linear", *models[:1], *models)
     found, _ = checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")
     folders = {model: Path(model) for model in models}
-    assert found == ResidentModels(folders, Path(models[0]), "cpu", "float32").materialize(recipe)
+    assert found == load_models(folders, Path(models[0]), "cpu", "float32").materialize(recipe)
     assert "lm_head.weight" not in stored(tmp_path / "out")
 
 
@@ -171,8 +173,8 @@ def test_layers_are_repeated_dropped_and_reordered_with_what_the_config_says_of_
         assert merged.config.layer_types == [config.layer_types[layer] for layer in order]
     originals, layers = dict(model.named_parameters()), dict(merged.named_parameters())
     for name, parameter in layers.items():
-        number = layer_names.layer_index(name)
-        expected = name if number is None else layer_names.with_layer(name, order[number])
+        number = layer_index(name)
+        expected = name if number is None else with_layer(name, order[number])
         assert torch.equal(parameter, originals[expected]), name
     assert merged(torch.arange(12)[None]).logits.isfinite().all()
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from evomerge import recipe as recipes
 from evomerge.errors import InputError
 from evomerge.export import checkpoint
-from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.streamed.chat_templates import CHAT_TEMPLATES
+from tests.models import load_models
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -240,7 +240,7 @@ def test_a_vocabulary_is_refused_with(keys, message, load, tmp_path):
 
 
 def test_a_model_in_memory_keeps_the_base_s_tokens(load, models):
-    resident = ResidentModels({str(models["A"]): models["A"]}, models["A"], "cpu", "float32")
+    resident = load_models({str(models["A"]): models["A"]}, models["A"], "cpu", "float32")
     alone = "{merge_method: passthrough, models: [{model: $A}], tokenizer_source: %s}"
     with pytest.raises(InputError, match="builds a tokenizer"):
         resident.materialize(load(alone % "union"))
