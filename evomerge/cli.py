@@ -18,7 +18,6 @@ from evomerge.errors import EvomergeError, InputError, WorkFailed
 app = typer.Typer(
     name="evomerge",
     help="Finds the recipe: evolutionary search over merges of language models.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -42,6 +41,23 @@ RunOrStorage = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
 
 _DASHBOARD = "http://127.0.0.1:8265"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"evomerge {version('evomerge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Finds the recipe: evolutionary search over merges of language models."""
 
 
 @app.command()

@@ -28,7 +28,7 @@ from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 from evomerge.recipe import Recipe
 from evomerge.spaces import Gene, active
-from evomerge.versions import versions
+from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
 _FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "tasks.data_root")
@@ -69,6 +69,7 @@ class Archive:
                 storage = open_storage(storage_url(directory, config))
                 self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
                 self._trials = Trials(storage.engine)
+            self._check_format(directory)
             self._check_config(directory)
             self._genes = self._recorded_genes()
             self._records = {study: self._load(study) for study in self._studies}
@@ -91,6 +92,38 @@ class Archive:
             sampler=optuna.samplers.RandomSampler(seed=0),
         )
 
+    @property
+    def format(self) -> int:
+        """The number of the run's format; runs of the first one do not state it."""
+        stated: int = self._studies["search"].user_attrs.get("format", 1)
+        return stated if self.recorded_versions() else FORMAT
+
+    def _check_format(self, directory: Path) -> None:
+        if self.format > FORMAT:
+            made = self.recorded_versions()["evomerge"]
+            raise InputError(
+                f"{directory}: the run has format {self.format}, but evomerge {versions()['evomerge']} reads formats "
+                f"up to {FORMAT}; use evomerge {made}, which made it, or a later one."
+            )
+
+    def check_resumable(self, directory: Path) -> list[str]:
+        """Warnings about versions that have changed since the search began.
+
+        Raises InputError, naming the version to use, where this version would score or search otherwise.
+        """
+        before, now = self.recorded_versions(), versions()
+        if self.format != FORMAT:
+            raise InputError(
+                f"{directory}: the search was begun by evomerge {before['evomerge']} in format {self.format}, and this "
+                f"version ({now['evomerge']}) would go on with it otherwise; resume it with evomerge "
+                f"{before['evomerge']} (status, front, candidates, export and merge work here)."
+            )
+        changed = [f"{name} {was} to {now[name]}" for name, was in before.items() if now.get(name, was) != was]
+        return [
+            f"versions have changed since the search began ({', '.join(changed)}), so it may go on otherwise than it "
+            "would have; restore them to have the same archive."
+        ] * bool(changed)
+
     def _check_config(self, directory: Path) -> None:
         study = self._studies["search"]
         current = self._config.model_dump(mode="json", by_alias=True, exclude={"storage"})  # which may hold a password
@@ -99,6 +132,7 @@ class Archive:
             with quiet():
                 for each in self._studies.values():
                     each.set_metric_names(self._names)
+            study.set_user_attr("format", FORMAT)
             study.set_user_attr("versions", versions())
             study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
             study.set_user_attr("config", current)  # last: a kill before it has all of this done again

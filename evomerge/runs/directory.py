@@ -68,6 +68,8 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
     _check_archive_kept(directory, prepared.config)
     with run_lock(directory), _present(directory, prepared.config):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
+        for warning in run.archive.check_resumable(directory):
+            listener("warning", {"message": warning})
         check_sources(run)
         listener("starting", {})
         with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:

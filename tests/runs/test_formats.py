@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from evomerge.export import choice
 from evomerge.export import recipe as export
 from evomerge.reports import views
 from evomerge.runs import directory as runs
+from evomerge.versions import FORMAT, versions
 from tests.commands import evomerge
 from tests.conftest import REPOSITORY
 
@@ -72,6 +75,48 @@ def test_every_candidate_of_an_old_front_can_be_exported(kept: Path, directory: 
             export.shared_recipe(record, run.archive, run.config, run.prepared.models).evomerge.fingerprint
             == row["fingerprint"]
         )
+
+
+def test_resuming_an_old_run_names_the_version_that_goes_on_with_it(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    evomerge("resume", directory, status=2)
+    said = capsys.readouterr().err
+    assert "begun by evomerge 0.1.0 in format 1" in said
+    assert "resume it with evomerge 0.1.0" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def rewrite(database: Path, key: str, value: str) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE study_user_attributes SET value_json = ? WHERE key = ?", (value, key))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of this version."""
+    folder = tmp_path_factory.mktemp("fresh") / "run"
+    smoke = REPOSITORY / "search_spaces" / "smoke.yaml"
+    evomerge("run", smoke, "--output", folder, "--workers", 0, "--set", "optimizer.evaluations=4")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["status", "front", "candidates", "export", "resume"])
+def test_a_run_of_a_later_format_is_not_misread(
+    command: str, fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = Path(shutil.copytree(fresh, tmp_path / "later"))
+    rewrite(later / "archive.db", "format", str(FORMAT + 1))
+    evomerge(command, later, status=2)
+    assert f"has format {FORMAT + 1}" in capsys.readouterr().err
+
+
+def test_resuming_with_other_versions_warns_of_them(fresh: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(fresh, tmp_path / "moved"))
+    rewrite(moved / "archive.db", "versions", json.dumps({**versions(), "torch": "1.0"}))
+    said = " ".join(evomerge("resume", moved).split())
+    assert f"(torch 1.0 to {versions()['torch']})" in said
 
 
 @pytest.mark.slow
