@@ -9,11 +9,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evomerge.errors import EvomergeError, InputError, WorkFailed
+
+if TYPE_CHECKING:
+    from evomerge.search.results import Results
 
 app = typer.Typer(
     name="evomerge",
@@ -95,7 +98,7 @@ def _search(
 ) -> None:
     from evomerge.reports import terminal
     from evomerge.runs import directory as runs
-    from evomerge.search.best import all_failed, best_found, none_feasible
+    from evomerge.search.results import all_failed, none_feasible
 
     output = terminal.console()
     view = terminal.SearchView(output)
@@ -118,11 +121,11 @@ def _search(
     finally:
         view.close()
     terminal.show_result(output, finished)
-    failed = all_failed(finished.archive)
+    failed = all_failed(finished.results)
     if failed is not None:
         raise WorkFailed(f"{failed}; see `evomerge candidates {directory}`.")
-    if best_found(finished.archive, finished.config) is None:
-        terminal.fail(none_feasible(finished.archive, finished.config))
+    if finished.results.best() is None:
+        terminal.fail(none_feasible(finished.results))
     else:
         output.print(f"export the best with `evomerge export {directory}`")
 
@@ -150,25 +153,28 @@ def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Where a run stands, while it runs or after."""
     from evomerge.reports import progress, terminal, views
 
-    archive, config, running = _read(directory)
-    content = views.status(archive, config, running)
-    content["evidence"] = views.evidence(archive, config)
-    content |= progress.pace(Path(directory), content) if running else {"rate": None, "seconds_left": None}
+    results, running = _read(directory)
+    content = views.status(results, running)
+    if running:
+        left = content.budget + content.controls.total - content.evaluations - content.controls.done
+        content = content.at(progress.pace(Path(directory), left))
     if as_json:
-        return _print_json(content)
-    return terminal.show_status(terminal.console(), content, config)
+        return _print_json(views.as_json(content))
+    return terminal.show_status(terminal.console(), content, results.config)
 
 
-def _read(target: str) -> tuple[Any, Any, bool]:
-    """The archive and config of a run, given by its directory or by the storage, and whether it is running."""
+def _read(target: str) -> "tuple[Results, bool]":
+    """What a run has found, given by its directory or by the URL of its storage, and whether it is running."""
     from evomerge.archive import shared
     from evomerge.runs import directory as runs
     from evomerge.runs.lock import is_running
+    from evomerge.search.results import Results
 
     if "://" in target or target.startswith("${"):
-        return shared.open_shared(target)
+        archive, config, running = shared.open_shared(target)
+        return Results(archive, config), running
     opened = runs.read(Path(target))
-    return opened.archive, opened.config, is_running(opened.directory)
+    return opened.results, is_running(opened.directory)
 
 
 @app.command()
@@ -176,11 +182,11 @@ def front(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """The Pareto front on all search items, with held-out scores where they are known."""
     from evomerge.reports import terminal, views
 
-    archive, config, _ = _read(directory)
+    results, _ = _read(directory)
     if as_json:
-        return _print_json(views.front(archive, config))
-    terminal.show_front(terminal.console(), archive, config)
-    return terminal.show_evidence(terminal.console(), views.evidence(archive, config))
+        return _print_json(views.as_json(views.front(results)))
+    terminal.show_front(terminal.console(), results)
+    return terminal.show_evidence(terminal.console(), views.evidence(results))
 
 
 @app.command()
@@ -188,10 +194,10 @@ def candidates(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Every evaluation, in the order of the search."""
     from evomerge.reports import terminal, views
 
-    archive, config, _ = _read(directory)
+    results, _ = _read(directory)
     if as_json:
-        return _print_json(views.candidates(archive, config))
-    return terminal.show_candidates(terminal.console(), archive, config)
+        return _print_json(views.as_json(views.candidates(results)))
+    return terminal.show_candidates(terminal.console(), results)
 
 
 @app.command()
@@ -211,10 +217,10 @@ def export(
 
     opened = runs.read(directory)
     runs.check_sources(opened)
-    record = choice.choose(opened.archive, opened.config, candidate, prefer or [])
-    recipe = exports.shared_recipe(record, opened.archive, opened.config, opened.prepared.models)
+    record = choice.choose(opened.results, candidate, prefer or [])
+    recipe = exports.shared_recipe(record, opened.results, opened.prepared.models)
     exports.write_recipe(recipe, output)
-    for warning in choice.warnings(record, opened.archive, opened.config):
+    for warning in choice.warnings(record, opened.results):
         terminal.warn(warning)
     terminal.console().print(
         f"{record.candidate.id} written to {output}; merge it with `evomerge merge {output} OUT_DIR`"
@@ -273,7 +279,7 @@ def evaluate(
     if as_json:
         _print_json(row)
     else:
-        terminal.show_scores(terminal.console(), f"{split} items", [(target, row)], prepared, "scores")
+        terminal.show_scores(terminal.console(), f"{split} items", [(target, row["scores"], row["mean"])], prepared)
     if row["left_out"]:
         terminal.fail(f"note: {row['left_out']} items are left out, since the search that made {target} saw them.")
     if row["truncated"]:

@@ -12,9 +12,12 @@ from unittest import mock
 
 import pytest
 
+from evomerge.archive.archive import Archive
 from evomerge.cli import main
+from evomerge.config.search import SearchConfig
 from evomerge.reports import views
 from evomerge.runs import directory as runs
+from evomerge.search.results import Results
 
 
 def evomerge(*arguments: object, status: int = 0) -> str:
@@ -33,7 +36,25 @@ def evomerge(*arguments: object, status: int = 0) -> str:
 def content(directory: Path) -> tuple[Any, Any]:
     """What `candidates --json` and `front --json` print, without a process for each."""
     run = runs.read(directory)
-    return views.candidates(run.archive, run.config), views.front(run.archive, run.config)
+    return candidates(run.archive, run.config), front(run.archive, run.config)
+
+
+def candidates(archive: Archive, config: SearchConfig) -> list[dict[str, Any]]:
+    """What `candidates --json` prints of an archive."""
+    rows: list[dict[str, Any]] = json.loads(json.dumps(views.as_json(views.candidates(Results(archive, config)))))
+    return rows
+
+
+def front(archive: Archive, config: SearchConfig) -> list[dict[str, Any]]:
+    """What `front --json` prints of an archive."""
+    rows: list[dict[str, Any]] = json.loads(json.dumps(views.as_json(views.front(Results(archive, config)))))
+    return rows
+
+
+def status(archive: Archive, config: SearchConfig) -> dict[str, Any]:
+    """What `status --json` prints of an archive to which nobody writes."""
+    row: dict[str, Any] = json.loads(json.dumps(views.as_json(views.status(Results(archive, config), running=False))))
+    return row
 
 
 def evaluated(directory: Path) -> list[tuple[str, str]]:

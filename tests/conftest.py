@@ -27,7 +27,11 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what takes minutes to hours, unless -m asks for it."""
+    """Leaves out what takes minutes to hours, unless -m asks for it. Side by side, tests of one file stay together,
+    and so do all that start a Ray: there is one at a time."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
     if "exhaustive" in str(config.getoption("-m")):
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]

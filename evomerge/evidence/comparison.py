@@ -4,11 +4,10 @@ each parent. From the archive to plain values for JSON and tables.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from evomerge.archive.archive import Archive, Record
+from evomerge.archive.archive import Record
 from evomerge.config.base import Split
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
@@ -16,49 +15,119 @@ from evomerge.evidence.statistics import Floats, holm, interval, mcnemar, sign_f
 from evomerge.randomness import counter_rng
 from evomerge.search.best import best_of
 from evomerge.search.controls import BASE, PARENT, family
-from evomerge.search.criteria import Criteria, criteria_of, sign_of
+from evomerge.search.criteria import Criteria, sign_of
+from evomerge.search.results import Results
 
-Row = dict[str, Any]
 SIGNIFICANT = 0.05
 
 
-def against(archive: Archive, config: SearchConfig, candidates: Sequence[str]) -> dict[str, list[Row]]:
+@dataclass(frozen=True, slots=True)
+class TaskComparison:
+    """Two candidates on the items of one objective.
+
+    difference: of the mean scores; positive where the first is better.
+    interval: 95 % of it.
+    p_value: that there is no difference.
+    test: `mcnemar` for right and wrong answers, else `sign_flip`.
+    won, lost: on how many items the first is better, and worse.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    test: str
+    won: int
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A candidate beside a rival on held-out items.
+
+    role: what the rival is.
+    rival: its id.
+    difference: of the weighted means; positive where the candidate is better.
+    interval: 95 % of it.
+    p_value: that there is no difference.
+    corrected: the same for the best of all candidates that were looked at.
+    looked_at: how many these are.
+    distinguishable: whether the candidate is better beyond chance.
+    verdict: `better`, `not distinguishable` or `worse`.
+    of: what the mean is called.
+    objectives: the comparison on each objective whose items are known one by one.
+    untested: the objectives that are left out, since their items are not.
+    """
+
+    role: str
+    rival: str
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    corrected: float
+    looked_at: int
+    distinguishable: bool
+    verdict: str
+    of: str
+    objectives: dict[str, TaskComparison]
+    untested: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a candidate keeps of a parent.
+
+    parent: its name in the search file.
+    metric: what the parent does best.
+    items: the split on which both were scored.
+    parent_score, score: of the parent and of the candidate.
+    kept: the share; None where a share means nothing.
+    """
+
+    parent: str
+    metric: str
+    items: Split
+    parent_score: float
+    score: float
+    kept: float | None
+
+
+def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Comparison]]:
     """By candidate, how it compares with the best parent and the best control on held-out items, as far as known.
 
     The rivals are the best there, which favors them. p-values are corrected for every candidate of the search that has
     held-out scores, since any of these could have been the one to be shown.
     """
-    found: dict[str, list[Row]] = {name: [] for name in candidates}
-    criteria = criteria_of(archive, config, "heldout")
-    heldout = {record.candidate.id: record for record in archive.records("heldout")}
-    for role, rival in rivals(archive, config):
+    found: dict[str, list[Comparison]] = {name: [] for name in candidates}
+    criteria = results.criteria("heldout")
+    heldout = {record.candidate.id: record for record in results.archive.records("heldout")}
+    for role, rival in rivals(results):
         pairs = {
             name: pair
             for name, record in heldout.items()
             if (record.candidate.kind == "search" or name in candidates)
             and record is not rival
-            and (pair := _Pair.of(record, rival, config, criteria)) is not None
+            and (pair := _Pair.of(record, rival, results.config, criteria)) is not None
         }
         p_values = {name: pair.p_value for name, pair in pairs.items()}
         corrected = dict(zip(pairs, holm(list(p_values.values())), strict=True))
         for name in found:
             if name in pairs:
-                row = pairs[name].row()
+                pair, difference = pairs[name], pairs[name].difference
                 found[name].append(
-                    {
-                        "role": role,
-                        "rival": rival.candidate.id,
-                        "difference": row["difference"],
-                        "interval": row["interval"],
-                        "p_value": p_values[name],
-                        "corrected": corrected[name],
-                        "looked_at": len(pairs),
-                        "distinguishable": corrected[name] < SIGNIFICANT and row["difference"] > 0,
-                        "verdict": _verdict(row["difference"], corrected[name]),
-                        "of": criteria.mean_name,
-                        "objectives": row["objectives"],
-                        "untested": row["untested"],
-                    }
+                    Comparison(
+                        role=role,
+                        rival=rival.candidate.id,
+                        difference=difference,
+                        interval=pair.interval,
+                        p_value=p_values[name],
+                        corrected=corrected[name],
+                        looked_at=len(pairs),
+                        distinguishable=corrected[name] < SIGNIFICANT and difference > 0,
+                        verdict=_verdict(difference, corrected[name]),
+                        of=criteria.mean_name,
+                        objectives=pair.by_objective,
+                        untested=pair.untested,
+                    )
                 )
     return found
 
@@ -69,11 +138,11 @@ def _verdict(difference: float, p_value: float) -> str:
     return "better" if difference > 0 else "worse"
 
 
-def rivals(archive: Archive, config: SearchConfig) -> list[tuple[str, Record]]:
+def rivals(results: Results) -> list[tuple[str, Record]]:
     """The best parent, and the best control that keeps to the constraints, on held-out items; each named once."""
-    controls = [record for record in archive.records("heldout") if record.candidate.kind == "control"]
+    controls = [record for record in results.archive.records("heldout") if record.candidate.kind == "control"]
     parents = [record for record in controls if family(record.candidate) == PARENT]
-    criteria = criteria_of(archive, config, "heldout")
+    criteria = results.criteria("heldout")
     parent = best_of(parents, replace(criteria, limits=()))
     control = best_of(controls, criteria)
     if parent is not None and parent is control:
@@ -121,25 +190,35 @@ class _Pair:
             return self._task_p_value(next(iter(self.outcomes)))[1]
         return sign_flip(self.gains, self.weights, self._random("flips"))
 
-    def row(self) -> Row:
-        differences, every = self.differences, self.gains
-        return {
-            "difference": weighted_difference(every, self.weights),
-            "interval": list(interval(every, self.weights, self._random("items"))),
-            "objectives": {each.name: self._task_row(each, differences[each]) for each in differences},
-            "untested": [each.name for each in self.config.objectives if each.weight and each not in differences],
-        }
+    @property
+    def difference(self) -> float:
+        """Of the weighted means."""
+        return weighted_difference(self.gains, self.weights)
 
-    def _task_row(self, objective: ObjectiveConfig, differences: Floats) -> Row:
+    @property
+    def interval(self) -> tuple[float, float]:
+        low, high = interval(self.gains, self.weights, self._random("items"))
+        return low, high
+
+    @property
+    def by_objective(self) -> dict[str, TaskComparison]:
+        return {each.name: self._task(each, differences) for each, differences in self.differences.items()}
+
+    @property
+    def untested(self) -> list[str]:
+        return [each.name for each in self.config.objectives if each.weight and each not in self.outcomes]
+
+    def _task(self, objective: ObjectiveConfig, differences: Floats) -> TaskComparison:
         test, p_value = self._task_p_value(objective)
-        return {
-            "difference": float(differences.mean()),
-            "interval": list(interval([differences], np.ones(1), self._random("items", objective.name))),
-            "p_value": p_value,
-            "test": test,
-            "won": int((differences > 0).sum()),
-            "lost": int((differences < 0).sum()),
-        }
+        low, high = interval([differences], np.ones(1), self._random("items", objective.name))
+        return TaskComparison(
+            difference=float(differences.mean()),
+            interval=(low, high),
+            p_value=p_value,
+            test=test,
+            won=int((differences > 0).sum()),
+            lost=int((differences < 0).sum()),
+        )
 
     def _task_p_value(self, objective: ObjectiveConfig) -> tuple[str, float]:
         """Which test fits the outcomes of one task, and its p-value."""
@@ -160,16 +239,17 @@ def _outcomes(mine: Record, theirs: Record, objective: ObjectiveConfig) -> tuple
     return own.values, other.values
 
 
-def retention(archive: Archive, config: SearchConfig, candidate: str) -> list[Row]:
+def retention(results: Results, candidate: str) -> list[Kept]:
     """For each parent, how much a candidate keeps of what that parent does best, on held-out items where known.
 
     That is the metric on which it leads the base by most on search items, relative to the largest score of base and
     parents there; of a parent that leads on none, the one on which it comes closest to that score.
     """
+    archive = results.archive
     split: Split = "heldout" if archive.find(candidate, "heldout") is not None else "search"
     rows = []
-    for name in config.models:
-        metric = _own_best(archive, config, f"{PARENT}-{name}")
+    for name in results.config.models:
+        metric = _own_best(results, f"{PARENT}-{name}")
         parent, mine = archive.find(f"{PARENT}-{name}", split), archive.find(candidate, split)
         if (
             metric is None
@@ -180,22 +260,14 @@ def retention(archive: Archive, config: SearchConfig, candidate: str) -> list[Ro
             continue
         theirs, own = ((record.evaluation.scores or {})[metric.name] for record in (parent, mine))
         above, below = (own, theirs) if sign_of(metric) > 0 else (theirs, own)
-        rows.append(
-            {
-                "parent": name,
-                "metric": metric.name,
-                "items": split,
-                "parent_score": theirs,
-                "score": own,
-                "kept": above / below if above >= 0 and below > 0 else None,
-            }
-        )
+        kept = above / below if above >= 0 and below > 0 else None
+        rows.append(Kept(name, metric.name, split, theirs, own, kept))
     return rows
 
 
-def _own_best(archive: Archive, config: SearchConfig, parent: str) -> ObjectiveConfig | None:
-    names = [BASE, *(f"{PARENT}-{name}" for name in config.models)]
-    found = {name: archive.find(name, "search") for name in names}
+def _own_best(results: Results, parent: str) -> ObjectiveConfig | None:
+    names = [BASE, *(f"{PARENT}-{name}" for name in results.config.models)]
+    found = {name: results.archive.find(name, "search") for name in names}
     scores = {name: record.evaluation.scores for name, record in found.items() if record and record.evaluation.scores}
     if parent not in scores or BASE not in scores:
         return None
@@ -205,23 +277,23 @@ def _own_best(archive: Archive, config: SearchConfig, parent: str) -> ObjectiveC
         mine, base = sign * scores[parent][metric.name], sign * scores[BASE][metric.name]
         return max(0.0, mine - base), mine
 
-    return max((metric for metric in config.measured if metric.cost is None), key=merit, default=None)
+    return max((metric for metric in results.config.measured if metric.cost is None), key=merit, default=None)
 
 
-def phrase(row: Row) -> str:
+def phrase(compared: Comparison) -> str:
     """A comparison in a line."""
-    low, high = row["interval"]
-    least = "< 0.001" if row["corrected"] < 0.001 else f"{row['corrected']:.3f}"
-    candidates = f" corrected for {row['looked_at']} candidates" if row["looked_at"] > 1 else ""
-    untested = f"; without {', '.join(row['untested'])}, of which no item has a score" if row["untested"] else ""
+    low, high = compared.interval
+    least = "< 0.001" if compared.corrected < 0.001 else f"{compared.corrected:.3f}"
+    candidates = f" corrected for {compared.looked_at} candidates" if compared.looked_at > 1 else ""
+    untested = f"; without {', '.join(compared.untested)}, of which no item has a score" if compared.untested else ""
     return (
-        f"{row['difference']:+.3f} in the {row['of']} (95 % interval {low:+.3f} to {high:+.3f}), p {least}{candidates}"
-        f"{untested}"
+        f"{compared.difference:+.3f} in the {compared.of} (95 % interval {low:+.3f} to {high:+.3f}), p {least}"
+        f"{candidates}{untested}"
     )
 
 
-def sentence(row: Row) -> str:
+def sentence(compared: Comparison) -> str:
     """The verdict on a candidate beside a rival, with the comparison: `better than ...`, `worse than ...`, `not
     distinguishable from ...`."""
-    joint = "from" if row["verdict"] == "not distinguishable" else "than"
-    return f"{row['verdict']} {joint} {row['rival']} on held-out items: {phrase(row)}"
+    joint = "from" if compared.verdict == "not distinguishable" else "than"
+    return f"{compared.verdict} {joint} {compared.rival} on held-out items: {phrase(compared)}"

@@ -3,33 +3,34 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from evomerge.archive.archive import Archive, Record
+from evomerge.archive.archive import Record
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.evidence.comparison import against, sentence
-from evomerge.search.best import all_failed, best_found, best_of, front_of, means, none_feasible
-from evomerge.search.criteria import Criteria, criteria_of
+from evomerge.search.best import best_of, means
+from evomerge.search.criteria import Criteria
+from evomerge.search.results import Results, all_failed, none_feasible
 
 
-def choose(archive: Archive, config: SearchConfig, candidate: str | None, prefer: Sequence[str]) -> Record:
+def choose(results: Results, candidate: str | None, prefer: Sequence[str]) -> Record:
     """The record to export: by id, by preference over the front, or the best found.
 
     Raises WorkFailed where no candidate keeps to the search's constraints.
     """
-    records = archive.records()
+    records = results.archive.records()
     if candidate is not None and prefer:
         raise InputError(f"--candidate {candidate} and --prefer {prefer[0]} were both given; give one of them.")
     if candidate is not None:
-        return _by_id(records, criteria_of(archive, config), candidate)
-    best = _preferred(records, archive, config, prefer) if prefer else best_found(archive, config)
+        return _by_id(records, results.criteria(), candidate)
+    best = _preferred(results, prefer) if prefer else results.best()
     if best is None and all(record.evaluation.failed for record in records):
         raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
-    failed = all_failed(archive)
+    failed = all_failed(results)
     if failed is not None:
         raise WorkFailed(f"{failed}, so there is nothing to export; --candidate names a control if you want one.")
     if best is None:
-        raise WorkFailed(none_feasible(archive, config))
+        raise WorkFailed(none_feasible(results))
     return best
 
 
@@ -50,17 +51,14 @@ def _by_id(records: Sequence[Record], criteria: Criteria, candidate: str) -> Rec
     return found[candidate]
 
 
-def _preferred(
-    records: Sequence[Record], archive: Archive, config: SearchConfig, prefer: Sequence[str]
-) -> Record | None:
-    weights = _preferences(config, prefer)
+def _preferred(results: Results, prefer: Sequence[str]) -> Record | None:
+    weights = _preferences(results.config, prefer)
     objectives = tuple(
         objective.model_copy(update={"weight": weights[objective.name]})
-        for objective in config.objectives
+        for objective in results.config.objectives
         if weights.get(objective.name, 0) > 0
     )
-    criteria = criteria_of(archive, config)
-    return best_of(front_of(records, criteria), replace(criteria, objectives=objectives))
+    return best_of(results.front(), replace(results.criteria(), objectives=objectives))
 
 
 def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float]:
@@ -81,7 +79,7 @@ def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float
     return weights
 
 
-def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str]:
+def warnings(record: Record, results: Results) -> list[str]:
     """What a user should know before shipping a candidate: a control that is as good on what has been measured, or from
     which held-out items do not tell it apart."""
     found = []
@@ -94,9 +92,9 @@ def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str
         found.append(f"{record.candidate.id} is a control, {what}, and no candidate of the search.")
     splits: dict[Split, str] = {"search": "search", "heldout": "held-out"}
     for split, items in splits.items():
-        records = archive.records(split)
-        mine = archive.find(record.candidate.id, split)
-        criteria = criteria_of(archive, config, split)
+        records = results.archive.records(split)
+        mine = results.archive.find(record.candidate.id, split)
+        criteria = results.criteria(split)
         rival = best_of([other for other in records if other.candidate.kind == "control"], criteria)
         if mine is None or rival is None or rival.candidate.id == record.candidate.id:
             continue
@@ -106,7 +104,7 @@ def warnings(record: Record, archive: Archive, config: SearchConfig) -> list[str
             found.append(
                 f"the control {rival.candidate.id} {scores} {theirs:.3f} on {items} items, this one {own:.3f}."
             )
-    for row in against(archive, config, [record.candidate.id])[record.candidate.id]:
-        if row["verdict"] != "better":
-            found.append(f"{sentence(row)}.")
+    for compared in against(results, [record.candidate.id])[record.candidate.id]:
+        if compared.verdict != "better":
+            found.append(f"{sentence(compared)}.")
     return found

@@ -6,21 +6,21 @@ can be merged again on another machine.
 
 from pathlib import Path
 
-from evomerge.archive.archive import Archive, Record
-from evomerge.config.search import SearchConfig
+from evomerge.archive.archive import Record
 from evomerge.errors import InputError
 from evomerge.evidence.comparison import against, sentence
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.references import split_adapter
 from evomerge.recipe import Recipe
+from evomerge.search.results import Results
 
 
-def shared_recipe(record: Record, archive: Archive, config: SearchConfig, models: Models) -> Recipe:
+def shared_recipe(record: Record, results: Results, models: Models) -> Recipe:
     """A candidate's recipe with paths for references, dtype, fingerprint, scores and versions.
 
     An adapter becomes `MODEL+ADAPTER`, which mergekit reads too, here and in the aliases.
     """
-    recipe = record.candidate.recipe
+    recipe, archive, config = record.candidate.recipe, results.archive, results.config
     paths = {reference: str(models[reference].source) for reference in recipe.references}
     alone = {reference for reference in paths if models[reference].source.adapter and not split_adapter(reference)[1]}
     whole = {reference: f"{config.base}+{reference}" if reference in alone else reference for reference in paths}
@@ -35,7 +35,7 @@ def shared_recipe(record: Record, archive: Archive, config: SearchConfig, models
             "versions": dict(archive.recorded_versions()),
             "seen": archive.seen,
             "head_apart": models.head_apart,
-            "verdicts": tuple(map(sentence, against(archive, config, [record.candidate.id])[record.candidate.id])),
+            "verdicts": tuple(map(sentence, against(results, [record.candidate.id])[record.candidate.id])),
         }
     )
     renamed = recipe.renamed(paths)

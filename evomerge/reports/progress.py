@@ -2,30 +2,40 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _WINDOW = 40
 _TAIL_BYTES = 65536
 
 
-def pace(directory: Path, status: dict[str, Any]) -> dict[str, Any]:
-    """Evaluations a minute and seconds left (None where the log does not say), with a phrase for people."""
-    done = status["evaluations"] + status["controls"]["done"]
-    return pace_of(_recent(directory / "log.jsonl"), status["budget"] + status["controls"]["total"] - done)
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a search goes.
+
+    rate: evaluations a minute; None where the log does not say.
+    seconds_left: until its last evaluation; None likewise.
+    phrase: both as people read them.
+    """
+
+    rate: float | None = None
+    seconds_left: int | None = None
+    phrase: str = ""
 
 
-def pace_of(times: Sequence[float], left: int) -> dict[str, Any]:
-    """The same from the times, in seconds, at which the last evaluations finished, and how many are left."""
+def pace(directory: Path, left: int) -> Pace:
+    """The pace of the run in a directory, of which so many evaluations are left."""
+    return pace_of(_recent(directory / "log.jsonl"), left)
+
+
+def pace_of(times: Sequence[float], left: int) -> Pace:
+    """The same from the times, in seconds, at which the last evaluations finished."""
     if len(times) < 2 or times[-1] <= times[0]:
-        return {"rate": None, "seconds_left": None, "pace": ""}
+        return Pace()
     rate = (len(times) - 1) / (times[-1] - times[0])
     seconds = max(0, left) / rate
-    return {
-        "rate": round(rate * 60, 1),
-        "seconds_left": round(seconds),
-        "pace": f"{rate * 60:.0f}/min, {int(seconds) // 60}:{int(seconds) % 60:02d} left",
-    }
+    phrase = f"{rate * 60:.0f}/min, {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+    return Pace(round(rate * 60, 1), round(seconds), phrase)
 
 
 def _recent(log: Path) -> list[float]:

@@ -18,13 +18,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from evomerge.archive.archive import Archive
 from evomerge.config.search import SearchConfig
 from evomerge.evidence.comparison import sentence
 from evomerge.reports import views
 from evomerge.reports.progress import pace_of
 from evomerge.runs.journal import OpenRun
-from evomerge.search.criteria import criteria_of
+from evomerge.search.results import Results
 
 TITLES = {"subset": "search", "search": "search", "selection": "selection", "heldout": "held-out"}
 _RATE_WINDOW = 40
@@ -79,12 +78,12 @@ class SearchView:
 
     def _open(self, run: OpenRun) -> None:
         self._run = run
-        status = views.status(run.archive, run.config, running=True)
-        self._total = status["budget"] + status["controls"]["total"]
-        self._count = status["evaluations"] + status["controls"]["done"]
+        status = self._status()
+        self._total = status.budget + status.controls.total
+        self._count = status.evaluations + status.controls.done
         self._say(
             f"{run.directory}: {len(run.prepared.space.genes)} genes, {len(run.config.objectives)} objectives, "
-            f"{status['budget']} candidates and {status['controls']['total']} controls"
+            f"{status.budget} candidates and {status.controls.total} controls"
             + (f"; {self._count} already recorded" if self._count else "")
         )
         if self._console.is_terminal:
@@ -117,18 +116,18 @@ class SearchView:
             self._say(self._line())
 
     def _pace(self) -> str:
-        return str(pace_of(self._finished, self._total - self._count)["pace"])
+        return pace_of(self._finished, self._total - self._count).phrase
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self) -> views.StatusView:
         assert self._run is not None
-        return views.status(self._run.archive, self._run.config, running=True)
+        return views.status(self._run.results, running=True)
 
     def _line(self) -> str:
         status = self._status()
-        best = status["best"]
-        none = "none keeps to the constraints yet" if status["infeasible"] else "nothing scored yet"
-        shown = f"best {status['mean']} {number(best['mean'])} ({best['id']})" if best else none
-        return f"{self._count}/{self._total}  {shown}  front {status['front_size']}  {self._pace()}".rstrip()
+        best = status.best
+        none = "none keeps to the constraints yet" if status.infeasible else "nothing scored yet"
+        shown = f"best {status.mean} {_mean(best.mean)} ({best.id})" if best else none
+        return f"{self._count}/{self._total}  {shown}  front {status.front_size}  {self._pace()}".rstrip()
 
     def _tables(self) -> list[Table]:
         assert self._run is not None
@@ -220,20 +219,22 @@ def show_table(output: Console, title: str, columns: Sequence[Column]) -> None:
 def show_scores(
     output: Console,
     title: str,
-    rows: Sequence[tuple[str, dict[str, Any]]],
+    rows: Sequence[tuple[str, views.Scores | None, float | None]],
     config: SearchConfig,
-    split: str,
     mean: str = "mean",
 ) -> None:
-    """Rows of (name, view) with one column per metric, and the mean of the objectives by the name that it goes by."""
-    found = [row[split] for _, row in rows]
-    key = "mean" if split == "scores" else f"{split}_mean"
-    columns = [Column("", [name for name, _ in rows], left=True)]
-    columns += [Column(metric.name, [_score(scores, metric.name) for scores in found]) for metric in config.measured]
-    show_table(output, title, [*columns, Column(mean, [_mean(row[key]) for _, row in rows])])
+    """A table of scores.
+
+    rows: a name, its scores by metric, and their mean.
+    config: of the search; its metrics are the columns.
+    mean: the name that the mean goes by.
+    """
+    columns = [Column("", [name for name, _, _ in rows], left=True)]
+    columns += [Column(each.name, [_score(scores, each.name) for _, scores, _ in rows]) for each in config.measured]
+    show_table(output, title, [*columns, Column(mean, [_mean(value) for *_, value in rows])])
 
 
-def _score(scores: dict[str, float] | None, name: str) -> str:
+def _score(scores: views.Scores | None, name: str) -> str:
     return number(scores[name]) if scores else "–"
 
 
@@ -258,108 +259,107 @@ def _explain(output: Console, mean: str) -> None:
 
 def show_result(output: Console, run: OpenRun) -> None:
     """The tables at the end of a run: the head of the front, then controls and evolved best on held-out items."""
-    show_front(output, run.archive, run.config, _FRONT_ROWS)
-    rows = views.comparison(run.archive, run.config)
+    show_front(output, run.results, _FRONT_ROWS)
+    rows = [(title, row.heldout, row.heldout_mean) for title, row in views.comparison(run.results)]
     chosen_on = "search items" if run.config.items.selection is None else "other items"
-    mean = criteria_of(run.archive, run.config).mean_name
-    show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, "heldout", mean)
+    mean = run.results.criteria().mean_name
+    show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, mean)
     _explain(output, mean)
-    show_evidence(output, views.evidence(run.archive, run.config))
+    show_evidence(output, views.evidence(run.results))
 
 
-def show_evidence(output: Console, evidence: dict[str, Any]) -> None:
+def show_evidence(output: Console, evidence: views.EvidenceView) -> None:
     """What the best candidate gains over the best parent and the best control, and what it keeps of each parent."""
-    for row in evidence["against"]:
-        output.print(f"{evidence['candidate']}, beside the {row['role']}: {sentence(row)}", markup=False)
-    rows = evidence["retention"]
+    for compared in evidence.against:
+        output.print(f"{evidence.candidate}, beside the {compared.role}: {sentence(compared)}", markup=False)
+    rows = evidence.retention
     if not rows:
         return
     columns = [
-        Column("", [row["parent"] for row in rows], left=True),
-        Column("its best", [row["metric"] for row in rows], left=True),
-        Column("its score", [number(row["parent_score"]) for row in rows]),
-        Column("candidate's", [number(row["score"]) for row in rows]),
-        Column("kept", ["–" if row["kept"] is None else f"{row['kept']:.0%}" for row in rows]),
+        Column("", [row.parent for row in rows], left=True),
+        Column("its best", [row.metric for row in rows], left=True),
+        Column("its score", [number(row.parent_score) for row in rows]),
+        Column("candidate's", [number(row.score) for row in rows]),
+        Column("kept", ["–" if row.kept is None else f"{row.kept:.0%}" for row in rows]),
     ]
-    show_table(output, f"Kept of each parent, on {TITLES[rows[0]['items']]} items", columns)
+    show_table(output, f"Kept of each parent, on {TITLES[rows[0].items]} items", columns)
 
 
-def show_front(output: Console, archive: Archive, config: SearchConfig, most: int | None = None) -> None:
+def show_front(output: Console, results: Results, most: int | None = None) -> None:
     """The front, with search and held-out scores side by side."""
-    found, mean = views.front(archive, config), criteria_of(archive, config).mean_name
+    found, mean = views.front(results), results.criteria().mean_name
     rows = found[:most]
     title = f"Pareto front: {len(found)} candidates" + (f", the best {most}" if most and most < len(found) else "")
     columns = [
-        Column("", [row["id"] for row in rows], left=True),
-        *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in config.measured),
-        Column(mean, [f"{_mean(row['mean'])} / {_mean(row['heldout_mean'])}" for row in rows]),
+        Column("", [row.id for row in rows], left=True),
+        *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in results.config.measured),
+        Column(mean, [f"{_mean(row.mean)} / {_mean(row.heldout_mean)}" for row in rows]),
     ]
     show_table(output, f"{title}, on search / held-out items", [*columns, *_notes(rows)])
     _explain(output, mean)
 
 
-def _both(row: dict[str, Any], name: str) -> str:
-    return f"{_score(row['scores'], name)} / {_score(row['heldout'], name)}"
+def _both(row: views.CandidateView, name: str) -> str:
+    return f"{_score(row.scores, name)} / {_score(row.heldout, name)}"
 
 
-def show_candidates(output: Console, archive: Archive, config: SearchConfig) -> None:
+def show_candidates(output: Console, results: Results) -> None:
     """Every candidate with its search scores, its mean on search and held-out items, and why it lacks either."""
-    rows, mean = views.candidates(archive, config), criteria_of(archive, config).mean_name
+    rows, mean = views.candidates(results), results.criteria().mean_name
     columns = [
-        Column("id", [row["id"] for row in rows], left=True),
-        *(Column(metric.name, [_score(row["scores"], metric.name) for row in rows]) for metric in config.measured),
-        Column(mean, [_mean(row["mean"]) for row in rows]),
-        Column(f"held-out {mean}", [_mean(row["heldout_mean"]) for row in rows]),
-        Column("items", [str(row["items"]) for row in rows]),
+        Column("id", [row.id for row in rows], left=True),
+        *(Column(metric.name, [_score(row.scores, metric.name) for row in rows]) for metric in results.config.measured),
+        Column(mean, [_mean(row.mean) for row in rows]),
+        Column(f"held-out {mean}", [_mean(row.heldout_mean) for row in rows]),
+        Column("items", [str(row.items) for row in rows]),
         *_notes(rows),
-        Column("fingerprint", [row["fingerprint"] or "–" for row in rows], left=True, extra=True),
+        Column("fingerprint", [row.fingerprint or "–" for row in rows], left=True, extra=True),
     ]
     show_table(output, "", columns)
     _explain(output, mean)
 
 
-def _notes(rows: Sequence[dict[str, Any]]) -> list[Column]:
+def _notes(rows: Sequence[views.CandidateView]) -> list[Column]:
     """A column of what is to be said of candidates, if there is anything."""
     notes = [_note(row) for row in rows]
     return [Column("note", notes, words=True)] if any(notes) else []
 
 
-def _note(row: dict[str, Any]) -> str:
+def _note(row: views.CandidateView) -> str:
     """Why a candidate has no scores, may not win, or has no held-out scores."""
-    if row["error"]:
-        return f"failed: {row['error']}"
-    breaks = ["breaks a constraint"] if row["feasible"] is False else []
-    return "; ".join(dict.fromkeys([*breaks, *filter(None, [row["heldout_missing"]])]))
+    if row.error:
+        return f"failed: {row.error}"
+    breaks = ["breaks a constraint"] if row.feasible is False else []
+    return "; ".join(dict.fromkeys([*breaks, *filter(None, [row.heldout_missing])]))
 
 
-def progress_tables(status: dict[str, Any], config: SearchConfig, width: int) -> list[Table]:
+def progress_tables(status: views.StatusView, config: SearchConfig, width: int) -> list[Table]:
     """The best candidate so far, and the best score of any candidate on each objective."""
-    best = status["best"]
-    if not best or not best["scores"]:
+    best = status.best
+    if best is None or best.scores is None:
         return []
-    leaders = status["best_per_objective"]
-    columns = [Column("", [f"best, {best['id']}", "best on each"], left=True)]
+    leaders = status.best_per_objective
+    columns = [Column("", [f"best, {best.id}", "best on each"], left=True)]
     for name in (objective.name for objective in config.objectives):
         leader = leaders[name]
-        columns.append(Column(name, [number(best["scores"][name]), number(leader["score"]) if leader else "–"]))
+        columns.append(Column(name, [number(best.scores[name]), number(leader.score) if leader else "–"]))
     figures = {
-        status["mean"]: number(best["mean"]),
-        "front": str(status["front_size"]),
-        "failed": str(status["failed"]),
+        status.mean: _mean(best.mean),
+        "front": str(status.front_size),
+        "failed": str(status.failed),
     }
     return tables("", [*columns, *(Column(name, [figure, ""]) for name, figure in figures.items())], width)
 
 
-def show_status(output: Console, status: dict[str, Any], config: SearchConfig) -> None:
+def show_status(output: Console, status: views.StatusView, config: SearchConfig) -> None:
     output.print(
-        f"{status['state']}: {status['evaluations']}/{status['budget']} candidates, "
-        f"{status['controls']['done']}/{status['controls']['total']} controls"
-        + (f", {status['pace']}" if status.get("pace") else "")
+        f"{status.state}: {status.evaluations}/{status.budget} candidates, "
+        f"{status.controls.done}/{status.controls.total} controls" + (f", {status.pace}" if status.pace else "")
     )
     for table in progress_tables(status, config, output.width):
         output.print(table)
-    show_failures(output, status["failures"])
-    show_evidence(output, status["evidence"])
+    show_failures(output, status.failures)
+    show_evidence(output, status.evidence)
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:

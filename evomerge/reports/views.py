@@ -1,101 +1,210 @@
-"""What a run holds, as plain values for JSON and tables. Nothing here depends on when or where a candidate ran."""
+"""What a run holds, as frozen values: tables are drawn from them, and `as_json` makes them the documents of `--json`.
+
+Nothing here depends on when or where a candidate ran.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from evomerge.archive.archive import Archive, Record
 from evomerge.candidate import Evaluation
 from evomerge.config.base import SPLITS, Split
-from evomerge.config.search import SearchConfig
-from evomerge.evidence.comparison import against, retention
+from evomerge.evidence.comparison import Comparison, Kept, against, retention
+from evomerge.reports.progress import Pace
 from evomerge.search import failures
-from evomerge.search.best import HELDOUT_FRONT, best_found, best_of, front_of, means, reported
+from evomerge.search.best import HELDOUT_FRONT, best_of, front_of, means, reported
 from evomerge.search.controls import ESSENTIAL, count_controls, family
-from evomerge.search.criteria import Criteria, criteria_of
+from evomerge.search.criteria import Criteria
+from evomerge.search.results import Results
 
-Row = dict[str, Any]
-
-
-def candidate_row(archive: Archive, record: Record, criteria: Criteria) -> Row:
-    """One evaluation on search items. `genes` has those that count: what a condition rules out is left out."""
-    candidate, evaluation = record.candidate, record.evaluation
-    return {
-        "id": candidate.id,
-        "kind": candidate.kind,
-        "generation": candidate.generation,
-        "index": candidate.index,
-        "genome": list(candidate.genome) if candidate.genome is not None else None,
-        "genes": archive.genes(candidate),
-        "scores": scores_of(evaluation),
-        "state": "failed" if evaluation.failed else "done",
-        "feasible": criteria.feasible(evaluation) if evaluation.subset is None else None,
-        "error": evaluation.error,
-        "items": evaluation.items,
-        "subset": evaluation.subset.share if evaluation.subset is not None else None,
-        "fingerprint": evaluation.fingerprint,
-    }
+Scores = dict[str, float]
 
 
-def scores_of(evaluation: Evaluation) -> dict[str, float] | None:
-    return dict(evaluation.scores) if evaluation.scores is not None else None
+@dataclass(frozen=True, slots=True)
+class CandidateView:
+    """A candidate with all that is known of it.
+
+    genome: a number per gene; None for controls that are no point of the space.
+    genes: the genes that count, by name; what a condition rules out is left out.
+    scores: on search items, by objective and constraint; None where it failed.
+    state: `done` or `failed`.
+    feasible: whether it keeps to the constraints; None where it was scored on a subset alone.
+    error: why it failed.
+    items: how many items it was scored on.
+    subset: the share of the search items that it was scored on, where that is not all of them.
+    mean, selection_mean, heldout_mean: the weighted means on the items of each split, None where there are none.
+    selection, heldout: its scores on the other splits' items.
+    heldout_missing: why it has no held-out scores, where it has none.
+    """
+
+    id: str
+    kind: str
+    generation: int
+    index: int
+    genome: list[float] | None
+    genes: dict[str, float | int | str] | None
+    scores: Scores | None
+    state: str
+    feasible: bool | None
+    error: str | None
+    items: int
+    subset: float | None
+    fingerprint: str | None
+    mean: float | None
+    selection: Scores | None
+    selection_mean: float | None
+    heldout: Scores | None
+    heldout_mean: float | None
+    heldout_missing: str | None
 
 
-def candidates(archive: Archive, config: SearchConfig) -> list[Row]:
-    """Every evaluation, with its scores on the other splits' items or the reason why there are none."""
-    criteria = criteria_by_split(archive, config)
-    why = _HeldoutReasons(archive, criteria["search"])
-    return [_whole_row(archive, record, criteria, why) for record in archive.tried()]
+@dataclass(frozen=True, slots=True)
+class FrontView(CandidateView):
+    """A candidate on the front, beside the best parent and the best control on held-out items."""
+
+    against: list[Comparison]
 
 
-def front(archive: Archive, config: SearchConfig) -> list[Row]:
-    """The Pareto front on all search items, best mean first, with held-out scores where they are known, and what they
-    say of each candidate beside the best parent and the best control."""
-    criteria = criteria_by_split(archive, config)
-    why = _HeldoutReasons(archive, criteria["search"])
-    rows = [_whole_row(archive, record, criteria, why) for record in why.front]
-    compared = against(archive, config, [row["id"] for row in rows])
-    return [{**row, "against": compared[row["id"]]} for row in rows]
+@dataclass(frozen=True, slots=True)
+class EvidenceView:
+    """What held-out items say of the best candidate.
+
+    candidate: its id; None while there is no best.
+    against: it beside the best parent and the best control.
+    retention: what it keeps of each parent.
+    """
+
+    candidate: str | None
+    against: list[Comparison]
+    retention: list[Kept]
 
 
-def evidence(archive: Archive, config: SearchConfig) -> Row:
-    """The best candidate beside the best parent and the best control on held-out items, and what it keeps of each
-    parent; nothing while there is no best."""
-    best = best_found(archive, config)
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many of a total are done."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """Who has the best score on an objective, and the score."""
+
+    id: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class StatusView:
+    """Where a run stands.
+
+    state: `running`, `interrupted` or `finished`.
+    evaluations, budget: search candidates, done and in all; controls come on top.
+    on_all_items: how many search candidates were scored on all search items.
+    failures: how often each reason occurs.
+    best_per_objective: who leads on each objective, None where nobody may win.
+    mean: what the mean is called.
+    rate, seconds_left: evaluations a minute and the time that is left, while it runs and the log says so.
+    pace: both as people read them.
+    """
+
+    state: str
+    evaluations: int
+    budget: int
+    controls: Count
+    on_all_items: int
+    failed: int
+    failures: dict[str, int]
+    infeasible: int
+    front_size: int
+    best_per_objective: dict[str, Leader | None]
+    mean: str
+    best: CandidateView | None
+    evidence: EvidenceView
+    rate: float | None = None
+    seconds_left: int | None = None
+    pace: str = ""
+
+    def at(self, pace: Pace) -> "StatusView":
+        """The same with how fast the run goes."""
+        return replace(self, rate=pace.rate, seconds_left=pace.seconds_left, pace=pace.phrase)
+
+
+def as_json(value: Any) -> Any:
+    """A view, or a list of views, as JSON takes it."""
+    return [as_json(each) for each in value] if isinstance(value, list) else asdict(value)
+
+
+def candidates(results: Results) -> list[CandidateView]:
+    """Every evaluation in the order of the search."""
+    looked = _Look(results)
+    return [looked.at(record) for record in results.archive.tried()]
+
+
+def front(results: Results) -> list[FrontView]:
+    """The Pareto front on all search items, best mean first."""
+    looked = _Look(results)
+    rows = [looked.at(record) for record in looked.why.front]
+    compared = against(results, [row.id for row in rows])
+    return [FrontView(**_fields(row), against=compared[row.id]) for row in rows]
+
+
+def _fields(row: CandidateView) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(row)}
+
+
+def evidence(results: Results) -> EvidenceView:
+    """The best candidate beside the best parent and the best control, and what it keeps of each parent."""
+    best = results.best()
     if best is None:
-        return {"candidate": None, "against": [], "retention": []}
+        return EvidenceView(None, [], [])
     name = best.candidate.id
-    return {
-        "candidate": name,
-        "against": against(archive, config, [name])[name],
-        "retention": retention(archive, config, name),
-    }
+    return EvidenceView(name, against(results, [name])[name], retention(results, name))
 
 
-def criteria_by_split(archive: Archive, config: SearchConfig) -> dict[Split, Criteria]:
-    """A search's criteria on the items of each split."""
-    return {split: criteria_of(archive, config, split) for split in SPLITS}
+class _Look:
+    """Looks at candidates by the criteria of every split."""
+
+    def __init__(self, results: Results) -> None:
+        self._archive = results.archive
+        self._criteria: Mapping[Split, Criteria] = {split: results.criteria(split) for split in SPLITS}
+        self.why = _HeldoutReasons(results.archive, self._criteria["search"])
+
+    def at(self, record: Record) -> CandidateView:
+        candidate, evaluation = record.candidate, record.evaluation
+        selection, heldout = (self._archive.find(candidate.id, split) for split in SPLITS[1:])
+        whole = evaluation.subset is None
+        return CandidateView(
+            id=candidate.id,
+            kind=candidate.kind,
+            generation=candidate.generation,
+            index=candidate.index,
+            genome=list(candidate.genome) if candidate.genome is not None else None,
+            genes=self._archive.genes(candidate),
+            scores=_scores(evaluation),
+            state="failed" if evaluation.failed else "done",
+            feasible=self._criteria["search"].feasible(evaluation) if whole else None,
+            error=evaluation.error,
+            items=evaluation.items,
+            subset=evaluation.subset.share if evaluation.subset is not None else None,
+            fingerprint=evaluation.fingerprint,
+            mean=_mean(record, self._criteria["search"]),
+            selection=_scores(selection.evaluation) if selection else None,
+            selection_mean=_mean(selection, self._criteria["selection"]),
+            heldout=_scores(heldout.evaluation) if heldout else None,
+            heldout_mean=_mean(heldout, self._criteria["heldout"]),
+            heldout_missing=self.why(record),
+        )
 
 
-def with_other_splits(archive: Archive, record: Record, criteria: Mapping[Split, Criteria]) -> Row:
-    """A candidate's row with its scores on the other splits' items and the means of all, null where there are none."""
-    selection, heldout = (archive.find(record.candidate.id, split) for split in SPLITS[1:])
-    return {
-        **candidate_row(archive, record, criteria["search"]),
-        "mean": _mean(record, criteria["search"]),
-        "selection": scores_of(selection.evaluation) if selection else None,
-        "selection_mean": _mean(selection, criteria["selection"]),
-        "heldout": scores_of(heldout.evaluation) if heldout else None,
-        "heldout_mean": _mean(heldout, criteria["heldout"]),
-    }
+def _scores(evaluation: Evaluation) -> Scores | None:
+    return dict(evaluation.scores) if evaluation.scores is not None else None
 
 
 def _mean(record: Record | None, criteria: Criteria) -> float | None:
     return means([record], criteria)[0] if record is not None and not record.evaluation.failed else None
-
-
-def _whole_row(archive: Archive, record: Record, criteria: Mapping[Split, Criteria], why: "_HeldoutReasons") -> Row:
-    return {**with_other_splits(archive, record, criteria), "heldout_missing": why(record)}
 
 
 class _HeldoutReasons:
@@ -133,54 +242,54 @@ class _HeldoutReasons:
         return "not on the front" + (", nor the best of its kind" if record.candidate.kind == "control" else "")
 
 
-def status(archive: Archive, config: SearchConfig, running: bool) -> Row:
-    """State and figures of a run. `evaluations` and `budget` count search candidates; controls come on top."""
-    records, tried = archive.records(), archive.tried()
+def status(results: Results, running: bool) -> StatusView:
+    """State and figures of a run.
+
+    running: whether a process is at work on it.
+    """
+    archive, config, criteria = results.archive, results.config, results.criteria()
+    records, tried, best = archive.records(), archive.tried(), results.best()
     searched = [record for record in tried if record.candidate.kind == "search"]
-    controls = count_controls(config)
-    criteria = criteria_of(archive, config)
-    best = best_found(archive, config)
-    return {
-        "state": "running" if running else "finished" if _finished(archive, config, controls) else "interrupted",
-        "evaluations": len(searched),
-        "budget": config.budget,
-        "controls": {"done": len(tried) - len(searched), "total": controls},
-        "on_all_items": sum(record.candidate.kind == "search" for record in records),
-        "failed": sum(record.evaluation.failed for record in tried),
-        "failures": failures.counted(record.evaluation for record in tried),
-        "infeasible": sum(
-            not record.evaluation.failed and not criteria.feasible(record.evaluation) for record in records
-        ),
-        "front_size": len(front_of(records, criteria)),
-        "best_per_objective": _best_per_objective(records, criteria),
-        "mean": criteria.mean_name,
-        "best": with_other_splits(archive, best, criteria_by_split(archive, config)) if best else None,
-    }
+    controls = Count(len(tried) - len(searched), count_controls(config))
+    return StatusView(
+        state="running" if running else "finished" if _finished(results, controls) else "interrupted",
+        evaluations=len(searched),
+        budget=config.budget,
+        controls=controls,
+        on_all_items=sum(record.candidate.kind == "search" for record in records),
+        failed=sum(record.evaluation.failed for record in tried),
+        failures=failures.counted(record.evaluation for record in tried),
+        infeasible=sum(not record.evaluation.failed and not criteria.feasible(record.evaluation) for record in records),
+        front_size=len(results.front()),
+        best_per_objective=_best_per_objective(records, criteria),
+        mean=criteria.mean_name,
+        best=_Look(results).at(best) if best else None,
+        evidence=evidence(results),
+    )
 
 
-def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> Row:
+def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> dict[str, Leader | None]:
     """For each objective the best score of any candidate that may win, and whose it is."""
-    found = {}
+    leaders: dict[str, Leader | None] = {}
     for objective in criteria.objectives:
         alone = objective.model_copy(update={"weight": 1.0})  # a cost may have none
         best = best_of(records, replace(criteria, objectives=(alone,)))
-        scores = scores_of(best.evaluation) if best else None
-        found[objective.name] = {"id": best.candidate.id, "score": scores[objective.name]} if best and scores else None
-    return found
+        scores = _scores(best.evaluation) if best else None
+        leaders[objective.name] = Leader(best.candidate.id, scores[objective.name]) if best and scores else None
+    return leaders
 
 
-def _finished(archive: Archive, config: SearchConfig, controls: int) -> bool:
-    tried = archive.tried()
-    searched = sum(record.candidate.kind == "search" for record in tried)
-    if searched < config.budget or len(tried) - searched < controls:
+def _finished(results: Results, controls: Count) -> bool:
+    archive, config = results.archive, results.config
+    searched = sum(record.candidate.kind == "search" for record in archive.tried())
+    if searched < config.budget or controls.done < controls.total:
         return False
-    chosen = reported(archive.records(), criteria_of(archive, config))
-    return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in chosen)
+    return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in results.reported())
 
 
-def _winners(name: str, members: Sequence[Record], archive: Archive, config: SearchConfig) -> list[Record]:
-    """The one to show of a family of controls, or of the search; none where none may win."""
-    best = best_found(archive, config) if name == "search" else best_of(members, criteria_of(archive, config))
+def _winners(name: str, members: Sequence[Record], results: Results) -> list[Record]:
+    """The one to show of a family of controls, or of the search; empty where all of them break constraints."""
+    best = results.best() if name == "search" else best_of(members, results.criteria())
     return [best] if best is not None and family(best.candidate) == name else []
 
 
@@ -194,15 +303,15 @@ TITLES: Mapping[str, str] = {
 }
 
 
-def comparison(archive: Archive, config: SearchConfig) -> list[tuple[str, Row]]:
-    """(title, row) for every control worth comparing with, and the evolved best last; each chosen on search items."""
-    records, criteria = archive.records(), criteria_by_split(archive, config)
+def comparison(results: Results) -> list[tuple[str, CandidateView]]:
+    """(title, view) for every control worth comparing with, and the evolved best last; each chosen on search items."""
+    records, looked = results.archive.records(), _Look(results)
     rows = []
     for name in dict.fromkeys(family(record.candidate) for record in records):
         members = [record for record in records if family(record.candidate) == name]
-        for record in members if name in ESSENTIAL else _winners(name, members, archive, config):
+        for record in members if name in ESSENTIAL else _winners(name, members, results):
             title = TITLES.get(name, f"parent {record.candidate.id.removeprefix('parent-')}")
             if name == "one_knob":
                 title += f" ({record.candidate.recipe.merge_method})"
-            rows.append((title, with_other_splits(archive, record, criteria)))
+            rows.append((title, looked.at(record)))
     return rows

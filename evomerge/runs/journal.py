@@ -12,9 +12,9 @@ from evomerge.archive.archive import Archive, Record
 from evomerge.config.search import SearchConfig
 from evomerge.export.recipe import shared_recipe
 from evomerge.files import unwritten, write_text
-from evomerge.search.best import best_found, means
-from evomerge.search.criteria import criteria_of
+from evomerge.search.best import means
 from evomerge.search.preparation import Prepared
+from evomerge.search.results import Results
 
 LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
 
@@ -31,6 +31,11 @@ class OpenRun:
     def config(self) -> SearchConfig:
         return self.prepared.config
 
+    @property
+    def results(self) -> Results:
+        """What the search has found so far."""
+        return Results(self.archive, self.config)
+
 
 class _Journal:
     """Appends events to log.jsonl and keeps best.yaml up to date."""
@@ -38,8 +43,8 @@ class _Journal:
     def __init__(self, run: OpenRun) -> None:
         self._run = run
         _end_line(run.directory / LOG_FILE)
-        best = best_found(run.archive, run.config)
-        self._best = means([best], criteria_of(run.archive, run.config))[0] if best else -math.inf
+        best = run.results.best()
+        self._best = means([best], run.results.criteria())[0] if best else -math.inf
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         line = {"time": round(time.time(), 3), "event": event, **_plain(fields)}
@@ -49,7 +54,7 @@ class _Journal:
         except OSError as error:
             raise unwritten(self._run.directory / LOG_FILE, error) from None
         if event == "evaluated" and fields["split"] == "search":
-            criteria = criteria_of(self._run.archive, self._run.config)
+            criteria = self._run.results.criteria()
             mean = means([Record(fields["candidate"], fields["evaluation"])], criteria)[0]
             if mean > self._best and criteria.feasible(fields["evaluation"]):
                 self._best = mean
@@ -58,11 +63,11 @@ class _Journal:
             self._write_best()
 
     def _write_best(self) -> None:
-        best = best_found(self._run.archive, self._run.config)
+        best = self._run.results.best()
         if best is None:
             (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search can have moved the choice
             return
-        recipe = shared_recipe(best, self._run.archive, self._run.config, self._run.prepared.models)
+        recipe = shared_recipe(best, self._run.results, self._run.prepared.models)
         write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
 
 

@@ -20,15 +20,15 @@ from evomerge.optimizers.base import Problem
 from evomerge.optimizers.make import make_optimizer
 from evomerge.optimizers.ranking import Ranking
 from evomerge.search.asynchronous import AsyncSchedule
-from evomerge.search.best import reported
 from evomerge.search.controls import (
     essential_controls,
     further_controls,
     start_of_weights,
     start_weights,
 )
-from evomerge.search.criteria import check_limits, criteria_of
+from evomerge.search.criteria import check_limits
 from evomerge.search.generations import Generations
+from evomerge.search.results import Results
 from evomerge.search.subsets import Subsets
 from evomerge.spaces import SearchSpace
 from evomerge.versions import versions
@@ -101,15 +101,18 @@ class Search:
         self._drain([essential])
         further = Batch(further_controls(self.config, self.space))
         self._drain([self._proposals(essential), further])
-        records = self.archive.records()
-        chosen = reported(records, criteria_of(self.archive, self.config))
+        chosen = self._results.reported()
         for split in self.config.splits[1:]:
             self._drain([Batch(chosen, split)])
-        self.listener("finished", {"evaluations": len(records)})
+        self.listener("finished", {"evaluations": len(self.archive.records())})
+
+    @property
+    def _results(self) -> Results:
+        return Results(self.archive, self.config)
 
     def _proposals(self, essential: Batch) -> Schedule:
         """The optimizer, started at the best essential control (or where the space says)."""
-        criteria = criteria_of(self.archive, self.config)
+        criteria = self._results.criteria()
         scores = criteria.told(list(essential.evaluations.values()))
         ranking = Ranking(criteria.weights, elite=self.config.optimizer.ranking == "elite")
         ranking.observe(scores)

@@ -18,10 +18,10 @@ from evomerge.archive.storage import presence, study_prefix
 from evomerge.candidate import Candidate
 from evomerge.config.storage_url import expanded, masked, refuse_password
 from evomerge.errors import InputError, WorkFailed
-from evomerge.reports import views
 from evomerge.runs import directory as runs
 from evomerge.search.loop import Search
 from evomerge.search.preparation import prepare_file
+from tests import commands
 from tests.archive.test_trials import check_rows_and_trials
 from tests.commands import evomerge
 from tests.fakes import FakePool
@@ -100,7 +100,7 @@ def test_a_run_in_a_shared_storage_is_read_from_its_url_alone_and_its_password_i
     with presence(local.config.storage, study_prefix(directory, local.config)):
         assert json.loads(evomerge("status", postgres, "--json"))["state"] == "running"
         evomerge("resume", directory, status=2)
-    assert views.status(local.archive, local.config, False)["state"] == "finished"
+    assert commands.status(local.archive, local.config)["state"] == "finished"
 
     assert not [path for path in directory.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     with psycopg.connect(postgres) as connection:
@@ -154,7 +154,7 @@ def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
         drop = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'guest'"
         incidents |= {"uniform": lambda: ask(drop), "g0001-01": lambda: ask(drop)}
         dropped, _ = search("dropped")
-        assert views.candidates(dropped, prepared.config) == views.candidates(expected, prepared.config)
+        assert commands.candidates(dropped, prepared.config) == commands.candidates(expected, prepared.config)
 
         incidents |= {"g0001-00": lambda: ask_there("REVOKE INSERT ON trials FROM guest")}
         with pytest.raises(WorkFailed, match=r"refused evaluation g0001-00 \(.*permission denied.*nothing was lost"):
@@ -164,7 +164,7 @@ def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
         resumed, pool = search("revoked")
         assert len(kept) > 4
         assert not {(record.candidate.id, "search") for record in kept} & set(pool.evaluated)
-        assert views.candidates(resumed, prepared.config) == views.candidates(expected, prepared.config)
+        assert commands.candidates(resumed, prepared.config) == commands.candidates(expected, prepared.config)
 
 
 def test_rows_in_a_postgres_are_those_that_optuna_would_have_written(postgres: str) -> None:

@@ -16,10 +16,10 @@ from evomerge.archive import archive as archives
 from evomerge.archive.archive import Archive
 from evomerge.archive.trials import Trials
 from evomerge.errors import WorkFailed
-from evomerge.reports import views
 from evomerge.runs import journal as journal_module
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, prepare_file
+from tests import commands
 from tests.fakes import FakePool
 
 Event = tuple[str, dict[str, Any]]
@@ -60,7 +60,7 @@ def test_a_full_disk_stops_the_search_with_a_sentence_and_resuming_repeats_nothi
     resumed, pool = search(prepared, tmp_path / "full")
     assert len(recorded) > 0
     assert not set(recorded) & set(pool.evaluated)
-    assert views.candidates(resumed, prepared.config) == views.candidates(expected, prepared.config)
+    assert commands.candidates(resumed, prepared.config) == commands.candidates(expected, prepared.config)
 
 
 @pytest.mark.parametrize("lands", [False, True], ids=["refused", "only the answer was lost"])

@@ -15,6 +15,7 @@ from evomerge.export import choice
 from evomerge.outcomes import Outcomes
 from evomerge.recipe import single
 from evomerge.reports import views
+from evomerge.search.results import Results
 
 SearchFile = Callable[..., Path]
 ITEMS = 200
@@ -51,25 +52,23 @@ def test_a_winner_is_compared_with_the_best_parent_and_the_best_control_and_corr
     config: SearchConfig, tmp_path: Path
 ) -> None:
     archive = recorded(config, tmp_path / "run", {**PARENTS, "g0000-00": (150, 95), "g0000-01": (121, 81)})
-    parent, control = against(archive, config, ["g0000-00"])["g0000-00"]
-    assert (parent["rival"], control["rival"]) == ("parent-lang", "uniform")
-    assert control["difference"] == pytest.approx((30 + 15) / 2 / ITEMS)
-    assert control["interval"][0] < control["difference"] < control["interval"][1]
-    task = control["objectives"]["base_qa"]
-    assert (task["won"], task["lost"], task["test"]) == (30, 0, "mcnemar")
-    assert task["p_value"] == pytest.approx(2 * 0.5**30)
-    assert (control["looked_at"], control["corrected"]) == (2, pytest.approx(2 * control["p_value"]))
-    assert control["distinguishable"]
+    parent, control = against(Results(archive, config), ["g0000-00"])["g0000-00"]
+    assert (parent.rival, control.rival) == ("parent-lang", "uniform")
+    assert control.difference == pytest.approx((30 + 15) / 2 / ITEMS)
+    assert control.interval[0] < control.difference < control.interval[1]
+    task = control.objectives["base_qa"]
+    assert (task.won, task.lost, task.test) == (30, 0, "mcnemar")
+    assert task.p_value == pytest.approx(2 * 0.5**30)
+    assert (control.looked_at, control.corrected) == (2, pytest.approx(2 * control.p_value))
+    assert control.distinguishable
 
 
 def test_export_warns_of_a_control_that_held_out_items_do_not_tell_from_the_winner(
     config: SearchConfig, tmp_path: Path
 ) -> None:
     archive = recorded(config, tmp_path / "run", {**PARENTS, "g0000-00": (150, 95), "g0000-01": (121, 81)})
-    said = {
-        name: choice.warnings(choice.choose(archive, config, name, ()), archive, config)
-        for name in ("g0000-00", "g0000-01")
-    }
+    results = Results(archive, config)
+    said = {name: choice.warnings(choice.choose(results, name, ()), results) for name in ("g0000-00", "g0000-01")}
     assert said["g0000-00"] == []
     (warning,) = said["g0000-01"]
     assert warning.startswith(
@@ -80,23 +79,23 @@ def test_export_warns_of_a_control_that_held_out_items_do_not_tell_from_the_winn
 
 def test_retention_is_of_what_each_parent_does_best_beside_the_base(config: SearchConfig, tmp_path: Path) -> None:
     archive = recorded(config, tmp_path / "run", {**PARENTS, "g0000-00": (120, 81)})
-    rows = [(row["parent"], row["metric"], row["kept"]) for row in retention(archive, config, "g0000-00")]
+    rows = [(row.parent, row.metric, row.kept) for row in retention(Results(archive, config), "g0000-00")]
     assert sorted(rows) == [
         ("lang", "base_qa", pytest.approx(120 / 150)),
         ("math", "cross_math_b", pytest.approx(81 / 90)),
     ]
-    assert views.evidence(archive, config)["retention"] == retention(archive, config, "g0000-00")
+    assert views.evidence(Results(archive, config)).retention == retention(Results(archive, config), "g0000-00")
 
 
 def test_of_a_score_that_should_be_small_the_parents_share_is_kept(config: SearchConfig, tmp_path: Path) -> None:
     objectives = tuple(each.model_copy(update={"goal": "minimize"}) for each in config.objectives)
     smaller = config.model_copy(update={"objectives": objectives})
     archive = recorded(smaller, tmp_path / "run", {**PARENTS, "g0000-00": (80, 21)})
-    (math,) = [row for row in retention(archive, smaller, "g0000-00") if row["parent"] == "math"]
-    assert (math["metric"], math["kept"]) == ("base_qa", pytest.approx(60 / 80))
-    (parent, _) = against(archive, smaller, ["g0000-00"])["g0000-00"]
-    differences = {name: row["difference"] for name, row in parent["objectives"].items()}
-    assert parent["rival"] == "parent-math"
+    (math,) = [row for row in retention(Results(archive, smaller), "g0000-00") if row.parent == "math"]
+    assert (math.metric, math.kept) == ("base_qa", pytest.approx(60 / 80))
+    (parent, _) = against(Results(archive, smaller), ["g0000-00"])["g0000-00"]
+    differences = {name: row.difference for name, row in parent.objectives.items()}
+    assert parent.rival == "parent-math"
     assert differences == {"base_qa": pytest.approx(-20 / ITEMS), "cross_math_b": pytest.approx(69 / ITEMS)}
 
 
@@ -104,5 +103,5 @@ def test_of_a_parent_that_leads_on_nothing_what_it_does_least_badly_counts(
     config: SearchConfig, tmp_path: Path
 ) -> None:
     scores = {**PARENTS, "base": (190, 100), "g0000-00": (120, 81)}
-    rows = retention(recorded(config, tmp_path / "run", scores), config, "g0000-00")
-    assert {row["parent"]: row["metric"] for row in rows} == {"math": "cross_math_b", "lang": "base_qa"}
+    rows = retention(Results(recorded(config, tmp_path / "run", scores), config), "g0000-00")
+    assert {row.parent: row.metric for row in rows} == {"math": "cross_math_b", "lang": "base_qa"}

@@ -248,9 +248,7 @@ def test_a_search_over_a_tied_base_and_an_untied_model_ships_what_it_scored_pare
     run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
     assert any(gene.group == "head" for gene in run.prepared.space.genes)
     for name in ("g0000-00", "parent-tied", "parent-untied", "base", "uniform"):
-        shared = export.shared_recipe(
-            choice.choose(run.archive, run.config, name, ()), run.archive, run.config, run.prepared.models
-        )
+        shared = export.shared_recipe(choice.choose(run.results, name, ()), run.results, run.prepared.models)
         again = Recipe.model_validate(yaml.safe_load(shared.to_yaml()))
         assert checkpoint.merge(again, tmp_path / f"merged-{name}", "recipe.yaml") == (
             shared.evomerge.fingerprint,

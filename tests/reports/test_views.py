@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from evomerge.reports import terminal, views
+from evomerge.reports import terminal
 from evomerge.runs import directory as runs
+from tests import commands
 from tests.commands import evomerge
 from tests.conftest import REPOSITORY
 
@@ -77,7 +78,7 @@ def test_no_table_is_wider_than_the_terminal_and_none_cuts_a_number_or_an_id(
     assert max(map(len, lines)) <= width
     assert "…" not in "".join(lines).replace("in …", "")
     run = runs.read(directory)
-    shown = views.front(run.archive, run.config)
+    shown = commands.front(run.archive, run.config)
     if command == "front":
         for row in shown:
             assert row["id"] in printed

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from evomerge.reports import views
 from evomerge.runs import directory as runs
+from tests import commands
 from tests.commands import content, evaluated, evomerge, start
 from tests.conftest import REPOSITORY
 from tests.waiting import PATIENCE, wait_until
@@ -71,7 +71,7 @@ def test_killed_three_times_a_search_resumes_to_the_archive_of_the_undisturbed_o
         assert process.wait() == -signal.SIGKILL
         verb = ("resume", directory)
         run = runs.read(directory)
-        assert views.status(run.archive, run.config, running=False)["state"] == "interrupted"
+        assert commands.status(run.archive, run.config)["state"] == "interrupted"
     evomerge(*verb)
     assert content(directory) == content(undisturbed)
     # a kill between the archive's write and the log's leaves an evaluation out of the log, but never puts one in twice

@@ -12,9 +12,9 @@ import pytest
 from evomerge import recipe
 from evomerge.export import choice
 from evomerge.export import recipe as export
-from evomerge.reports import views
 from evomerge.runs import directory as runs
 from evomerge.versions import FORMAT, versions
+from tests import commands
 from tests.commands import evomerge
 from tests.conftest import REPOSITORY
 
@@ -70,11 +70,8 @@ def test_an_old_run_is_exported_and_merged_to_the_weights_that_it_scored(
 def test_every_candidate_of_an_old_front_can_be_exported(kept: Path, directory: Path) -> None:
     run = runs.read(directory)
     for row in printed(kept, "front"):
-        record = choice.choose(run.archive, run.config, row["id"], [])
-        assert (
-            export.shared_recipe(record, run.archive, run.config, run.prepared.models).evomerge.fingerprint
-            == row["fingerprint"]
-        )
+        record = choice.choose(run.results, row["id"], [])
+        assert export.shared_recipe(record, run.results, run.prepared.models).evomerge.fingerprint == row["fingerprint"]
 
 
 def test_resuming_an_old_run_names_the_version_that_goes_on_with_it(
@@ -125,7 +122,7 @@ def test_the_first_demo_still_finds_the_same_weights_with_the_same_heldout_score
     off = [f"--set=controls.{name}=false" for name in ("one_knob", "per_model", "random_search")]
     evomerge("run", DATA / "demo" / "search.yaml", "--output", tmp_path / "run", "--workers", 0, *off)
     run = runs.read(tmp_path / "run")
-    best = views.status(run.archive, run.config, running=False)["best"]
+    best = commands.status(run.archive, run.config)["best"]
     assert (best["id"], best["fingerprint"]) == ("g0117-00", "196ee2c4f94c2024")
     heldout = {"base_qa": 0.9275, "math_a": 0.8775, "lang_b": 0.91, "cross_math_b": 0.7375}
     assert best["heldout"] == pytest.approx(heldout, abs=1e-12)

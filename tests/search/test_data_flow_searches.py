@@ -16,12 +16,13 @@ from evomerge.config.files import load
 from evomerge.errors import InputError
 from evomerge.layers import layer_count
 from evomerge.merging.sources.weights import tensor_table
-from evomerge.reports import views
 from evomerge.runs import directory as runs
-from evomerge.search.best import best_found, front_of
+from evomerge.search.best import front_of
 from evomerge.search.criteria import criteria_of
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, prepare
+from evomerge.search.results import Results
+from tests import commands
 from tests.commands import content, evomerge
 from tests.fakes import FakePool, Killed
 
@@ -80,14 +81,14 @@ def run(prepared: Prepared, directory: Path, **pool: Any) -> tuple[Archive, Fake
 
 def test_kills_and_workers_do_not_show_in_the_archive(prepared, tmp_path):
     alone, undisturbed = run(prepared, tmp_path / "alone")
-    expected = views.candidates(alone, prepared.config), views.front(alone, prepared.config)
+    expected = commands.candidates(alone, prepared.config), commands.front(alone, prepared.config)
     for attempt in range(len(undisturbed.evaluated)):
         try:
             killed, _ = run(prepared, tmp_path / "killed", size=3, seed=attempt, dies_after=19)
         except Killed:
             continue
         break
-    assert (views.candidates(killed, prepared.config), views.front(killed, prepared.config)) == expected
+    assert (commands.candidates(killed, prepared.config), commands.front(killed, prepared.config)) == expected
 
 
 def test_what_costs_more_than_allowed_is_scored_but_never_wins(prepared, tmp_path):
@@ -96,7 +97,7 @@ def test_what_costs_more_than_allowed_is_scored_but_never_wins(prepared, tmp_pat
     assert any(depth(record.candidate) > 7 for record in records)
     assert all(record.evaluation.scores is not None for record in records)
     assert all(depth(record.candidate) <= 7 for record in front_of(records, criteria))
-    best = best_found(archive, prepared.config)
+    best = Results(archive, prepared.config).best()
     assert best is not None
     assert depth(best.candidate) <= 7
 

@@ -15,11 +15,12 @@ from evomerge.config.files import load
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed
 from evomerge.export import choice
-from evomerge.reports import views
-from evomerge.search.best import best_found, front_of, reported
+from evomerge.search.best import front_of, reported
 from evomerge.search.criteria import criteria_of
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, prepare
+from evomerge.search.results import Results
+from tests import commands
 from tests.fakes import FakePool, Killed
 
 SearchFile = Callable[..., Path]
@@ -57,7 +58,7 @@ def run(prepared: Prepared, directory: Path, scorer: Any = some_fail, **pool: An
 
 
 def content(archive: Archive, prepared: Prepared) -> tuple[Any, Any]:
-    return views.candidates(archive, prepared.config), views.front(archive, prepared.config)
+    return commands.candidates(archive, prepared.config), commands.front(archive, prepared.config)
 
 
 def with_budget(prepared: Prepared, evaluations: int) -> Prepared:
@@ -167,7 +168,7 @@ def test_an_extended_search_is_the_search_that_had_the_larger_budget_from_the_st
 
 def test_the_budget_is_kept_to_the_candidate_even_within_a_generation(prepared: Prepared, tmp_path: Path) -> None:
     archive, _ = run(prepared, tmp_path / "run", size=4)
-    kinds = Counter(row["kind"] for row in views.candidates(archive, prepared.config))
+    kinds = Counter(row["kind"] for row in commands.candidates(archive, prepared.config))
     assert kinds == {"search": 15, "control": 4 + 15}
 
 
@@ -213,7 +214,7 @@ def test_a_greedy_soup_starts_with_the_best_parent_and_ends_when_every_model_was
     archive, _ = run(soup, tmp_path / "run", scorer=lang_alone, size=3)
     searched = [record.candidate for record in archive.records() if record.candidate.kind == "search"]
     assert [{*candidate.recipe.references} for candidate in searched] == [{"zoo:lang"}, {"zoo:math", "zoo:lang"}]
-    status = views.status(archive, soup.config, running=False)
+    status = commands.status(archive, soup.config)
     assert (status["state"], status["evaluations"], status["budget"]) == ("finished", 2, 2)
     assert status["best"]["id"] == "g0000-00"
     _, again = run(soup, tmp_path / "run", scorer=lang_alone)
@@ -222,10 +223,10 @@ def test_a_greedy_soup_starts_with_the_best_parent_and_ends_when_every_model_was
 
 def test_failures_are_recorded_with_their_reason_and_never_win(prepared: Prepared, tmp_path: Path) -> None:
     archive, _ = run(prepared, tmp_path / "run")
-    failed = [row for row in views.candidates(archive, prepared.config) if row["state"] == "failed"]
+    failed = [row for row in commands.candidates(archive, prepared.config) if row["state"] == "failed"]
     assert [row["id"] for row in failed] == ["g0000-02", "g0001-02", "g0002-02"]
     assert all(row["error"] == "out of memory" and row["scores"] is None for row in failed)
-    front = {row["id"] for row in views.front(archive, prepared.config)}
+    front = {row["id"] for row in commands.front(archive, prepared.config)}
     assert not front & {row["id"] for row in failed}
 
 
@@ -239,7 +240,7 @@ def test_the_search_starts_at_the_best_essential_control(prepared: Prepared, tmp
         return (0.9, 0.9) if candidate.id == "parent-lang" else (0.1, 0.1)
 
     archive, _ = run(prepared, tmp_path / "run", scorer=lang_is_best)
-    first = np.array([row["genome"] for row in views.candidates(archive, prepared.config) if row["generation"] == 0])
+    first = np.array([row["genome"] for row in commands.candidates(archive, prepared.config) if row["generation"] == 0])
     lang = prepared.space.encode({"lang": 1.0})
     math = prepared.space.encode({"math": 1.0})
     assert np.abs(first.mean(axis=0) - lang).mean() < np.abs(first.mean(axis=0) - math).mean()
@@ -259,7 +260,7 @@ def test_an_archive_with_other_genomes_than_the_optimizer_proposes_is_not_contin
 def test_held_out_scores_are_known_for_all_controls_the_best_and_the_front(prepared: Prepared, tmp_path: Path) -> None:
     archive, _ = run(prepared, tmp_path / "run")
     records, criteria = archive.records(), criteria_of(archive, prepared.config)
-    best = best_found(archive, prepared.config)
+    best = Results(archive, prepared.config).best()
     assert best is not None
     expected = {record.candidate.id for record in front_of(records, criteria)} | {best.candidate.id}
     expected |= {"base", "parent-math", "parent-lang", "uniform"}
@@ -300,14 +301,14 @@ def test_no_candidate_that_breaks_a_constraint_is_on_the_front_or_the_best_or_re
     items = {} if selection is None else {"selection": selection}
     prepared = constrained(search_file, {}, {"task": "base_qa", "retain": 0.9, "of": "base"}, **items)
     archive, _ = run(prepared, tmp_path / "run", scorer=three_scores)
-    rows = views.candidates(archive, prepared.config)
+    rows = commands.candidates(archive, prepared.config)
     broken = {row["id"] for row in rows if row["scores"]["lang_b"] < 0.8 * 0.9 or row["scores"]["base_qa"] < 0.9 * 0.2}
     assert {row["id"] for row in rows if not row["feasible"]} == broken
     assert 0 < len([name for name in broken if name.startswith("g")]) < 16
-    front = [row["id"] for row in views.front(archive, prepared.config)]
+    front = [row["id"] for row in commands.front(archive, prepared.config)]
     assert front
     assert broken.isdisjoint(front)
-    best = best_found(archive, prepared.config)
+    best = Results(archive, prepared.config).best()
     assert best is not None
     assert best.candidate.id not in broken
     essential = {"base", "parent-math", "parent-lang", "uniform"}
@@ -323,14 +324,14 @@ def test_constraints_that_cannot_be_met_leave_no_best_and_no_front_and_the_searc
         return three_scores(candidate) if candidate.genome is None else (0.5, 0.1, 0.1)
 
     archive, _ = run(prepared, tmp_path / "run", scorer=each_parent_alone)
-    assert best_found(archive, prepared.config) is None
-    assert views.front(archive, prepared.config) == []
-    status = views.status(archive, prepared.config, running=False)
+    assert Results(archive, prepared.config).best() is None
+    assert commands.front(archive, prepared.config) == []
+    status = commands.status(archive, prepared.config)
     assert (status["state"], status["best"], status["infeasible"]) == ("finished", None, 4 + 16)
     with pytest.raises(WorkFailed, match=r"no candidate keeps to the constraints.*lang_b at least 0\.9 \(of parent-m"):
-        choice.choose(archive, prepared.config, None, ())
+        choice.choose(Results(archive, prepared.config), None, ())
     with pytest.raises(InputError, match=r"--candidate g0000-00 breaks a constraint \(lang_b at least 0\.9"):
-        choice.choose(archive, prepared.config, "g0000-00", ())
+        choice.choose(Results(archive, prepared.config), "g0000-00", ())
 
 
 def test_a_search_for_what_keeps_to_a_constraint_gets_there(search_file: SearchFile, tmp_path: Path) -> None:
@@ -343,7 +344,7 @@ def test_a_search_for_what_keeps_to_a_constraint_gets_there(search_file: SearchF
         return -size, -size, size
 
     archive, _ = run(prepared, tmp_path / "run", scorer=more_is_worse_but_allowed)
-    searched = [row for row in views.candidates(archive, prepared.config) if row["kind"] == "search"]
+    searched = [row for row in commands.candidates(archive, prepared.config) if row["kind"] == "search"]
     early, late = ([row["scores"]["lang_b"] for row in part] for part in (searched[:4], searched[-4:]))
     assert np.mean(late) > np.mean(early)
 
@@ -370,9 +371,9 @@ def test_selection_items_choose_the_best_among_what_the_search_items_put_on_the_
         return (1 - scores[0], 1 - scores[1], scores[2]) if split == "selection" else scores
 
     archive, pool = run(prepared, tmp_path / "run", scorer=reversed_there)
-    best = best_found(archive, prepared.config)
+    best = Results(archive, prepared.config).best()
     assert best is not None
-    front = [row for row in views.front(archive, prepared.config) if row["kind"] == "search"]
+    front = [row for row in commands.front(archive, prepared.config) if row["kind"] == "search"]
     assert len(front) > 1
     chosen = max(front, key=lambda row: row["selection"]["base_qa"] + row["selection"]["cross_math_b"])
     assert best.candidate.id == chosen["id"]

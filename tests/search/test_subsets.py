@@ -16,13 +16,14 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.evaluation.items import part
 from evomerge.outcomes import Outcomes
-from evomerge.reports import views
-from evomerge.search.best import best_found, front_of
+from evomerge.search.best import front_of
 from evomerge.search.criteria import Criteria, Limit, criteria_of
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, prepare
+from evomerge.search.results import Results
 from evomerge.search.subsets import Subsets
 from evomerge.workers import Job
+from tests import commands
 from tests.fakes import FakePool, Killed
 
 SearchFile = Callable[..., Path]
@@ -81,7 +82,7 @@ def run(prepared: Prepared, directory: Path, **pool: Any) -> tuple[Archive, Item
 
 def content(archive: Archive, prepared: Prepared) -> Any:
     screened = [(record.candidate, record.evaluation.scores, record.evaluation.subset) for record in archive.tried()]
-    return screened, views.candidates(archive, prepared.config), views.front(archive, prepared.config)
+    return screened, commands.candidates(archive, prepared.config), commands.front(archive, prepared.config)
 
 
 def test_the_archive_depends_neither_on_the_number_of_workers_nor_on_who_finishes_first(prepared, tmp_path):
@@ -119,7 +120,7 @@ def test_an_extended_search_tries_what_the_larger_budget_would_have_tried(prepar
     before = {record.candidate.id for record in short.records()}
     extended, _ = run(longer, tmp_path / "extended")
     for archive in (expected, extended):
-        assert views.status(archive, longer.config, running=False)["state"] == "finished"
+        assert commands.status(archive, longer.config)["state"] == "finished"
     assert [each.candidate for each in extended.tried()] == [each.candidate for each in expected.tried()]
     assert before <= {record.candidate.id for record in extended.records()}
 
@@ -127,7 +128,7 @@ def test_an_extended_search_tries_what_the_larger_budget_would_have_tried(prepar
 def test_only_candidates_scored_on_all_search_items_are_on_the_front_or_best(prepared, tmp_path):
     archive, _ = run(prepared, tmp_path / "run")
     criteria = criteria_of(archive, prepared.config)
-    best = best_found(archive, prepared.config)
+    best = Results(archive, prepared.config).best()
     assert best is not None
     for record in (*front_of(archive.records(), criteria), best):
         assert record.evaluation.subset is None
@@ -140,7 +141,7 @@ def test_only_candidates_scored_on_all_search_items_are_on_the_front_or_best(pre
 
 def test_the_budget_counts_candidates_and_most_cost_a_fraction_of_the_items(prepared, tmp_path):
     archive, pool = run(prepared, tmp_path / "run")
-    status = views.status(archive, prepared.config, running=False)
+    status = commands.status(archive, prepared.config)
     assert (status["evaluations"], status["state"]) == (45, "finished")
     searched = [(name, study) for name, study in pool.evaluated if name.startswith("g")]
     assert sum(study == "subset" for _, study in searched) == 45

@@ -338,9 +338,7 @@ def test_a_search_over_an_adapter_exports_a_recipe_that_merges_to_what_was_score
     }
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
     run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
-    shared = export.shared_recipe(
-        choice.choose(run.archive, run.config, "g0000-00", ()), run.archive, run.config, run.prepared.models
-    )
+    shared = export.shared_recipe(choice.choose(run.results, "g0000-00", ()), run.results, run.prepared.models)
     whole = f"{bases['llama']}+{plain}"
     assert shared.references == (str(bases["llama"]), whole)
     assert checkpoint.merge(shared, tmp_path / "out", "recipe.yaml") == (shared.evomerge.fingerprint, True)

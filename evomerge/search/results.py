@@ -1,0 +1,89 @@
+"""Results: what a search has found so far, as its criteria judge it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.archive.archive import Archive, Record
+from evomerge.candidate import Candidate
+from evomerge.config.base import Split
+from evomerge.config.search import SearchConfig
+from evomerge.search.best import best_of, best_searched, front_of, reported
+from evomerge.search.criteria import Criteria, criteria_of
+from evomerge.search.failures import counted
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The archive of a search with the config that says how to read it. It grows while the search goes on."""
+
+    archive: Archive
+    config: SearchConfig
+
+    def criteria(self, split: Split = "search") -> Criteria:
+        """What makes one candidate better than another on a split, by the scores of base and parents there."""
+        return criteria_of(self.archive, self.config, split)
+
+    def best(self) -> Record | None:
+        """The best search candidate, or the best control while there is none; None where none keeps to the limits.
+
+        It is chosen by scores on search items. Where the config asks for selection items, those of the reported
+        candidates decide, once all of them have scores there.
+        """
+        records, criteria = self.archive.records(), self.criteria()
+        contenders = self._contenders(criteria)
+        if contenders is None:
+            return best_searched(records, criteria)
+        best = best_searched(contenders, self.criteria("selection"))
+        return self.archive.find(best.candidate.id, "search") if best is not None else None
+
+    def _contenders(self, criteria: Criteria) -> list[Record] | None:
+        """The records on selection items of those that may win by the search items, once all are there."""
+        if self.config.items.selection is None:
+            return None
+        chosen = [self.archive.find(candidate.id, "selection") for candidate in self.reported()]
+        scored = [record for record in chosen if record is not None]
+        if not scored or len(scored) < len(chosen):
+            return None
+        feasible = {record.candidate.id for record in self.archive.records() if criteria.feasible(record.evaluation)}
+        return [record for record in scored if record.candidate.id in feasible]
+
+    def front(self) -> list[Record]:
+        """The Pareto front on all search items, best mean first."""
+        return front_of(self.archive.records(), self.criteria())
+
+    def reported(self) -> list[Candidate]:
+        """The candidates that get selection and held-out scores."""
+        return reported(self.archive.records(), self.criteria())
+
+
+_REASONS = 3  # for which candidates failed, that a sentence tells
+
+
+def all_failed(results: Results) -> str | None:
+    """A clause for a search of which every candidate failed, with the commonest reasons; None for any other."""
+    searched = [record.evaluation for record in results.archive.tried() if record.candidate.kind == "search"]
+    if not searched or not all(evaluation.failed for evaluation in searched):
+        return None
+    reasons = list(counted(searched).items())
+    told = "; ".join(f"{count} x {reason.rstrip('.')}" for reason, count in reasons[:_REASONS])
+    more = sum(count for _, count in reasons[_REASONS:])
+    return f"all {len(searched)} candidates failed ({told}{f'; {more} for other reasons' if more else ''})"
+
+
+def none_feasible(results: Results) -> str:
+    """A sentence for a search in which no candidate keeps to the constraints: what they ask, and who came closest."""
+    archive = results.archive
+    selected = best_of(archive.records(), results.criteria()) is not None
+    split: Split = "selection" if selected else "search"  # those who keep to them on search items break them there
+    criteria = results.criteria(split)
+    asked = " and ".join(str(limit) for limit in criteria.limits)
+    records = [record for record in archive.records(split) if not record.evaluation.failed]
+    totals = criteria.violations([record.evaluation for record in records]).sum(axis=1)
+    closest = records[int(np.argmin(totals))]
+    scores = closest.evaluation.scores or {}
+    reached = ", ".join(f"{name} {scores[name]:.3f}" for name in dict.fromkeys(limit.name for limit in criteria.limits))
+    return (
+        f"no candidate keeps to the constraints on {split} items: {asked}; {closest.candidate.id} comes closest with "
+        f"{reached}, so there is nothing to export; search longer, or ask for less."
+    )
