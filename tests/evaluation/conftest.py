@@ -23,6 +23,7 @@ from evomerge import zoo
 from evomerge.config.search import SearchConfig
 from evomerge.merging.building import load_model
 from evomerge.zoo.language import VOCABULARY
+from tests.searches import small_search
 
 Rows = list[dict[str, Any]]
 SIZES = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -107,13 +108,7 @@ def search_config(tmp_path: Path) -> Callable[..., SearchConfig]:
 
     def make(*objectives: str, **changes: Any) -> SearchConfig:
         parts = [dict(zip(("task", "metric", "filter"), text.split(":"), strict=False)) for text in objectives]
-        document = {
-            "base": "zoo:base",
-            "models": {"math": "zoo:math"},
-            "objectives": parts,
-            "tasks": {"paths": [str(tmp_path)]},
-            "evaluation": {"batch_size": 16},
-        }
-        return SearchConfig.model_validate(document | changes)
+        usual = {"tasks": {"paths": [str(tmp_path)]}, "items": None, "evaluation": {"batch_size": 16}}
+        return SearchConfig.model_validate(small_search(**{"objectives": parts, **usual, **changes}))
 
     return make

@@ -25,6 +25,7 @@ from evomerge.errors import InputError
 from evomerge.evaluation.few_shots import SEED
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.building import load_model
+from tests.searches import small_search
 
 WORDS = ("tom", "ann", "seven", "copy", "keys")
 words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
@@ -99,15 +100,9 @@ def write(drawn: list[dict[str, Any]], folder: Path) -> tuple[SearchConfig, list
         for metric in settings["metric_list"]:
             names = [each["name"] for each in settings.get("filter_list", [])] or [None]
             objectives += [{"task": name, "metric": metric["metric"], "filter": each} for each in names]
-    document = {
-        "base": "zoo:base",
-        "models": {"math": "zoo:math"},
-        "objectives": objectives,
-        "tasks": {"paths": [str(folder)]},
-        "items": {"search_fraction": 0.5},
-        "evaluation": {"batch_size": 16},
-    }
-    return SearchConfig.model_validate(document), written
+    usual = {"items": {"search_fraction": 0.5}, "evaluation": {"batch_size": 16}}
+    search = small_search(objectives=objectives, tasks={"paths": [str(folder)]}, **usual)
+    return SearchConfig.model_validate(search), written
 
 
 def shown(harness: Harness, split: str) -> tuple[set[str], set[str]]:
