@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models to merge, and a small search over the embedded zoo."""
+"""Fixtures: tiny random models to merge, small searches over them and over the zoo, and what refuses bad input."""
 
 import os
 
@@ -9,8 +9,11 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # beside other work, Ray's 15
 # Ray reads once in a process whether it asks for tokens, and searches started here do ask.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 
+import copy
 import shutil
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from evomerge import zoo
+from evomerge import cli, zoo
+from tests.bad_input import Refuses, check_sentence, contents
+from tests.searches import WriteSearch, put, small_search, tiny_search
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -77,22 +82,74 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def search_file(tmp_path: Path) -> Callable[..., Path]:
+def search_file(tmp_path: Path) -> WriteSearch:
     """Writes a small search over the zoo, with top-level keys replaced (None removes one)."""
 
     def write(name: str = "search.yaml", **changes: Any) -> Path:
-        document: dict[str, Any] = {
-            "base": "zoo:base",
-            "models": {"math": "zoo:math", "lang": "zoo:lang"},
-            "tasks": {"paths": [str(REPOSITORY / "evals")]},
-            "objectives": [{"task": "base_qa"}, {"task": "cross_math_b"}],
-            "items": {"search": 24, "heldout": 24},
-            "space": {"layer_groups": ["0-1", "2-3", "4-5"]},
-            "optimizer": {"evaluations": 20, "population": 8},
-            "workers": {"pool": "local"},
-        } | changes
         path = tmp_path / name
-        path.write_text(yaml.safe_dump({key: value for key, value in document.items() if value is not None}))
+        path.write_text(yaml.safe_dump(small_search(**changes)))
         return path
 
     return write
+
+
+@pytest.fixture
+def search(tiny_models: dict[str, Path], tmp_path: Path) -> WriteSearch:
+    """Writes a small search over the tiny models, with dotted keys changed."""
+
+    def write(changes: dict[str, Any] | None = None) -> Path:
+        content = tiny_search(tiny_models)
+        for key, value in (changes or {}).items():
+            put(content, key, copy.deepcopy(value))
+        path = tmp_path / "search.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the small search over the tiny models."""
+    from evomerge.runs import directory as runs
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "search.yaml").write_text(yaml.safe_dump(tiny_search(tiny_models)))
+    runs.start(folder / "search.yaml", folder / "run", (), None, lambda event, fields: None)
+    return folder / "run"
+
+
+@pytest.fixture
+def run_directory(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be spoiled."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Refuses]:
+    """Calls evomerge in this process and checks what all bad input has in common."""
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def refuse(*arguments: object, says: tuple[str, ...]) -> None:
+        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, arguments)])
+        before = contents(tmp_path)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        check_sentence(stopped.value.code, *capfd.readouterr(), says)
+        assert contents(tmp_path) == before
+
+    yield refuse
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def refuses_search(search: WriteSearch, refuses: Refuses) -> Refuses:
+    """Checks that the small search with keys changed is not run, and that the sentence names its file."""
+
+    def refuse(changes: dict[str, Any], *says: str) -> None:
+        path = search(changes)
+        refuses("run", path, "--output", "new/run", says=(f"evomerge: {path}: ", *says))
+
+    return refuse

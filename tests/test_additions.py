@@ -23,8 +23,7 @@ from evomerge.spaces import Gene, Genome, at
 from evomerge.spaces.table import GeneRow
 from evomerge.workers import Evaluator, Job, Listener, unheard
 from tests.commands import evomerge
-
-WriteSearch = Callable[..., Path]
+from tests.searches import WriteSearch
 
 
 class Middle:

@@ -1,8 +1,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +10,8 @@ from evomerge import cli
 from evomerge.config.spaces import SpaceConfig
 from evomerge.merging.methods import METHODS
 from evomerge.spaces.parameter import ParameterSpace
+from tests.bad_input import Refuses
+from tests.searches import WriteSearch
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +72,7 @@ def test_spaces_lists_every_gene_that_a_space_of_all_methods_has_with_its_bounds
 
 
 def test_merge_and_evaluate_tell_what_they_ignore_of_a_recipe(
-    tmp_path: Path, search_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, search_file: WriteSearch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     recipe, search = tmp_path / "recipe.yaml", search_file(items={"search": 4, "heldout": 4})
     recipe.write_text(
@@ -99,3 +101,42 @@ def test_spaces_and_methods_speak_to_people_too(
     listed = shown(monkeypatch, capsys, "methods")
     assert "della: 1 or more models" in listed
     assert "searched weight, density, on request lambda, della.epsilon" in listed
+
+
+WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "a setting without value": (("--set", "optimizer.evaluations"), "expected KEY.PATH=VALUE, for example"),
+    "a setting without key": (("--set", "=1"), "--set =1: expected KEY.PATH=VALUE"),
+    "a setting of an unknown key": (("--set", "optimizer.evals=3"), "optimizer.evals", "did you mean 'evaluations'?"),
+    "a setting beyond the end of a list": (("--set", "objectives[7].task=x"), "'7' is no index into a list of 2"),
+    "a setting below a value": (("--set", "base.name=x"), "--set base.name=x: base is", "holds no keys to set"),
+    "a setting that is no YAML": (("--set", "base=["), "--set base=[: the value is not valid YAML"),
+    "a setting of the wrong type": (("--set", "seed=one"), 'seed is "one"; use a valid integer'),
+    "a negative number of workers": (("--workers", "-1"), "--workers is -1; give the number of workers, or 0"),
+    "a word for the number of workers": (("--workers", "many"), "--workers", "valid integer", "`evomerge run --help`"),
+    "an unknown option": (("--outptu", "x"), "--outptu", "see `evomerge run --help`"),
+    "an option without value": (("--set",), "--set", "requires an argument"),
+    "one argument too many": (("more",), "more", "see `evomerge run --help`"),
+}
+
+
+@pytest.mark.parametrize("claim", WRONG_OPTIONS)
+def test_a_wrong_option_is_refused(claim: str, search: WriteSearch, refuses: Refuses) -> None:
+    options, *fragments = WRONG_OPTIONS[claim]
+    refuses("run", search(), "--output", "new/run", *options, says=tuple(fragments))
+
+
+def test_a_wrong_command_is_refused(refuses: Refuses) -> None:
+    refuses("rnu", says=("rnu", "Did you mean 'run'?", "see `evomerge --help`"))
+    refuses("run", says=("SEARCH.yaml", "see `evomerge run --help`"))
+    refuses("evaluate", "zoo:math", says=("Missing option '--config'", "see `evomerge evaluate --help`"))
+
+
+def test_what_cannot_be_scored_is_refused(tiny_models: dict[str, Path], search: WriteSearch, refuses: Refuses) -> None:
+    path = search()
+    refuses(
+        "evaluate", tiny_models["first"], "--config", path, "--split", "test", says=("--split is 'test'; use search",)
+    )
+    refuses("evaluate", tiny_models["first"], "--config", "nowhere.yaml", says=("nowhere.yaml: no such file",))
+    refuses("evaluate", "zoo:mth", "--config", path, says=("zoo:mth", "did you mean 'math'?"))
+    refuses("evaluate", "./nowhere", "--config", path, says=("./nowhere: no such model folder",))
+    refuses("evaluate", "nowhere.yaml", "--config", path, says=("nowhere.yaml: no such file",))

@@ -1,7 +1,6 @@
 """What a recipe's search saw travels with it, and no report shows it as held out."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from evomerge.evaluation.loading import distinct_tasks, load_targets
 from evomerge.search.preparation import prepare
 from evomerge.seen import SIZE, decoded, digest_of, encoded
 from tests.commands import evomerge
+from tests.searches import WriteSearch
 
-WriteSearch = Callable[..., Path]
 digests = st.frozensets(st.binary(min_size=SIZE, max_size=SIZE))
 
 

@@ -25,6 +25,7 @@ from tests import commands
 from tests.archive.test_trials import check_rows_and_trials
 from tests.commands import evomerge
 from tests.fakes import FakePool
+from tests.searches import WriteSearch
 from tests.waiting import wait_until
 
 SECRET = "open-sesame"
@@ -80,7 +81,7 @@ def await_server(url: str) -> None:
 
 
 def test_a_run_in_a_shared_storage_is_read_from_its_url_alone_and_its_password_is_written_nowhere(
-    postgres: str, search_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: str, search_file: WriteSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import psycopg
 
@@ -131,7 +132,7 @@ def administration(url: str) -> Iterator[Callable[[str], object]]:
 
 
 def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
-    postgres: str, guest: str, search_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: str, guest: str, search_file: WriteSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVOMERGE_STORAGE", guest)
     optimizer = {"name": "random_search", "evaluations": 6, "population": 2}

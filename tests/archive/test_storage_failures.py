@@ -3,7 +3,6 @@
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, prepare_file
 from tests import commands
 from tests.fakes import FakePool
+from tests.searches import WriteSearch
 
 Event = tuple[str, dict[str, Any]]
 
 
 @pytest.fixture
-def prepared(search_file: Callable[..., Path]) -> Prepared:
+def prepared(search_file: WriteSearch) -> Prepared:
     optimizer = {"name": "random_search", "evaluations": 4, "population": 4}
     return prepare_file(search_file(optimizer=optimizer), ())
 

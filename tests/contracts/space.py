@@ -1,14 +1,27 @@
 """What every search space must do."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from evomerge.layers import layer_index, with_layer
 from evomerge.merging.plan import make_plan
-from evomerge.recipe import Recipe
-from evomerge.spaces import SearchSpace, active, at, canonical
+from evomerge.spaces import SearchSpace, active, at, box, canonical
+
+FEW = 8  # genes whose corners can all be tried
+RANDOM = 150  # corners to try of more genes than that
+
+
+def corners(genes: int) -> NDArray[np.bool_]:
+    """Corners of a box, one a row: which genes are at their upper bound."""
+    if genes <= FEW:
+        return np.array(list(product((False, True), repeat=genes)))
+    none, alone = np.zeros((1, genes), dtype=np.bool_), np.eye(genes, dtype=np.bool_)
+    return np.concatenate([none, ~none, alone, ~alone, np.random.default_rng(0).random((RANDOM, genes)) < 0.5])
 
 
 class SpaceContract:
@@ -62,10 +75,12 @@ class SpaceContract:
                 assert set(condition.choices) < set(seen[condition.gene]), "a condition that always holds is none"
             seen[gene.name] = gene.choices
 
-    def test_both_corners_of_the_box_decode(self) -> None:
-        for corner in ("low", "high"):
-            genome = [getattr(gene, corner) for gene in self.space.genes]
-            assert isinstance(self.space.decode(genome), Recipe)
+    def test_corners_of_the_box_decode_to_recipes_that_can_be_planned(self) -> None:
+        """All of them where there are few genes; else both ends, all but one gene at either, and many at random."""
+        low, high = box(self.space.genes)
+        for upper in corners(len(self.space.genes)):
+            plan = make_plan(self.space.decode(np.where(upper, high, low)), self.tensors)
+            assert {tensor.name for tensor in plan.tensors} == set(self.named(len(plan.layers)))
 
     def test_decoding_is_a_pure_function(self) -> None:
         genome = np.array([gene.start for gene in self.space.genes])

@@ -1,4 +1,4 @@
-"""Fixtures: small tasks written on the spot, models of three architectures, and lm-eval's own verdict on them."""
+"""Fixtures: small tasks written on the spot, models of four architectures, and searches over the tasks."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -23,6 +23,8 @@ from evomerge import zoo
 from evomerge.config.search import SearchConfig
 from evomerge.merging.building import load_model
 from evomerge.zoo.language import VOCABULARY
+from tests.evaluation.material import MEAN, choices, questions
+from tests.searches import EVALS, small_search
 
 Rows = list[dict[str, Any]]
 SIZES = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -107,13 +109,80 @@ def search_config(tmp_path: Path) -> Callable[..., SearchConfig]:
 
     def make(*objectives: str, **changes: Any) -> SearchConfig:
         parts = [dict(zip(("task", "metric", "filter"), text.split(":"), strict=False)) for text in objectives]
-        document = {
-            "base": "zoo:base",
-            "models": {"math": "zoo:math"},
-            "objectives": parts,
-            "tasks": {"paths": [str(tmp_path)]},
-            "evaluation": {"batch_size": 16},
-        }
-        return SearchConfig.model_validate(document | changes)
+        usual = {"tasks": {"paths": [str(tmp_path)]}, "items": None, "evaluation": {"batch_size": 16}}
+        return SearchConfig.model_validate(small_search(**{"objectives": parts, **usual, **changes}))
 
     return make
+
+
+@pytest.fixture
+def qa_task(write_task):
+    """A log-likelihood task with a search, a held-out and a training split."""
+
+    def write(name="qa", count=12, **settings):
+        splits = {
+            "train": questions(9, seed=1),
+            "search": questions(count, seed=2),
+            "heldout": questions(count + 4, seed=3),
+        }
+        defaults = {
+            "validation_split": "search",
+            "test_split": "heldout",
+            "output_type": "loglikelihood",
+            "doc_to_text": "<bos> Q {{question}} =",
+            "doc_to_target": " {{answer}}",
+            "metric_list": [
+                {"metric": "acc", **MEAN},
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            ],
+        }
+        return write_task(name, splits, **(defaults | settings))
+
+    return write
+
+
+@pytest.fixture
+def choice_task(write_task):
+    """A multiple-choice task with templates for options and answer."""
+
+    def write(name="choice", count=25, metrics=("acc", "acc_norm"), **settings):
+        defaults = {
+            "validation_split": "search",
+            "test_split": "heldout",
+            "output_type": "multiple_choice",
+            "doc_to_text": "<bos> Q {{question}} =",
+            "doc_to_choice": "{{options}}",
+            "doc_to_target": "{{gold}}",
+            "target_delimiter": " ",
+            "metric_list": [{"metric": metric, **MEAN} for metric in metrics],
+        }
+        splits = {"search": choices(count, seed=4), "heldout": choices(count, seed=5)}
+        return write_task(name, splits, **(defaults | settings))
+
+    return write
+
+
+@pytest.fixture
+def generation_task(write_task):
+    """Two-step sums to be answered by writing; `word` takes the first word written, `digit` the first digit."""
+
+    def write(name="writing", **settings):
+        def filters(name, pattern):
+            steps = [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}]
+            return {"name": name, "filter": steps}
+
+        lines = (EVALS / "math_a_words" / "search.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines[:40]]
+        defaults = {
+            "validation_split": "search",
+            "test_split": "heldout",
+            "output_type": "generate_until",
+            "doc_to_text": "<bos> Q {{question}} =",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["."], "max_gen_toks": 6, "do_sample": False},
+            "filter_list": [filters("word", r"(\w+)"), filters("digit", r"(\d)")],
+            "metric_list": [{"metric": "exact_match", **MEAN}],
+        }
+        return write_task(name, {"search": rows[:24], "heldout": rows[24:]}, **(defaults | settings))
+
+    return write

@@ -2,29 +2,24 @@
 and every score is lm-eval's own.
 """
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import lm_eval.utils
 import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jinja2 import BaseLoader, Environment, StrictUndefined
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from evomerge import zoo
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
-from evomerge.evaluation.few_shots import SEED
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.building import load_model
+from tests.evaluation.reference import lm_eval_says
+from tests.searches import small_search
 
 WORDS = ("tom", "ann", "seven", "copy", "keys")
 words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(" ".join)
@@ -99,15 +94,9 @@ def write(drawn: list[dict[str, Any]], folder: Path) -> tuple[SearchConfig, list
         for metric in settings["metric_list"]:
             names = [each["name"] for each in settings.get("filter_list", [])] or [None]
             objectives += [{"task": name, "metric": metric["metric"], "filter": each} for each in names]
-    document = {
-        "base": "zoo:base",
-        "models": {"math": "zoo:math"},
-        "objectives": objectives,
-        "tasks": {"paths": [str(folder)]},
-        "items": {"search_fraction": 0.5},
-        "evaluation": {"batch_size": 16},
-    }
-    return SearchConfig.model_validate(document), written
+    usual = {"items": {"search_fraction": 0.5}, "evaluation": {"batch_size": 16}}
+    search = small_search(objectives=objectives, tasks={"paths": [str(folder)]}, **usual)
+    return SearchConfig.model_validate(search), written
 
 
 def shown(harness: Harness, split: str) -> tuple[set[str], set[str]]:
@@ -119,22 +108,6 @@ def shown(harness: Harness, split: str) -> tuple[set[str], set[str]]:
             asked.add(" ".join(own.split(" =")[0].split()))
             examples |= {" ".join(each.split(" =")[0].split()) for each in before}
     return asked, examples
-
-
-def lm_eval_says(task: dict[str, Any], model: tuple[Any, Any], numbers: list[int]) -> dict[str, float]:
-    plain = Environment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm_eval.utils, "env", plain)
-        reference = ConfigurableTask(config=copy.deepcopy(task))
-        reference.set_fewshot_seed(SEED)
-        results = evaluate(
-            lm=HFLM(pretrained=model[0], tokenizer=model[1], batch_size=5),
-            task_dict={"tasks": {task["task"]: reference}},
-            samples={task["task"]: numbers},
-            bootstrap_iters=0,
-            log_samples=False,
-        )
-    return dict(results["results"][task["task"]])
 
 
 def check(drawn: list[dict[str, Any]], folder: Path, model: tuple[Any, Any]) -> bool:
@@ -154,7 +127,7 @@ def check(drawn: list[dict[str, Any]], folder: Path, model: tuple[Any, Any]) -> 
         if task.get("num_fewshot"):
             continue  # the examples may give way to what is held out, where lm-eval has all
         numbers = [instances[0].doc_id for instances in prepared.documents]
-        expected = lm_eval_says(task, model, numbers)
+        expected, _ = lm_eval_says(task, *model, samples=numbers)
         for objective in config.objectives:
             if objective.task == task["task"]:
                 name = f"{objective.metric},{objective.filter or 'none'}"

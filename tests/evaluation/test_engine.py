@@ -19,8 +19,8 @@ from evomerge.recipe import Recipe, Slice, Source, linear, single
 from evomerge.search.preparation import reopen
 from evomerge.workers.memory import plan_memory
 from evomerge.workers.worker import Worker
+from tests.searches import EVALS, small_search
 
-EVALS = Path(__file__).parents[2] / "evals"
 PRETENDED = Path(__file__).parent / "pretended_vllm"
 MERGE = linear({"zoo:math": 0.7, "zoo:lang": 0.3})
 
@@ -57,13 +57,11 @@ def folder(tmp_path_factory):
 
 def config(folder, backend="vllm", **evaluation):
     return SearchConfig.model_validate(
-        {
-            "base": "zoo:base",
-            "models": {"math": "zoo:math", "lang": "zoo:lang"},
-            "objectives": [{"task": "writing", "metric": "exact_match"}, {"task": "math_a"}],
-            "tasks": {"paths": [str(folder), str(EVALS)]},
-            "items": {"search": 12, "heldout": 12},
-            "evaluation": {
+        small_search(
+            objectives=[{"task": "writing", "metric": "exact_match"}, {"task": "math_a"}],
+            tasks={"paths": [str(folder), str(EVALS)]},
+            items={"search": 12, "heldout": 12},
+            evaluation={
                 "device": "cpu",
                 "dtype": "float32",
                 "batch_size": 5,
@@ -71,7 +69,7 @@ def config(folder, backend="vllm", **evaluation):
                 "vllm": {"python": str(folder / "python"), "cache_gib": 0.5},
                 **evaluation,
             },
-        }
+        )
     )
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     GPT2Config,
     Llama4TextConfig,
@@ -18,6 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from evomerge.errors import InputError
+from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.packing import LONGEST, pack
 from evomerge.evaluation.packing_probe import takes_packed_rows
 from evomerge.evaluation.prepared import PreparedRequests, Request
@@ -126,3 +129,21 @@ def test_what_stands_in_another_option_changes_no_bit(models):
         for other in ((8, 9, 10), (60, 61, 62))
     )
     assert first.run(model)[0] == second.run(model)[0]
+
+
+def test_a_model_that_takes_no_packed_rows_is_refused_them(load, choice_task, search_config):
+    choice_task()
+    model = BloomForCausalLM(BloomConfig(vocab_size=79, hidden_size=32, n_layer=1, n_head=2)).eval()
+    harness = Harness(search_config("choice", evaluation={"prefix_sharing": "mask"}), model, load("base")[1])
+    with pytest.raises(InputError, match=r"evaluation.prefix_sharing is 'mask', which this model does not take"):
+        harness.prepare("search")
+
+
+def test_a_model_that_takes_masks_and_misreads_them_is_refused_packed_rows(
+    load, choice_task, search_config, monkeypatch
+):
+    choice_task()
+    config = search_config("choice", evaluation={"prefix_sharing": "mask"})
+    monkeypatch.setattr("evomerge.evaluation.prepared.attention", lambda *_: None)
+    with pytest.raises(InputError, match=r"log-likelihoods differ by .* from those without; set it to 'none'"):
+        Harness(config, *load("qwen2")).prepare("search")

@@ -1,6 +1,6 @@
 """From recorded outcomes to what is said of a candidate."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ from evomerge.outcomes import Outcomes
 from evomerge.recipe import single
 from evomerge.reports import views
 from evomerge.search.results import Results
+from tests.searches import WriteSearch
 
-SearchFile = Callable[..., Path]
 ITEMS = 200
 
 
 @pytest.fixture
-def config(search_file: SearchFile) -> SearchConfig:
+def config(search_file: WriteSearch) -> SearchConfig:
     loaded = load(search_file())
     objectives = tuple(each.model_copy(update={"goal": "maximize"}) for each in loaded.objectives)
     return loaded.model_copy(update={"objectives": objectives})

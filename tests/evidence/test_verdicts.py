@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.commands import evomerge
-
-WriteSearch = Callable[..., Path]
+from tests.searches import WriteSearch
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from evomerge.runs import directory as runs
 from tests import commands
 from tests.commands import evomerge
 from tests.conftest import REPOSITORY
+from tests.searches import WriteSearch
 
 DATA = REPOSITORY / "tests" / "data" / "format_1"
 
@@ -35,9 +35,7 @@ def test_every_gene_has_a_name_and_the_value_that_the_genome_has(directory: Path
         assert row["genes"] == dict(zip((gene.name for gene in run.prepared.space.genes), row["genome"], strict=True))
 
 
-def test_choices_are_named_and_genes_that_do_not_count_are_left_out(
-    search_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_choices_are_named_and_genes_that_do_not_count_are_left_out(search_file: WriteSearch, tmp_path: Path) -> None:
     space = {"method": ["ties", "task_arithmetic"], "participate": True}
     evomerge("run", search_file(space=space, optimizer={"evaluations": 8}), "--output", tmp_path / "run")
     searched = [row for row in rows(tmp_path / "run").values() if row["kind"] == "search"]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from evomerge.runs import directory as runs
 from tests import commands
 from tests.commands import content, evaluated, evomerge, start
 from tests.conftest import REPOSITORY
+from tests.searches import WriteSearch
 from tests.waiting import PATIENCE, wait_until
 
 SMOKE = REPOSITORY / "search_spaces" / "smoke.yaml"
@@ -211,7 +211,7 @@ def test_optuna_dashboard_reads_the_archive(undisturbed: Path) -> None:
 
 
 def test_a_run_whose_constraints_nobody_meets_says_so_and_exports_nothing(
-    search_file: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    search_file: WriteSearch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     low = {"task": "lang_b", "goal": "minimize", "retain": 1, "of": "math"}  # which knows no word of it
     high = {"task": "base_qa", "retain": 1, "of": "lang"}

@@ -1,7 +1,7 @@
 """One mean of objectives on unlike scales, in one place; accuracies keep their plain one."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from evomerge.recipe import single
 from evomerge.search.criteria import Criteria, criteria_of, mean_of_scores
 from tests.commands import evomerge
 from tests.conftest import REPOSITORY
+from tests.searches import WriteSearch, small_search
 
 CONTROLS = ("base", "parent-math", "parent-lang", "uniform")
 PERPLEXITY = {"task": "p", "metric": "word_perplexity", "goal": "minimize"}
@@ -48,8 +49,7 @@ def recorded(names: Sequence[str], rows: Sequence[Sequence[float]], shifts: Mapp
 
 
 def config(*objectives: Mapping[str, Any]) -> SearchConfig:
-    models = {"math": "zoo:math", "lang": "zoo:lang"}
-    return SearchConfig.model_validate({"base": "zoo:base", "models": models, "objectives": list(objectives)})
+    return SearchConfig.model_validate(small_search(objectives=list(objectives)))
 
 
 units = st.integers(0, 1000).map(lambda number: number / 1000)
@@ -123,7 +123,7 @@ def test_criteria_without_controls_are_plain() -> None:
 
 
 @pytest.fixture
-def mixed(search_file: Callable[..., Path], tmp_path: Path) -> Path:
+def mixed(search_file: WriteSearch, tmp_path: Path) -> Path:
     """A search for accuracy and a low perplexity at once, over texts of the zoo's first language."""
     words = [(name, number) for name in ("tom", "ann", "bob", "eve") for number in ("one", "two", "three", "four")]
     rows = [{"text": f"<bos> Q copy {name} {number} = {name} {number} <eos>"} for name, number in words]

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from evomerge.search.results import Results
 from tests import commands
 from tests.commands import content, evomerge
 from tests.fakes import FakePool, Killed
+from tests.searches import WriteSearch
 
 SPACES: dict[str, dict[str, Any]] = {
     "paths": {
@@ -52,7 +52,7 @@ OBJECTIVES = [{"task": "base_qa"}, {"task": "cross_math_b"}, {"cost": "layers", 
 
 
 @pytest.fixture(params=list(SPACES))
-def prepared(request, search_file: Callable[..., Path]) -> Prepared:
+def prepared(request, search_file: WriteSearch) -> Prepared:
     return prepare(load(search_file(objectives=OBJECTIVES, **SPACES[request.param])))
 
 

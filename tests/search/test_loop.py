@@ -1,7 +1,6 @@
 """The loop with pretended workers: order, kills, failures and budgets must not show in the archive."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from evomerge.search.preparation import Prepared, prepare
 from evomerge.search.results import Results
 from tests import commands
 from tests.fakes import FakePool, Killed
-
-SearchFile = Callable[..., Path]
+from tests.searches import WriteSearch
 
 
 def quality(candidate: Candidate) -> tuple[float, float]:
@@ -39,7 +37,7 @@ def some_fail(candidate: Candidate) -> tuple[float, float] | str:
 
 
 @pytest.fixture
-def prepared(search_file: SearchFile) -> Prepared:
+def prepared(search_file: WriteSearch) -> Prepared:
     optimizer = {"evaluations": 15, "population": 6, "lag": 1}
     space = {"density": {"fixed": 1.0}}
     return prepare(load(search_file(optimizer=optimizer, space=space, controls={"random_search": True})))
@@ -108,7 +106,7 @@ ASYNCHRONOUS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("optimizer", ASYNCHRONOUS, ids=["cma_es", "stages"])
 def test_an_asynchronous_search_is_a_function_of_the_recorded_order_through_any_kill(
-    search_file: SearchFile, tmp_path: Path, optimizer: dict[str, Any]
+    search_file: WriteSearch, tmp_path: Path, optimizer: dict[str, Any]
 ) -> None:
     changes = {"evaluations": 20, "schedule": "async"} | optimizer
     prepared = prepare(load(search_file(optimizer=changes, space={"density": {"fixed": 1.0}})))
@@ -138,7 +136,7 @@ def test_an_asynchronous_search_is_a_function_of_the_recorded_order_through_any_
 
 
 def test_an_asynchronous_archive_whose_order_has_a_hole_is_not_continued(
-    search_file: SearchFile, tmp_path: Path
+    search_file: WriteSearch, tmp_path: Path
 ) -> None:
     prepared = prepare(load(search_file(optimizer={"name": "random_search", "evaluations": 6, "schedule": "async"})))
     archive, _ = run(prepared, tmp_path / "run", scorer=quality)
@@ -173,7 +171,7 @@ def test_the_budget_is_kept_to_the_candidate_even_within_a_generation(prepared: 
 
 
 @pytest.fixture
-def with_choices(search_file: SearchFile) -> Prepared:
+def with_choices(search_file: WriteSearch) -> Prepared:
     space = {"method": ["ties", "slerp", "karcher"], "participate": True, "layer_granularity": 6}
     return prepare(load(search_file(optimizer={"evaluations": 30, "population": 8}, space=space)))
 
@@ -203,7 +201,7 @@ def test_a_search_over_choices_killed_midway_resumes_to_the_same_archive(
 
 
 def test_a_greedy_soup_starts_with_the_best_parent_and_ends_when_every_model_was_tried(
-    search_file: SearchFile, tmp_path: Path
+    search_file: WriteSearch, tmp_path: Path
 ) -> None:
     space = {"method": "linear", "participate": True, "weight": {"fixed": 1}, "normalize": True}
     soup = prepare(load(search_file(optimizer={"name": "greedy_soup", "evaluations": 50}, space=space)))
@@ -279,7 +277,7 @@ def three_scores(candidate: Candidate) -> tuple[float, float, float]:
     return first, second, float(np.mean(candidate.genome))
 
 
-def constrained(search_file: SearchFile, *constraints: dict[str, Any], **items: int) -> Prepared:
+def constrained(search_file: WriteSearch, *constraints: dict[str, Any], **items: int) -> Prepared:
     optimizer = {"evaluations": 16, "population": 4}
     space = {"density": {"fixed": 1.0}}
     return prepare(
@@ -296,7 +294,7 @@ def constrained(search_file: SearchFile, *constraints: dict[str, Any], **items: 
 
 @pytest.mark.parametrize("selection", [None, 12])
 def test_no_candidate_that_breaks_a_constraint_is_on_the_front_or_the_best_or_reported(
-    search_file: SearchFile, tmp_path: Path, selection: int | None
+    search_file: WriteSearch, tmp_path: Path, selection: int | None
 ) -> None:
     items = {} if selection is None else {"selection": selection}
     prepared = constrained(search_file, {}, {"task": "base_qa", "retain": 0.9, "of": "base"}, **items)
@@ -316,7 +314,7 @@ def test_no_candidate_that_breaks_a_constraint_is_on_the_front_or_the_best_or_re
 
 
 def test_constraints_that_cannot_be_met_leave_no_best_and_no_front_and_the_search_still_ends(
-    search_file: SearchFile, tmp_path: Path
+    search_file: WriteSearch, tmp_path: Path
 ) -> None:
     prepared = constrained(search_file, {"retain": 1.0}, {"task": "base_qa", "retain": 1.0}, {"task": "cross_math_b"})
 
@@ -334,7 +332,7 @@ def test_constraints_that_cannot_be_met_leave_no_best_and_no_front_and_the_searc
         choice.choose(Results(archive, prepared.config), "g0000-00", ())
 
 
-def test_a_search_for_what_keeps_to_a_constraint_gets_there(search_file: SearchFile, tmp_path: Path) -> None:
+def test_a_search_for_what_keeps_to_a_constraint_gets_there(search_file: WriteSearch, tmp_path: Path) -> None:
     prepared = constrained(search_file, {"retain": 0.95})
 
     def more_is_worse_but_allowed(candidate: Candidate) -> tuple[float, float, float]:
@@ -350,7 +348,7 @@ def test_a_search_for_what_keeps_to_a_constraint_gets_there(search_file: SearchF
 
 
 def test_a_parent_that_a_constraint_needs_and_that_fails_stops_the_search_with_a_sentence(
-    search_file: SearchFile, tmp_path: Path
+    search_file: WriteSearch, tmp_path: Path
 ) -> None:
     prepared = constrained(search_file, {"of": "lang"})
 
@@ -362,7 +360,7 @@ def test_a_parent_that_a_constraint_needs_and_that_fails_stops_the_search_with_a
 
 
 def test_selection_items_choose_the_best_among_what_the_search_items_put_on_the_front(
-    search_file: SearchFile, tmp_path: Path
+    search_file: WriteSearch, tmp_path: Path
 ) -> None:
     prepared = constrained(search_file, {"retain": 0.2}, selection=12)
 
@@ -383,7 +381,7 @@ def test_selection_items_choose_the_best_among_what_the_search_items_put_on_the_
 
 
 def test_killed_anywhere_with_constraints_and_selection_items_it_resumes_to_the_same_archive(
-    search_file: SearchFile, tmp_path: Path
+    search_file: WriteSearch, tmp_path: Path
 ) -> None:
     prepared = constrained(search_file, {"retain": 0.2}, {"task": "base_qa", "of": "base"}, selection=12)
     whole, undisturbed = run(prepared, tmp_path / "whole", scorer=three_scores)

@@ -1,7 +1,6 @@
 """Subsets: fewer items for most candidates, all of them for whoever counts, and the same archive whatever happens."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from evomerge.search.subsets import Subsets
 from evomerge.workers import Job
 from tests import commands
 from tests.fakes import FakePool, Killed
+from tests.searches import WriteSearch
 
-SearchFile = Callable[..., Path]
 ITEMS = 120
 BARS = np.random.default_rng(5).normal(size=(2, ITEMS))
 
@@ -63,7 +62,7 @@ def answered(names: list[str], candidate: Candidate, subset: Subset | None) -> E
 
 
 @pytest.fixture
-def prepared(search_file: SearchFile) -> Prepared:
+def prepared(search_file: WriteSearch) -> Prepared:
     optimizer = {"name": "cma_es", "evaluations": 45, "population": 6}
     return prepare(load(search_file(optimizer=optimizer, space={"density": {"fixed": 1.0}}, subsets=True)))
 

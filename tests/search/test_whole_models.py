@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from evomerge.layers import embedding_names, layer_count, layer_index
 from evomerge.merging.sources.weights import tensor_table
 from tests.commands import evomerge
 from tests.every_architecture import architectures, tiny_config
+from tests.searches import WriteSearch
 
 
 def family(kind: str, root: Path, count: int = 2) -> list[Path]:
@@ -38,9 +38,7 @@ def family(kind: str, root: Path, count: int = 2) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
-def test_a_search_over_whole_models_ships_what_it_scored(
-    kind: str, search_file: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_search_over_whole_models_ships_what_it_scored(kind: str, search_file: WriteSearch, tmp_path: Path) -> None:
     base, tuned = family(kind, tmp_path)
     search = search_file(
         base=str(base),

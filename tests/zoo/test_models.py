@@ -13,8 +13,7 @@ from evomerge import zoo
 from evomerge.errors import InputError
 from evomerge.zoo import evals, language, training
 from evomerge.zoo.language import TOKEN_IDS, VOCABULARY, prompt, reply
-
-EVALS = Path(__file__).parents[2] / "evals"
+from tests.searches import EVALS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from evomerge.errors import InputError
 from evomerge.export import checkpoint
 from evomerge.merging.sources.model_settings import check_settings
 from evomerge.search.preparation import prepare_file, summarize
+from tests.searches import WriteSearch
 
 
 def warning(kind: str, mine: dict[str, Any], base: dict[str, Any]) -> str | None:
@@ -78,7 +78,7 @@ def test_a_merge_says_whose_settings_it_has(tiny_models: dict[str, Path], tmp_pa
     assert written["rms_norm_eps"] == json.loads((tiny_models["base"] / "config.json").read_text())["rms_norm_eps"]
 
 
-def test_a_search_is_checked_with_the_warning(search_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_search_is_checked_with_the_warning(search_file: WriteSearch, tmp_path: Path) -> None:
     other = tuned(zoo.path("math"), tmp_path / "other", rms_norm_eps=0.125)
     found = summarize(prepare_file(search_file(models={"math": str(other)})))["warnings"]
     assert [each for each in found if each.startswith("models.math") and "rms_norm_eps is 0.125" in each]
