@@ -30,7 +30,7 @@ Kind = type[float] | type[int] | type[bool]
 DTYPES = Literal["float32", "bfloat16", "float16"]
 
 
-class Condition(Settings):
+class FilteredValue(Settings):
     """A value for the tensors whose name contains `filter` (None or `*`: all of them)."""
 
     value: Scalar | list[Scalar]
@@ -40,7 +40,7 @@ class Condition(Settings):
         return self.filter is None or self.filter == "*" or self.filter in tensor
 
 
-Setting = Scalar | list[Scalar] | Condition | list[Condition]
+Setting = Scalar | list[Scalar] | FilteredValue | list[FilteredValue]
 Parameters = dict[str, Setting]
 
 
@@ -311,11 +311,11 @@ def resolve_setting(setting: Setting | None, tensor: str, t: float, kind: Kind) 
     if setting is None:
         return None
     items = setting if isinstance(setting, list) else [setting]
-    conditions = [item for item in items if isinstance(item, Condition)]
+    conditions = [item for item in items if isinstance(item, FilteredValue)]
     if conditions:
         found = next((condition for condition in conditions if condition.matches(tensor)), None)
         return resolve_setting(found.value, tensor, t, kind) if found else None
-    values = [_typed(item, kind) for item in items if not isinstance(item, Condition)]
+    values = [_typed(item, kind) for item in items if not isinstance(item, FilteredValue)]
     return _typed(_gradient(values, t, kind), kind) if values else None
 
 

@@ -17,7 +17,7 @@ from evomerge.config.tables import COSTS, OPTIMIZERS, POOLS, SPACES, CostRow, Op
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs, Method
 from evomerge.optimizers.base import Problem
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.recipe import Recipe, Source, linear
 from evomerge.spaces import Gene, Genome, at
 from evomerge.spaces.table import GeneRow
@@ -36,7 +36,7 @@ class Middle:
         low, high = (np.array([getattr(gene, end) for gene in self._genes]) for end in ("low", "high"))
         return low + (high - low) * np.linspace(0.4, 0.6, self._population)[:, np.newaxis]
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         return
 
 

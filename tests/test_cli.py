@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from evomerge import cli
-from evomerge.config.spaces import SpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.merging.methods import METHODS
 from evomerge.spaces.parameter import ParameterSpace
 from tests.bad_input import Refuses
@@ -58,7 +58,7 @@ def test_spaces_lists_every_gene_that_a_space_of_all_methods_has_with_its_bounds
     rows = {row["kind"]: row for row in json.loads(shown(monkeypatch, capsys, "spaces", "--json"))}
     listed = {gene["kind"]: gene for gene in rows["parameter"]["genes"]}
     asked = {name: {own.name: {} for own in method.own} for name, method in METHODS.items() if name != "nuslerp"}
-    config = SpaceConfig.model_validate(
+    config = ParameterSpaceConfig.model_validate(
         {"method": list(asked), "participate": True, "parameters": asked, "lambda": {"low": 0.5}}
     )
     assert set(rows["parameter"]["options"]) == set(config.model_dump(by_alias=True))

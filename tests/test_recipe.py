@@ -18,7 +18,7 @@ from evomerge.errors import InputError
 from evomerge.merging.methods import METHODS
 from evomerge.merging.plan import make_plan
 from evomerge.merging.sources.weights import tensor_table
-from evomerge.recipe import Condition, Provenance, Recipe, Slice, Source
+from evomerge.recipe import FilteredValue, Provenance, Recipe, Slice, Source
 
 LAYERS = 4
 LAYER_NAMES = [f"model.layers.{layer}.{part}.weight" for layer in range(LAYERS) for part in ("mlp.up_proj", "norm")]
@@ -639,7 +639,7 @@ PLAN_ERRORS = {
     "an unknown method": (task_vectors("dare_tie"), "merge_method is 'dare_tie', no known merge method; .*'dare_ties'"),
     "a missing weight": (task_vectors(), "weight of a is missing for model.embed_tokens.weight; give it a value"),
     "a weight for some tensors only": (
-        task_vectors(weight=[Condition(filter="mlp", value=1.0), Condition(filter="embed", value=1.0)]),
+        task_vectors(weight=[FilteredValue(filter="mlp", value=1.0), FilteredValue(filter="embed", value=1.0)]),
         "weight of a is missing for model.layers.0.norm.weight",
     ),
     "a missing base": (task_vectors(base=None, weight=1.0), "merge_method ties needs a base_model"),

@@ -20,7 +20,7 @@ from pydantic import (
 from evomerge.config.base import RESERVED_NAMES, SPLITS, Name, Settings, Split
 from evomerge.config.running import ControlsConfig, OptimizerConfig, WorkersConfig
 from evomerge.config.scoring import ConstraintConfig, EvaluationConfig, ItemsConfig, ObjectiveConfig, TasksConfig
-from evomerge.config.spaces import SpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.config.storage_url import refuse_password
 from evomerge.config.tables import AnySpaceConfig
 from evomerge.errors import choices
@@ -40,7 +40,7 @@ class SearchConfig(Settings):
     constraints: tuple[ConstraintConfig, ...] = ()
     tasks: TasksConfig = TasksConfig()
     items: ItemsConfig = ItemsConfig()
-    space: AnySpaceConfig = SpaceConfig()
+    space: AnySpaceConfig = ParameterSpaceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     subsets: bool | Literal["auto"] = "auto"
     controls: ControlsConfig = ControlsConfig()

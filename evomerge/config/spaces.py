@@ -22,12 +22,12 @@ class SpaceSettings(Settings):
     changes_layers: ClassVar[bool] = False
 
     @property
-    def merging(self) -> "SpaceConfig | None":
+    def merging(self) -> "ParameterSpaceConfig | None":
         """How models are merged in this space; None where no weights are merged."""
         return None
 
 
-class SpaceConfig(SpaceSettings):
+class ParameterSpaceConfig(SpaceSettings):
     """The parameter space: which numbers of a merge are searched, per model and per group of tensors.
 
     method: one, or a list, of which the search chooses (it starts with the first). participate: the search chooses
@@ -60,7 +60,7 @@ class SpaceConfig(SpaceSettings):
         return {**default, **value}
 
     @property
-    def merging(self) -> "SpaceConfig | None":
+    def merging(self) -> "ParameterSpaceConfig | None":
         return self
 
     @property
@@ -115,7 +115,7 @@ class PinnedConfig(Settings):
     last: int = Field(default=1, ge=0)
 
 
-Form = Literal["path", "slots", "skip", "repeat", "reorder", "graft", "upscale", "interleave"]
+FormName = Literal["path", "slots", "skip", "repeat", "reorder", "graft", "upscale", "interleave"]
 SCALED_FORMS = ("path", "slots")
 FREE = "free"
 
@@ -130,7 +130,7 @@ class DataFlowConfig(SpaceSettings):
 
     kind: Literal["data_flow"] = "data_flow"
     changes_layers = True
-    form: Form = "path"
+    form: FormName = "path"
     sources: tuple[str, ...] | None = Field(default=None, min_length=1)
     granularity: int = Field(default=1, ge=1)
     repeats: int = Field(default=2, ge=1)
@@ -189,9 +189,9 @@ class HybridConfig(SpaceSettings):
 
     kind: Literal["hybrid"] = "hybrid"
     changes_layers = True
-    parameter: SpaceConfig = SpaceConfig()
+    parameter: ParameterSpaceConfig = ParameterSpaceConfig()
     path: PathConfig = PathConfig()
 
     @property
-    def merging(self) -> "SpaceConfig | None":
+    def merging(self) -> "ParameterSpaceConfig | None":
         return self.parameter

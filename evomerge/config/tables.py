@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from evomerge.config.spaces import DataFlowConfig, HybridConfig, SpaceConfig, SpaceSettings
+from evomerge.config.spaces import DataFlowConfig, HybridConfig, ParameterSpaceConfig, SpaceSettings
 
 Maker = str | Callable[..., Any]
 
@@ -104,7 +104,7 @@ SPACES: dict[str, SpaceRow] = {
     "parameter": SpaceRow(
         description="the numbers of merge methods, which method, and which models",
         paper="Akiba et al. 2025, Evolutionary optimization of model merging recipes, section 3.1, arXiv:2403.13187",
-        settings=SpaceConfig,
+        settings=ParameterSpaceConfig,
         make="evomerge.spaces.parameter:make",
         genes="evomerge.spaces.table:of_parameter_space",
     ),

@@ -26,7 +26,7 @@ from evomerge.config.scoring import EvaluationConfig
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned
 from evomerge.evaluation import vllm_server
 from evomerge.evaluation.generation import GenerationBatch
-from evomerge.evaluation.prepared import PreparedRequests, Request, tolerance
+from evomerge.evaluation.likelihoods import PreparedRequests, Request, tolerance
 
 _ALIGNED = 64  # bytes
 _KEY = "evaluation.vllm"

@@ -20,9 +20,9 @@ from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
+from evomerge.evaluation.likelihoods import PreparedRequests, Request, Response, tolerance
 from evomerge.evaluation.loading import Target, cause, distinct_tasks, forked, load_targets
 from evomerge.evaluation.margins import Choices, choices_of
-from evomerge.evaluation.prepared import PreparedRequests, Request, Response, tolerance
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 from evomerge.seen import Digests
@@ -31,7 +31,7 @@ _SUBSETS_KEPT = 4  # the generations that are in flight at once share a few
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class SplitScores:
     """scores: objective name to metric value. outcomes: objective name to what became of each item, where the score is
     the mean of that. items: how many in all. truncated: how many prompts lost their beginning to the model's context.
     """
@@ -97,7 +97,7 @@ class Harness:
         with quiet():
             self._splits[split].whole.rehearse(model, writes=self._config.evaluation.backend == "hf")
 
-    def evaluate(self, split: Split, model: Any = None, subset: Subset | None = None) -> Scores:
+    def evaluate(self, split: Split, model: Any = None, subset: Subset | None = None) -> SplitScores:
         """The scores on a split, or a subset of it, of `model`, which may have other layers than the resident one (the
         default).
 
@@ -171,7 +171,7 @@ class _PreparedSplit:
                 f"{difference:.2g} from those without; set it to 'none'."
             )
 
-    def run(self, model: Any, subset: Subset | None, writer: Writer) -> Scores:
+    def run(self, model: Any, subset: Subset | None, writer: Writer) -> SplitScores:
         batches = self._subset(subset)
         answers = batches.run(model, writer)
         results = {
@@ -185,7 +185,7 @@ class _PreparedSplit:
             scores[objective.name], by_item = self._score(objective, results)
             if by_item is not None:
                 outcomes[objective.name] = by_item
-        return Scores(scores, outcomes, sum(map(len, batches.chosen)), batches.truncated)
+        return SplitScores(scores, outcomes, sum(map(len, batches.chosen)), batches.truncated)
 
     def _score(self, objective: ObjectiveConfig, results: "Mapping[int, _Results]") -> tuple[float, Outcomes | None]:
         """An objective's score, and its items' outcomes where it is their mean."""

@@ -16,7 +16,7 @@ def takes_packed_rows(folder: Path) -> bool:
     Found out on a tiny model with random weights, so that the answer depends on the model's config and on the versions
     of the libraries alone.
     """
-    from evomerge.evaluation.prepared import PreparedRequests, Request
+    from evomerge.evaluation.likelihoods import PreparedRequests, Request
 
     draw = torch.Generator().manual_seed(0)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.ranking import Ranking
 from evomerge.spaces import Gene, Genome
 
@@ -17,7 +17,7 @@ class Optimizer(Protocol):
         there is nothing left to try."""
         ...
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         """The scores of genomes that were asked for, shape (n, objectives), larger is better, NaN for candidates that
         failed; in a search with limits more columns, which `Problem.ranking` understands (see there). They are a
         generation in its order, or (`optimizer.schedule: async`) any that were not told yet."""
@@ -34,5 +34,5 @@ class Problem:
     start: Genome
     seed: int
     ranking: Ranking
-    known: tuple[Genome, Scores] | None = None
+    known: tuple[Genome, ScoreArray] | None = None
     draw: Callable[[np.random.Generator], Genome] | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
 from evomerge.optimizers.in_generations import InGenerations
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.quiet import quiet
 from evomerge.spaces import Gene, Genome, canonical
 
@@ -90,7 +90,7 @@ class CatCma:
             genome[self._places["categorical"]] = solution.c.argmax(axis=1)
         return genome
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         losses = self._problem.ranking.losses(scores)
         with quiet():
             self._strategy.tell(list(zip(self._pending.pop(0), losses.tolist(), strict=True)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.optimizers.relaxation import Relaxation
@@ -81,7 +81,7 @@ class CmaEs:
         self._population *= 2
         self._strategy = self._start(self._best.genome)
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         self._best.offer(genomes, self._problem.ranking.means(scores))
         late = []
         for (strategy, solution), row in zip(self._pending.take(genomes), scores, strict=True):

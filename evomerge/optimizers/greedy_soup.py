@@ -12,7 +12,7 @@ import numpy as np
 from evomerge.config.running import OptimizerConfig
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Problem
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.spaces import TAKE, Genome, canonical
 
@@ -57,5 +57,5 @@ class GreedySoup:
             return np.empty((0, len(self._problem.genes)))
         return self._with(self._soup.genome, self._queue.popleft())[np.newaxis]
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         self._soup.offer(genomes, self._problem.ranking.means(scores))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Gene, Genome, active, at, canonical
@@ -51,7 +51,7 @@ class GroupEvolution:
         group = self._members[random.integers(len(self._members))]
         return change_group(self._problem.genes, group, self._parent.genome, random)
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         self._parent.offer(genomes, self._problem.ranking.means(scores))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.optimizers.base import Optimizer
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.pending import Pending
 from evomerge.spaces import Genome
 
@@ -25,7 +25,7 @@ class InGenerations:
         self._asked += 1
         return genomes
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         for (generation, index), row in zip(self._pending.take(genomes), scores, strict=True):
             self._open[generation][1][index] = row
         while self._told < self._asked:

@@ -4,10 +4,10 @@ import moocore
 import numpy as np
 from numpy.typing import NDArray
 
-Scores = NDArray[np.float64]
+ScoreArray = NDArray[np.float64]
 
 
-def front_mask(scores: Scores) -> NDArray[np.bool_]:
+def front_mask(scores: ScoreArray) -> NDArray[np.bool_]:
     """True for the rows that no other row dominates; of equal rows all are kept. Rows with NaN never are."""
     valid = ~np.isnan(scores).any(axis=1)
     mask = np.zeros(len(scores), dtype=bool)
@@ -16,19 +16,19 @@ def front_mask(scores: Scores) -> NDArray[np.bool_]:
     return mask
 
 
-def ranks(scores: Scores) -> NDArray[np.int64]:
+def ranks(scores: ScoreArray) -> NDArray[np.int64]:
     """Non-domination rank of each row, 0 for the front (Deb et al. 2002). No NaN allowed."""
     return np.asarray(moocore.pareto_rank(scores, maximise=True), dtype=np.int64)
 
 
-def hypervolume(scores: Scores, reference: NDArray[np.float64]) -> float:
+def hypervolume(scores: ScoreArray, reference: NDArray[np.float64]) -> float:
     """The volume that the rows dominate above the reference point; 0 for no rows."""
     if not len(scores):
         return 0.0
     return float(moocore.hypervolume(scores, ref=reference, maximise=True))
 
 
-def exclusive_gains(scores: Scores, front: Scores, reference: NDArray[np.float64]) -> NDArray[np.float64]:
+def exclusive_gains(scores: ScoreArray, front: ScoreArray, reference: NDArray[np.float64]) -> NDArray[np.float64]:
     """For each row, the hypervolume that it adds to `front` joined with the other rows; 0 for dominated ones."""
     together = np.vstack([front, scores])
     total = hypervolume(together, reference)

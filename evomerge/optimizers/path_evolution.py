@@ -19,7 +19,7 @@ from evomerge.optimizers.base import Problem
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.optimizers.group_evolution import change_group
 from evomerge.optimizers.in_generations import InGenerations
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Genome
 from evomerge.spaces.paths import HOP, SCALE, PathGenes, Step, random_scale, random_steps
@@ -56,7 +56,7 @@ class PathEvolution:
             for group in dict.fromkeys(gene.group for gene in problem.genes if gene.kind not in (HOP, SCALE))
         ]
         self._parents = problem.start[None]
-        self._scores: Scores = np.empty((0, len(problem.ranking.weights)))
+        self._scores: ScoreArray = np.empty((0, len(problem.ranking.weights)))
         self._seen: set[bytes] = set()
         self._generation = self._lasted = self._tuned = 0
         self._tuner: _ScaleTuner | None = None
@@ -120,7 +120,7 @@ class PathEvolution:
         """The better of two; parents are kept in the order of their means."""
         return np.array(self._parents[min(random.integers(len(self._parents), size=2))])
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         tuner, ranking = self._pending.pop(0), self._problem.ranking
         count = 0
         if tuner is not None and tuner is self._tuner:  # else its path is no longer the best
@@ -129,7 +129,7 @@ class PathEvolution:
         self._survive(genomes, scores)
         ranking.observe(scores[count:])
 
-    def _survive(self, genomes: Genome, scores: Scores) -> None:
+    def _survive(self, genomes: Genome, scores: ScoreArray) -> None:
         """Keeps the best of parents and children; a path that is still the best has lasted one generation more."""
         before = self._places.blocks_of(self._parents[0])
         known = len(self._scores) > 0
@@ -166,7 +166,7 @@ class _ScaleTuner:
         genomes[:, self._scales] = self._cma.ask()
         return genomes
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         self._cma.tell(genomes[:, self._scales], scores)
 
 

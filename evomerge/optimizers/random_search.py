@@ -4,7 +4,7 @@ import numpy as np
 
 from evomerge.config.running import OptimizerConfig
 from evomerge.optimizers.base import Problem
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.randomness import counter_rng
 from evomerge.spaces import Gene, Genome, at, canonical
 
@@ -30,5 +30,5 @@ class RandomSearch:
             return random_genome(self._problem.genes, self._problem.seed, index)
         return self._problem.draw(counter_rng(self._problem.seed, "random_search", index))
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         return

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.optimizers.pareto import Scores, exclusive_gains, front_mask, ranks
+from evomerge.optimizers.pareto import ScoreArray, exclusive_gains, front_mask, ranks
 from evomerge.spaces import Genome
 
 _EXACT_OBJECTIVES = 4  # beyond these, exact contributions cost seconds a generation; rank and mean decide alone
 _INFEASIBLE = -1e9  # a mean that no score reaches
 
 
-def weighted_means(scores: Scores, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def weighted_means(scores: ScoreArray, weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """The weighted mean of each row, -inf where it has NaN; shape (n,)."""
     means = np.asarray(scores @ weights / weights.sum(), dtype=np.float64)
     return np.where(np.isnan(means), -np.inf, means)
@@ -46,24 +46,24 @@ class Ranking:
 
     weights: NDArray[np.float64]
     elite: bool
-    _front: Scores = field(init=False)
-    _seen: Scores = field(init=False)
+    _front: ScoreArray = field(init=False)
+    _seen: ScoreArray = field(init=False)
 
     def __post_init__(self) -> None:
         self._front = np.empty((0, len(self.weights)))
         self._seen = np.empty((0, len(self.weights)))
 
-    def means(self, scores: Scores) -> NDArray[np.float64]:
+    def means(self, scores: ScoreArray) -> NDArray[np.float64]:
         """The weighted mean of each row, shape (n,), -inf for failures; of those that break limits far below any."""
         values, broken = self._parts(scores)
         means = weighted_means(values, self.weights)
         return np.where(np.isfinite(means) & (broken > 0), _INFEASIBLE * (1 + np.minimum(broken, 1e6)), means)
 
-    def _parts(self, scores: Scores) -> tuple[Scores, NDArray[np.float64]]:
+    def _parts(self, scores: ScoreArray) -> tuple[ScoreArray, NDArray[np.float64]]:
         """Objectives, and by how much limits are broken in all."""
         return scores[:, : len(self.weights)], scores[:, len(self.weights) :].sum(axis=1)
 
-    def observe(self, scores: Scores) -> None:
+    def observe(self, scores: ScoreArray) -> None:
         """Takes told scores into the front, those that may be on it."""
         values, broken = self._parts(scores)
         valid = values[~np.isnan(values).any(axis=1) & ~(broken > 0)]
@@ -71,7 +71,7 @@ class Ranking:
         together = np.vstack([self._front, valid])
         self._front = np.unique(together[front_mask(together)], axis=0)
 
-    def losses(self, scores: Scores) -> NDArray[np.float64]:
+    def losses(self, scores: ScoreArray) -> NDArray[np.float64]:
         """Values to minimize, shape (n,), all finite: rank order for elite, negated means for weighted sums."""
         means = self.means(scores)
         values, broken = self._parts(scores)
@@ -88,7 +88,7 @@ class Ranking:
         losses[infeasible] = feasible.sum() + np.unique(broken[infeasible], return_inverse=True)[1].ravel()
         return losses
 
-    def _order(self, scores: Scores, means: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _order(self, scores: ScoreArray, means: NDArray[np.float64]) -> NDArray[np.float64]:
         """Position of each row after sorting by (rank, -gain, -mean); equal rows share a position."""
         rank = ranks(np.vstack([self._front, scores]))[len(self._front) :]
         gains = np.zeros(len(scores))
@@ -97,7 +97,7 @@ class Ranking:
         keys = np.stack([rank, -gains, -means], axis=1)
         return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.float64)
 
-    def _reference(self, scores: Scores) -> NDArray[np.float64]:
+    def _reference(self, scores: ScoreArray) -> NDArray[np.float64]:
         """The worst value seen of each objective, and a tenth of the range below it."""
         together = np.vstack([self._seen, scores])
         low, high = together.min(axis=0), together.max(axis=0)

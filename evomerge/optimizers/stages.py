@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from evomerge.config.running import OptimizerConfig, StageConfig
 from evomerge.optimizers.base import Optimizer, Problem
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
 from evomerge.spaces import Genome, active, canonical
@@ -66,7 +66,7 @@ class StagedOptimizer:
         self._pending.add(generation, [self._optimizer] * len(generation))
         return generation
 
-    def tell(self, genomes: Genome, scores: Scores) -> None:
+    def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         self._best.offer(genomes, self._problem.ranking.means(scores))
         present = np.array([optimizer is self._optimizer for optimizer in self._pending.take(genomes)])
         if not present.all():  # of a stage that is over

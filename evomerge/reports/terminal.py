@@ -219,7 +219,7 @@ def show_table(output: Console, title: str, columns: Sequence[Column]) -> None:
 def show_scores(
     output: Console,
     title: str,
-    rows: Sequence[tuple[str, views.Scores | None, float | None]],
+    rows: Sequence[tuple[str, views.ScoresByName | None, float | None]],
     config: SearchConfig,
     mean: str = "mean",
 ) -> None:
@@ -234,7 +234,7 @@ def show_scores(
     show_table(output, title, [*columns, Column(mean, [_mean(value) for *_, value in rows])])
 
 
-def _score(scores: views.Scores | None, name: str) -> str:
+def _score(scores: views.ScoresByName | None, name: str) -> str:
     return number(scores[name]) if scores else "–"
 
 

@@ -18,7 +18,7 @@ from evomerge.search.controls import ESSENTIAL, count_controls, family
 from evomerge.search.criteria import Criteria
 from evomerge.search.results import Results
 
-Scores = dict[str, float]
+ScoresByName = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class CandidateView:
     index: int
     genome: list[float] | None
     genes: dict[str, float | int | str] | None
-    scores: Scores | None
+    scores: ScoresByName | None
     state: str
     feasible: bool | None
     error: str | None
@@ -52,9 +52,9 @@ class CandidateView:
     subset: float | None
     fingerprint: str | None
     mean: float | None
-    selection: Scores | None
+    selection: ScoresByName | None
     selection_mean: float | None
-    heldout: Scores | None
+    heldout: ScoresByName | None
     heldout_mean: float | None
     heldout_missing: str | None
 
@@ -199,7 +199,7 @@ class _Look:
         )
 
 
-def _scores(evaluation: Evaluation) -> Scores | None:
+def _scores(evaluation: Evaluation) -> ScoresByName | None:
     return dict(evaluation.scores) if evaluation.scores is not None else None
 
 

@@ -15,7 +15,7 @@ from evomerge.candidate import Candidate, Evaluation
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.optimizers.base import Optimizer
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.search.generations import propose
 from evomerge.spaces import SearchSpace
 from evomerge.workers import Job
@@ -31,7 +31,7 @@ class AsyncSchedule:
     optimizer: Optimizer
     space: SearchSpace
     config: SearchConfig
-    told: Callable[[Sequence[Evaluation]], Scores]
+    told: Callable[[Sequence[Evaluation]], ScoreArray]
     _asked: int = field(init=False, default=0)
     _arrived: int = field(init=False, default=0)
     _created: int = field(init=False, default=0)

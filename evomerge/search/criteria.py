@@ -20,7 +20,7 @@ from evomerge.config.base import Split
 from evomerge.config.scoring import ConstraintConfig, ObjectiveConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
-from evomerge.optimizers.pareto import Scores
+from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.ranking import weighted_means
 from evomerge.search.controls import BASE, PARENT, UNIFORM
 
@@ -95,11 +95,11 @@ class Criteria:
         rows = [[limit.violation(evaluation) for limit in self.limits] for evaluation in evaluations]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.limits))
 
-    def told(self, evaluations: Sequence[Evaluation]) -> Scores:
+    def told(self, evaluations: Sequence[Evaluation]) -> ScoreArray:
         """Scores or gains, and violations, as optimizers are told them, shape (n, objectives + limits)."""
         return np.hstack([self._comparable(evaluations), self.violations(evaluations)])
 
-    def eligible(self, evaluations: Sequence[Evaluation]) -> Scores:
+    def eligible(self, evaluations: Sequence[Evaluation]) -> ScoreArray:
         """Scores or gains of those that may win, shape (n, objectives); NaN for failures and the infeasible."""
         scores = self._comparable(evaluations)
         scores[(self.violations(evaluations) > 0).any(axis=1)] = np.nan
@@ -112,7 +112,7 @@ class Criteria:
         """The weighted mean of each evaluation's scores or gains, feasible or not; -inf for failures."""
         return [float(mean) for mean in weighted_means(self._comparable(evaluations), self.weights)]
 
-    def _comparable(self, evaluations: Sequence[Evaluation]) -> Scores:
+    def _comparable(self, evaluations: Sequence[Evaluation]) -> ScoreArray:
         """Scores that can be averaged, larger is better, shape (n, objectives)."""
         scores = score_matrix(evaluations, self.objectives)
         for index, objective in enumerate(self.objectives):
@@ -122,7 +122,7 @@ class Criteria:
         return scores
 
 
-def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> Scores:
+def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> ScoreArray:
     """Scores turned so that larger is better, shape (n, objectives); NaN for failures."""
     rows = [
         [np.nan] * len(objectives)

@@ -61,7 +61,7 @@ class Schedule(Protocol):
     def receive(self, job: Job, evaluation: Evaluation) -> None: ...
 
 
-class Batch:
+class FixedList:
     """A fixed list of candidates, on one split."""
 
     def __init__(self, candidates: Sequence[Candidate], split: Split = "search") -> None:
@@ -97,20 +97,20 @@ class Search:
     def run(self) -> None:
         """Runs or resumes to the end of the budget. Interrupted anywhere, it goes on from the archive."""
         self.pool.listener = self.archive.listener = self.listener
-        essential = Batch(essential_controls(self.config))
+        essential = FixedList(essential_controls(self.config))
         self._drain([essential])
-        further = Batch(further_controls(self.config, self.space))
+        further = FixedList(further_controls(self.config, self.space))
         self._drain([self._proposals(essential), further])
         chosen = self._results.reported()
         for split in self.config.splits[1:]:
-            self._drain([Batch(chosen, split)])
+            self._drain([FixedList(chosen, split)])
         self.listener("finished", {"evaluations": len(self.archive.records())})
 
     @property
     def _results(self) -> Results:
         return Results(self.archive, self.config)
 
-    def _proposals(self, essential: Batch) -> Schedule:
+    def _proposals(self, essential: FixedList) -> Schedule:
         """The optimizer, started at the best essential control (or where the space says)."""
         criteria = self._results.criteria()
         scores = criteria.told(list(essential.evaluations.values()))

@@ -73,13 +73,13 @@ def prepare(config: SearchConfig) -> Prepared:
         without_items,
     )
     from evomerge.evaluation.packing_probe import takes_packed_rows
-    from evomerge.workers.worker import load_tokenizer
+    from evomerge.workers.worker import base_tokenizer
 
     config = _pinned(config)
     prepared = reopen(config)
     check_controls(config)
     base, space = prepared.models.base, prepared.space
-    load_tokenizer(config, base)
+    base_tokenizer(config, base)
     loaded = load_targets(config.measured, config.tasks, config.evaluation)
     targets = forked(loaded)
     config = check_metrics(config, targets)
@@ -223,11 +223,12 @@ def _check_vocabularies(config: SearchConfig, prepared: Prepared) -> None:
     space, models = prepared.space, prepared.models
     if not isinstance(space, DataFlowSpace):
         return
-    known = read_tokenizer("base", models.base.folder).get_vocab()
+    known = read_tokenizer(models.base.folder).get_vocab()
     for name in space.embedding_models:
         if name not in config.models:
             continue
-        vocabulary = read_tokenizer(f"models.{name}", models[config.models[name]].folder).get_vocab()
+        with naming(f"models.{name}"):
+            vocabulary = read_tokenizer(models[config.models[name]].folder).get_vocab()
         different = sorted(token for token, number in vocabulary.items() if known.get(token) != number)
         if different:
             token = different[0]

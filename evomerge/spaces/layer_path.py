@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Literal
 
 from evomerge.errors import InputError
-from evomerge.recipe import Condition, Recipe, Slice, Source
+from evomerge.recipe import FilteredValue, Recipe, Slice, Source
 
 Scaling = Literal["mlp", "stream"]
 """What a hop's scale multiplies: `mlp` the output of its MLP (as in the models that Sakana released, where the scale
@@ -61,11 +61,11 @@ def _runs(hops: Sequence[Hop], scales: Sequence[Mapping[str, float]]) -> Iterato
 
 def _slice(model: str, first: int, count: int, scales: Mapping[str, float]) -> Slice:
     """An empty slice gives no layers, only the embeddings (in front) or the final norm and head (at the end)."""
-    conditions = [Condition(filter=name, value=value) for name, value in scales.items()]
+    conditions = [FilteredValue(filter=name, value=value) for name, value in scales.items()]
     source = Source(
         model=model,
         layer_range=(first, first + count),
-        parameters={"scale": [*conditions, Condition(value=1.0)]} if conditions else {},
+        parameters={"scale": [*conditions, FilteredValue(value=1.0)]} if conditions else {},
     )
     return Slice(sources=(source,))
 

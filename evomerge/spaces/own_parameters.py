@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from evomerge.config.base import GeneChange, GeneConfig
 from evomerge.config.documents import validate
-from evomerge.config.spaces import SpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError, choices
 from evomerge.merging.methods.base import Method, Parameter
 from evomerge.spaces import Condition, Gene, categorical
@@ -57,7 +57,7 @@ class OwnParameter:
         return Gene(name, self.kind, governs, low, high, start, self.bounds.step, integer=integer, when=when)
 
 
-def own_parameters(config: SpaceConfig, methods: Sequence[Method]) -> list[OwnParameter]:
+def own_parameters(config: ParameterSpaceConfig, methods: Sequence[Method]) -> list[OwnParameter]:
     """The methods' own parameters that are searched or fixed. Raises InputError for unknown names and wrong bounds."""
     _check_names(config, methods)
     found = []
@@ -71,7 +71,7 @@ def own_parameters(config: SpaceConfig, methods: Sequence[Method]) -> list[OwnPa
     return found
 
 
-def _check_names(config: SpaceConfig, methods: Sequence[Method]) -> None:
+def _check_names(config: ParameterSpaceConfig, methods: Sequence[Method]) -> None:
     used = {method.name: method for method in methods}
     for name, named in config.parameters.items():
         if name not in used:

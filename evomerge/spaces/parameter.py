@@ -13,13 +13,13 @@ import numpy as np
 
 from evomerge.config.base import GeneConfig
 from evomerge.config.search import SearchConfig
-from evomerge.config.spaces import SpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
 from evomerge.merging import methods
 from evomerge.merging.methods.base import Method
 from evomerge.merging.methods.sparsify import largest_epsilon
-from evomerge.recipe import Condition, Parameters, Provenance, Recipe, Setting, Slice, Source
+from evomerge.recipe import FilteredValue, Parameters, Provenance, Recipe, Setting, Slice, Source
 from evomerge.spaces import TAKE, Gene, Genome, at, canonical, categorical
 from evomerge.spaces.own_parameters import own_parameters
 from evomerge.spaces.participants import BASE, FROM, TO, Participants
@@ -42,7 +42,7 @@ class LayerGroup:
 
 def make(config: SearchConfig, tensors: Sequence[str], _model_type: str) -> "ParameterSpace":
     """The space that a config asks for. tensors: the names of the base's."""
-    assert isinstance(config.space, SpaceConfig)
+    assert isinstance(config.space, ParameterSpaceConfig)
     return ParameterSpace(config.space, config.base, config.models, tensors, config.seed)
 
 
@@ -50,7 +50,7 @@ class ParameterSpace:
     """Numbers of merge methods over groups of tensors, which method it is, and which models it merges."""
 
     def __init__(
-        self, config: SpaceConfig, base: str, models: Mapping[str, str], tensors: Sequence[str], seed: int
+        self, config: ParameterSpaceConfig, base: str, models: Mapping[str, str], tensors: Sequence[str], seed: int
     ) -> None:
         """models: short names with references. tensors: the base's tensor names. seed: of the masks in every recipe."""
         self._config, self._models, self._seed = config, tuple(models), seed
@@ -212,11 +212,11 @@ class ParameterSpace:
             (HEAD, self._head, self._layers[-1]),
         ):
             if run == owner:
-                conditions += [Condition(filter=name, value=value(group)) for name in names]
+                conditions += [FilteredValue(filter=name, value=value(group)) for name in names]
         for part in self._config.filters:
-            conditions.append(Condition(filter=part, value=value(prefix + part)))
+            conditions.append(FilteredValue(filter=part, value=value(prefix + part)))
         rest = value(prefix + REST if self._config.filters else prefix)
-        return [*conditions, Condition(value=rest)] if conditions else rest
+        return [*conditions, FilteredValue(value=rest)] if conditions else rest
 
     def _shared(self, values: Values, method: Method) -> dict[str, Any]:
         shared: dict[str, Any] = {}
@@ -255,7 +255,7 @@ class ParameterSpace:
         return canonical(self.genes, at(self.genes, random.random(len(self.genes))))
 
 
-def _searchable(config: SpaceConfig, models: int) -> tuple[Method, ...]:
+def _searchable(config: ParameterSpaceConfig, models: int) -> tuple[Method, ...]:
     """The methods to search, if they take as many models as there are, or can choose among them."""
     found = tuple(methods.get(name, "space.method") for name in config.methods)
     for method in found:
@@ -276,7 +276,7 @@ def _name(kind: str, model: str, group: str) -> str:
     return f"{kind}:{model}:{group}"
 
 
-def layer_groups(config: SpaceConfig, layers: int) -> list[LayerGroup]:
+def layer_groups(config: ParameterSpaceConfig, layers: int) -> list[LayerGroup]:
     """The runs of layers that share genes: as listed, of `layer_granularity` layers each, or all in one."""
     if config.layer_groups is not None:
         return _listed_groups(config.layer_groups, layers)

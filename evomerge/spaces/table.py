@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from evomerge.config.spaces import DataFlowConfig, SpaceConfig
+from evomerge.config.spaces import DataFlowConfig, ParameterSpaceConfig
 from evomerge.config.tables import SpaceRow, imported
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Method
@@ -56,7 +56,7 @@ def space_row(kind: str, space: SpaceRow) -> Row:
 def searchable(method: Method) -> list[GeneRow]:
     """What can be searched of a method: what it shares with others first, then its own."""
     both = "group of tensors and model"
-    usual = SpaceConfig()
+    usual = ParameterSpaceConfig()
     rows = [
         GeneRow(
             kind,

@@ -11,7 +11,7 @@ from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
 from evomerge.devices import count_gpus, resolve_device
-from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line
+from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line, naming
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.loading import Target
@@ -59,7 +59,7 @@ class Worker:
             if config.evaluation.backend == "vllm" and not rehearsal
             else None
         )
-        tokenizer = load_tokenizer(config, models.base)
+        tokenizer = base_tokenizer(config, models.base)
         self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
@@ -122,9 +122,10 @@ class Worker:
             ) from None
 
 
-def load_tokenizer(config: SearchConfig, base: Model) -> Any:
+def base_tokenizer(config: SearchConfig, base: Model) -> Any:
     """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
-    tokenizer = read_tokenizer("base", base.folder)
+    with naming("base"):
+        tokenizer = read_tokenizer(base.folder)
     if config.evaluation.apply_chat_template and tokenizer.chat_template is None:
         raise InputError(
             f"evaluation.apply_chat_template is true, but the tokenizer in {base.folder} has no chat template; "

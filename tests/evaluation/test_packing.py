@@ -21,9 +21,9 @@ from transformers import (
 
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
+from evomerge.evaluation.likelihoods import PreparedRequests, Request
 from evomerge.evaluation.packing import LONGEST, pack
 from evomerge.evaluation.packing_probe import takes_packed_rows
-from evomerge.evaluation.prepared import PreparedRequests, Request
 from evomerge.merging.building import load_model
 
 CPU = torch.device("cpu")
@@ -144,6 +144,6 @@ def test_a_model_that_takes_masks_and_misreads_them_is_refused_packed_rows(
 ):
     choice_task()
     config = search_config("choice", evaluation={"prefix_sharing": "mask"})
-    monkeypatch.setattr("evomerge.evaluation.prepared.attention", lambda *_: None)
+    monkeypatch.setattr("evomerge.evaluation.likelihoods.attention", lambda *_: None)
     with pytest.raises(InputError, match=r"log-likelihoods differ by .* from those without; set it to 'none'"):
         Harness(config, *load("qwen2")).prepare("search")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge import cli
 from evomerge import recipe as recipes
 from evomerge.config.base import GeneConfig
-from evomerge.config.spaces import SpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError, WorkFailed
 from evomerge.export import checkpoint
 from evomerge.export import recipe as export
@@ -54,7 +54,7 @@ def decoded(paths, tiny_models) -> Callable[..., Recipe]:
     """
 
     def decode(method: str, seed: int = 0, **space: Any) -> Recipe:
-        config = SpaceConfig(
+        config = ParameterSpaceConfig(
             method=method,
             layer_groups=("0", "1-3"),
             filters=("mlp", "self_attn.q_proj"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.config.spaces import DataFlowConfig, HybridConfig, SpaceConfig
+from evomerge.config.spaces import DataFlowConfig, HybridConfig, ParameterSpaceConfig
 from evomerge.errors import InputError
 from evomerge.recipe import Recipe
 from evomerge.spaces import at, canonical
@@ -204,7 +204,7 @@ def test_paths_are_read_and_written_back():
 
 def test_a_hybrid_whose_path_is_the_merge_s_own_is_the_merge():
     space = hybrid(sources=["lang"])
-    parameter = ParameterSpace(SpaceConfig(layer_granularity=2), "path/base", MODELS, TENSORS, 7)
+    parameter = ParameterSpace(ParameterSpaceConfig(layer_granularity=2), "path/base", MODELS, TENSORS, 7)
     assert space.decode(space.encode({"math": 0.5})) == parameter.decode(parameter.encode({"math": 0.5}))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from evomerge.config.base import GeneConfig
-from evomerge.config.spaces import SpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError
 from evomerge.merging.methods import METHODS
 from evomerge.merging.plan import make_plan
@@ -21,7 +21,7 @@ TENSORS = (
 
 
 def make_space(**settings: object) -> ParameterSpace:
-    config = SpaceConfig.model_validate(settings)
+    config = ParameterSpaceConfig.model_validate(settings)
     return ParameterSpace(config, "base", {"math": "path/math", "lang": "path/lang"}, TENSORS, seed=7)
 
 
@@ -184,7 +184,7 @@ def test_a_method_without_weights_is_searched_over_its_own_parameters_and_its_tw
 
 
 def test_a_method_with_nothing_to_search_says_so() -> None:
-    config = SpaceConfig.model_validate({"method": "arcee_fusion"})
+    config = ParameterSpaceConfig.model_validate({"method": "arcee_fusion"})
     with pytest.raises(InputError, match="arcee_fusion, which has no parameters, so with 1 model there is nothing"):
         ParameterSpace(config, "base", {"math": "path/math"}, TENSORS, seed=7)
 
@@ -277,7 +277,7 @@ def test_models_take_part_by_gene_and_never_fewer_than_the_method_needs() -> Non
 
 def test_the_first_models_join_where_fewer_take_part_than_the_method_needs() -> None:
     models = {"a": "path/a", "b": "path/b", "c": "path/c"}
-    config = SpaceConfig.model_validate({"method": "model_stock", "participate": True})
+    config = ParameterSpaceConfig.model_validate({"method": "model_stock", "participate": True})
     space = ParameterSpace(config, "base", models, TENSORS, seed=7)
     nobody = genome_of(space, take__a="out", take__b="out", take__c="out")
     assert sources(space.decode(nobody)) == ["base", "path/a", "path/b"]
@@ -330,7 +330,7 @@ def test_the_names_and_order_of_a_plain_space_s_genes_are_those_that_archives_ho
 
 
 def test_a_method_for_two_models_is_refused_for_three() -> None:
-    config = SpaceConfig.model_validate({"method": "nuslerp"})
+    config = ParameterSpaceConfig.model_validate({"method": "nuslerp"})
     with pytest.raises(
         InputError, match=r"^space\.method is nuslerp, which takes 2 models besides the base, .* lists 3"
     ):

@@ -7,12 +7,8 @@ from evomerge.errors import InputError, first_line
 from evomerge.quiet import quiet
 
 
-def read_tokenizer(key: str, folder: Path) -> Any:
-    """A model's tokenizer.
-
-    key: where the model stands in a file, for the message.
-    Raises InputError where there is no tokenizer, or one that transformers does not read.
-    """
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder. Raises InputError where there is none that transformers reads."""
     try:
         with quiet():
             from transformers import AutoTokenizer
@@ -21,5 +17,5 @@ def read_tokenizer(key: str, folder: Path) -> Any:
     except Exception as error:  # tokenizer files are parsed by several libraries, each with its own exceptions
         reason = first_line(error).rstrip(".: ")
         raise InputError(
-            f"{key}: {folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
+            f"{folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
         ) from None

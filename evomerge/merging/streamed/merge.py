@@ -20,9 +20,10 @@ from evomerge.merging.methods.kernels import checksum, uniform_field
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import Skeleton, skeleton_of, untied, with_layers
 from evomerge.merging.sources.models import Models
+from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.merging.sources.weights import HEAD_NAMES, Weights, untied_head
 from evomerge.merging.streamed.shards import Layout, write_weights
-from evomerge.merging.streamed.vocabulary import Vocabulary, build_vocabulary, chat_template, load_tokenizer
+from evomerge.merging.streamed.vocabulary import Vocabulary, build_vocabulary, chat_template
 from evomerge.recipe import Recipe
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model")
@@ -227,7 +228,7 @@ class StreamedMerge:
             shutil.copyfile(file, folder / file.name)
         if plain:
             return
-        tokenizer = self._vocabulary.tokenizer if self._vocabulary else load_tokenizer(source)
+        tokenizer = self._vocabulary.tokenizer if self._vocabulary else read_tokenizer(source)
         if self._template is not None:
             tokenizer.chat_template = self._template
         tokenizer.save_pretrained(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import InputError, choices
+from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.merging.streamed.chat_templates import CHAT_TEMPLATES
 from evomerge.quiet import quiet
 from evomerge.recipe import ModelToken, Recipe, TokenizerSettings, TokenSettings, ZeroToken
@@ -140,20 +141,6 @@ class Vocabulary:
         ]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model folder, without code from it."""
-    try:
-        with quiet():
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizer files are parsed by several libraries, each with its own exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
-        ) from None
-
-
 def build_vocabulary(
     recipe: Recipe, settings: TokenizerSettings, folders: Mapping[str, Path], sizes: Mapping[str, int]
 ) -> Vocabulary:
@@ -161,7 +148,7 @@ def build_vocabulary(
 
     The first reference, which is the base if there is one, stands for `base`.
     """
-    tokenizers = {reference: load_tokenizer(folders[reference]) for reference in recipe.references}
+    tokenizers = {reference: read_tokenizer(folders[reference]) for reference in recipe.references}
     own = {
         reference: {text: row for text, row in tokenizer.get_vocab().items() if row < sizes[reference]}
         for reference, tokenizer in tokenizers.items()
@@ -212,7 +199,7 @@ def _output(
         return tokenizers[base]
     if source == "union":
         return _union(tokenizers, own)
-    return load_tokenizer(folders[source] if source in folders else locate(source))
+    return read_tokenizer(folders[source] if source in folders else locate(source))
 
 
 def _union(tokenizers: Mapping[str, Any], own: Mapping[str, Mapping[str, int]]) -> Any:
@@ -220,7 +207,7 @@ def _union(tokenizers: Mapping[str, Any], own: Mapping[str, Mapping[str, int]]) 
     base = next(iter(tokenizers))
     with tempfile.TemporaryDirectory() as folder, quiet():
         tokenizers[base].save_pretrained(folder)
-        union = load_tokenizer(Path(folder))
+        union = read_tokenizer(Path(folder))
     plain: dict[str, None] = {}
     added: dict[str, Any] = {}
     for model, tokenizer in tokenizers.items():
@@ -260,6 +247,6 @@ def chat_template(recipe: Recipe, folders: Mapping[str, Path], where: str) -> st
 
 
 def _template(folder: Path) -> str | None:
-    template = load_tokenizer(folder).chat_template
+    template = read_tokenizer(folder).chat_template
     template = template.get("default") if isinstance(template, dict) else template
     return template.strip() if template else None

@@ -17,7 +17,7 @@ from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import uniform_field
 from evomerge.merging.plan import make_plan
 from evomerge.merging.resident.models import ResidentModels, fingerprint
-from evomerge.recipe import Condition, Parameters, Provenance, Recipe, Slice, Source
+from evomerge.recipe import FilteredValue, Parameters, Provenance, Recipe, Slice, Source
 from tests.models import load_models
 
 PARENTS = ("first", "second", "third")
@@ -29,7 +29,10 @@ def recipe(method: str, seed: int = 0, rescale: str = "l1", density: float = 0.6
     """Three models whose weights and densities differ between kinds of tensors and between layers."""
     levels: dict[str, Parameters] = {
         "first": {"weight": [0.2, 0.9], "density": density, "scale": 0.7},
-        "second": {"weight": [Condition(filter="mlp", value=0.7), Condition(value=0.4)], "density": [density, 1.0]},
+        "second": {
+            "weight": [FilteredValue(filter="mlp", value=0.7), FilteredValue(value=0.4)],
+            "density": [density, 1.0],
+        },
         "third": {"weight": -0.3, "density": density / 2},
     }
     row = METHODS[method]

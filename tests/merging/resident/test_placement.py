@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from evomerge.errors import InputError
-from evomerge.evaluation.prepared import PreparedRequests, Request
+from evomerge.evaluation.likelihoods import PreparedRequests, Request
 from evomerge.layers import layer_index
 from evomerge.merging import building
 from evomerge.merging.building import empty_model

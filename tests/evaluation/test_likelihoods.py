@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from torch.nn import functional
 
-from evomerge.evaluation.prepared import PreparedRequests, Request, Response
+from evomerge.evaluation.likelihoods import PreparedRequests, Request, Response
 from evomerge.merging.building import load_model
 from evomerge.zoo.language import VOCABULARY
 
