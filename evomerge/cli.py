@@ -16,6 +16,7 @@ import typer
 from evomerge.errors import EvomergeError, InputError, WorkFailed
 
 if TYPE_CHECKING:
+    from evomerge.events import Event
     from evomerge.search.results import Results
 
 app = typer.Typer(
@@ -104,9 +105,9 @@ def _search(
     view = terminal.SearchView(output)
     interruption = _Interruption()
 
-    def listen(event: str, fields: dict[str, Any]) -> None:
+    def listen(event: "Event") -> None:
         interruption.check()
-        view(event, fields)
+        view(event)
 
     try:
         if search is not None:

@@ -22,6 +22,7 @@ import yaml
 from hypothesis import settings
 
 from evomerge import cli, zoo
+from evomerge.events import unheard
 from tests.bad_input import Refuses, check_sentence, contents
 from tests.searches import WriteSearch, put, small_search, tiny_search
 
@@ -115,7 +116,7 @@ def finished(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
     folder = tmp_path_factory.mktemp("finished")
     (folder / "search.yaml").write_text(yaml.safe_dump(tiny_search(tiny_models)))
-    runs.start(folder / "search.yaml", folder / "run", (), None, lambda event, fields: None)
+    runs.start(folder / "search.yaml", folder / "run", (), None, unheard)
     return folder / "run"
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from evomerge.candidate import Evaluation, Subset, failure
 from evomerge.config.base import Split
 from evomerge.errors import WorkerPoisoned
+from evomerge.events import Listener, unheard
 from evomerge.recipe import Recipe
-from evomerge.workers import Job, Listener, unheard
+from evomerge.workers import Job
 
 Scorer = Callable[..., Sequence[float] | str]  # of a candidate, or of a candidate and a split
 

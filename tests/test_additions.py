@@ -14,6 +14,7 @@ from evomerge.config import running
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import SpaceSettings
 from evomerge.config.tables import COSTS, OPTIMIZERS, POOLS, SPACES, CostRow, OptimizerRow, PoolRow, SpaceRow
+from evomerge.events import Listener, unheard
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs, Method
 from evomerge.optimizers.base import Problem
@@ -21,7 +22,7 @@ from evomerge.optimizers.pareto import ScoreArray
 from evomerge.recipe import Recipe, Source, linear
 from evomerge.spaces import Gene, Genome, at
 from evomerge.spaces.table import GeneRow
-from evomerge.workers import Evaluator, Job, Listener, unheard
+from evomerge.workers import Evaluator, Job
 from tests.commands import evomerge
 from tests.searches import WriteSearch
 

@@ -42,6 +42,7 @@ FLOORS = (
     "spaces",
     "devices",
     "merging",
+    "events",
     "candidate",
     "recipe",
     "dialect",

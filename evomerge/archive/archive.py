@@ -8,7 +8,7 @@ transaction, written by `evomerge.trials`, the only other module that knows Optu
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.config.storage_url import masked
 from evomerge.errors import EvomergeError, InputError, WorkFailed
+from evomerge.events import Listener, StorageRetried, unheard
 from evomerge.files import DATABASE, SEARCH_FILE
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
@@ -61,7 +62,7 @@ class Archive:
         prefix: of the names of its studies, where it is not the directory that says it.
         """
         self._config, self._genes = config, genes
-        self.listener: Callable[[str, dict[str, Any]], None] = lambda event, fields: None  # of storage_retry
+        self.listener: Listener = unheard  # is told of StorageRetried
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
@@ -226,7 +227,7 @@ class Archive:
                         "space or restore the storage, then resume."
                     ) from None
             tried = True
-            self.listener("storage_retry", {"id": identity, "reason": reason, "seconds": pause})
+            self.listener(StorageRetried(identity, reason, pause))
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
 

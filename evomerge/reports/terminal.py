@@ -19,10 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from evomerge.config.search import SearchConfig
+from evomerge.events import Evaluated, Event, Finished, SearchStarts, Warned, WorkersAwaited, WorkersReady
 from evomerge.evidence.comparison import sentence
 from evomerge.reports import views
 from evomerge.reports.progress import pace_of
-from evomerge.runs.journal import OpenRun
+from evomerge.runs.journal import Opened, OpenRun
 from evomerge.search.results import Results
 
 TITLES = {"subset": "search", "search": "search", "selection": "selection", "heldout": "held-out"}
@@ -59,22 +60,23 @@ class SearchView:
         self._truncated: set[str] = set()
         self._drawn = 0.0
 
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """A listener of `Search`."""
-        if event == "starting" and self._console.is_terminal:
-            self._say("starting workers ...")
-        elif event == "warning":
-            self._say(f"warning: {fields['message']}")
-        elif event == "opened":
-            self._open(fields["run"])
-        elif event == "workers":
-            self._say(f"{fields['count']} worker(s) ready")
-        elif event == "start":
-            self._say(f"controls evaluated; the search starts at {fields['control']}")
-        elif event == "evaluated":
-            self._evaluated(fields)
-        if event == "finished":
-            self.close()
+        match event:
+            case WorkersAwaited() if self._console.is_terminal:
+                self._say("starting workers ...")
+            case Warned(message):
+                self._say(f"warning: {message}")
+            case Opened(run):
+                self._open(run)
+            case WorkersReady(count):
+                self._say(f"{count} worker(s) ready")
+            case SearchStarts(control):
+                self._say(f"controls evaluated; the search starts at {control}")
+            case Evaluated():
+                self._evaluated(event)
+            case Finished():
+                self.close()
 
     def _open(self, run: OpenRun) -> None:
         self._run = run
@@ -91,19 +93,19 @@ class SearchView:
             self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
 
-    def _evaluated(self, fields: dict[str, Any]) -> None:
+    def _evaluated(self, event: Evaluated) -> None:
         assert self._run is not None
-        truncated = fields["evaluation"].truncated
-        if truncated and fields["split"] not in self._truncated:
-            self._truncated.add(fields["split"])
-            self._say(f"warning: {fields['split']} items: {truncation(truncated)}")
-        if fields["evaluation"].failed:
-            self._say(f"{fields['candidate'].id} failed: {fields['evaluation'].error}")
-        if fields["split"] not in ("search", "subset"):
+        candidate, study, truncated = event.candidate.id, event.study, event.evaluation.truncated
+        if truncated and study not in self._truncated:
+            self._truncated.add(study)
+            self._say(f"warning: {study} items: {truncation(truncated)}")
+        if event.evaluation.failed:
+            self._say(f"{candidate} failed: {event.evaluation.error}")
+        if study not in ("search", "subset"):
             if self._live is not None:
-                self._progress.update(self._task, description=f"{TITLES[fields['split']]} scores", pace="")
+                self._progress.update(self._task, description=f"{TITLES[study]} scores", pace="")
             return
-        if fields["split"] == "search" and self._run.archive.find(fields["candidate"].id, "subset") is not None:
+        if study == "search" and self._run.archive.find(candidate, "subset") is not None:
             return  # counted when it was scored on the subset
         self._count += 1
         self._finished.append(time.monotonic())

@@ -8,19 +8,19 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
-from typing import Any
 
 from evomerge.archive.archive import Archive
 from evomerge.archive.storage import check_storage, presence, study_prefix
 from evomerge.config import files
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
+from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
 from evomerge.files import DATABASE, SEARCH_FILE, TASKS, check_writable, write_text
-from evomerge.runs.journal import LOG_FILE, OpenRun, _Journal
+from evomerge.runs.journal import LOG_FILE, Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
-from evomerge.workers import Listener, WorkerPool
+from evomerge.workers import WorkerPool
 from evomerge.workers.pools import make_pool
 
 
@@ -48,8 +48,8 @@ def start(
     with naming(search_file):
         check_storage(prepared.config.storage)
     for warning in prepared.warnings:
-        listener("warning", {"message": warning})
-    listener("starting", {})
+        listener(Warned(warning))
+    listener(WorkersAwaited())
     with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
         with run_lock(directory), _present(directory, prepared.config):
@@ -69,9 +69,9 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
     with run_lock(directory), _present(directory, prepared.config):
         run = OpenRun(directory, prepared, _archive(directory, prepared))
         for warning in run.archive.check_resumable(directory):
-            listener("warning", {"message": warning})
+            listener(Warned(warning))
         check_sources(run)
-        listener("starting", {})
+        listener(WorkersAwaited())
         with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
             return _run(run, pool, listener)
@@ -158,20 +158,19 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     run.archive.record_sources(identities(run.prepared))
     if run.prepared.seen is not None:
         run.archive.record_seen(run.prepared.seen)
-    journal = _Journal(run)
-    journal("started", {"process": os.getpid(), "recorded": len(run.archive.tried())})
+    journal = Journal(run)
+    journal(Started(os.getpid(), len(run.archive.tried())))
 
-    def tell(event: str, fields: dict[str, Any]) -> None:
-        journal(event, fields)
-        listener(event, fields)
+    def tell(event: Event) -> None:
+        journal(event)
+        listener(event)
 
-    listener("opened", {"run": run})
+    listener(Opened(run))
     try:
-        journal("workers", {"count": pool.size, "pool": run.config.workers.pool})
-        listener("workers", {"count": pool.size})
+        tell(WorkersReady(pool.size, run.config.workers.pool))
         Search(run.config, run.prepared.space, run.archive, pool, tell).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
-            journal("stopped", {"reason": type(error).__name__, "message": str(error)})
+            journal(Stopped(type(error).__name__, str(error)))
         raise
     return run

@@ -6,10 +6,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from evomerge.archive.archive import Archive, Record
 from evomerge.config.search import SearchConfig
+from evomerge.events import Evaluated, Event, Finished
 from evomerge.export.recipe import shared_recipe
 from evomerge.files import unwritten, write_text
 from evomerge.search.best import means
@@ -37,7 +38,15 @@ class OpenRun:
         return Results(self.archive, self.config)
 
 
-class _Journal:
+@dataclass(frozen=True, slots=True)
+class Opened(Event):
+    """A run is about to be worked on."""
+
+    name: ClassVar[str] = "opened"
+    run: OpenRun
+
+
+class Journal:
     """Appends events to log.jsonl and keeps best.yaml up to date."""
 
     def __init__(self, run: OpenRun) -> None:
@@ -46,20 +55,21 @@ class _Journal:
         best = run.results.best()
         self._best = means([best], run.results.criteria())[0] if best else -math.inf
 
-    def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        line = {"time": round(time.time(), 3), "event": event, **_plain(fields)}
+    def __call__(self, event: Event) -> None:
+        """A listener of `Search`. Raises WorkFailed where the log cannot be written."""
+        line = {"time": round(time.time(), 3), "event": event.name, **event.fields()}
         try:
             with (self._run.directory / LOG_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
             raise unwritten(self._run.directory / LOG_FILE, error) from None
-        if event == "evaluated" and fields["split"] == "search":
+        if isinstance(event, Evaluated) and event.study == "search":
             criteria = self._run.results.criteria()
-            mean = means([Record(fields["candidate"], fields["evaluation"])], criteria)[0]
-            if mean > self._best and criteria.feasible(fields["evaluation"]):
+            mean = means([Record(event.candidate, event.evaluation)], criteria)[0]
+            if mean > self._best and criteria.feasible(event.evaluation):
                 self._best = mean
                 self._write_best()
-        elif event == "finished":
+        elif isinstance(event, Finished):
             self._write_best()
 
     def _write_best(self) -> None:
@@ -76,17 +86,3 @@ def _end_line(log: Path) -> None:
     with suppress(FileNotFoundError), log.open("rb+") as stream:
         whole = stream.read().rfind(b"\n") + 1
         stream.truncate(whole)
-
-
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """An event's fields as JSON takes them."""
-    if "candidate" not in fields:
-        return fields
-    evaluation = fields["evaluation"]
-    return {
-        "id": fields["candidate"].id,
-        "split": fields["split"],
-        "scores": evaluation.scores,
-        "error": evaluation.error,
-        "seconds": round(evaluation.seconds, 4),
-    }

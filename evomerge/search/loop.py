@@ -16,6 +16,7 @@ from evomerge.candidate import Candidate, Evaluation, Study
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
+from evomerge.events import Evaluated, Finished, Listener, SearchStarts, Warned
 from evomerge.optimizers.base import Problem
 from evomerge.optimizers.make import make_optimizer
 from evomerge.optimizers.ranking import Ranking
@@ -32,7 +33,7 @@ from evomerge.search.results import Results
 from evomerge.search.subsets import Subsets
 from evomerge.spaces import SearchSpace
 from evomerge.versions import versions
-from evomerge.workers import Job, Listener, WorkerPool
+from evomerge.workers import Job, WorkerPool
 
 
 def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
@@ -104,7 +105,7 @@ class Search:
         chosen = self._results.reported()
         for split in self.config.splits[1:]:
             self._drain([FixedList(chosen, split)])
-        self.listener("finished", {"evaluations": len(self.archive.records())})
+        self.listener(Finished(len(self.archive.records())))
 
     @property
     def _results(self) -> Results:
@@ -122,13 +123,13 @@ class Search:
             raise WorkFailed(f"no control could be evaluated, so nothing else can be ({first.error}).")
         check_limits(self.archive, self.config, criteria)
         for warning in _without_difference(list(essential.evaluations.values()), self.config):
-            self.listener("warning", {"message": warning})
+            self.listener(Warned(warning))
         leader = list(essential.evaluations)[int(np.argmax(values))]
         start = self.space.encode(start_weights(self.config, leader))
         given = start_of_weights(self.config)
         if given is not None:
             start = self.space.encode(dict.fromkeys(self.config.models, given))
-        self.listener("start", {"control": leader})
+        self.listener(SearchStarts(leader))
         weights = [start_weights(self.config, control) for control in essential.evaluations]
         merges = np.array([bool(each) for each in weights])  # all but the base
         encoded = [self.space.encode(each) for each in weights if each]
@@ -167,7 +168,7 @@ class Search:
             evaluation = replace(evaluation, subset=job.subset)
             owner = owners.pop((job.candidate.id, job.study))
             self.archive.record(job.candidate, evaluation, job.study, owner.arrival())
-            self.listener("evaluated", {"candidate": job.candidate, "evaluation": evaluation, "split": job.study})
+            self.listener(Evaluated(job.candidate, evaluation, job.study))
             owner.receive(job, evaluation)
 
     def _next(self, schedules: Sequence[Schedule]) -> tuple[Schedule | None, Job | None]:

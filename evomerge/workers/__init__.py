@@ -4,20 +4,14 @@ To add a pool: write a class with this protocol and what makes it of a config in
 in the config, and run it through the contract in tests/contracts/pool.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from evomerge.candidate import Candidate, Evaluation, Study, Subset, failure
 from evomerge.config.base import Split
 from evomerge.errors import EvomergeError, first_line
+from evomerge.events import Listener
 from evomerge.recipe import Recipe
-
-Listener = Callable[[str, dict[str, Any]], None]
-
-
-def unheard(_event: str, _fields: dict[str, Any]) -> None:
-    """The listener of those that have none."""
 
 
 class Evaluator(Protocol):
@@ -41,7 +35,7 @@ class Job:
 
 
 class WorkerPool(Protocol):
-    listener: Listener  # is told what becomes of workers: events worker_* and candidate_retried
+    listener: Listener  # is told what becomes of workers: events about workers, and CandidateRetried
 
     @property
     def size(self) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from evomerge.candidate import Evaluation
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
-from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
+from evomerge.events import Listener, unheard
+from evomerge.workers import Evaluator, Job, evaluate_guarded
 
 
 def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "LocalPool":

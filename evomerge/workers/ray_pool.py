@@ -24,7 +24,17 @@ from evomerge.candidate import Evaluation, failure
 from evomerge.config.running import WorkersConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, WorkerPoisoned, WorkFailed, first_line
-from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
+from evomerge.events import (
+    CandidateRetried,
+    Listener,
+    WorkerJoined,
+    WorkerKilled,
+    WorkerLost,
+    WorkerRefused,
+    WorkerRestarted,
+    unheard,
+)
+from evomerge.workers import Evaluator, Job, evaluate_guarded
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
 
 _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver
@@ -306,13 +316,13 @@ class RayPool:
         """Queues the jobs of a dead actor again. The first of them was running, so it alone is charged with the death
         (unless the node died), and given back as failed once it has been charged too often."""
         lost = not any(node["Alive"] and node["NodeID"] == actor.node for node in self._ray.nodes())
-        self.listener("worker_lost", {"worker": actor.number, "node": actor.node, "node_lost": lost, "reason": reason})
+        self.listener(WorkerLost(actor.number, actor.node, lost, reason))
         first = self._release(actor)
         deaths = first.deaths + (not lost)
         if deaths >= self.config.attempts:
             return first.job, failure(f"took {deaths} workers down ({reason})")
         self._waiting.appendleft((first.job, deaths))
-        self.listener("candidate_retried", {"id": first.job.candidate.id, "split": first.job.study, "deaths": deaths})
+        self.listener(CandidateRetried(first.job.candidate.id, first.job.study, deaths))
         return None
 
     def _release(self, actor: _Actor) -> _Attempt:
@@ -341,8 +351,7 @@ class RayPool:
             self._kill(actor)
             job = self._release(actor).job
             reason = f"took longer than workers.time_limit, which is {limit:g} s"
-            fields = {"worker": actor.number, "node": actor.node, "id": job.candidate.id, "reason": reason}
-            self.listener("worker_killed", fields)
+            self.listener(WorkerKilled(actor.number, actor.node, job.candidate.id, reason))
             return job, failure(reason)
         return None
 
@@ -361,13 +370,13 @@ class RayPool:
             return
         if problem is None:
             self._free.extend([actor] * _DEPTH)
-            event = "worker_restarted" if actor.node is not None else "worker_joined"
+            event = WorkerRestarted if actor.node is not None else WorkerJoined
             actor.node, actor.process = node, process
             seconds = round(time.monotonic() - actor.gone_since, 3)
-            self.listener(event, {"worker": actor.number, "node": node, "seconds": seconds})
+            self.listener(event(actor.number, node, seconds))
         elif self._running or self._free or self._reviving:
             self._ray.kill(actor.handle)  # its node lacks something that the others have: they go on
-            self.listener("worker_refused", {"worker": actor.number, "node": node, "reason": problem})
+            self.listener(WorkerRefused(actor.number, node, problem))
         else:
             raise WorkFailed(problem)
 

@@ -18,6 +18,7 @@ from evomerge.archive.storage import presence, study_prefix
 from evomerge.candidate import Candidate
 from evomerge.config.storage_url import expanded, masked, refuse_password
 from evomerge.errors import InputError, WorkFailed
+from evomerge.events import unheard
 from evomerge.runs import directory as runs
 from evomerge.search.loop import Search
 from evomerge.search.preparation import prepare_file
@@ -147,7 +148,7 @@ def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
         archive = Archive(tmp_path / name, prepared.config, prepared.space.genes)
         pool = FakePool([each.name for each in prepared.config.objectives], scorer)
         with presence(prepared.config.storage, name):
-            Search(prepared.config, prepared.space, archive, pool, lambda event, fields: None).run()
+            Search(prepared.config, prepared.space, archive, pool, unheard).run()
         return archive, pool
 
     expected, _ = search("undisturbed")

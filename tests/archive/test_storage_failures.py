@@ -15,6 +15,7 @@ from evomerge.archive import archive as archives
 from evomerge.archive.archive import Archive
 from evomerge.archive.trials import Trials
 from evomerge.errors import WorkFailed
+from evomerge.events import Finished
 from evomerge.runs import journal as journal_module
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, prepare_file
@@ -36,7 +37,7 @@ def search(prepared: Prepared, directory: Path, heard: list[Event] | None = None
     archive = Archive(directory, prepared.config, prepared.space.genes)
     pool = FakePool([each.name for each in prepared.config.objectives], lambda candidate: (0.5, 0.5), size=2)
     listener = (heard if heard is not None else []).append
-    Search(prepared.config, prepared.space, archive, pool, lambda name, fields: listener((name, fields))).run()
+    Search(prepared.config, prepared.space, archive, pool, lambda event: listener((event.name, event.fields()))).run()
     return archive, pool
 
 
@@ -110,10 +111,10 @@ def test_a_log_without_room_is_a_sentence_and_half_a_line_is_cut_off(prepared: P
     archive = Archive(tmp_path, prepared.config, prepared.space.genes)
     run = journal_module.OpenRun(tmp_path, prepared, archive)
     log.write_text('{"event": "started"}\n{"event": "evalu')
-    journal_module._Journal(run)("finished", {"evaluations": 0})
+    journal_module.Journal(run)(Finished(0))
     assert [json.loads(line)["event"] for line in log.read_text().splitlines()] == ["started", "finished"]
     log.unlink()
-    journal = journal_module._Journal(run)
+    journal = journal_module.Journal(run)
     log.symlink_to("/dev/full")
     with pytest.raises(WorkFailed, match=r"log\.jsonl: cannot be written \(No space left on device\)"):
-        journal("finished", {"evaluations": 0})
+        journal(Finished(0))

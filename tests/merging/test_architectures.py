@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evomerge.errors import InputError
+from evomerge.events import unheard
 from evomerge.export import checkpoint, choice
 from evomerge.export import recipe as export
 from evomerge.layers import embedding_names, head_names, layer_count, layer_index
@@ -245,7 +246,7 @@ def test_a_search_over_a_tied_base_and_an_untied_model_ships_what_it_scored_pare
         "workers": {"pool": "local"},
     }
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
-    run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
+    run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, unheard)
     assert any(gene.group == "head" for gene in run.prepared.space.genes)
     for name in ("g0000-00", "parent-tied", "parent-untied", "base", "uniform"):
         shared = export.shared_recipe(choice.choose(run.results, name, ()), run.results, run.prepared.models)

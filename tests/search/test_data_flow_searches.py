@@ -13,6 +13,7 @@ from evomerge.archive.archive import Archive
 from evomerge.candidate import Candidate
 from evomerge.config.files import load
 from evomerge.errors import InputError
+from evomerge.events import Evaluated, Event, unheard
 from evomerge.layers import layer_count
 from evomerge.merging.sources.weights import tensor_table
 from evomerge.runs import directory as runs
@@ -75,7 +76,7 @@ def run(prepared: Prepared, directory: Path, **pool: Any) -> tuple[Archive, Fake
     directory.mkdir(exist_ok=True)
     archive = Archive(directory, prepared.config, prepared.space.genes)
     fake = FakePool([objective.name for objective in prepared.config.objectives], quality, **pool)
-    Search(prepared.config, prepared.space, archive, fake, lambda event, fields: None).run()
+    Search(prepared.config, prepared.space, archive, fake, unheard).run()
     return archive, fake
 
 
@@ -137,9 +138,9 @@ def test_a_search_on_the_zoo_is_interrupted_resumed_exported_and_merged(name, se
     )
     whole, cut, count = tmp_path / "whole", tmp_path / "cut", 0
 
-    def stop_at_the_ninth(event: str, fields: dict[str, Any]) -> None:
+    def stop_at_the_ninth(event: Event) -> None:
         nonlocal count
-        count += event == "evaluated"
+        count += isinstance(event, Evaluated)
         if count == 9:
             raise Stop
 

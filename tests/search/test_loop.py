@@ -13,6 +13,7 @@ from evomerge.candidate import Candidate
 from evomerge.config.files import load
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed
+from evomerge.events import unheard
 from evomerge.export import choice
 from evomerge.search.best import front_of, reported
 from evomerge.search.criteria import criteria_of
@@ -51,7 +52,7 @@ def run(prepared: Prepared, directory: Path, scorer: Any = some_fail, **pool: An
     directory.mkdir(exist_ok=True)
     archive = Archive(directory, prepared.config, prepared.space.genes)
     fake = FakePool(names(prepared.config), scorer, **pool)
-    Search(prepared.config, prepared.space, archive, fake, lambda event, fields: None).run()
+    Search(prepared.config, prepared.space, archive, fake, unheard).run()
     return archive, fake
 
 
@@ -88,7 +89,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_archive_and_repeats_no_fini
             archive = Archive(directory, prepared.config, prepared.space.genes)
             pool = FakePool(names(prepared.config), some_fail, size=3, seed=attempt, dies_after=kill)
             try:
-                Search(prepared.config, prepared.space, archive, pool, lambda event, fields: None).run()
+                Search(prepared.config, prepared.space, archive, pool, unheard).run()
             except Killed:
                 evaluated += pool.evaluated
                 continue
@@ -115,7 +116,7 @@ def test_an_asynchronous_search_is_a_function_of_the_recorded_order_through_any_
         archive = Archive(tmp_path, prepared.config, prepared.space.genes)
         pool = FakePool(names(prepared.config), some_fail, size=3, seed=attempt, dies_after=7)
         try:
-            Search(prepared.config, prepared.space, archive, pool, lambda event, fields: None).run()
+            Search(prepared.config, prepared.space, archive, pool, unheard).run()
         except Killed:
             evaluated += pool.evaluated
             continue
@@ -141,7 +142,7 @@ def test_an_asynchronous_archive_whose_order_has_a_hole_is_not_continued(
     prepared = prepare(load(search_file(optimizer={"name": "random_search", "evaluations": 6, "schedule": "async"})))
     archive, _ = run(prepared, tmp_path / "run", scorer=quality)
     archive._records["search"].pop(archive.arrivals()[2].candidate.id)
-    search = Search(prepared.config, prepared.space, archive, FakePool([], quality), lambda event, fields: None)
+    search = Search(prepared.config, prepared.space, archive, FakePool([], quality), unheard)
     with pytest.raises(WorkFailed, match="is recorded as arrival 3, which the search does not come to again"):
         search.run()
 
@@ -252,7 +253,7 @@ def test_an_archive_with_other_genomes_than_the_optimizer_proposes_is_not_contin
     archive = Archive(tmp_path / "run", prepared.config, prepared.space.genes)
     pool = FakePool(names(other), quality)
     with pytest.raises(WorkFailed, match="recorded with another genome"):
-        Search(other, prepared.space, archive, pool, lambda event, fields: None).run()
+        Search(other, prepared.space, archive, pool, unheard).run()
 
 
 def test_held_out_scores_are_known_for_all_controls_the_best_and_the_front(prepared: Prepared, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.evaluation.items import part
+from evomerge.events import unheard
 from evomerge.outcomes import Outcomes
 from evomerge.search.best import front_of
 from evomerge.search.criteria import Criteria, Limit, criteria_of
@@ -75,7 +76,7 @@ def run(prepared: Prepared, directory: Path, **pool: Any) -> tuple[Archive, Item
     directory.mkdir(exist_ok=True)
     archive = Archive(directory, prepared.config, prepared.space.genes)
     items = ItemPool(names(prepared.config), lambda candidate: (), **pool)
-    Search(prepared.config, prepared.space, archive, items, lambda event, fields: None).run()
+    Search(prepared.config, prepared.space, archive, items, unheard).run()
     return archive, items
 
 

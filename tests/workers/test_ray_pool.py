@@ -63,7 +63,7 @@ def test_a_candidate_that_kills_every_worker_it_meets_is_recorded_and_the_pool_g
 def test_a_candidate_that_hangs_or_spoils_its_worker_is_recorded_and_the_pool_goes_on(ray_here: Any) -> None:
     made = RayPool(WorkersConfig(count=2, num_cpus=1, time_limit=1.5), make_fake_worker, num_gpus=0)
     events = []
-    made.listener = lambda event, fields: events.append((event, fields.get("id")))
+    made.listener = lambda event: events.append((event.name, event.fields().get("id")))
     try:
         for name, weight in {"hangs": 3.0, "spoils": 4.0, "good0": 0.5, "good1": 0.5}.items():
             made.submit(job(name, weight))

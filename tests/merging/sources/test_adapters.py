@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from evomerge.config import files
 from evomerge.errors import InputError, choices
+from evomerge.events import unheard
 from evomerge.export import checkpoint, choice
 from evomerge.export import recipe as export
 from evomerge.merging.naming import named_weights
@@ -337,7 +338,7 @@ def test_a_search_over_an_adapter_exports_a_recipe_that_merges_to_what_was_score
         "workers": {"pool": "local"},
     }
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
-    run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, lambda event, fields: None)
+    run = runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, unheard)
     shared = export.shared_recipe(choice.choose(run.results, "g0000-00", ()), run.results, run.prepared.models)
     whole = f"{bases['llama']}+{plain}"
     assert shared.references == (str(bases["llama"]), whole)
