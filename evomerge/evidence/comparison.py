@@ -97,7 +97,7 @@ def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Compa
     The rivals are the best there, which favors them. p-values are corrected for every candidate of the search that has
     held-out scores, since any of these could have been the one to be shown.
     """
-    found: dict[str, list[Comparison]] = {name: [] for name in candidates}
+    comparisons: dict[str, list[Comparison]] = {name: [] for name in candidates}
     criteria = results.criteria("heldout")
     heldout = {record.candidate.id: record for record in results.archive.records("heldout")}
     for role, rival in rivals(results):
@@ -110,10 +110,10 @@ def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Compa
         }
         p_values = {name: pair.p_value for name, pair in pairs.items()}
         corrected = dict(zip(pairs, holm(list(p_values.values())), strict=True))
-        for name in found:
+        for name in comparisons:
             if name in pairs:
                 pair, difference = pairs[name], pairs[name].difference
-                found[name].append(
+                comparisons[name].append(
                     Comparison(
                         role=role,
                         rival=rival.candidate.id,
@@ -129,7 +129,7 @@ def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Compa
                         untested=pair.untested,
                     )
                 )
-    return found
+    return comparisons
 
 
 def _verdict(difference: float, p_value: float) -> str:
@@ -147,7 +147,9 @@ def rivals(results: Results) -> list[tuple[str, Record]]:
     control = best_of(controls, criteria)
     if parent is not None and parent is control:
         return [("best parent and control", parent)]
-    return [(role, each) for role, each in (("best parent", parent), ("best control", control)) if each is not None]
+    return [
+        (role, record) for role, record in (("best parent", parent), ("best control", control)) if record is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,21 @@ class _Pair:
 
     @classmethod
     def of(cls, mine: Record, theirs: Record, config: SearchConfig, criteria: Criteria) -> "_Pair | None":
-        known = {each: pair for each in config.objectives if (pair := _outcomes(mine, theirs, each)) is not None}
-        return cls(mine, theirs, config, criteria, known) if sum(each.weight for each in known) > 0 else None
+        outcomes = {
+            objective: pair
+            for objective in config.objectives
+            if (pair := _outcomes(mine, theirs, objective)) is not None
+        }
+        return (
+            cls(mine, theirs, config, criteria, outcomes)
+            if sum(objective.weight for objective in outcomes) > 0
+            else None
+        )
 
     @property
     def differences(self) -> dict[ObjectiveConfig, Floats]:
         """By objective, what each item gains; shape (items,), larger is better."""
-        return {each: sign_of(each) * (own - other) for each, (own, other) in self.outcomes.items()}
+        return {objective: sign_of(objective) * (own - other) for objective, (own, other) in self.outcomes.items()}
 
     @property
     def gains(self) -> list[Floats]:
@@ -202,11 +212,17 @@ class _Pair:
 
     @property
     def by_objective(self) -> dict[str, TaskComparison]:
-        return {each.name: self._task(each, differences) for each, differences in self.differences.items()}
+        return {
+            objective.name: self._task(objective, differences) for objective, differences in self.differences.items()
+        }
 
     @property
     def untested(self) -> list[str]:
-        return [each.name for each in self.config.objectives if each.weight and each not in self.outcomes]
+        return [
+            objective.name
+            for objective in self.config.objectives
+            if objective.weight and objective not in self.outcomes
+        ]
 
     def _task(self, objective: ObjectiveConfig, differences: Floats) -> TaskComparison:
         test, p_value = self._task_p_value(objective)
@@ -267,13 +283,13 @@ def retention(results: Results, candidate: str) -> list[Kept]:
 
 def _own_best(results: Results, parent: str) -> ObjectiveConfig | None:
     names = [BASE, *(f"{PARENT}-{name}" for name in results.config.models)]
-    found = {name: results.archive.find(name, "search") for name in names}
-    scores = {name: record.evaluation.scores for name, record in found.items() if record and record.evaluation.scores}
+    records = {name: results.archive.find(name, "search") for name in names}
+    scores = {name: record.evaluation.scores for name, record in records.items() if record and record.evaluation.scores}
     if parent not in scores or BASE not in scores:
         return None
 
     def merit(metric: ObjectiveConfig) -> tuple[float, float]:
-        sign = sign_of(metric) / (max(abs(each[metric.name]) for each in scores.values()) or 1.0)
+        sign = sign_of(metric) / (max(abs(values[metric.name]) for values in scores.values()) or 1.0)
         mine, base = sign * scores[parent][metric.name], sign * scores[BASE][metric.name]
         return max(0.0, mine - base), mine
 

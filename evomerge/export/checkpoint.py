@@ -53,19 +53,21 @@ def merge(
         warn(warning)
     recorded = recipe.evomerge.fingerprint
     with staged(out) as folder:
-        found = merged.write(folder, size, tokenizer)
-        if recorded is not None and found != recorded:
-            raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
+        fingerprint = merged.write(folder, size, tokenizer)
+        if recorded is not None and fingerprint != recorded:
+            raise WorkFailed(_mismatch(where, recorded, fingerprint, recipe.evomerge))
         read = stored_fingerprint(folder)
-        if read != found:
-            raise WorkFailed(f"{folder}: the written weights have fingerprint {read}, expected {found}; not kept.")
+        if read != fingerprint:
+            raise WorkFailed(
+                f"{folder}: the written weights have fingerprint {read}, expected {fingerprint}; not kept."
+            )
         seen = recipe.evomerge.digests | models.seen
-        noted = {"fingerprint": found, "seen": encoded(seen) if seen else None}
+        noted = {"fingerprint": fingerprint, "seen": encoded(seen) if seen else None}
         kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
         (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
         if card:
-            (folder / "README.md").write_text(model_card(kept, found, verdict), encoding="utf-8")
-    return found, recorded is not None
+            (folder / "README.md").write_text(model_card(kept, fingerprint, verdict), encoding="utf-8")
+    return fingerprint, recorded is not None
 
 
 def _licenses(models: Models, aliases: Mapping[str, str]) -> dict[str, str | None]:
@@ -73,8 +75,10 @@ def _licenses(models: Models, aliases: Mapping[str, str]) -> dict[str, str | Non
     return {aliases.get(reference, reference): stated_license(model.folders) for reference, model in models.items()}
 
 
-def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> str:
+def _mismatch(where: str, recorded: str, fingerprint: str, provenance: Provenance) -> str:
     now = versions()
     changed = [f"{name} {was} → {now.get(name)}" for name, was in provenance.versions.items() if now.get(name) != was]
     cause = f"versions changed: {', '.join(changed)}" if changed else "a source model or a parameter has changed"
-    return f"{where}: the merge has fingerprint {found}, but {recorded} was scored ({cause}); nothing was written."
+    return (
+        f"{where}: the merge has fingerprint {fingerprint}, but {recorded} was scored ({cause}); nothing was written."
+    )

@@ -58,11 +58,14 @@ def stated_license(folders: Iterable[Path]) -> str | None:
 
     None where one of them states none.
     """
-    found = [_front_matter(folder / "README.md").get("license") for folder in folders]
+    statements = [_front_matter(folder / "README.md").get("license") for folder in folders]
     stated = [
-        str(each).lower() for item in found for each in (item if isinstance(item, list) and item else [item]) if each
+        str(name).lower()
+        for item in statements
+        for name in (item if isinstance(item, list) and item else [item])
+        if name
     ]
-    if len(stated) < len(found):
+    if len(stated) < len(statements):
         return None
     return max(stated, key=lambda identifier: _RANK.get(identifier, len(_RANK)), default=None)
 
@@ -86,14 +89,14 @@ def combined(licenses: Mapping[str, str | None]) -> Verdict:
         for model, stated in licenses.items()
         if stated not in _KIND
     ]
-    known = {model: stated for model, stated in licenses.items() if stated in _KIND and stated is not None}
-    terms = {stated: model for model, stated in known.items() if _KIND[stated] not in _COMPATIBLE}
+    recognized = {model: stated for model, stated in licenses.items() if stated in _KIND and stated is not None}
+    terms = {stated: model for model, stated in recognized.items() if _KIND[stated] not in _COMPATIBLE}
     if len(terms) > 1:
         listed = ", ".join(f"{stated} ({model}: {KINDS[_KIND[stated]][0]})" for stated, model in terms.items())
         warnings.append(f"the licences of the models may contradict each other, since all hold at once: {listed}.")
-    for model, stated in known.items():
+    for model, stated in recognized.items():
         if _KIND[stated] == "forbids derivatives":
             warnings.append(f"the licence of {model}, {stated}, forbids to share what is made of it, as a merge is.")
-    if len(known) < len(licenses) or not known:
+    if len(recognized) < len(licenses) or not recognized:
         return Verdict(OTHER, tuple(warnings))
-    return Verdict(max(known.values(), key=_RANK.__getitem__), tuple(warnings))
+    return Verdict(max(recognized.values(), key=_RANK.__getitem__), tuple(warnings))

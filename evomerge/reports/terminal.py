@@ -230,7 +230,9 @@ def show_scores(
     mean: the name that the mean goes by.
     """
     columns = [Column("", [name for name, _, _ in rows], left=True)]
-    columns += [Column(each.name, [_score(scores, each.name) for _, scores, _ in rows]) for each in config.measured]
+    columns += [
+        Column(metric.name, [_score(scores, metric.name) for _, scores, _ in rows]) for metric in config.measured
+    ]
     show_table(output, title, [*columns, Column(mean, [_mean(value) for *_, value in rows])])
 
 
@@ -287,9 +289,9 @@ def show_evidence(output: Console, evidence: views.EvidenceView) -> None:
 
 def show_front(output: Console, results: Results, most: int | None = None) -> None:
     """The front, with search and held-out scores side by side."""
-    found, mean = views.front(results), results.criteria().mean_name
-    rows = found[:most]
-    title = f"Pareto front: {len(found)} candidates" + (f", the best {most}" if most and most < len(found) else "")
+    front, mean = views.front(results), results.criteria().mean_name
+    rows = front[:most]
+    title = f"Pareto front: {len(front)} candidates" + (f", the best {most}" if most and most < len(front) else "")
     columns = [
         Column("", [row.id for row in rows], left=True),
         *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in results.config.measured),

@@ -134,7 +134,7 @@ class StatusView:
 
 def as_json(value: Any) -> Any:
     """A view, or a list of views, as JSON takes it."""
-    return [as_json(each) for each in value] if isinstance(value, list) else asdict(value)
+    return [as_json(view) for view in value] if isinstance(value, list) else asdict(value)
 
 
 def candidates(results: Results) -> list[CandidateView]:

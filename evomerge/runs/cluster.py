@@ -118,15 +118,15 @@ class Cluster:
     def jobs(self) -> list[ClusterJob]:
         """The searches among the cluster's jobs, the newest last."""
         with self._asking():
-            found = [job for job in self._client.list_jobs() if _KEY in (job.metadata or {})]
-        return sorted(map(_job, found), key=lambda job: job.started or 0)
+            searches = [job for job in self._client.list_jobs() if _KEY in (job.metadata or {})]
+        return sorted(map(_job, searches), key=lambda job: job.started or 0)
 
     def job(self, job_id: str) -> ClusterJob:
         """Raises InputError where there is no such search."""
-        known = {job.id: job for job in self.jobs()}
-        if job_id not in known:
-            raise InputError(f"{self.address}: has no search {job_id}; {choices(job_id, known)}.")
-        return known[job_id]
+        searches = {job.id: job for job in self.jobs()}
+        if job_id not in searches:
+            raise InputError(f"{self.address}: has no search {job_id}; {choices(job_id, searches)}.")
+        return searches[job_id]
 
     def logs(self, job_id: str) -> str:
         """All that a job has printed so far."""

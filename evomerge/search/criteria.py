@@ -141,9 +141,9 @@ def criteria_of(archive: Archive, config: SearchConfig, split: Split = "search")
     """A search's criteria on a split, by the scores that its parents have there. Costs are limited on search items: the
     time that an evaluation takes depends on how many items there are."""
     names = [BASE, *(f"{PARENT}-{name}" for name in config.models)]
-    found = {name: archive.find(name, split) for name in names}
-    parents = {name: record.evaluation for name, record in found.items() if record is not None}
-    limits = [_limit(each, config, parents) for each in config.constraints]
+    records = {name: archive.find(name, split) for name in names}
+    parents = {name: record.evaluation for name, record in records.items() if record is not None}
+    limits = [_limit(constraint, config, parents) for constraint in config.constraints]
     if split == "search":
         limits += [Limit(cost.name, -1.0, -cost.max, "max") for cost in config.objectives if cost.max is not None]
     return Criteria(config.objectives, tuple(limits), _scales(archive, config, split))
@@ -154,25 +154,29 @@ def _scales(archive: Archive, config: SearchConfig, split: Split) -> dict[str, S
     all objectives with a weight lie between 0 and 1, and while no control has been scored."""
     names = [BASE, *(f"{PARENT}-{name}" for name in config.models), UNIFORM]
     searched = [archive.find(name, "search") for name in names]
-    known = [record.evaluation.scores for record in searched if record is not None and record.evaluation.scores]
+    control_scores = [
+        record.evaluation.scores for record in searched if record is not None and record.evaluation.scores
+    ]
     weighted = [objective for objective in config.objectives if objective.weight]
-    if not known or all(_between_0_and_1(objective, known) for objective in weighted):
+    if not control_scores or all(_between_0_and_1(objective, control_scores) for objective in weighted):
         return {}
     base = archive.find(BASE, split)
-    start = base.evaluation.scores if base is not None and base.evaluation.scores else known[0]
-    return {objective.name: _scale(objective, known, start) for objective in weighted}
+    start = base.evaluation.scores if base is not None and base.evaluation.scores else control_scores[0]
+    return {objective.name: _scale(objective, control_scores, start) for objective in weighted}
 
 
-def _between_0_and_1(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]]) -> bool:
+def _between_0_and_1(objective: ObjectiveConfig, control_scores: Sequence[Mapping[str, float]]) -> bool:
     if objective.cost is not None or objective.metric in _OTHER_SCALES:
         return False
-    return all(0 <= scores[objective.name] <= 1 for scores in known)
+    return all(0 <= scores[objective.name] <= 1 for scores in control_scores)
 
 
-def _scale(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]], base: Mapping[str, float]) -> Scale:
+def _scale(
+    objective: ObjectiveConfig, control_scores: Sequence[Mapping[str, float]], base: Mapping[str, float]
+) -> Scale:
     """known: scores of the controls, the base's first. Where these are nearly all the same, a gain of 1 is as much as
     the base has."""
-    scores = [each[objective.name] for each in known]
+    scores = [control[objective.name] for control in control_scores]
     spread, size = max(scores) - min(scores), max(map(abs, scores))
     unit = spread if spread > _NEARLY_NOTHING * size else abs(scores[0]) or 1.0
     return Scale(sign_of(objective) * base[objective.name], unit)
@@ -190,16 +194,16 @@ def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[
     """parents: the evaluations of base and parents, as far as there are any."""
     sign = sign_of(constraint)
     names = _references(constraint, config)
-    known = {
+    values = {
         name: sign * evaluation.scores[constraint.name]
         for name in names
         if (evaluation := parents.get(name)) is not None and evaluation.scores is not None
     }
-    if not known or any(name not in parents for name in names):
+    if not values or any(name not in parents for name in names):
         return Limit(constraint.name, sign, np.nan, f"of {names[0]}'s")
-    best = max(known, key=lambda name: known[name])
-    bound = known[best] - (1 - constraint.retain) * abs(known[best])
-    return Limit(constraint.name, sign, bound, f"of {best}'s {sign * known[best]:.3f}")
+    best = max(values, key=lambda name: values[name])
+    bound = values[best] - (1 - constraint.retain) * abs(values[best])
+    return Limit(constraint.name, sign, bound, f"of {best}'s {sign * values[best]:.3f}")
 
 
 def _references(constraint: ConstraintConfig, config: SearchConfig) -> list[str]:

@@ -14,8 +14,8 @@ _ENDS = ("weight", "bias")  # of names of tensors; so do most, and the others ha
 def counted(evaluations: Iterable[Evaluation]) -> dict[str, int]:
     """How often each reason occurs, the commonest first; those that differ only in numbers and names of tensors are
     one."""
-    found = Counter(kind(evaluation.error or "no reason given") for evaluation in evaluations if evaluation.failed)
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    counts = Counter(kind(evaluation.error or "no reason given") for evaluation in evaluations if evaluation.failed)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def kind(reason: str) -> str:
@@ -23,6 +23,6 @@ def kind(reason: str) -> str:
     return _NUMBER.sub("…", _DOTTED.sub(_without_tensor, reason))
 
 
-def _without_tensor(found: re.Match[str]) -> str:
-    parts = found[0].split(".")
-    return "…" if parts[-1] in _ENDS or any(part.isdecimal() for part in parts) else found[0]
+def _without_tensor(match: re.Match[str]) -> str:
+    parts = match[0].split(".")
+    return "…" if parts[-1] in _ENDS or any(segment.isdecimal() for segment in parts) else match[0]

@@ -98,12 +98,14 @@ class Generations:
         while self._settled < self._asked:
             generation, before = self._open[self._settled], self._open.get(self._settled - 1)
             seen = generation.evaluations if generation.subset is None else generation.screened
-            scored = [each for each in seen if each is not None]
+            scored = [evaluation for evaluation in seen if evaluation is not None]
             if len(scored) < len(seen) or (before is not None and not before.complete):
                 return
             if self.subsets is not None:
                 if before is not None:
-                    self.subsets.learn([each for each in before.evaluations if each and each.subset is None])
+                    self.subsets.learn(
+                        [evaluation for evaluation in before.evaluations if evaluation and evaluation.subset is None]
+                    )
                 generation.halves = self.subsets.halves(scored)
                 if generation.subset is not None:
                     generation.evaluations = self.subsets.settle(scored)

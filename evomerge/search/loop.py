@@ -37,12 +37,12 @@ from evomerge.workers import Job, Listener, WorkerPool
 
 def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
     """A sentence for each metric on which all controls score the same: a search cannot tell candidates apart by it."""
-    known = [evaluation.scores for evaluation in controls if evaluation.scores is not None]
+    all_scores = [evaluation.scores for evaluation in controls if evaluation.scores is not None]
     for metric in config.measured:
-        found = {scores[metric.name] for scores in known}
-        if metric.cost is None and len(found) == 1 and len(known) > 1:
+        values = {scores[metric.name] for scores in all_scores}
+        if metric.cost is None and len(values) == 1 and len(all_scores) > 1:
             yield (
-                f"{metric.name}: base, parents and uniform merge all score {found.pop():.3f}; look at what the task "
+                f"{metric.name}: base, parents and uniform merge all score {values.pop():.3f}; look at what the task "
                 "asks and how it is answered, since a search on it may tell no candidates apart."
             )
 
@@ -130,10 +130,10 @@ class Search:
             start = self.space.encode(dict.fromkeys(self.config.models, given))
         self.listener("start", {"control": leader})
         weights = [start_weights(self.config, control) for control in essential.evaluations]
-        merges = np.array([bool(each) for each in weights])  # all but the base
-        encoded = [self.space.encode(each) for each in weights if each]
-        known = (np.stack(encoded), scores[merges]) if encoded else None
-        problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
+        merges = np.array([bool(control_weights) for control_weights in weights])  # all but the base
+        encoded = [self.space.encode(control_weights) for control_weights in weights if control_weights]
+        evaluated = (np.stack(encoded), scores[merges]) if encoded else None
+        problem = Problem(self.space.genes, start, self.config.seed, ranking, evaluated, self.space.draw)
         optimizer = make_optimizer(self.config.optimizer, problem)
         if self.config.optimizer.schedule == "pipelined":
             subsets = Subsets(criteria, list(essential.evaluations.values())) if self.config.subsets is True else None
@@ -154,10 +154,10 @@ class Search:
                 schedule, job = self._next(schedules)
                 if job is None or schedule is None:
                     break
-                known = self.archive.find(job.candidate.id, job.study)
-                if known is not None:
-                    self._check_replay(job, known)
-                    schedule.receive(job, known.evaluation)
+                record = self.archive.find(job.candidate.id, job.study)
+                if record is not None:
+                    self._check_replay(job, record)
+                    schedule.receive(job, record.evaluation)
                     continue
                 owners[job.candidate.id, job.study] = schedule
                 self.pool.submit(job)
@@ -177,18 +177,18 @@ class Search:
                 return schedule, job
         return None, None
 
-    def _check_replay(self, job: Job, known: Record) -> None:
+    def _check_replay(self, job: Job, record: Record) -> None:
         """Raises WorkFailed where the archive holds another genome than the optimizer now proposes, or its scores on
         another subset."""
         candidate = job.candidate
-        same = candidate.genome == known.candidate.genome and job.subset == known.evaluation.subset
+        same = candidate.genome == record.candidate.genome and job.subset == record.evaluation.subset
         if candidate.kind == "search" and not same:
             recorded, now = self.archive.recorded_versions(), versions()
             changed = [
                 f"{name} {recorded[name]} → {now.get(name)}" for name in recorded if recorded[name] != now.get(name)
             ]
             hint = f"; versions changed: {', '.join(changed)}" if changed else ""
-            what = "genome" if candidate.genome != known.candidate.genome else "subset of items"
+            what = "genome" if candidate.genome != record.candidate.genome else "subset of items"
             raise WorkFailed(
                 f"candidate {candidate.id} is recorded with another {what} than the search now proposes{hint}; "
                 "resume with the versions that recorded it."

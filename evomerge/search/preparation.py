@@ -223,18 +223,19 @@ def _check_vocabularies(config: SearchConfig, prepared: Prepared) -> None:
     space, models = prepared.space, prepared.models
     if not isinstance(space, DataFlowSpace):
         return
-    known = read_tokenizer(models.base.folder).get_vocab()
+    base_vocabulary = read_tokenizer(models.base.folder).get_vocab()
     for name in space.embedding_models:
         if name not in config.models:
             continue
         with naming(f"models.{name}"):
             vocabulary = read_tokenizer(models[config.models[name]].folder).get_vocab()
-        different = sorted(token for token, number in vocabulary.items() if known.get(token) != number)
+        different = sorted(token for token, number in vocabulary.items() if base_vocabulary.get(token) != number)
         if different:
             token = different[0]
             raise InputError(
                 f"models.{name} may give the embeddings or the head, but its tokenizer is not the base's (token "
-                f"{token!r} is {vocabulary[token]} there and {known.get(token)} here); let another model give them."
+                f"{token!r} is {vocabulary[token]} there and {base_vocabulary.get(token)} here); let another "
+                "model give them."
             )
 
 
@@ -269,7 +270,10 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "candidates": config.budget,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
-        "constraints": {f"{each.name} of {each.of or 'the best parent'}": each.retain for each in config.constraints},
+        "constraints": {
+            f"{constraint.name} of {constraint.of or 'the best parent'}": constraint.retain
+            for constraint in config.constraints
+        },
         "items_per_task": {split: getattr(config.items, split) for split in config.splits},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,

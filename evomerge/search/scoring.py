@@ -29,7 +29,7 @@ def score(
     if split not in SPLITS:
         raise InputError(f"--split is '{split}'; use search or heldout, or selection where items.selection is given.")
     prepared = prepare_file(search_file)
-    wanted = next((each for each in prepared.config.splits if each == split), None)
+    wanted = next((name for name in prepared.config.splits if name == split), None)
     if wanted is None:
         raise InputError(f"--split is {split}, but {search_file} has no items.selection; use search or heldout.")
     recipe = located.read(target, warn)

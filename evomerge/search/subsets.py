@@ -31,12 +31,12 @@ _FRONT_SHARE = 0.05  # of a search's candidates; on a front of many objectives n
 class Subsets:
     """The subsets of a search's generations, and who outgrows them."""
 
-    def __init__(self, criteria: Criteria, known: Sequence[Evaluation]) -> None:
+    def __init__(self, criteria: Criteria, evaluations: Sequence[Evaluation]) -> None:
         """known: evaluations on all search items, at least one of them with scores."""
         self._criteria = criteria
-        self._known: list[Evaluation] = []
-        self.learn(known)
-        counts = [outcomes.count for outcomes in self._known[0].outcomes.values()]
+        self._evaluated: list[Evaluation] = []
+        self.learn(evaluations)
+        counts = [outcomes.count for outcomes in self._evaluated[0].outcomes.values()]
         self._least = min(1.0, _FEWEST / min(counts))
         self._share = max(_START, self._least)
         self._screened = self._promoted = 0
@@ -48,13 +48,13 @@ class Subsets:
 
     def learn(self, evaluations: Sequence[Evaluation]) -> None:
         """Takes evaluations on all search items for comparison."""
-        self._known += [each for each in evaluations if not each.failed]
+        self._evaluated += [evaluation for evaluation in evaluations if not evaluation.failed]
 
     def settle(self, evaluations: Sequence[Evaluation]) -> list[Evaluation | None]:
         """For each evaluation on a subset an estimate of what it would be on all search items, or None where that has
         to be found out."""
         references = self._references()
-        estimates = [self._estimate(each, references) for each in evaluations]
+        estimates = [self._estimate(evaluation, references) for evaluation in evaluations]
         chosen = self._worth_all(estimates)
         return [None if index in chosen else estimate for index, estimate in enumerate(estimates)]
 
@@ -62,7 +62,9 @@ class Subsets:
         """The weighted means that the two halves of its items give each evaluation; failed ones are left out."""
         references = self._references()
         parts = [
-            self._criteria.means([self._estimate(each, references, slice(start, None, 2)) for each in evaluations])
+            self._criteria.means(
+                [self._estimate(evaluation, references, slice(start, None, 2)) for evaluation in evaluations]
+            )
             for start in (0, 1)
         ]
         return [pair for pair in zip(*parts, strict=True) if np.isfinite(pair).all()]
@@ -79,9 +81,12 @@ class Subsets:
 
     def _references(self) -> dict[str, NDArray[np.float64]]:
         """By objective what the best known candidates made of each search item, on average."""
-        means = self._criteria.means(self._known)
-        best = [self._known[index] for index in np.argsort(-np.array(means), kind="stable")[:_REFERENCES]]
-        return {name: np.mean([each.outcomes[name].values for each in best], axis=0) for name in best[0].outcomes}
+        means = self._criteria.means(self._evaluated)
+        best = [self._evaluated[index] for index in np.argsort(-np.array(means), kind="stable")[:_REFERENCES]]
+        return {
+            name: np.mean([evaluation.outcomes[name].values for evaluation in best], axis=0)
+            for name in best[0].outcomes
+        }
 
     def _estimate(
         self, evaluation: Evaluation, references: dict[str, NDArray[np.float64]], items: slice = slice(None)
@@ -97,9 +102,9 @@ class Subsets:
 
     def _worth_all(self, estimates: Sequence[Evaluation]) -> set[int]:
         """The estimates that would beat the best, and as far as there is room those that would be on the front."""
-        rows = self._criteria.eligible([*self._known, *estimates])
-        known, means = np.split(weighted_means(rows, self._criteria.weights), [len(self._known)])
-        best, on_front = known.max(), front_mask(rows)[len(self._known) :]
+        rows = self._criteria.eligible([*self._evaluated, *estimates])
+        earlier, means = np.split(weighted_means(rows, self._criteria.weights), [len(self._evaluated)])
+        best, on_front = earlier.max(), front_mask(rows)[len(self._evaluated) :]
         self._screened += len(estimates)
         chosen = set()
         for index in sorted(range(len(estimates)), key=lambda index: -means[index]):

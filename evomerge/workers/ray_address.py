@@ -32,16 +32,16 @@ def reach(address: str) -> None:
 
     Names such as `auto` are left to Ray.
     """
-    found = re.fullmatch(r"(ray://)?([^:/]+):(\d+)", address)
-    if found is None or os.environ.get("RAY_USE_TLS", "0") != "0":
+    match = re.fullmatch(r"(ray://)?([^:/]+):(\d+)", address)
+    if match is None or os.environ.get("RAY_USE_TLS", "0") != "0":
         return
-    host, port = found[2], int(found[3])
-    if host in ("127.0.0.1", "localhost") and not found[1]:
+    host, port = match[2], int(match[3])
+    if host in ("127.0.0.1", "localhost") and not match[1]:
         host = _own_address()  # which Ray puts in the place of loopback, unless told that there is no other
         if not _listens(host, port):
-            socket.create_connection((found[2], port), timeout=_PATIENCE).close()
+            socket.create_connection((match[2], port), timeout=_PATIENCE).close()
             os.environ |= LOOPBACK_ONLY
-            host = found[2]
+            host = match[2]
     socket.create_connection((host, port), timeout=_PATIENCE).close()
     _ask(f"{host}:{port}", address)
 

@@ -181,9 +181,9 @@ class RayPool:
         if self.config.count is not None or self._own_ray or now - self._looked < _GROWTH:
             return
         self._looked = now
-        known = len(self._actors)
-        self._add(max(0, self._fitting() - known))
-        for actor in self._actors[known:]:
+        before = len(self._actors)
+        self._add(max(0, self._fitting() - before))
+        for actor in self._actors[before:]:
             self._revive(actor, now)
 
     def _check_enough(self, count: int) -> None:
