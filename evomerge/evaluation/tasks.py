@@ -411,7 +411,7 @@ def _is_pattern(name: str) -> bool:
 
 
 def _matches(place: Path, name: str) -> list[Path]:
-    """The files of a name or pattern in a folder, sorted. A file whose name is the very pattern comes first and alone."""
+    """The files of a name or pattern in a folder, sorted. A file whose name is the pattern itself is the only match."""
     if (place / name).is_file():
         return [place / name]
     matched = glob.glob(name, root_dir=place, recursive=True) if _is_pattern(name) else []

@@ -1,4 +1,4 @@
-"""A pool of one worker in this process: no Ray, no other process; for small searches, tests and scoring by hand."""
+"""A pool with one worker in this process, without Ray: for small searches, tests and scoring by hand."""
 
 from collections import deque
 from collections.abc import Callable
@@ -10,9 +10,12 @@ from evomerge.workers import Evaluator, Job, Listener, evaluate_guarded, unheard
 
 
 def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "LocalPool":
-    """The pool that a config asks for. Raises InputError where an address asks for a cluster as well.
+    """A pool with one worker.
 
-    Ray's own RAY_ADDRESS does not count: Ray sets it for every job, and a job may hold a search of one worker.
+    make_worker: makes the worker.
+    address: a cluster's; it must be empty. RAY_ADDRESS may be set, since Ray sets it for every job, and a job may be a
+        search with one worker.
+    Raises InputError where an address is given.
     """
     if address:
         raise InputError(
@@ -23,9 +26,10 @@ def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: s
 
 
 class LocalPool:
-    """Evaluates jobs one after the other when they are waited for."""
+    """A pool that evaluates its jobs one after the other, each when `wait` is called. See `WorkerPool`."""
 
     def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
+        """make_worker: makes the worker; it is called once, here."""
         self._worker = make_worker()
         self._jobs: deque[Job] = deque()
         self.listener: Listener = unheard
