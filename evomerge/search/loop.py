@@ -1,7 +1,7 @@
-"""The search: controls first, then ask, dispatch, tell, record, and held-out scores at the end.
+"""The search loop: controls first, then ask, dispatch, record and tell, and held-out scores at the end.
 
-There is no special code for resuming: the loop runs from the start, and a candidate that the archive already holds is
-answered from there, once its genome has been compared.
+Resuming needs no code of its own. The loop runs from the start, and a candidate that the archive already holds gets its
+evaluation from there, once its genome has been compared.
 """
 
 from collections import deque
@@ -36,7 +36,7 @@ from evomerge.workers import Job, Listener, WorkerPool
 
 
 def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
-    """A sentence for each metric on which all controls score the same: a search cannot tell candidates apart by it."""
+    """A sentence for each metric on which all controls score the same, so that it may tell no candidates apart."""
     all_scores = [evaluation.scores for evaluation in controls if evaluation.scores is not None]
     for metric in config.measured:
         values = {scores[metric.name] for scores in all_scores}
@@ -48,23 +48,28 @@ def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) ->
 
 
 class Schedule(Protocol):
-    """A source of jobs that waits for the evaluations of those it has handed out."""
+    """A source of jobs, which receives the evaluation of every job that it has handed out."""
 
     def next(self) -> Job | None:
         """The next job, or None while there is none to hand out."""
         ...
 
     def arrival(self) -> Arrival | None:
-        """What is recorded with the next evaluation that is received, where the order of receiving them counts."""
+        """What is recorded with the next evaluation that arrives; None where the order of arrival does not count."""
         ...
 
-    def receive(self, job: Job, evaluation: Evaluation) -> None: ...
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Takes the evaluation of a job that it has handed out."""
+        ...
 
 
 class FixedList:
-    """A fixed list of candidates, on one split."""
+    """A schedule of fixed candidates on one split. See `Schedule`."""
 
     def __init__(self, candidates: Sequence[Candidate], split: Split = "search") -> None:
+        """candidates: in the order in which their jobs are handed out.
+        split: the split that they are scored on.
+        """
         self._candidates = candidates
         self._queue = deque(Job(candidate, split) for candidate in candidates)
         self._received: dict[str, Evaluation] = {}
@@ -80,13 +85,20 @@ class FixedList:
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
-        """By candidate, in the order of the list: who finished first must not show."""
+        """The evaluations by id, in the order of the candidates, whichever finished first."""
         return {candidate.id: self._received[candidate.id] for candidate in self._candidates}
 
 
 @dataclass
 class Search:
-    """One search over a pool of workers, recorded in an archive."""
+    """A search, run by a pool of workers and recorded in an archive.
+
+    config: the search's, resolved.
+    space: what genomes are decoded by.
+    archive: where evaluations are recorded.
+    pool: the workers.
+    listener: is told what happens.
+    """
 
     config: SearchConfig
     space: SearchSpace
@@ -95,7 +107,11 @@ class Search:
     listener: Listener
 
     def run(self) -> None:
-        """Runs or resumes to the end of the budget. Interrupted anywhere, it goes on from the archive."""
+        """Runs the search until its budget is spent. Where it was interrupted, it goes on from the archive.
+
+        Raises WorkFailed where no control could be evaluated, where a constraint has no parent to compare with, and
+        where the archive does not fit the search.
+        """
         self.pool.listener = self.archive.listener = self.listener
         essential = FixedList(essential_controls(self.config))
         self._drain([essential])
@@ -111,7 +127,10 @@ class Search:
         return Results(self.archive, self.config)
 
     def _proposals(self, essential: FixedList) -> Schedule:
-        """The optimizer, started at the best essential control (or where the space says)."""
+        """The schedule of the optimizer, which starts at the best essential control, or where the config says.
+
+        essential: the essential controls, evaluated.
+        """
         criteria = self._results.criteria()
         scores = criteria.told(list(essential.evaluations.values()))
         ranking = Ranking(criteria.weights, elite=self.config.optimizer.ranking == "elite")
@@ -146,8 +165,10 @@ class Search:
         return schedule
 
     def _drain(self, schedules: Sequence[Schedule]) -> None:
-        """Evaluates all that the schedules hand out, the first ones first. Two jobs per worker and one more are
-        kept in the pool, so that no worker waits for the archive."""
+        """Evaluates all jobs that the schedules hand out. Jobs of an earlier schedule go first.
+
+        Two jobs per worker and one more are kept in the pool, so that no worker waits for the archive.
+        """
         owners: dict[tuple[str, Study], Schedule] = {}
         while True:
             while len(owners) <= 2 * self.pool.size:
@@ -178,8 +199,7 @@ class Search:
         return None, None
 
     def _check_replay(self, job: Job, record: Record) -> None:
-        """Raises WorkFailed where the archive holds another genome than the optimizer now proposes, or its scores on
-        another subset."""
+        """Raises WorkFailed where a record of the archive has another genome or another subset than the job."""
         candidate = job.candidate
         same = candidate.genome == record.candidate.genome and job.subset == record.evaluation.subset
         if candidate.kind == "search" and not same:
