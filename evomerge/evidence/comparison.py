@@ -1,5 +1,5 @@
-"""Evidence: what held-out items say of a candidate beside the best parent and the best control, and what it keeps of
-each parent. From the archive to plain values for JSON and tables.
+"""Evidence: how a candidate compares with the best parent and the best control on held-out items, and what it keeps of
+each parent. The functions turn an archive into plain values for JSON and tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,12 @@ SIGNIFICANT = 0.05
 class TaskComparison:
     """Two candidates on the items of one objective.
 
-    difference: of the mean scores; positive where the first is better.
-    interval: 95 % of it.
-    p_value: that there is no difference.
+    difference: of the mean scores; positive where the first candidate is better.
+    interval: the 95 % interval of the difference.
+    p_value: of the hypothesis that there is no difference, two-sided.
     test: `mcnemar` for right and wrong answers, else `sign_flip`.
-    won, lost: on how many items the first is better, and worse.
+    won: on how many items the first candidate is better.
+    lost: on how many items it is worse.
     """
 
     difference: float
@@ -44,18 +45,18 @@ class TaskComparison:
 class Comparison:
     """A candidate beside a rival on held-out items.
 
-    role: what the rival is.
-    rival: its id.
+    role: what the rival is: `best parent`, `best control` or both.
+    rival: the rival's id.
     difference: of the weighted means; positive where the candidate is better.
-    interval: 95 % of it.
-    p_value: that there is no difference.
-    corrected: the same for the best of all candidates that were looked at.
-    looked_at: how many these are.
+    interval: the 95 % interval of the difference.
+    p_value: of the hypothesis that there is no difference, two-sided.
+    corrected: the p-value, corrected for all candidates that were compared with the rival.
+    looked_at: how many candidates were compared with the rival.
     distinguishable: whether the candidate is better beyond chance.
     verdict: `better`, `not distinguishable` or `worse`.
     of: what the mean is called.
-    objectives: the comparison on each objective whose items are known one by one.
-    untested: the objectives that are left out, since their items are not.
+    objectives: by objective, the comparison on it, where its items have outcomes of their own.
+    untested: the objectives that are left out, since their items have none.
     """
 
     role: str
@@ -76,11 +77,12 @@ class Comparison:
 class Kept:
     """What a candidate keeps of a parent.
 
-    parent: its name in the search file.
-    metric: what the parent does best.
+    parent: the parent's name in the search file.
+    metric: the metric on which the parent is best.
     items: the split on which both were scored.
-    parent_score, score: of the parent and of the candidate.
-    kept: the share; None where a share means nothing.
+    parent_score: the parent's score.
+    score: the candidate's score.
+    kept: the share of the parent's score that the candidate keeps; None where scores of 0 or below make it meaningless.
     """
 
     parent: str
@@ -92,10 +94,14 @@ class Kept:
 
 
 def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Comparison]]:
-    """By candidate, how it compares with the best parent and the best control on held-out items, as far as known.
+    """How candidates compare with the best parent and the best control on held-out items, by candidate.
 
-    The rivals are the best there, which favors them. p-values are corrected for every candidate of the search that has
-    held-out scores, since any of these could have been the one to be shown.
+    A candidate's list is empty where it has no held-out scores. The rivals are chosen by their held-out scores, which
+    favors them. p-values are corrected for every candidate of the search that has held-out scores, since any of these
+    candidates might have been shown.
+
+    results: the search's.
+    candidates: ids.
     """
     comparisons: dict[str, list[Comparison]] = {name: [] for name in candidates}
     criteria = results.criteria("heldout")
@@ -139,7 +145,8 @@ def _verdict(difference: float, p_value: float) -> str:
 
 
 def rivals(results: Results) -> list[tuple[str, Record]]:
-    """The best parent, and the best control that keeps to the constraints, on held-out items; each named once."""
+    """The role and the record of the best parent, and of the best control that keeps to the constraints, on held-out
+    items. Where both are the same candidate, there is only one entry."""
     controls = [record for record in results.archive.records("heldout") if record.candidate.kind == "control"]
     parents = [record for record in controls if family(record.candidate) == PARENT]
     criteria = results.criteria("heldout")
@@ -154,7 +161,14 @@ def rivals(results: Results) -> list[tuple[str, Record]]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The items of two candidates on the objectives where these are known one by one, with a weight above 0 in all."""
+    """Two candidates on the objectives whose items have outcomes of their own.
+
+    mine: the first candidate's record.
+    theirs: the second candidate's.
+    config: the search's.
+    criteria: those of the records' split.
+    outcomes: the outcomes of both candidates by objective, shape (items,) each.
+    """
 
     mine: Record
     theirs: Record
@@ -164,6 +178,7 @@ class _Pair:
 
     @classmethod
     def of(cls, mine: Record, theirs: Record, config: SearchConfig, criteria: Criteria) -> "_Pair | None":
+        """The pair; None where no objective with a weight has such outcomes."""
         outcomes = {
             objective: pair
             for objective in config.objectives
@@ -177,12 +192,12 @@ class _Pair:
 
     @property
     def differences(self) -> dict[ObjectiveConfig, Floats]:
-        """By objective, what each item gains; shape (items,), larger is better."""
+        """The first candidate's lead on each item, by objective; shape (items,), larger is better."""
         return {objective: sign_of(objective) * (own - other) for objective, (own, other) in self.outcomes.items()}
 
     @property
     def gains(self) -> list[Floats]:
-        """By objective, what each item gains on the scale of the mean; shape (items,)."""
+        """The first candidate's lead on each item on the scale of the mean, per objective; shape (items,)."""
         scales = self.criteria.scales
         return [
             differences / scales[objective.name].unit if objective.name in scales else differences
@@ -195,14 +210,14 @@ class _Pair:
 
     @property
     def p_value(self) -> float:
-        """Of the difference of the weighted means."""
+        """The p-value of the difference of the weighted means."""
         if len(self.outcomes) == 1:
             return self._task_p_value(next(iter(self.outcomes)))[1]
         return sign_flip(self.gains, self.weights, self._random("flips"))
 
     @property
     def difference(self) -> float:
-        """Of the weighted means."""
+        """The difference of the weighted means."""
         return weighted_difference(self.gains, self.weights)
 
     @property
@@ -237,7 +252,7 @@ class _Pair:
         )
 
     def _task_p_value(self, objective: ObjectiveConfig) -> tuple[str, float]:
-        """Which test fits the outcomes of one task, and its p-value."""
+        """The test that fits the outcomes of an objective, and its p-value."""
         own, other = self.outcomes[objective]
         if np.isin(np.concatenate([own, other]), (0.0, 1.0)).all():
             return "mcnemar", mcnemar(own, other)
@@ -248,7 +263,7 @@ class _Pair:
 
 
 def _outcomes(mine: Record, theirs: Record, objective: ObjectiveConfig) -> tuple[Floats, Floats] | None:
-    """What became of each item, of one candidate and of another; None where the metric is no mean over items."""
+    """The outcomes of two candidates on each item of an objective, shape (items,) each; None where they have none."""
     own, other = (record.evaluation.outcomes.get(objective.name) for record in (mine, theirs))
     if own is None or other is None or own.count != other.count or own.count == 0:
         return None
@@ -256,10 +271,14 @@ def _outcomes(mine: Record, theirs: Record, objective: ObjectiveConfig) -> tuple
 
 
 def retention(results: Results, candidate: str) -> list[Kept]:
-    """For each parent, how much a candidate keeps of what that parent does best, on held-out items where known.
+    """How much a candidate keeps of each parent's best metric. Held-out scores count, or search scores while the
+    candidate has no held-out scores.
 
-    That is the metric on which it leads the base by most on search items, relative to the largest score of base and
-    parents there; of a parent that leads on none, the one on which it comes closest to that score.
+    A parent's best metric is the one on which it leads the base by most on search items, relative to the largest score
+    of base and parents there. Where a parent leads on no metric, it is the one on which it comes closest to that score.
+
+    results: the search's.
+    candidate: the candidate's id.
     """
     archive = results.archive
     split: Split = "heldout" if archive.find(candidate, "heldout") is not None else "search"
@@ -297,7 +316,7 @@ def _own_best(results: Results, parent: str) -> ObjectiveConfig | None:
 
 
 def phrase(compared: Comparison) -> str:
-    """A comparison in a line."""
+    """A comparison in one line: the difference, its interval and its p-value."""
     low, high = compared.interval
     least = "< 0.001" if compared.corrected < 0.001 else f"{compared.corrected:.3f}"
     candidates = f" corrected for {compared.looked_at} candidates" if compared.looked_at > 1 else ""
@@ -309,7 +328,7 @@ def phrase(compared: Comparison) -> str:
 
 
 def sentence(compared: Comparison) -> str:
-    """The verdict on a candidate beside a rival, with the comparison: `better than ...`, `worse than ...`, `not
-    distinguishable from ...`."""
+    """The verdict of a comparison with its figures: `better than ...`, `worse than ...` or `not distinguishable from
+    ...`."""
     joint = "from" if compared.verdict == "not distinguishable" else "than"
     return f"{compared.verdict} {joint} {compared.rival} on held-out items: {phrase(compared)}"
