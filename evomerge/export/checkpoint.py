@@ -1,4 +1,4 @@
-"""A recipe's merge as a checkpoint, kept only where its fingerprint is the one that was scored."""
+"""Writes a recipe's merge as a checkpoint, and keeps it only where its fingerprint is the one that was scored."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +27,20 @@ def merge(
     card: bool = True,
     warn: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, bool]:
-    """Writes a recipe's checkpoint. Returns its fingerprint and whether the recipe recorded the same one.
+    """Writes a recipe's checkpoint. Returns its fingerprint, and whether the recipe recorded the same fingerprint.
 
-    shard_size: of a file of weights, as in 5GB (bytes) or 5B (parameters). warn: is told what the user should know.
-    Raises WorkFailed, leaving nothing, where the recipe records another fingerprint than the merge has.
+    False means that the recipe recorded none.
+
+    recipe: the merge's.
+    out: the folder to write; it must not hold anything yet.
+    where: the recipe's file, for messages.
+    device: where the merge is computed.
+    shard_size: the largest size of a file of weights, as in 5GB (bytes) or 5B (parameters).
+    tokenizer: whether the tokenizer is written too.
+    card: whether a model card is written too.
+    warn: is told what the user should know.
+    Raises InputError for a recipe or folder that cannot be used, and WorkFailed, leaving nothing, where the recipe
+    records another fingerprint than the merge has.
     """
     import torch
 
@@ -71,7 +81,7 @@ def merge(
 
 
 def _licenses(models: Models, aliases: Mapping[str, str]) -> dict[str, str | None]:
-    """What the card of each parent states, by the name that the merge's card calls it."""
+    """The license that the card of each parent states, by the parent's name on the merge's card."""
     return {aliases.get(reference, reference): stated_license(model.folders) for reference, model in models.items()}
 
 

@@ -1,4 +1,4 @@
-"""Which candidate is exported, and what its user should know before shipping it."""
+"""Chooses the candidate to export, and says what its user should know before sharing it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +14,13 @@ from evomerge.search.results import Results, all_failed, none_feasible
 
 
 def choose(results: Results, candidate: str | None, prefer: Sequence[str]) -> Record:
-    """The record to export: by id, by preference over the front, or the best found.
+    """The record to export: by id, by preferences over the front, or by default the best.
 
-    Raises WorkFailed where no candidate keeps to the search's constraints.
+    results: the search's.
+    candidate: the id of the candidate; None to choose by preferences or the best.
+    prefer: weights of objectives, as OBJECTIVE=WEIGHT; empty for the best.
+    Raises InputError for an id or preferences that cannot be used, and WorkFailed where all candidates failed or none
+    keeps to the constraints.
     """
     records = results.archive.records()
     if candidate is not None and prefer:
@@ -80,8 +84,13 @@ def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float
 
 
 def warnings(record: Record, results: Results) -> list[str]:
-    """What a user should know before shipping a candidate: a control that is as good on what has been measured, or from
-    which held-out items do not tell it apart."""
+    """What a user should know before sharing a candidate, as sentences.
+
+    They name controls that score as high as the candidate, and rivals from which held-out items do not tell it apart.
+
+    record: the candidate's.
+    results: the search's.
+    """
     sentences = []
     if record.candidate.kind == "control":
         what = (
