@@ -21,7 +21,12 @@ LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
-    """A run directory with its archive in memory."""
+    """A run directory, opened.
+
+    directory: the run directory.
+    prepared: its search.
+    archive: its archive.
+    """
 
     directory: Path
     prepared: Prepared
@@ -29,6 +34,7 @@ class OpenRun:
 
     @property
     def config(self) -> SearchConfig:
+        """The search's config, resolved."""
         return self.prepared.config
 
     @property
@@ -65,7 +71,7 @@ class _Journal:
     def _write_best(self) -> None:
         best = self._run.results.best()
         if best is None:
-            (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search can have moved the choice
+            (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search may have changed the choice
             return
         recipe = shared_recipe(best, self._run.results, self._run.prepared.models)
         write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
@@ -79,7 +85,7 @@ def _end_line(log: Path) -> None:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """An event's fields as JSON takes them."""
+    """An event's fields as values that JSON can hold."""
     if "candidate" not in fields:
         return fields
     evaluation = fields["evaluation"]
