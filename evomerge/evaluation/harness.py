@@ -177,7 +177,9 @@ class _PreparedSplit:
             raise InputError(
                 f"evaluation.prefix_sharing is 'mask', which this model does not take ({cause(error)}); use 'none'."
             ) from None
-        difference = max(abs(one.log_likelihood - two.log_likelihood) for one, two in zip(packed, full, strict=True))
+        difference = max(
+            abs(mine.log_likelihood - other.log_likelihood) for mine, other in zip(packed, full, strict=True)
+        )
         longest = max(len(request.continuation) for request in both[1].requests)
         if not difference <= tolerance(model.dtype) * longest:
             raise InputError(
@@ -279,8 +281,8 @@ class _Batches:
         return self.requests.truncated + self.texts.truncated
 
     def run(self, model: Any, writer: Writer) -> dict[int, list[Response]]:
-        """Puts all responses where lm-eval looks for them. Returns those to log-likelihood requests, by the `id()` of
-        the instance."""
+        """Puts all responses where lm-eval looks for them. Returns the responses to log-likelihood requests, by
+        the `id()` of the instance."""
         responses = iter(self.requests.run(model))
         answers = {}
         for instance, span in zip(self.likelihoods, self._spans, strict=True):

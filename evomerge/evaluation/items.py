@@ -77,13 +77,14 @@ class Division:
     def of(self, task: Any, split: Split) -> list[int]:
         """The numbers of the documents that a split of a task holds, ascending.
 
-        They count the documents of one of lm-eval's splits. Where the task has both (`both_splits`), this is the
-        validation split for search and selection, and the test split for held-out items.
+        task: lm-eval's.
+        split: which of our splits. Where the task has both of lm-eval's (`both_splits`), search and selection count the
+            documents of the validation split, and heldout those of the test split.
         """
         return self._chosen[split][task]
 
     def items(self, task: Any, split: Split) -> list[Item]:
-        """The rendered items of a split of a task, in the order of `of`."""
+        """The rendered items of a split of a task, in the order of `of`, which takes the same parameters."""
         return self._divisions[task].items(self._chosen[split][task], split)
 
     def digests(self, *splits: Split) -> Digests:

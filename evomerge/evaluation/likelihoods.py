@@ -246,7 +246,11 @@ def _score(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def read_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """The logits at a batch's reads, shape (reads, vocabulary)."""
+    """The logits at a batch's reads, shape (reads, vocabulary).
+
+    model: a causal model of transformers.
+    batch: the rows that it runs.
+    """
     with _head_reads(model, batch.reads):
         logits: torch.Tensor = model(**batch.inputs(model)).logits
     if logits.shape[:2] == (1, len(batch.reads)):  # only the reads, or a single row of which every column is read

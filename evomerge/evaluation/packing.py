@@ -78,12 +78,12 @@ def pack(rows: Sequence[Tokens]) -> Iterator[PackedRow]:
         yield PackedRow(tuple(together), shared)
 
 
-def _common(one: Tokens, other: Tokens) -> int:
+def _common(row: Tokens, other: Tokens) -> int:
     """How many tokens two rows share at their beginning."""
-    for place, (first, second) in enumerate(zip(one, other, strict=False)):
+    for place, (first, second) in enumerate(zip(row, other, strict=False)):
         if first != second:
             return place
-    return min(len(one), len(other))
+    return min(len(row), len(other))
 
 
 def attention(config: Any, segments: torch.Tensor, positions: torch.Tensor) -> Any:

@@ -36,7 +36,9 @@ def takes_packed_rows(folder: Path) -> bool:
             alone = PreparedRequests(requests, 8, 32, device).run(model)
     except Exception:  # architectures refuse the mask, or such small sizes, with all kinds of exceptions
         return False
-    return all(abs(one.log_likelihood - two.log_likelihood) < 1e-3 for one, two in zip(packed, alone, strict=True))
+    return all(
+        abs(mine.log_likelihood - other.log_likelihood) < 1e-3 for mine, other in zip(packed, alone, strict=True)
+    )
 
 
 _TINY = {

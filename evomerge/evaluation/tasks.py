@@ -166,7 +166,7 @@ def _members(
     config: TasksConfig,
     within: tuple[str, ...],
 ) -> Iterator[TaskFile]:
-    """The tasks of a group, those of the groups and tags in it included.
+    """The tasks of a group. They include the tasks of groups and tags within it.
 
     content: the group's file as a mapping.
     path: the file.
@@ -273,8 +273,8 @@ def _scan(file: Path) -> tuple[Mapping[str, str], tuple[str, ...]]:
     names = {key.decode(): value.decode(errors="replace") for key, value in _NAME.findall(text)}
     tags = tuple(
         line.strip(" -\"'")
-        for one, several in _TAG.findall(text)
-        for line in (one or several).decode(errors="replace").splitlines()
+        for single, several in _TAG.findall(text)
+        for line in (single or several).decode(errors="replace").splitlines()
     )
     included = names.pop("include", None)
     if included is None:

@@ -44,6 +44,7 @@ class AsyncSchedule:
     _queue: dict[str, tuple[int, Candidate]] = field(init=False, default_factory=dict)
 
     def next(self) -> Job | None:
+        """The next job, for which the optimizer is asked if need be; None once the budget is spent."""
         while not self._queue and self._created < self.config.budget and not self._exhausted:
             self._ask()
         identity = next(iter(self._queue), None)
@@ -61,9 +62,11 @@ class AsyncSchedule:
         self._asked += 1
 
     def arrival(self) -> Arrival:
+        """The number of the next evaluation to arrive, and how many asks came before it."""
         return Arrival(self._arrived, self._asked)
 
     def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Tells the optimizer the evaluation of a job at once."""
         self.optimizer.tell(np.array(job.candidate.genome)[np.newaxis], self.told([evaluation]))
         self._arrived += 1
 

@@ -72,7 +72,7 @@ def further_controls(config: SearchConfig, space: SearchSpace) -> list[Candidate
 
 
 def count_controls(config: SearchConfig) -> int:
-    """How many controls a search has; none is made for this."""
+    """How many controls a search has, without making them."""
     asked = config.controls
     one_knob = len(_WEIGHTS) + 2 * len(_TIES_WEIGHTS) * len(_DENSITIES) if asked.one_knob else 0
     per_model = len(_levels(config)) ** len(config.models) if asked.per_model else 0

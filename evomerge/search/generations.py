@@ -89,6 +89,7 @@ class Generations:
     _queue: deque[Job] = field(init=False, default_factory=deque)
 
     def next(self) -> Job | None:
+        """The next job; None while jobs that run must finish first, and once the budget is spent."""
         self._advance()
         return self._queue.popleft() if self._queue else None
 
@@ -151,9 +152,10 @@ class Generations:
         self._told += 1
 
     def arrival(self) -> None:
-        return None
+        """None, since the order of arrival does not count."""
 
     def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Keeps the evaluation of a job until its generation is settled or told."""
         generation = self._open[job.candidate.generation]
         kept = generation.evaluations if job.subset is None else generation.screened
         kept[job.candidate.index] = evaluation

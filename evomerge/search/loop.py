@@ -64,7 +64,7 @@ class Schedule(Protocol):
 
 
 class FixedList:
-    """A schedule of fixed candidates on one split. See `Schedule`."""
+    """A schedule that hands out given candidates on one split. See `Schedule`."""
 
     def __init__(self, candidates: Sequence[Candidate], split: Split = "search") -> None:
         """candidates: in the order in which their jobs are handed out.
@@ -75,12 +75,14 @@ class FixedList:
         self._received: dict[str, Evaluation] = {}
 
     def next(self) -> Job | None:
+        """The job of the next candidate; None after the last."""
         return self._queue.popleft() if self._queue else None
 
     def arrival(self) -> None:
-        return None
+        """None, since the order of arrival does not count."""
 
     def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Keeps the evaluation of a job."""
         self._received[job.candidate.id] = evaluation
 
     @property

@@ -117,8 +117,8 @@ class Subsets:
         return replace(evaluation, scores=scores)
 
     def _worth_all(self, estimates: Sequence[Evaluation]) -> set[int]:
-        """The numbers of the estimates that would beat the best candidate, and as far as `_FRONT_SHARE` allows of those
-        that would be on the front."""
+        """The numbers of the estimates that would beat the best candidate. Estimates that would be on the front are
+        among them as far as `_FRONT_SHARE` allows."""
         rows = self._criteria.eligible([*self._evaluated, *estimates])
         earlier, means = np.split(weighted_means(rows, self._criteria.weights), [len(self._evaluated)])
         best, on_front = earlier.max(), front_mask(rows)[len(self._evaluated) :]

@@ -36,14 +36,18 @@ class LocalPool:
 
     @property
     def size(self) -> int:
+        """1, since its jobs run one after the other."""
         return 1
 
     def submit(self, job: Job) -> None:
+        """Takes a job, which runs in a later call of `wait`."""
         self._jobs.append(job)
 
     def wait(self) -> tuple[Job, Evaluation]:
+        """The job that was submitted first, and its evaluation, which is made here."""
         job = self._jobs.popleft()
         return job, evaluate_guarded(self._worker, job.candidate.recipe, job.split, job.subset)
 
     def close(self) -> None:
+        """Drops all jobs that have not run."""
         self._jobs.clear()

@@ -253,9 +253,11 @@ class RayPool:
 
     @property
     def size(self) -> int:
+        """How many actors there are, without those that are gone or have not joined yet; at least 1."""
         return max(1, len(self._actors) - len(self._reviving) - len(self._resting))
 
     def submit(self, job: Job) -> None:
+        """Takes a job, which goes to the next free actor."""
         self._waiting.append((job, 0))
         self._dispatch()
 
@@ -280,6 +282,10 @@ class RayPool:
         return errors.ObjectStoreFullError, errors.OutOfDiskError
 
     def wait(self) -> tuple[Job, Evaluation]:
+        """The next job to finish, and its evaluation. While it waits, lost actors are revived and new actors join.
+
+        Raises WorkFailed where all actors have been gone for too long, or the cluster has no room for results.
+        """
         while True:
             self._grow()
             self._wake()
