@@ -1,1 +1,3 @@
-"""Scoring the resident model: lm-eval's tasks behind `harness`, frozen batches in `prepared`."""
+"""Scoring the resident model: lm-eval's tasks in `harness`, their requests as frozen batches in `likelihoods` and
+`generation`.
+"""

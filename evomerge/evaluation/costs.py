@@ -1,4 +1,4 @@
-"""What a candidate costs, as objectives measure it: functions of the model in memory and of the seconds that its
+"""Costs of a candidate that can be objectives. Each is a function of the model in memory and of the seconds that the
 evaluation took.
 
 To add one: write a function here and add a row to `COSTS` in the config.
@@ -13,10 +13,10 @@ def layers(model: Any, _seconds: float) -> float:
 
 
 def parameters(model: Any, _seconds: float) -> float:
-    """How many numbers the model's weights are."""
+    """How many numbers the model's weights hold in all."""
     return float(sum(tensor.numel() for tensor in model.parameters()))
 
 
 def seconds(_model: Any, seconds: float) -> float:
-    """How long the evaluation took on the machine at hand."""
+    """How many seconds the evaluation took on this machine."""
     return seconds

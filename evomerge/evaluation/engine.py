@@ -1,11 +1,12 @@
 """A resident vLLM engine in an environment of its own, which writes texts with the weights of the worker's model.
 
-vLLM asks for other versions of torch and transformers, so it runs in a process of another interpreter. That process and
-the worker share a piece of memory (nameless, so that nothing of it outlives them): the worker copies each candidate's
-weights there, and the engine puts them in the place of the last ones. What they say to each other is JSON over pipes.
+vLLM needs other versions of torch and transformers, so it runs in a process of another interpreter. That process and
+the worker share a piece of memory. It has no name, so that it is freed when both have ended. The worker copies each
+candidate's weights there, and the engine loads them in place of the previous weights. Requests and answers are JSON
+over pipes.
 
-The engine is not believed: with every candidate, the worker's own model scores the least likely of the texts, which
-tells most of the weights, and must find the log-likelihood that the engine reports.
+The engine's results are checked. For every candidate, the worker's own model scores the least likely of the texts,
+since that text depends most on the weights, and must compute the log-likelihood that the engine reports.
 """
 
 import contextlib
@@ -33,16 +34,20 @@ _KEY = "evaluation.vllm"
 
 
 def check_interpreter(python: str) -> None:
-    """Raises InputError where there is no interpreter with vLLM."""
+    """Checks that an interpreter can be run and has vLLM.
+
+    python: the interpreter's path.
+    Raises InputError where it cannot be run or has no vLLM.
+    """
     try:
-        found = subprocess.run([*_command(python), "--check"], capture_output=True, timeout=60, check=False)
+        outcome = subprocess.run([*_command(python), "--check"], capture_output=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = getattr(error, "strerror", None) or "it does not answer"
         raise InputError(
             f"{_KEY}.python is {python}, which cannot be run ({reason}); name the interpreter of an environment that "
             "has vLLM, such as vllm_env/bin/python."
         ) from None
-    if found.returncode != 0:
+    if outcome.returncode != 0:
         raise InputError(f"{_KEY}.python is {python}, whose environment has no vLLM; install it there.")
 
 
@@ -51,19 +56,28 @@ def _command(python: str) -> list[str]:
 
 
 class Engine:
-    """vLLM for one resident model, of which `weights` are the parameters by the names of checkpoints."""
+    """A vLLM engine that writes texts with the weights of one resident model."""
 
     def __init__(
         self, evaluation: EvaluationConfig, folder: Path, model: Any, weights: Mapping[str, torch.Tensor]
     ) -> None:
-        """folder: with the model's config and tokenizer."""
+        """Takes the model; `start` starts the engine.
+
+        evaluation: the settings of the evaluation, those of vLLM among them.
+        folder: the folder with the model's config and tokenizer.
+        model: the resident model.
+        weights: the model's parameters, by the names that they have in checkpoints.
+        """
         self._evaluation, self._folder, self._model, self._weights = evaluation, folder, model, weights
         self._length = 0
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, batches: Sequence[GenerationBatch]) -> None:
-        """Starts the engine for the batches of all splits, and has it write a first text. Raises InputError where it
-        cannot be started, or does not compute what the model computes."""
+        """Starts the engine and has it write the texts of the first batch, as a check.
+
+        batches: the texts to be written for all splits; the longest of them sets the engine's context.
+        Raises InputError where the engine cannot be started, or does not compute what the model computes.
+        """
         self._length = max(batch.ids.shape[1] + batch.fresh for batch in batches)
         file, tensors = self._share()
         self._launch(file)
@@ -77,10 +91,10 @@ class Engine:
             os.close(file)
 
     def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
-        """The texts of batches, by the model's present weights; see `generation.Writer`.
+        """The texts of batches, written with the model's present weights; see `generation.Writer`.
 
-        Raises CandidateFailed where a log-likelihood is no number or not the model's, and WorkerPoisoned where the
-        engine is gone.
+        Raises CandidateFailed where a log-likelihood is not a number or differs from the model's, and WorkerPoisoned
+        where the engine has ended.
         """
         for name, parameter in self._weights.items():
             self._shared[name].copy_(parameter.detach())
@@ -102,7 +116,7 @@ class Engine:
         }
 
     def _compare(self, prompts: Sequence[Mapping[str, Any]], texts: Sequence[Mapping[str, Any]]) -> None:
-        """Raises CandidateFailed where the model gives the least likely text another log-likelihood than the engine."""
+        """Raises CandidateFailed where model and engine give the least likely text different log-likelihoods."""
         if any(math.isnan(text["log_likelihood"]) for text in texts):
             raise CandidateFailed("a log-likelihood of a written text is not a number")
         prompt, text = min(zip(prompts, texts, strict=True), key=lambda pair: pair[1]["log_likelihood"])
@@ -158,7 +172,7 @@ class Engine:
         weakref.finalize(self, _stop, self._process, self._log)
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
-        """The answer to a request. Raises WorkerPoisoned where there is none."""
+        """The engine's answer to a request. Raises WorkerPoisoned where it gives none."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -188,5 +202,5 @@ def _stop(process: "subprocess.Popen[str]", log: IO[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout, log):
         assert pipe is not None
-        with contextlib.suppress(OSError):  # something was left to be written, and nobody is there
+        with contextlib.suppress(OSError):  # closing writes what is left in the buffer, which nobody reads any more
             pipe.close()

@@ -1,6 +1,6 @@
-"""Few-shot examples: lm-eval draws them, but none is the same as an item that is held out, or as the one that is asked.
+"""Few-shot examples: lm-eval draws them, but never one that is the same as a held-out item or as the item asked.
 
-Where nothing is the same as anything else, the examples are lm-eval's own.
+Where no example is the same as any of these items, the examples are exactly those that lm-eval draws.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,13 @@ SEED = 1234
 
 
 def prepare(task: Any, division: Division, split: Split) -> None:
-    """Makes a task ready to build the requests of a split: which documents they are of, and which examples it draws."""
+    """Makes a task ready to build the requests of a split: sets the documents and the few-shot examples.
+
+    task: lm-eval's; it is changed in place.
+    division: says which items are held out.
+    split: the split whose requests will be built.
+    Raises InputError where too few examples are left.
+    """
     _leave_own_answer_out(task, split)
     if split != "heldout" and both_splits(task):
         task.test_docs = task.validation_docs
@@ -28,21 +34,25 @@ def prepare(task: Any, division: Division, split: Split) -> None:
 
 
 def shown(task: Any, division: Division) -> Digests:
-    """The digests of the examples that are shown with the items of search and selection. The task is good for nothing
-    else afterwards."""
+    """The digests of the few-shot examples that are shown with the items of search and selection.
+
+    task: lm-eval's; it is changed in place and cannot be used for anything else afterwards.
+    division: says which items each split holds.
+    Raises InputError where lm-eval cannot draw enough examples.
+    """
     count = task.config.num_fewshot
     if not count or not hasattr(task, "sampler"):
         return frozenset()
     prepare(task, division, "search")
     asked = {*division.of(task, "search"), *division.of(task, "selection")}
-    found: set[bytes] = set()
-    known = _by_document(task)
+    example_digests: set[bytes] = set()
+    digests = _by_document(task)
     for number, document in enumerate(task.eval_docs):
-        task.sampler.guard.own = known.get(document_digest(document), frozenset())
+        task.sampler.guard.own = digests.get(document_digest(document), frozenset())
         drawn = _drawn(task, count, document if _draws_evaluated(task) else None)
         if number in asked:
-            found.update(*(known[document_digest(example)] for example in drawn))
-    return frozenset(found)
+            example_digests.update(*(digests[document_digest(example)] for example in drawn))
+    return frozenset(example_digests)
 
 
 def _drawn(task: Any, count: int, document: Any) -> Sequence[Any]:
@@ -57,9 +67,10 @@ def _drawn(task: Any, count: int, document: Any) -> Sequence[Any]:
 
 
 def _leave_own_answer_out(task: Any, split: Split) -> None:
-    """Where an item's few-shot examples come from its own split, makes lm-eval leave the item itself out of them.
+    """Makes lm-eval leave an item out of its own few-shot examples, where these come from the item's own split.
 
-    lm-eval does so where the two names that it compares are equal, and elsewhere would show the answer.
+    lm-eval leaves the item out only where fewshot_split has the name of the test split. Elsewhere it would show the
+    answer.
     """
     config, fewshot = task.config, getattr(task, "fewshot_cfg", None)
     if fewshot is None or fewshot.samples is not None:
@@ -71,19 +82,19 @@ def _leave_own_answer_out(task: Any, split: Split) -> None:
 
 
 def _draws_evaluated(task: Any) -> bool:
-    """Whether lm-eval is told which document it must not draw."""
+    """Whether lm-eval draws from the evaluated split, so that it must be told which document not to draw."""
     return bool(task.fewshot_cfg.split == task.config.test_split)
 
 
 def _withhold(task: Any, division: Division) -> None:
-    """Takes what is held out or selected by from the examples that a task can draw."""
+    """Removes the items of heldout and selection from the examples that a task can draw."""
     if not examples_are_items(task):
         return
-    withheld, known = division.digests("heldout", "selection"), _by_document(task)
+    withheld, digests = division.digests("heldout", "selection"), _by_document(task)
     pool = task.sampler.df
-    kept = [document for document in pool if not known[document_digest(document)] & withheld]
+    kept = [document for document in pool if not digests[document_digest(document)] & withheld]
     if len(kept) < len(pool):
-        _check_enough(task, len(kept) - 1)  # one of them may be the item that is asked
+        _check_enough(task, len(kept) - 1)  # one of the documents kept may be the item that is asked
         task.sampler.replace_df(kept)
 
 
@@ -97,24 +108,25 @@ def _check_enough(task: Any, left: int) -> None:
 
 
 def _by_document(task: Any) -> Mapping[bytes, Digests]:
-    """The digests of all items of a task, by that of their document."""
+    """The digests of every item of a task, by the digest of its document."""
     sides: tuple[Side, ...] = ("validation", "test", "fewshot")
     return {item.document: item.digests for side in sides for item in items_of(task, side)}
 
 
 @dataclass
 class _Guard:
-    """Watches over what a task draws.
+    """Wraps a task's sampler, so that an item's examples are never the same as the item.
 
+    task: lm-eval's.
     own: the digests of the item that examples are drawn for.
     """
 
     task: Any
     own: Digests = frozenset()
-    _known: Mapping[bytes, Digests] = field(init=False)
+    _digests: Mapping[bytes, Digests] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._known = _by_document(self.task)
+        self._digests = _by_document(self.task)
         self._sample = self.task.sampler.sample
         self._context = self.task.fewshot_context
 
@@ -124,7 +136,7 @@ class _Guard:
         self.task.fewshot_context = self.context
 
     def context(self, doc: Any, *given: Any, **named: Any) -> Any:
-        self.own = self._known.get(document_digest(doc), frozenset())
+        self.own = self._digests.get(document_digest(doc), frozenset())
         return self._context(doc, *given, **named)
 
     def sample(self, n: int, *given: Any, **named: Any) -> Sequence[Any]:
@@ -141,4 +153,4 @@ class _Guard:
 
     def _other(self, document: Any) -> bool:
         digest = document_digest(document)
-        return not (self._known.get(digest, frozenset({digest})) & self.own)
+        return not (self._digests.get(digest, frozenset({digest})) & self.own)

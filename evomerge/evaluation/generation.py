@@ -1,6 +1,7 @@
-"""Texts to be written, in fixed batches: same arguments together, sorted by length, one seed for what is sampled.
+"""Texts to be written, in fixed batches: prompts with the same arguments together, sorted by length.
 
-A batch stops as soon as each of its texts has ended, by the model's end token or by a stop string of the task.
+Sampled texts are always drawn from the same seed. A batch stops as soon as each of its texts has ended, by the model's
+end token or by a stop string of the task.
 """
 
 import contextlib
@@ -18,7 +19,14 @@ SAMPLING_SEED = 1234
 
 @dataclass(frozen=True, slots=True)
 class GenerationBatch:
-    """members: instance numbers. ids and mask (members, length), padded on the left."""
+    """Prompts whose texts are written together.
+
+    members: the number of each prompt's instance.
+    ids: the tokens of the prompts, shape (members, length), padded on the left.
+    mask: 1 for tokens and 0 for padding, shape (members, length).
+    stop: the strings at which a text ends.
+    arguments: the arguments of generation, `max_length` among them: tokens of prompt and text together.
+    """
 
     members: tuple[int, ...]
     ids: torch.Tensor
@@ -33,7 +41,7 @@ class GenerationBatch:
 
     @property
     def fresh(self) -> int:
-        """How many tokens a text may have."""
+        """How many new tokens a text may have."""
         return int(self.arguments["max_length"]) - self.ids.shape[1]
 
 
@@ -41,13 +49,14 @@ class Writer(Protocol):
     """Writes texts with the resident model's weights."""
 
     def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
-        """For each batch, the tokens of its texts without their prompts; the same each time for the same weights."""
+        """For each batch, the tokens of its texts without their prompts. The same weights write the same texts."""
 
 
 class TransformersWriter:
-    """The resident model itself."""
+    """A writer that uses the resident model itself."""
 
     def __init__(self, lm: Any) -> None:
+        """lm: lm-eval's model, which holds the resident one."""
         self._lm = lm
 
     def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
@@ -62,10 +71,20 @@ class TransformersWriter:
 
 
 class GenerationPlan:
-    """generate_until requests in fixed batches: same arguments together, sorted by length. truncated: how many prompts
-    lost their beginning."""
+    """generate_until requests in fixed batches: prompts with the same arguments together, sorted by length.
+
+    batches: the batches, in the order in which they are written.
+    truncated: how many prompts lost their beginning, since they do not fit the model's context.
+    """
 
     def __init__(self, lm: Any, instances: Sequence[Any], batch_size: int) -> None:
+        """Tokenizes the prompts and divides them into batches.
+
+        lm: lm-eval's model, which holds the resident one.
+        instances: lm-eval's requests.
+        batch_size: how many prompts a batch may have.
+        Raises InputError where a task asks for more new tokens than the model's context holds.
+        """
         self._lm, self._instances, self._batch_size = lm, instances, batch_size
         groups: dict[str, list[int]] = defaultdict(list)
         for number, instance in enumerate(instances):
@@ -74,7 +93,7 @@ class GenerationPlan:
         self.batches = [batch for members in groups.values() for batch in self._group(members)]
 
     def _group(self, members: Sequence[int]) -> Iterator[GenerationBatch]:
-        """The batches of instances that have the same arguments."""
+        """The batches of instances, given by their numbers, that all have the same arguments."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         first = self._instances[members[0]]
@@ -90,7 +109,7 @@ class GenerationPlan:
             )
         lengths = {number: len(self._lm.tok_encode(self._instances[number].args[0])) for number in members}
         self.truncated += sum(length > room for length in lengths.values())
-        # Greedy answers to one question are all alike; sampled ones are drawn as often as the task asks.
+        # Greedy answers to the same question are all alike; sampled answers are drawn as often as the task asks.
         copies = {number: self._instances[number].repeats if arguments.get("do_sample") else 1 for number in members}
         queue = [n for n in sorted(members, key=lambda n: (-lengths[n], n)) for _ in range(copies[n])]
         for start in range(0, len(queue), self._batch_size):
@@ -101,7 +120,7 @@ class GenerationPlan:
             yield GenerationBatch(batch, ids.to(self._lm.device), mask.to(self._lm.device), stop, limits)
 
     def run(self, writer: Writer) -> list[list[str]]:
-        """As many texts per instance as its task asks for; the same ones each time."""
+        """The texts of each instance, as many as its task asks for. The same weights give the same texts."""
         from lm_eval.models.utils import postprocess_generated_text
 
         texts: list[list[str]] = [[] for _ in self._instances]
@@ -111,12 +130,13 @@ class GenerationPlan:
                 text = self._lm.tok_decode(tokens)
                 texts[number].append(postprocess_generated_text(generation=text, stop=batch.stop, think_end_token=None))
         return [
-            found * (instance.repeats // len(found)) for instance, found in zip(self._instances, texts, strict=True)
+            answers * (instance.repeats // len(answers))
+            for instance, answers in zip(self._instances, texts, strict=True)
         ]
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        """Has the model read the texts of the largest batch at their full length, which leaves the largest cache."""
+        """Has the model read the texts of the largest batch at their full length, which needs the largest cache."""
         if self.batches:
             rows, length = max((len(batch.members), batch.arguments["max_length"]) for batch in self.batches)
             ids = torch.zeros((rows, length), dtype=torch.int64, device=self._lm.device)
@@ -125,7 +145,7 @@ class GenerationPlan:
 
 @contextlib.contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Within it, torch's global generators, which sampled texts are drawn from, start from one seed."""
+    """A context in which torch's global generators, from which texts are sampled, start from a fixed seed."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SAMPLING_SEED)
         yield

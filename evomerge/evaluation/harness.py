@@ -1,6 +1,6 @@
 """lm-eval's tasks on the resident model, prepared once and scored for every candidate.
 
-Requests are built and tokenized once; for each candidate only the model runs, and lm-eval's own filters, metrics and
+Requests are built and tokenized once. For each candidate only the model runs. lm-eval's own filters, metrics and
 aggregations turn its responses into scores.
 """
 
@@ -32,8 +32,12 @@ _SUBSETS_KEPT = 4  # the generations that are in flight at once share a few
 
 @dataclass(frozen=True, slots=True)
 class SplitScores:
-    """scores: objective name to metric value. outcomes: objective name to what became of each item, where the score is
-    the mean of that. items: how many in all. truncated: how many prompts lost their beginning to the model's context.
+    """The scores of a model on one split.
+
+    scores: the metric's value, by objective.
+    outcomes: the values of the single items, by objective; only where the score is their mean.
+    items: how many items were scored in all.
+    truncated: how many prompts lost their beginning, since they do not fit the model's context.
     """
 
     scores: Mapping[str, float]
@@ -43,7 +47,7 @@ class SplitScores:
 
 
 class Harness:
-    """The tasks of a search, prepared for one resident model. A split is built when it is first asked for."""
+    """The tasks of a search, prepared for one resident model. A split is built when it is first needed."""
 
     def __init__(
         self,
@@ -56,12 +60,13 @@ class Harness:
     ) -> None:
         """Takes a model and its tokenizer, and builds nothing yet.
 
-        config: of the search.
+        config: the search's.
         model: the resident model.
-        tokenizer: the base's.
-        writer: what writes texts with the resident model's weights; by default the model itself.
-        seen: digests of items that are not to be held out (`evomerge.seen`).
-        targets: the tasks that the config measures, loaded already; by default they are loaded here.
+        tokenizer: the base model's.
+        writer: writes texts with the resident model's weights; by default the model itself.
+        seen: digests of items that must not be held out (`evomerge.seen`).
+        targets: the tasks that the config measures, where they are loaded already; by default they are loaded here.
+        Raises InputError for a task that cannot be loaded.
         """
         self._config, self._model, self._writer, self._seen = config, model, writer, seen
         self._targets = targets or load_targets(config.measured, config.tasks, config.evaluation)
@@ -72,8 +77,11 @@ class Harness:
         self._splits: dict[str, _PreparedSplit] = {}
 
     def prepare(self, split: Split) -> None:
-        """Builds and tokenizes a split's requests. Raises InputError for a task whose requests cannot be built, and
-        where the model scores packed rows otherwise than full ones."""
+        """Builds and tokenizes a split's requests, unless this has been done.
+
+        Raises InputError for a task whose requests cannot be built, and where packed rows get other log-likelihoods
+        than full rows.
+        """
         if split not in self._splits:
             with quiet():
                 self._splits[split] = _PreparedSplit(self._config, self._lm, split, self._seen, forked(self._targets))
@@ -81,28 +89,34 @@ class Harness:
                     self._splits[split].check_packing(self._model)
 
     def left_out(self, split: Split) -> int:
-        """How many items of a split were passed over because they were seen."""
+        """How many items of a split were left out because a search has seen them."""
         self.prepare(split)
         return self._splits[split].left_out
 
     @property
     def texts(self) -> list[GenerationBatch]:
-        """The texts that are to be written for all prepared splits."""
+        """The texts to be written for all prepared splits, as batches."""
         return [batch for split in self._splits.values() for batch in split.whole.texts.batches]
 
     def rehearse(self, split: Split, model: Any) -> None:
-        """Has a model on the meta device do what takes the most memory."""
+        """Has a model run the batches of a split that take the most memory.
+
+        split: the split whose batches are run.
+        model: a model on the meta device, where nothing is computed.
+        """
         self.prepare(split)
         self._lm._model = model
         with quiet():
             self._splits[split].whole.rehearse(model, writes=self._config.evaluation.backend == "hf")
 
     def evaluate(self, split: Split, model: Any = None, subset: Subset | None = None) -> SplitScores:
-        """The scores on a split, or a subset of it, of `model`, which may have other layers than the resident one (the
-        default).
+        """The scores of a model on a split, or on a subset of its items.
 
-        Raises CandidateFailed where a metric is not finite, and InputError for other layers where the resident model's
-        weights are written with elsewhere.
+        split: the split.
+        model: by default the resident model; it may also be one with other layers than that.
+        subset: the items to be scored; None for all of the split.
+        Raises CandidateFailed where a metric is not finite, and InputError for a model with other layers where vLLM
+        writes the texts.
         """
         if self._writer is not None and model not in (None, self._model):
             raise InputError(
@@ -152,18 +166,20 @@ class _PreparedSplit:
         return self._subsets[subset]
 
     def check_packing(self, model: Any) -> None:
-        """Raises InputError where packed rows, tried on this very model, give other log-likelihoods than full ones."""
+        """Raises InputError where this model gives packed rows other log-likelihoods than full rows."""
         both = self.whole.requests.sample()
         if both is None:
             return
         full = both[1].run(model)
         try:
             packed = both[0].run(model)
-        except Exception as error:  # each architecture has its own way to refuse a mask
+        except Exception as error:  # architectures refuse a mask with all kinds of exceptions
             raise InputError(
                 f"evaluation.prefix_sharing is 'mask', which this model does not take ({cause(error)}); use 'none'."
             ) from None
-        difference = max(abs(one.log_likelihood - two.log_likelihood) for one, two in zip(packed, full, strict=True))
+        difference = max(
+            abs(mine.log_likelihood - other.log_likelihood) for mine, other in zip(packed, full, strict=True)
+        )
         longest = max(len(request.continuation) for request in both[1].requests)
         if not difference <= tolerance(model.dtype) * longest:
             raise InputError(
@@ -188,7 +204,7 @@ class _PreparedSplit:
         return SplitScores(scores, outcomes, sum(map(len, batches.chosen)), batches.truncated)
 
     def _score(self, objective: ObjectiveConfig, results: "Mapping[int, _Results]") -> tuple[float, Outcomes | None]:
-        """An objective's score, and its items' outcomes where it is their mean."""
+        """An objective's score, and its items' outcomes where the score is their mean."""
         from lm_eval.api.metrics import aggregate_subtask_metrics
 
         target = self._targets[objective.task]
@@ -197,24 +213,30 @@ class _PreparedSplit:
         aggregates = [task.aggregation()[metric] for task in target.tasks]
         scores = [_finite(objective.name, *pair) for pair in zip(aggregates, values, strict=True)]
         by_size = target.by_size is None or target.by_size[metric]
-        sizes = [len(each) for each in values]
+        sizes = [len(task_values) for task_values in values]
         score = scores[0] if target.by_size is None else aggregate_subtask_metrics(scores, sizes, by_size)
         if not target.by_item(metric, sizes):
             return score, None
         margins = [results[id(task)].margins.get(metric) for task in target.tasks]
-        known = [each for each in margins if each is not None]
-        chosen = [each for task in target.tasks for each in results[id(task)].chosen]
+        given_margins = [task_margins for task_margins in margins if task_margins is not None]
+        chosen = [flag for task in target.tasks for flag in results[id(task)].chosen]
         return score, Outcomes.of(
-            [float(value) for each in values for value in each],
-            [margin for each in known for margin in each] if len(known) == len(margins) else None,
+            [float(value) for task_values in values for value in task_values],
+            [margin for task_margins in given_margins for margin in task_margins]
+            if len(given_margins) == len(margins)
+            else None,
             None if all(chosen) else chosen,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Results:
-    """values: (metric, filter) to one value per document. margins: metric to one margin per document. chosen: whether
-    each of the task's documents is one of these."""
+    """What became of the chosen documents of a task.
+
+    values: one value per chosen document, by metric and filter.
+    margins: one margin per chosen document, by metric.
+    chosen: for every document of the task, whether it was chosen.
+    """
 
     values: Mapping[tuple[str, str], list[Any]]
     margins: Mapping[str, list[float]]
@@ -232,19 +254,21 @@ class _Batches:
         chosen: Sequence[Sequence[int]],
         encoded: Mapping[int, list[Request]],
     ) -> None:
-        """chosen: for each task the places of its documents, ascending. encoded: requests by instance."""
+        """chosen: for each task, the places of its chosen documents, ascending.
+        encoded: the requests of each instance, by its `id()`.
+        """
         self.chosen = chosen
         instances = [
-            each
+            instance
             for task, places in zip(tasks, chosen, strict=True)
             for place in places
-            for each in task.documents[place]
+            for instance in task.documents[place]
         ]
-        self.likelihoods = [each for each in instances if each.request_type != "generate_until"]
-        self.generations = [each for each in instances if each.request_type == "generate_until"]
-        self._spans = [len(encoded[id(each)]) for each in self.likelihoods]
+        self.likelihoods = [instance for instance in instances if instance.request_type != "generate_until"]
+        self.generations = [instance for instance in instances if instance.request_type == "generate_until"]
+        self._spans = [len(encoded[id(instance)]) for instance in self.likelihoods]
         self.requests = PreparedRequests(
-            [request for each in self.likelihoods for request in encoded[id(each)]],
+            [request for instance in self.likelihoods for request in encoded[id(instance)]],
             config.evaluation.batch_size,
             lm.max_length,
             torch.device(lm.device),
@@ -257,7 +281,8 @@ class _Batches:
         return self.requests.truncated + self.texts.truncated
 
     def run(self, model: Any, writer: Writer) -> dict[int, list[Response]]:
-        """Puts responses where lm-eval looks for them; returns those of log-likelihoods, by instance."""
+        """Puts all responses where lm-eval looks for them. Returns the responses to log-likelihood requests, by
+        the `id()` of the instance."""
         responses = iter(self.requests.run(model))
         answers = {}
         for instance, span in zip(self.likelihoods, self._spans, strict=True):
@@ -268,7 +293,10 @@ class _Batches:
         return answers
 
     def rehearse(self, model: Any, writes: bool) -> None:
-        """Has a model on the meta device do what takes the most memory. writes: whether it writes texts itself."""
+        """Has a model on the meta device run the batches that take the most memory.
+
+        writes: whether the model writes texts itself.
+        """
         self.requests.rehearse(model)
         if writes:
             self.texts.rehearse()
@@ -292,8 +320,11 @@ class _PreparedTask:
             ) from None
 
     def results(self, chosen: Sequence[int], answers: Mapping[int, Sequence[Response]]) -> _Results:
-        """By lm-eval's own filters and metrics, of the documents at the chosen places, in their order. answers:
-        responses by instance."""
+        """The results of some documents, by lm-eval's own filters and metrics.
+
+        chosen: the places of the documents; the results are in this order.
+        answers: the responses to log-likelihood requests, by the `id()` of the instance.
+        """
         values = _task_metrics(self.task, [self.documents[place] for place in chosen])
         kept = set(chosen)
         return _Results(values, self._margins(chosen, answers), [place in kept for place in range(len(self.documents))])
@@ -312,8 +343,8 @@ class _PreparedTask:
 
 
 def _build(task: Any, config: SearchConfig, lm: Any, split: Split, division: Division) -> None:
-    """Builds a task's instances on all documents (so that few-shot examples do not depend on the choice), then keeps
-    those of the split."""
+    """Builds a task's instances for all documents, then keeps the split's. So the few-shot examples do not depend on
+    which documents the split holds."""
     chosen = set(division.of(task, split))
     few_shots.prepare(task, division, split)
     evaluation = config.evaluation
@@ -328,15 +359,15 @@ def _build(task: Any, config: SearchConfig, lm: Any, split: Split, division: Div
 
 
 def _by_document(instances: Sequence[Any]) -> list[list[Any]]:
-    """Instances in the order of the documents, each document's in the order of its options."""
-    found: dict[int, list[Any]] = defaultdict(list)
+    """The instances of each document, in the order of its options; documents in their order."""
+    by_document: dict[int, list[Any]] = defaultdict(list)
     for instance in sorted(instances, key=lambda instance: (instance.doc_id, instance.idx)):
-        found[instance.doc_id].append(instance)
-    return list(found.values())
+        by_document[instance.doc_id].append(instance)
+    return list(by_document.values())
 
 
 def _encode(lm: Any, instance: Any, document: int) -> list[Request]:
-    """The log-likelihoods that an instance needs: one, or one per window of a rolling one."""
+    """The log-likelihood requests of an instance: one, or for a rolling log-likelihood one per window."""
     if instance.request_type == "loglikelihood_rolling":
         return _windows(lm, instance.args[0])
     context, continuation = instance.args
@@ -347,9 +378,9 @@ def _encode(lm: Any, instance: Any, document: int) -> list[Request]:
         after = lm.tok_encode(continuation, add_special_tokens=False)
         before, after = (after[:1], after[1:]) if after[:1] == [prefix] else ([prefix], after)
     if not before or not after:
-        part, text = ("answer", continuation) if before else ("question", context)
+        role, text = ("answer", continuation) if before else ("question", context)
         raise InputError(
-            f"task '{instance.task_name}': the {part} of item {instance.doc_id} ({text!r}) has no tokens of its own; "
+            f"task '{instance.task_name}': the {role} of item {instance.doc_id} ({text!r}) has no tokens of its own; "
             "it must not be empty, and an answer that follows a word begins with a space."
         )
     return [Request(tuple(before), tuple(after), document)]
@@ -367,7 +398,7 @@ def _windows(lm: Any, text: str) -> list[Request]:
 def _respond(instance: Any, responses: Sequence[Response]) -> None:
     """Puts responses where lm-eval's filters look for them."""
     likelihood = sum(response.log_likelihood for response in responses)
-    if math.isnan(likelihood):  # compared with anything it is false, so that a metric would hide it
+    if math.isnan(likelihood):  # every comparison with it is false, so a metric would hide it
         raise CandidateFailed(f"a log-likelihood of task {instance.task_name} is not a number")
     rolling = instance.request_type == "loglikelihood_rolling"
     value: Any = likelihood if rolling else (likelihood, responses[0].greedy)
@@ -375,7 +406,7 @@ def _respond(instance: Any, responses: Sequence[Response]) -> None:
 
 
 def _task_metrics(task: Any, by_document: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
-    """(metric, filter) to one value per document, in the order of the documents, by lm-eval's own code."""
+    """One value per document, by metric and filter, in the order of the documents; computed by lm-eval's own code."""
     task._instances = [instance for instances in by_document for instance in instances]
     task.apply_filters()
     values: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -388,7 +419,7 @@ def _task_metrics(task: Any, by_document: Sequence[Sequence[Any]]) -> dict[tuple
 
 
 def _finite(name: str, aggregate: Callable[[list[Any]], float], values: list[Any]) -> float:
-    """A task's score; CandidateFailed for one that is none."""
+    """A task's score. Raises CandidateFailed where it is not finite."""
     try:
         score = float(aggregate(values))
     except OverflowError:

@@ -1,8 +1,11 @@
-"""Which items of each task the search sees, which choose among what it found, and which are held out.
+"""Divides the items of each task into search items, selection items and held-out items.
 
-Items are told apart by content, not by split: nothing that the search sees is held out, under whatever name, in
-whatever task. The items of the search are chosen first, in all tasks; then those that are held out, then those of the
-selection, and each time what is the same as an item before is passed over.
+The search sees the search items, selection items choose among the candidates that it reports, and held-out items are
+kept for the end.
+
+Items are the same where their content is the same. No item that the search sees is held out, whatever its name and
+its task. In all tasks together, search items are chosen first, then held-out items, then selection items. Every time,
+items that are the same as an item chosen earlier are left out.
 """
 
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ _NOTHING: Digests = frozenset()
 
 
 def both_splits(task: Any) -> bool:
-    """Whether a task has a validation and a test split that are not the same: by name, or item by item."""
+    """Whether a task has a validation and a test split that differ, both in name and in their items."""
     if not (task.has_validation_docs() and task.has_test_docs()):
         return False
     if task.config.validation_split is not None and task.config.validation_split == task.config.test_split:
@@ -35,8 +38,8 @@ def both_splits(task: Any) -> bool:
 
 
 def _all_among(items: Sequence[Item], others: Sequence[Item]) -> bool:
-    known = _all_digests(others)
-    return all(item.digests & known for item in items)
+    other_digests = _all_digests(others)
+    return all(item.digests & other_digests for item in items)
 
 
 def _all_digests(items: Sequence[Item]) -> Digests:
@@ -44,40 +47,49 @@ def _all_digests(items: Sequence[Item]) -> Digests:
 
 
 class Division:
-    """The items of all tasks of a search, divided.
+    """The items of all tasks of a search, divided among the splits.
 
-    left_out: by task, how many held-out items were passed over because they are known already.
+    left_out: by task, how many items are not held out because a search has seen them.
     """
 
     def __init__(self, tasks: Sequence[Any], items: ItemsConfig, seen: Digests = _NOTHING) -> None:
-        """tasks: lm-eval's. seen: digests of items that may not be held out, whatever this search sees.
+        """Divides the items.
 
+        tasks: lm-eval's.
+        items: how many items each split gets.
+        seen: digests of items that must not be held out, besides those that this search sees.
         Raises InputError where a task has too few items.
         """
         self._items = items
-        self._parts = {task: _Part(task, items) for task in sorted(tasks, key=_name)}
+        self._divisions = {task: _TaskDivision(task, items) for task in sorted(tasks, key=_name)}
         self._chosen: dict[Split, dict[Any, list[int]]] = {}
-        self.left_out = dict.fromkeys(self._parts, 0)
-        self._chosen["search"] = {task: part.search() for task, part in self._parts.items()}
-        known = seen | self.digests("search").union(*(_examples(task) for task in self._parts))
+        self.left_out = dict.fromkeys(self._divisions, 0)
+        self._chosen["search"] = {task: task_division.search() for task, task_division in self._divisions.items()}
+        excluded = seen | self.digests("search").union(*(_examples(task) for task in self._divisions))
         self._chosen["heldout"] = {}
-        for task, part in self._parts.items():
-            self._chosen["heldout"][task], self.left_out[task] = part.heldout(known)
-        known |= self.digests("heldout")
-        self._chosen["selection"] = {task: part.selection(known) for task, part in self._parts.items()}
+        for task, task_division in self._divisions.items():
+            self._chosen["heldout"][task], self.left_out[task] = task_division.heldout(excluded)
+        excluded |= self.digests("heldout")
+        self._chosen["selection"] = {
+            task: task_division.selection(excluded) for task, task_division in self._divisions.items()
+        }
 
     def of(self, task: Any, split: Split) -> list[int]:
-        """The numbers of the documents that a split of a task holds, ascending: of the validation split for search and
-        selection where the task has both (`both_splits`)."""
+        """The numbers of the documents that a split of a task holds, ascending.
+
+        task: lm-eval's.
+        split: which of our splits. Where the task has both of lm-eval's (`both_splits`), search and selection count the
+            documents of the validation split, and heldout those of the test split.
+        """
         return self._chosen[split][task]
 
     def items(self, task: Any, split: Split) -> list[Item]:
-        """The rendered items of a split of a task."""
-        return self._parts[task].items(self._chosen[split][task], split)
+        """The rendered items of a split of a task, in the order of `of`, which takes the same parameters."""
+        return self._divisions[task].items(self._chosen[split][task], split)
 
     def digests(self, *splits: Split) -> Digests:
-        """The digests of all items of some splits."""
-        items = (self.items(task, split) for split in splits for task in self._parts)
+        """The digests of all items of the given splits, in all tasks."""
+        items = (self.items(task, split) for split in splits for task in self._divisions)
         return frozenset().union(*map(_all_digests, items))
 
 
@@ -86,8 +98,8 @@ def _name(task: Any) -> str:
 
 
 @dataclass
-class _Part:
-    """One task on its way into a division."""
+class _TaskDivision:
+    """Divides the items of one task: first `search`, then `heldout`, then `selection`."""
 
     task: Any
     config: ItemsConfig
@@ -117,12 +129,12 @@ class _Part:
         self._check("search", config.search, len(chosen))
         return _sorted(chosen)
 
-    def heldout(self, known: Digests) -> tuple[list[int], int]:
-        """The held-out items, and how many were passed over."""
+    def heldout(self, excluded: Digests) -> tuple[list[int], int]:
+        """The numbers of the held-out items, and how many items were left out because they are among the excluded."""
         config, order = self.config, self._rest
         if self._both:
             order = counter_rng(config.seed, "items", _name(self.task), "heldout").permutation(len(self._last))
-        fresh = _fresh(order, self._last, known)
+        fresh = _fresh(order, self._last, excluded)
         wanted = config.heldout
         if wanted is None:
             wanted = len(fresh) if self._both else max(0, len(fresh) - (config.selection or 0))
@@ -133,34 +145,34 @@ class _Part:
         passed = int(np.flatnonzero(np.isin(order, chosen)).max(initial=-1)) + 1 - len(chosen)
         return _sorted(chosen), passed if config.heldout is not None else len(order) - len(fresh)
 
-    def selection(self, known: Digests) -> list[int]:
+    def selection(self, excluded: Digests) -> list[int]:
         if self.config.selection is None:
             return []
-        fresh = _fresh(self._rest, self._first, known)
+        fresh = _fresh(self._rest, self._first, excluded)
         chosen = fresh[: self.config.selection]
         self._check("selection", self.config.selection, len(chosen), len(self._rest) - len(fresh))
         return _sorted(chosen)
 
-    def _check(self, key: str, wanted: int | None, found: int, passed: int = 0) -> None:
-        if found and (wanted is None or found >= wanted):
+    def _check(self, key: str, wanted: int | None, available: int, passed: int = 0) -> None:
+        if available and (wanted is None or available >= wanted):
             return
         same = f" ({passed} more are the same as items that the search sees)" if passed else ""
         raise InputError(
-            f"items.{key} asks for {wanted or 'some'} items, but task '{_name(self.task)}' has only {found} left for "
-            f"it{same}; ask for fewer."
+            f"items.{key} asks for {wanted or 'some'} items, but task '{_name(self.task)}' has only {available} left "
+            f"for it{same}; ask for fewer."
         )
 
 
-def _fresh(order: NDArray[np.int64], items: Sequence[Item], known: Digests) -> NDArray[np.int64]:
-    """The numbers in an order without those of items that are known."""
-    kept = [number for number in order.tolist() if items[number].digests.isdisjoint(known)]
+def _fresh(order: NDArray[np.int64], items: Sequence[Item], excluded: Digests) -> NDArray[np.int64]:
+    """The numbers in an order, without those of excluded items."""
+    kept = [number for number in order.tolist() if items[number].digests.isdisjoint(excluded)]
     return np.array(kept, dtype=np.int64)
 
 
 def _examples(task: Any) -> Digests:
-    """The digests of few-shot examples that come from items of their own, of which none may be held out.
+    """The digests of a task's few-shot examples, where they come from a split of their own. None may be held out.
 
-    Where they come from the items that are evaluated, these give way instead (`few_shots`).
+    Empty where examples come from the evaluated items: then the examples are restricted instead (`few_shots`).
     """
     if not task.config.num_fewshot or examples_are_items(task):
         return _NOTHING
@@ -168,7 +180,7 @@ def _examples(task: Any) -> Digests:
 
 
 def examples_are_items(task: Any) -> bool:
-    """Whether few-shot examples are drawn from the very split whose items are evaluated."""
+    """Whether a task draws its few-shot examples from the split whose items are evaluated."""
     config, fewshot = task.config, getattr(task, "fewshot_cfg", None)
     if fewshot is not None and fewshot.split is None and getattr(fewshot, "samples", None) is not None:
         return False
@@ -178,7 +190,13 @@ def examples_are_items(task: Any) -> bool:
 
 
 def part(seed: int, subset: Subset, task: str, count: int) -> list[int]:
-    """The places of a subset's items among the `count` search items of a task, ascending; at least one."""
+    """The places of a subset's items among the search items of a task, ascending; at least one.
+
+    seed: of the division (`items.seed`).
+    subset: its number and its share of the items.
+    task: the task's name.
+    count: how many search items the task has.
+    """
     order = counter_rng(seed, "subset", task, subset.number).permutation(count)
     return _sorted(order[: max(1, round(count * subset.share))])
 

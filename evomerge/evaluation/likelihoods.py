@@ -1,9 +1,9 @@
 """Log-likelihood requests as frozen batches: tokenized, deduplicated, sorted and padded once, run for every candidate.
 
-Requests that share context + continuation[:-1] (one-token options of one question, say) share a row, and where the
-model takes it, the other options of a document share their prefix in one packed row. The head is applied only to the
-columns that are read. Rows are padded on the right, which a causal model does not see. Batches never change, because
-batch composition moves logits in the last digits.
+Requests with the same context + continuation[:-1] share a row, as the one-token options of a question do. Where the
+model can take packed rows, the other options of a document are packed into a row behind their common prefix. The head
+is applied only to the columns that are read. Rows are padded on the right, which a causal model does not see. Batches
+never change, because the composition of a batch changes the last digits of the logits.
 """
 
 import contextlib
@@ -23,15 +23,17 @@ MOST_READS = 4096  # per batch: each read column costs a row of logits over the 
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """By how much, in nats per token, log-likelihoods may differ that are computed in two ways."""
+    """By how much, in nats per token, two ways of computing a log-likelihood may differ for weights of a dtype."""
     return _TOLERANCE.get(dtype, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The log-likelihood of `continuation` after `context` (neither empty) is asked for.
+    """A request for the log-likelihood of a continuation after a context.
 
-    Requests of the same document may be packed together.
+    context: its tokens, at least one.
+    continuation: its tokens, at least one.
+    document: the number of its document; requests of the same document may be packed together.
     """
 
     context: Tokens
@@ -41,8 +43,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """The sum of the continuation's log-probabilities, whether greedy decoding would have written it, and by how much
-    the likeliest other token falls short of its own, at the token where that is closest (negative where not greedy).
+    """What a model makes of a request.
+
+    log_likelihood: the sum of the log-probabilities of the continuation's tokens.
+    greedy: whether greedy decoding would have written the continuation.
+    margin: the logit of a continuation's token less that of the likeliest other token, at the token where this is
+        smallest. Negative where the continuation is not greedy.
     """
 
     log_likelihood: float
@@ -52,7 +58,11 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row of a batch, and for each of its scored tokens the column, the target and the request."""
+    """One row of a batch.
+
+    packed: its tokens.
+    scored: for each scored token the column that predicts it, the token, and the number of the request.
+    """
 
     packed: PackedRow
     scored: tuple[tuple[int, int, int], ...]
@@ -64,8 +74,15 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """ids (rows, length); positions and segments likewise where the rows are packed. reads: the places of the flattened
-    ids whose logits are wanted. For each scored token: which read, which target, which request.
+    """Rows that the model runs together.
+
+    ids: tokens, shape (rows, length).
+    positions: the position of each token, shape (rows, length); None where no row is packed.
+    segments: the option that each token belongs to (`PackedRow.segments`), shape (rows, length); None likewise.
+    reads: the places in the flattened ids whose logits are needed, shape (reads,).
+    places: for each scored token, the index into `reads`, shape (tokens,).
+    targets: the scored tokens, shape (tokens,).
+    owners: for each scored token, the number of its request, shape (tokens,).
     """
 
     ids: torch.Tensor
@@ -77,7 +94,7 @@ class Batch:
     owners: NDArray[np.int64]
 
     def inputs(self, model: Any) -> dict[str, Any]:
-        """The model's arguments."""
+        """The arguments for a call of the model: ids, and where the rows are packed the mask and the positions."""
         plain = {"input_ids": self.ids, "use_cache": False}
         if self.positions is None or self.segments is None:
             return plain
@@ -96,10 +113,16 @@ class PreparedRequests:
         device: torch.device,
         packed: bool = False,
     ) -> None:
-        """max_length: the model's context; longer requests lose tokens on the left, as in lm-eval. packed: whether the
-        requests of a document share a row; the batch size still counts single ones."""
+        """Divides the requests into batches.
+
+        requests: the requests; responses come in their order.
+        batch_size: how many rows a batch may have. The rows within a packed row count singly.
+        max_length: the model's context in tokens; longer requests lose tokens on the left, as in lm-eval.
+        device: where the batches are kept.
+        packed: whether the requests of a document may share a row.
+        """
         self.requests, self._max_length, self._device = requests, max_length, device
-        self.truncated = sum(len(each.context) + len(each.continuation) > max_length + 1 for each in requests)
+        self.truncated = sum(len(request.context) + len(request.continuation) > max_length + 1 for request in requests)
         rows = self._rows(packed)
         self._packed = [row for row in rows if len(row.packed.rows) > 1]
         self.batches = [
@@ -109,7 +132,7 @@ class PreparedRequests:
         ]
 
     def _rows(self, packed: bool) -> list[_Row]:
-        """Every distinct row with what is read from it, the longest first."""
+        """Every distinct row with its scored tokens, the longest first."""
         owners: dict[Tokens, list[tuple[int, Tokens]]] = {}
         documents: dict[object, list[Tokens]] = defaultdict(list)
         for owner, request in enumerate(self.requests):
@@ -119,12 +142,12 @@ class PreparedRequests:
                 document = request.document if packed and request.document is not None else row
                 documents[document].append(row)
             owners.setdefault(row, []).append((owner, continuation))
-        found = [_scored(each, owners) for rows in documents.values() for each in pack(rows)]
-        return sorted(found, key=lambda row: (-row.length, row.packed.tokens))
+        scored_rows = [_scored(packed_row, owners) for rows in documents.values() for packed_row in pack(rows)]
+        return sorted(scored_rows, key=lambda row: (-row.length, row.packed.tokens))
 
     @torch.inference_mode()
     def run(self, model: torch.nn.Module) -> list[Response]:
-        """A response per request, in the order given."""
+        """A response per request, in their order."""
         if not self.batches:
             return []
         scores = torch.cat([_score(model, batch) for batch in self.batches], dim=1)
@@ -142,14 +165,16 @@ class PreparedRequests:
 
     @torch.inference_mode()
     def rehearse(self, model: torch.nn.Module) -> None:
-        """Has the model do the batches that take the most memory, without asking for the result."""
+        """Has the model run the batches that take the most memory, and drops the result."""
         for size in (lambda batch: batch.ids.numel(), lambda batch: batch.reads.numel()):
             if self.batches:
                 _score(model, max(self.batches, key=size))
 
     def sample(self) -> "tuple[PreparedRequests, PreparedRequests] | None":
-        """The requests of the document with the longest branches, packed and as full rows, to compare what a model
-        makes of them; None where nothing is packed."""
+        """The requests of the document with the longest branches, once packed and once as full rows.
+
+        A model's responses to both can then be compared. None where nothing is packed.
+        """
         if not self._packed:
             return None
         widest = max(self._packed, key=lambda row: row.length - row.packed.prefix)
@@ -160,7 +185,7 @@ class PreparedRequests:
 
 
 def _scored(packed: PackedRow, owners: dict[Tokens, list[tuple[int, Tokens]]]) -> _Row:
-    """A packed row with all that is read from it."""
+    """A packed row with its scored tokens."""
     scored = []
     for row, offset in zip(packed.rows, packed.offsets(), strict=True):
         for owner, continuation in owners[row]:
@@ -170,7 +195,7 @@ def _scored(packed: PackedRow, owners: dict[Tokens, list[tuple[int, Tokens]]]) -
 
 
 def _divide(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Rows in their order, in batches of at most so many single rows and so many columns to be read."""
+    """Rows in their order, in batches of at most `batch_size` single rows and `MOST_READS` columns that are read."""
     batch: list[_Row] = []
     singles = reads = 0
     for row in rows:
@@ -189,7 +214,7 @@ def _batch(rows: Sequence[_Row], device: torch.device) -> Batch:
     length = max(row.length for row in rows)
 
     def padded(lists: Iterator[Sequence[int]], value: int = 0) -> torch.Tensor:
-        return torch.tensor([[*each, *[value] * (length - len(each))] for each in lists], device=device)
+        return torch.tensor([[*numbers, *[value] * (length - len(numbers))] for numbers in lists], device=device)
 
     packed = any(len(row.packed.rows) > 1 for row in rows)
     scored = [(place * length + column, *rest) for place, row in enumerate(rows) for column, *rest in row.scored]
@@ -207,31 +232,35 @@ def _batch(rows: Sequence[_Row], device: torch.device) -> Batch:
 
 
 def _score(model: Any, batch: Batch) -> torch.Tensor:
-    """For each scored token, in float32: its log-probability, whether it is the likeliest, and its lead over the
-    likeliest other one; shape (3, tokens)."""
+    """For each scored token its log-probability, 1 where it is the likeliest (else 0), and its lead in the logits over
+    the likeliest other token; float32, shape (3, tokens)."""
     logits = read_logits(model, batch).to(torch.float32)
     best, second = logits.topk(2, dim=-1).values.unbind(-1)
     places, targets = batch.places.to(logits.device), batch.targets.to(logits.device)  # the head may be elsewhere
     likeliest = logits.argmax(dim=-1)[places] == targets
     own = logits[places, targets]
     other = torch.where(likeliest, second[places], best[places])
-    # as lm-eval has it, and not own - logsumexp, which near probability one keeps no more digits than the logits have
+    # log_softmax as in lm-eval: near probability 1, own - logsumexp would keep no more digits than the logits have
     chosen = logits.log_softmax(dim=-1)[places, targets]
     return torch.stack([chosen, likeliest.to(torch.float32), own - other])
 
 
 def read_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """The logits at a batch's reads, shape (reads, vocabulary)."""
+    """The logits at a batch's reads, shape (reads, vocabulary).
+
+    model: a causal model of transformers.
+    batch: the rows that it runs.
+    """
     with _head_reads(model, batch.reads):
         logits: torch.Tensor = model(**batch.inputs(model)).logits
-    if logits.shape[:2] == (1, len(batch.reads)):  # where the head saw no less, the reads are all columns of one row
+    if logits.shape[:2] == (1, len(batch.reads)):  # only the reads, or a single row of which every column is read
         return logits[0]
     return logits.flatten(0, 1)[batch.reads.to(logits.device)]
 
 
 @contextlib.contextmanager
 def _head_reads(model: Any, reads: torch.Tensor) -> Iterator[None]:
-    """Within it, the model's head sees only the columns that are read, and so does what comes after it."""
+    """A context in which the model's head, and what follows it, computes only the columns that are read."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         yield

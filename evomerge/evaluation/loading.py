@@ -1,7 +1,7 @@
 """lm-eval's task objects, loaded from checked files, and the objectives checked against them.
 
-Templates are rendered in a sandbox, metrics that would be fetched as code are refused, and lm-eval's exceptions become
-ours.
+Templates are rendered in a sandbox. Metrics that would be fetched as code are refused. Exceptions of lm-eval become
+InputError.
 """
 
 import functools
@@ -23,7 +23,7 @@ from evomerge.quiet import quiet
 
 LIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 OUTPUT_TYPES = (*LIKELIHOODS, "generate_until")
-_DRAWING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}  # which mean nothing to greedy texts
+_DRAWING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}  # without effect on greedy texts
 _GREEDY = {"until", "max_gen_toks", "repetition_penalty", *_DRAWING}
 _OWN = {
     "bos_token_id",
@@ -38,8 +38,12 @@ _OWN = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an objective names: one of lm-eval's tasks, or the tasks of a group. by_size: for the metrics that a group
-    joins, whether a task counts by its number of items or all count alike; None for a single task.
+    """What an objective names: one of lm-eval's tasks, or the tasks of a group.
+
+    name: the name that the objective gives.
+    tasks: lm-eval's.
+    by_size: by metric that a group reports, True where tasks count by their number of items and False where all count
+        alike; None for a single task.
     """
 
     name: str
@@ -47,19 +51,23 @@ class Target:
     by_size: Mapping[str, bool] | None = None
 
     def filters(self) -> list[str]:
-        """The names of the filters that every task has, in the first one's order."""
+        """The names of the filters that every task has, in the order of the first task."""
         first, *others = ([ensemble.name for ensemble in task._filters] for task in self.tasks)
         return [name for name in first if all(name in other for other in others)]
 
     def by_item(self, metric: str, sizes: Sequence[int]) -> bool:
-        """Whether a metric is the mean over the items of its tasks, of which there are so many in each."""
+        """Whether a metric is the mean over all items of the tasks.
+
+        metric: its name.
+        sizes: how many items each task has.
+        """
         from lm_eval.api.metrics import mean
 
         alike = self.by_size is None or self.by_size[metric] or len(set(sizes)) == 1
         return alike and all(task.aggregation()[metric] is mean for task in self.tasks)
 
     def goals(self) -> dict[str, bool]:
-        """The metrics that can be objectives, and whether higher is better."""
+        """The metrics that can be objectives, and for each whether higher is better."""
         first, *others = (task.higher_is_better() for task in self.tasks)
         shared = {metric: goal for metric, goal in first.items() if all(metric in other for other in others)}
         return (
@@ -71,22 +79,30 @@ Metric = TypeVar("Metric", ObjectiveConfig, ConstraintConfig)
 
 
 def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> SearchConfig:
-    """The config with the goals of its objectives and constraints filled in, after every task, metric and item count
-    has been checked."""
+    """The config with the goals of its objectives and constraints filled in.
+
+    config: the search's.
+    targets: its tasks, by the names in the config.
+    Raises InputError for a metric, filter or argument of generation that a task does not have, and for goals and
+    filters that contradict each other.
+    """
     _check_generation(config.evaluation)
     objectives = tuple(
-        each if each.cost is not None else _with_goal(f"objectives[{index}]", each, targets[each.task])
-        for index, each in enumerate(config.objectives)
+        objective
+        if objective.cost is not None
+        else _with_goal(f"objectives[{index}]", objective, targets[objective.task])
+        for index, objective in enumerate(config.objectives)
     )
     goals = {objective.name: objective.goal for objective in objectives}
     constraints = [
-        _with_goal(f"constraints[{index}]", each, targets[each.task]) for index, each in enumerate(config.constraints)
+        _with_goal(f"constraints[{index}]", constraint, targets[constraint.task])
+        for index, constraint in enumerate(config.constraints)
     ]
-    for index, each in enumerate(constraints):
-        if goals.setdefault(each.name, each.goal) != each.goal:
+    for index, constraint in enumerate(constraints):
+        if goals.setdefault(constraint.name, constraint.goal) != constraint.goal:
             raise InputError(
-                f"constraints[{index}].goal is {each.goal}, but elsewhere {each.name} has goal {goals[each.name]}; "
-                "give both the same."
+                f"constraints[{index}].goal is {constraint.goal}, but elsewhere {constraint.name} has goal "
+                f"{goals[constraint.name]}; give both the same."
             )
     _check_filters([*objectives, *constraints], len(objectives), targets)
     return config.model_copy(update={"objectives": objectives, "constraints": tuple(constraints)})
@@ -95,26 +111,27 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
 def _check_filters(
     metrics: Sequence[ObjectiveConfig | ConstraintConfig], objectives: int, targets: Mapping[str, Target]
 ) -> None:
-    """Raises InputError where one metric names the filter that another means without a name.
+    """Raises InputError where two metrics mean the same filter, but only one of them names it.
 
-    objectives: how many of the metrics are objectives, the first ones; the others are constraints.
+    metrics: the objectives, and behind them the constraints.
+    objectives: how many of the metrics are objectives.
     """
     seen: dict[tuple[str, str, str], tuple[str, str]] = {}
-    for index, each in enumerate(metrics):
-        if isinstance(each, ObjectiveConfig) and each.cost is not None:
+    for index, metric in enumerate(metrics):
+        if isinstance(metric, ObjectiveConfig) and metric.cost is not None:
             continue
-        first = targets[each.task].filters()[0]
+        first = targets[metric.task].filters()[0]
         where = f"objectives[{index}]" if index < objectives else f"constraints[{index - objectives}]"
-        other, name = seen.setdefault((each.task, each.metric, each.filter or first), (where, each.name))
-        if name != each.name:
+        other, name = seen.setdefault((metric.task, metric.metric, metric.filter or first), (where, metric.name))
+        if name != metric.name:
             raise InputError(
-                f"{where}.filter is {shown(each.filter)}, and that of {other} is another way to say it: '{first}' "
-                f"is the first filter of task '{each.task}', which is taken where none is named; write both alike."
+                f"{where}.filter is {shown(metric.filter)}, and that of {other} is another way to say it: '{first}' "
+                f"is the first filter of task '{metric.task}', which is taken where none is named; write both alike."
             )
 
 
 def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
-    """An objective or constraint with its goal, by what the task says of the metric where the user does not."""
+    """An objective or constraint with its goal: the user's, or else the one that the task gives the metric."""
     goals = target.goals()
     if wanted.metric not in goals:
         raise InputError(
@@ -140,17 +157,30 @@ def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
 
 
 def without_items(config: SearchConfig, targets: Mapping[str, Target], division: Division) -> str | None:
-    """The first metric that a search measures which is no mean over items, so that a part of them says little of it;
-    None where there is none."""
-    for each in config.measured:
-        if each.cost is None and not targets[each.task].by_item(each.metric, _sizes(targets[each.task], division)):
-            return each.name
+    """The name of the first metric that is not a mean over items, so that a subset of them says little about it.
+
+    None where all metrics are such means.
+
+    config: the search's.
+    targets: its tasks.
+    division: the division of their items.
+    """
+    for metric in config.measured:
+        if metric.cost is None and not targets[metric.task].by_item(
+            metric.metric, _sizes(targets[metric.task], division)
+        ):
+            return metric.name
     return None
 
 
 def fewest_items(config: SearchConfig, targets: Mapping[str, Target], division: Division) -> int:
-    """On how many search items the metric with the fewest is measured; 0 where there are only costs."""
-    tasks = [each.task for each in config.measured if each.cost is None]
+    """The number of search items of the metric that is measured on the fewest; 0 where there are only costs.
+
+    config: the search's.
+    targets: its tasks.
+    division: the division of their items.
+    """
+    tasks = [metric.task for metric in config.measured if metric.cost is None]
     return min((sum(_sizes(targets[task], division)) for task in tasks), default=0)
 
 
@@ -160,21 +190,25 @@ def _sizes(target: Target, division: Division) -> list[int]:
 
 
 def _check_generation(evaluation: EvaluationConfig) -> None:
-    """Raises InputError for an argument that would reach transformers' `generate` and fail every candidate there."""
+    """Raises InputError for an argument that transformers' `generate` does not have. Every candidate would fail."""
     if evaluation.generation_kwargs:
         from transformers import GenerationConfig
 
-        known = {"until", "max_gen_toks", *GenerationConfig().to_dict()}  # type: ignore[no-untyped-call]
+        arguments = {"until", "max_gen_toks", *GenerationConfig().to_dict()}  # type: ignore[no-untyped-call]
         for name in evaluation.generation_kwargs:
-            if name not in known:
+            if name not in arguments:
                 raise InputError(
-                    f"evaluation.generation_kwargs.{name} is no argument of generation; {choices(name, known)}."
+                    f"evaluation.generation_kwargs.{name} is no argument of generation; {choices(name, arguments)}."
                 )
 
 
 def check_greedy(targets: Mapping[str, Target], folder: Path) -> None:
-    """Raises InputError unless there are texts to be written, all of them greedily and with arguments that transformers
-    and vLLM both have. folder: the base's, whose generation_config.json transformers obeys."""
+    """Checks that vLLM can write the texts: there are some, all are greedy, and vLLM has all their arguments.
+
+    targets: the tasks of the search.
+    folder: the base model's; its generation_config.json may set arguments too.
+    Raises InputError where vLLM cannot write the texts.
+    """
     from lm_eval.models.utils import normalize_gen_kwargs
     from transformers import GenerationConfig
 
@@ -203,8 +237,10 @@ def _refuse_arguments(names: Iterable[str], where: str) -> None:
 
 
 def exam_warnings(targets: Mapping[str, Target]) -> tuple[str, ...]:
-    """A sentence per objective whose search items are those on which a public benchmark's published scores are
-    computed: items of the one split that lm-eval evaluates, of data that is no local file."""
+    """A warning per objective whose search items are those of a public benchmark's published scores.
+
+    That is where lm-eval evaluates a single split, and its data is not a local file.
+    """
     warnings = []
     for target in targets.values():
         exams = [task for task in target.tasks if not both_splits(task) and not _local(task)]
@@ -231,8 +267,14 @@ def _local(task: Any) -> bool:
 def load_targets(
     objectives: Iterable[ObjectiveConfig], tasks: TasksConfig, evaluation: EvaluationConfig
 ) -> dict[str, Target]:
-    """The task or group of each objective, by the name that it has there. A task that several name is loaded once."""
-    found = find_tasks([objective.task for objective in objectives], tasks)
+    """The task or group of each objective, by the name that the objective gives. Each task is loaded once.
+
+    objectives: objectives and constraints.
+    tasks: where tasks lie, and which may run code.
+    evaluation: the settings that override those of the tasks.
+    Raises InputError for a task that is missing, cannot be loaded, or runs code that is not allowed.
+    """
+    files = find_tasks([objective.task for objective in objectives], tasks)
     loaded: dict[str, Any] = {}
 
     def load(file: TaskFile) -> Any:
@@ -245,12 +287,12 @@ def load_targets(
         name: Target(name, tuple(load(member) for member in file.tasks), file.by_size)
         if isinstance(file, TaskGroup)
         else Target(name, (load(file),))
-        for name, file in found.items()
+        for name, file in files.items()
     }
 
 
 def forked(targets: Mapping[str, Target]) -> dict[str, Target]:
-    """The same targets for one split: tasks share their documents, and what preparing a split changes is their own."""
+    """Copies of the targets for one split. Tasks share their documents; what preparing a split changes is copied."""
     forks = {id(task): _fork(task) for task in distinct_tasks(targets)}
     return {
         name: replace(target, tasks=tuple(forks[id(task)] for task in target.tasks)) for name, target in targets.items()
@@ -296,7 +338,7 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
 
 
 def _unloadable(name: str, error: Exception) -> str:
-    """Why lm-eval cannot load a task, and what to do. It looks at the first document while it loads it."""
+    """Why lm-eval cannot load a task, and what to do. While it loads a task, lm-eval looks at the first document."""
     if "corresponds to no data" in str(error) or (isinstance(error, IndexError) and "size 0" in str(error)):
         return f"task '{name}' has no documents in a split that it names; fill its data, or name another split"
     if isinstance(error, IndexError):
@@ -308,8 +350,9 @@ def _unloadable(name: str, error: Exception) -> str:
 
 
 def _prepare_templates() -> None:
-    """Makes lm-eval render its templates in a sandbox, since a plain one can call anything, and compile each only once
-    instead of once per item and candidate.
+    """Makes lm-eval render its templates in a sandbox, since a plain template can call anything.
+
+    Each template is then compiled once, instead of once per item and candidate.
     """
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
@@ -326,7 +369,10 @@ def _prepare_templates() -> None:
 
 
 def _refuse_downloaded_metrics(content: Mapping[str, Any], file: TaskFile, tasks: TasksConfig) -> None:
-    """A metric that lm-eval does not know is a script, which the evaluate library fetches by that name and runs."""
+    """Raises InputError for a metric that lm-eval does not have, unless the task may run code.
+
+    The evaluate library would fetch such a metric by its name, as a script, and run it.
+    """
     from lm_eval.api.metrics import mean  # noqa: F401 - fills the registry
     from lm_eval.api.registry import METRIC_REGISTRY
 
@@ -343,12 +389,17 @@ def _refuse_downloaded_metrics(content: Mapping[str, Any], file: TaskFile, tasks
 
 
 def documents(task: Any, items: ItemsConfig, split: Split) -> list[int]:
-    """The numbers of the documents that a split of a task holds, where a search has no other task."""
+    """The numbers of the documents that a split of a task holds, in a search that has no other task.
+
+    task: lm-eval's.
+    items: how many items each split gets.
+    split: the split.
+    """
     return Division([task], items).of(task, split)
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong in lm-eval, in a phrase; for a key of a task's file that it does not know, the closest one."""
+    """What went wrong in lm-eval, as a phrase. For an unknown key in a task's file, it names the closest known key."""
     from lm_eval.api.task import TaskConfig
 
     error = error.__cause__ or error

@@ -1,5 +1,5 @@
-"""By how much the right option of a multiple-choice question leads over the best wrong one, for each of lm-eval's
-accuracies.
+"""Margins: by how much the right option of a multiple-choice question leads the best wrong option, for each of
+lm-eval's accuracies.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,23 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """right: which options are. characters, bytes: how long each is."""
+    """The options of one question.
+
+    right: whether each option is right, shape (options,).
+    characters: the length of each option in characters, shape (options,).
+    bytes: the length of each option in UTF-8 bytes, shape (options,).
+    """
 
     right: NDArray[np.bool_]
     characters: NDArray[np.float64]
     bytes: NDArray[np.float64]
 
     def margins(self, likelihoods: Sequence[float]) -> dict[str, float]:
-        """Metric to margin. likelihoods: each option's, and behind them, where the task asks for them, those without
-        the question."""
+        """The margin by metric: the best right option's score less the best wrong option's.
+
+        likelihoods: the log-likelihood of each option; behind these, where the task asks for them, the log-likelihoods
+            of the options without the question.
+        """
         count = len(self.right)
         given = np.array(likelihoods[:count])
         scores = {"acc": given, "acc_norm": given / self.characters, "acc_bytes": given / self.bytes}
@@ -30,12 +38,22 @@ class Choices:
 
 
 def choices_of(task: Any, documents: Sequence[Sequence[Any]]) -> list[Choices] | None:
-    """Each document's options; None for a task that has no such ones, whose metrics are its own code, or where all
-    options of a document are right or all wrong."""
+    """The options of each document; None for a task to which margins do not apply.
+
+    They do not apply where the task is not multiple choice, where its metrics are its own code, where an option is
+    empty, and where all options of a document are right or all are wrong.
+
+    task: lm-eval's.
+    documents: the instances of each document.
+    """
     if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
         return None
-    found = [_choices(task, instances[0].doc) for instances in documents]
-    return found if all(0 < each.right.sum() < len(each.right) and each.characters.all() for each in found) else None
+    options = [_choices(task, instances[0].doc) for instances in documents]
+    return (
+        options
+        if all(0 < choices.right.sum() < len(choices.right) and choices.characters.all() for choices in options)
+        else None
+    )
 
 
 def _choices(task: Any, document: Any) -> Choices:

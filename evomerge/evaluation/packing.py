@@ -1,8 +1,8 @@
-"""Options of one document in one row, behind the prefix that they share, which is then computed once.
+"""Packs the options of a document into one row behind their common prefix, which is then computed only once.
 
-A packed row is the prefix followed by what is left of each option. Every token keeps the position that it would have
-alone, and a mask lets it see the prefix and its own option only, so that the model computes what it computes on rows of
-their own, up to rounding. Architectures whose attention takes such a mask are found by trying a tiny model of each.
+A packed row is the prefix, followed by the rest of each option. Every token keeps the position that it has in a row of
+its own option. A mask lets it see only the prefix and its own option. So the model computes the same as on single
+rows, up to rounding. Whether an architecture takes such a mask is tried on a tiny model of it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,27 +19,33 @@ VOCABULARY = 64  # of the tiny models that are tried
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Rows of tokens in one: the first `prefix` tokens, which they share, and behind them what is left of each."""
+    """Several rows of tokens packed into one.
+
+    rows: the rows.
+    prefix: how many tokens all of them share at their beginning.
+    """
 
     rows: tuple[Tokens, ...]
     prefix: int
 
     @property
     def tokens(self) -> Tokens:
+        """The prefix, and behind it the rest of each row (its branch)."""
         return self.rows[0][: self.prefix] + tuple(token for row in self.rows for token in row[self.prefix :])
 
     @property
     def positions(self) -> list[int]:
+        """For each token, the position that it has in its own row."""
         return [*range(self.prefix), *(place for row in self.rows for place in range(self.prefix, len(row)))]
 
     @property
     def segments(self) -> list[int]:
-        """0 in the prefix, 1, 2, ... in the branches."""
+        """For each token 0 in the prefix, and 1, 2, ... in the branches."""
         branches = (number for number, row in enumerate(self.rows, 1) for _ in row[self.prefix :])
         return [PREFIX] * self.prefix + list(branches)
 
     def offsets(self) -> list[int]:
-        """For each row, how much further right its branch stands in the packed row than alone."""
+        """For each row, by how many columns its branch lies further right in the packed row than in its own."""
         offsets, end = [], 0
         for row in self.rows:
             offsets.append(end)
@@ -48,9 +54,12 @@ class PackedRow:
 
 
 def pack(rows: Sequence[Tokens]) -> Iterator[PackedRow]:
-    """A document's distinct rows, those together that have more than half of their tokens in common.
+    """Packed rows: rows that share more than half of their tokens are packed together.
 
-    No row gets longer than a few of those in it, since attention costs the square.
+    A packed row is at most `LONGEST` times as long as the longest row in it, since the cost of attention grows with
+    the square of the length.
+
+    rows: the distinct rows of one document.
     """
     together: list[Tokens] = []
     shared = 0
@@ -69,19 +78,23 @@ def pack(rows: Sequence[Tokens]) -> Iterator[PackedRow]:
         yield PackedRow(tuple(together), shared)
 
 
-def _common(one: Tokens, other: Tokens) -> int:
+def _common(row: Tokens, other: Tokens) -> int:
     """How many tokens two rows share at their beginning."""
-    for place, (first, second) in enumerate(zip(one, other, strict=False)):
+    for place, (first, second) in enumerate(zip(row, other, strict=False)):
         if first != second:
             return place
-    return min(len(one), len(other))
+    return min(len(row), len(other))
 
 
 def attention(config: Any, segments: torch.Tensor, positions: torch.Tensor) -> Any:
-    """What a model takes as its attention mask for packed rows: a tensor (rows, 1, length, length), or one per kind of
-    layer where some see only a window. Boolean, or for plain attention, which adds its mask, numbers.
+    """A model's attention mask for packed rows: a tensor, shape (rows, 1, length, length).
 
-    segments and positions: (rows, length).
+    It is a dictionary with a tensor per kind of layer where only some layers have a sliding window. The tensors are
+    boolean; for plain (eager) attention, which adds its mask to the scores, they are numbers.
+
+    config: the model's.
+    segments: 0 in the prefix, 1, 2, ... in the branches, -1 in padding; shape (rows, length).
+    positions: the position of each token; shape (rows, length).
     """
     length = segments.shape[1]
     order = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -101,7 +114,7 @@ def attention(config: Any, segments: torch.Tensor, positions: torch.Tensor) -> A
 
 
 def _added(config: Any, mask: torch.Tensor) -> torch.Tensor:
-    """The mask as numbers to be added, where the model's attention is the plain one."""
+    """The mask, turned into numbers to be added where the model has plain attention."""
     if config._attn_implementation != "eager":
         return mask
     dtype = config.dtype or torch.float32

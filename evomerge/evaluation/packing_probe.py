@@ -1,4 +1,4 @@
-"""Whether an architecture takes the rows that packing makes, tried on a tiny model of it."""
+"""Tries on a tiny model whether an architecture takes packed rows."""
 
 import contextlib
 from pathlib import Path
@@ -11,10 +11,10 @@ from evomerge.quiet import quiet
 
 
 def takes_packed_rows(folder: Path) -> bool:
-    """Whether the architecture in a model's folder scores packed rows as it scores full ones.
+    """Whether the architecture in a model's folder gives packed rows the same scores as full rows.
 
-    Found out on a tiny model with random weights, so that the answer depends on the model's config and on the versions
-    of the libraries alone.
+    It is tried on a tiny model with random weights, so that the answer depends only on the model's config and on the
+    versions of the libraries.
     """
     from evomerge.evaluation.likelihoods import PreparedRequests, Request
 
@@ -34,9 +34,11 @@ def takes_packed_rows(folder: Path) -> bool:
             device = torch.device("cpu")
             packed = PreparedRequests(requests, 8, 32, device, packed=True).run(model)
             alone = PreparedRequests(requests, 8, 32, device).run(model)
-    except Exception:  # an architecture that takes no such mask or cannot be made this small says so in its own way
+    except Exception:  # architectures refuse the mask, or such small sizes, with all kinds of exceptions
         return False
-    return all(abs(one.log_likelihood - two.log_likelihood) < 1e-3 for one, two in zip(packed, alone, strict=True))
+    return all(
+        abs(mine.log_likelihood - other.log_likelihood) < 1e-3 for mine, other in zip(packed, alone, strict=True)
+    )
 
 
 _TINY = {
@@ -68,7 +70,7 @@ def _tiny_model(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     for key, value in _TINY.items():
         if getattr(config, key, None) is not None:
-            with contextlib.suppress(AttributeError):  # some are worked out from the others
+            with contextlib.suppress(AttributeError):  # some settings are computed from others
                 setattr(config, key, value)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

@@ -1,6 +1,6 @@
-"""What a task makes of its documents: question, options and answer of every item, as the model will be shown them.
+"""Renders a task's documents: question, options and answer of every item, as the model will see them.
 
-Rendered once per task and split, without few-shot examples, and kept with lm-eval's task object.
+Each split of a task is rendered once, without few-shot examples, and kept as long as lm-eval's task object lives.
 """
 
 import weakref
@@ -18,12 +18,12 @@ _KEPT: "weakref.WeakKeyDictionary[Any, dict[Side, list[Item]]]" = weakref.WeakKe
 class Item:
     """One document of a task, rendered.
 
-    text: the question; a number where the options are the questions.
-    choices: the options; None where there are none.
-    target: the answer: a text, the number of an option, or a list of these.
+    text: the question; where the options are questions and the answer is shared, the number of the right option.
+    choices: the options; None where the task has none.
+    target: the answer: a text, the number of an option, or a list of texts or numbers.
     error: why the task's templates cannot render the document; None where they can.
     document: the digest of the document.
-    digests: by which the item is told from others, the document's among them (`evomerge.seen`).
+    digests: items are the same where they share one of these; the document's is among them (`evomerge.seen`).
     """
 
     text: Any
@@ -40,7 +40,11 @@ class Item:
 
 
 def items_of(task: Any, side: Side) -> list[Item]:
-    """The items of one of lm-eval's tasks, in the order of its documents; none where the task has no such split."""
+    """The items of a task, in the order of its documents; empty where the task has no documents on that side.
+
+    task: lm-eval's.
+    side: whether its validation documents, its test documents or its few-shot examples are meant.
+    """
     kept = _KEPT.setdefault(task, {})
     if side not in kept:
         kept[side] = [_item(task, document) for document in _documents(task, side)]
@@ -62,7 +66,7 @@ def _item(task: Any, document: Any) -> Item:
         asked = getattr(task.config, "doc_to_choice", None) is not None
         choices = task.doc_to_choice(document) if asked else None
         target = task.doc_to_target(document)
-    except Exception as failure:  # templates and functions of tasks raise what they like
+    except Exception as failure:  # templates and functions of tasks may raise anything
         error = failure
     own = document_digest(document)
     shown = digest_of("shown", _plain(text), _plain(choices), _plain(target))
@@ -70,12 +74,12 @@ def _item(task: Any, document: Any) -> Item:
 
 
 def document_digest(document: Any) -> bytes:
-    """The digest of a document, whatever a task makes of it."""
+    """The digest of a document as it is, however a task renders it."""
     return digest_of("document", document)
 
 
 def _plain(value: Any) -> Any:
-    """A value with its runs of white space made one blank: they do not make another item."""
+    """A value with each run of white space made one blank, since items do not differ by white space alone."""
     if isinstance(value, str):
         return " ".join(value.split())
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    return [_plain(element) for element in value] if isinstance(value, list | tuple) else value

@@ -1,8 +1,8 @@
-"""Whether a task can work: what its items look like once they are rendered, before any model sees them.
+"""Checks a task's rendered items before any model sees them.
 
-A question, option or answer that is empty, an answer that is no option, a field that no document has: such items are
-scored all the same, and their scores mean nothing. Where all of a task's items are like that it is refused, else the
-user is warned, with an example.
+An item can have an empty question, option or answer, an answer that is none of the options, or a field that no document
+has. lm-eval scores it all the same, but the score means nothing. A task is refused where all of its items have such a
+fault; where only some have, the user is warned with an example.
 """
 
 import re
@@ -23,7 +23,13 @@ _CLOSE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What is wrong with some items. fatal: whether a task is refused where it is wrong with all of them."""
+    """What is wrong with some items.
+
+    what: the fault, as the predicate of a sentence about the items.
+    items: the numbers of the items.
+    example: the first item's content.
+    fatal: whether a task is refused where all of its items have the fault.
+    """
 
     what: str
     items: list[int]
@@ -32,9 +38,12 @@ class _Finding:
 
 
 def check(tasks: Sequence[Any], division: Division, splits: Sequence[Split]) -> Iterator[str]:
-    """A sentence for each thing that is wrong with some of a task's items.
+    """A sentence for each fault that some of a task's items have.
 
-    Raises InputError for a task of which no item can be scored in a way that means something.
+    tasks: lm-eval's.
+    division: the division of their items.
+    splits: the splits that are checked.
+    Raises InputError for a task whose items all have the same fault, so that no score means anything.
     """
     for task in tasks:
         yield from _field_names(task, division.items(task, "search"))
@@ -53,7 +62,8 @@ def _opening(task: Any, finding: _Finding, items: Sequence[Item], split: Split) 
 
 
 def _field_names(task: Any, items: Sequence[Item]) -> Iterator[str]:
-    """What looks like the name of a field in a task's settings and is none, so that it stands for itself."""
+    """A sentence for each setting of a task that looks like the name of a field but names none: lm-eval would use the
+    name itself as the text."""
     fields = list(getattr(task, "features", ()) or ())
     for key in ("doc_to_text", "doc_to_target"):
         value = getattr(task.config, key, None)
@@ -74,24 +84,24 @@ def _field_names(task: Any, items: Sequence[Item]) -> Iterator[str]:
 def _findings(task: Any, numbers: Sequence[int], items: Sequence[Item]) -> Iterator[_Finding]:
     pairs = list(zip(numbers, items, strict=True))
     broken = [(number, item) for number, item in pairs if item.error is not None]
-    yield from _found("cannot be rendered", broken, lambda item: _reason(item.error))
+    yield from _finding("cannot be rendered", broken, lambda item: _reason(item.error))
     whole = [(number, item) for number, item in pairs if item.error is None]
     yield from _of_questions(task, whole)
     if task.OUTPUT_TYPE == "multiple_choice":
         yield from _of_options(task, whole)
     elif not callable(task.config.process_results):  # a task's own code may need no answer
         empty = [(number, item) for number, item in whole if _is_empty(item.target)]
-        yield from _found("have an empty answer", empty, lambda item: f"the question is {_quoted(item.text)}")
+        yield from _finding("have an empty answer", empty, lambda item: f"the question is {_quoted(item.text)}")
     yield from _repeated(whole)
 
 
 def _of_questions(task: Any, pairs: Sequence[tuple[int, Item]]) -> Iterator[_Finding]:
-    """Empty questions, where the task has any: options and answers may be all that is asked."""
+    """Empty questions, of a task that has questions: some tasks have only options and answers."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling" or task.config.doc_to_text in (None, ""):
         return
     empty = [(number, item) for number, item in pairs if isinstance(item.text, str) and not item.text.strip()]
     alone = task.OUTPUT_TYPE == "generate_until"
-    yield from _found("have an empty question", empty, lambda item: f"the answer is {_quoted(item.target)}", alone)
+    yield from _finding("have an empty question", empty, lambda item: f"the answer is {_quoted(item.target)}", alone)
 
 
 def _of_options(task: Any, pairs: Sequence[tuple[int, Item]]) -> Iterator[_Finding]:
@@ -100,39 +110,39 @@ def _of_options(task: Any, pairs: Sequence[tuple[int, Item]]) -> Iterator[_Findi
         return f"options {_quoted(item.choices)}, answer {_quoted(gold)}"
 
     lists = [(number, item) for number, item in pairs if isinstance(item.choices, list) and item.choices]
-    yield from _found("have no options", [pair for pair in pairs if pair not in lists], shown)
+    yield from _finding("have no options", [pair for pair in pairs if pair not in lists], shown)
     empty = [pair for pair in lists if any(not str(option).strip() for option in pair[1].choices)]
-    yield from _found("have an empty option", empty, shown)
+    yield from _finding("have an empty option", empty, shown)
     doubled = [pair for pair in lists if len(set(map(str, pair[1].choices))) < len(pair[1].choices)]
-    yield from _found("have the same option twice", doubled, shown, fatal=False)
+    yield from _finding("have the same option twice", doubled, shown, fatal=False)
     if not callable(task.config.process_results):
         wrong = [pair for pair in lists if not _is_option(task, pair[1])]
-        yield from _found("have an answer that is none of the options", wrong, shown)
+        yield from _finding("have an answer that is none of the options", wrong, shown)
 
 
 def _is_option(task: Any, item: Item) -> bool:
     gold = item.text if task.multiple_input else item.target
     return any(
-        0 <= each < len(item.choices) if isinstance(each, int) else each in item.choices
-        for each in (gold if isinstance(gold, list) else [gold])
+        0 <= answer < len(item.choices) if isinstance(answer, int) else answer in item.choices
+        for answer in (gold if isinstance(gold, list) else [gold])
     )
 
 
 def _repeated(pairs: Sequence[tuple[int, Item]]) -> Iterator[_Finding]:
-    """Items that are the same as an earlier one of their split."""
+    """Items that are the same as another item of their split."""
     counts = Counter(digest for _, item in pairs for digest in item.digests)
     doubled = [pair for pair in pairs if any(counts[digest] > 1 for digest in pair[1].digests)]
-    yield from _found("stand there more than once", doubled, lambda item: _quoted(item.text), fatal=False)
+    yield from _finding("stand there more than once", doubled, lambda item: _quoted(item.text), fatal=False)
 
 
-def _found(what: str, pairs: Sequence[tuple[int, Item]], example: Any, fatal: bool = True) -> Iterator[_Finding]:
+def _finding(what: str, pairs: Sequence[tuple[int, Item]], example: Any, fatal: bool = True) -> Iterator[_Finding]:
     if pairs:
         yield _Finding(what, [number for number, _ in pairs], example(pairs[0][1]), fatal)
 
 
 def _is_empty(target: Any) -> bool:
     if isinstance(target, list):
-        return not any(str(each).strip() for each in target)
+        return not any(str(answer).strip() for answer in target)
     return target is None or not str(target).strip()
 
 

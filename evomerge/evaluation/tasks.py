@@ -1,8 +1,8 @@
-"""Finding tasks and groups of tasks, without running code that nobody allowed.
+"""Finds tasks and groups of tasks, and runs no code that the user has not allowed.
 
-A task is a YAML file of lm-eval's dialect in one of `tasks.paths`, or else one of those that lm-eval ships; so is a
-group, which names tasks, tags and other groups. Data files named in a file are relative to it. Files are read by a
-loader that treats `!function` as text, so that looking at a task never runs it.
+A task is a YAML file of lm-eval's dialect. It lies in one of `tasks.paths`, or lm-eval ships it. A group is such a file
+too; it names tasks, tags and other groups. Data files named in a file are relative to it. Files are read by a loader
+that treats `!function` as text, so that reading a task never runs its code.
 """
 
 import functools
@@ -22,8 +22,13 @@ from evomerge.errors import InputError, choices
 
 @dataclass(frozen=True, slots=True)
 class TaskFile:
-    """A task's YAML file; `code` names what it would execute, `builtin` tells whether lm-eval ships it, `overrides` are
-    settings that a group gives the task.
+    """A task's YAML file.
+
+    name: the task's.
+    path: the file.
+    code: what in it would run code, as text.
+    builtin: whether lm-eval ships the task.
+    overrides: settings that a group gives the task.
     """
 
     name: str
@@ -35,8 +40,13 @@ class TaskFile:
 
 @dataclass(frozen=True, slots=True)
 class TaskGroup:
-    """Tasks that are scored as one. by_size: the metrics that the group reports, and whether a task counts by its
-    number of items or all count alike.
+    """Tasks that have a joint score.
+
+    name: the group's.
+    path: its YAML file.
+    tasks: its tasks, those of groups and tags within it included.
+    by_size: by metric that the group reports, True where tasks count by their number of items and False where all
+        count alike.
     """
 
     name: str
@@ -47,7 +57,13 @@ class TaskGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What a name stands for: the file of a task or group, or the names of a tag's tasks."""
+    """What a name stands for: a task, a group or a tag.
+
+    kind: `task`, `group` or `tag`.
+    path: the file of a task or group.
+    builtin: whether lm-eval ships it.
+    members: the names of a tag's tasks.
+    """
 
     kind: str
     path: Path
@@ -59,8 +75,9 @@ _GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadat
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with `!function` as text. `code` gathers every one, because lm-eval's loader runs them as it meets
-    them: in keys too, and in values that are overridden later.
+    """SafeLoader that reads `!function` as text and gathers every occurrence in `code`.
+
+    lm-eval's loader runs each function as soon as it meets it, also in keys, and in values that are overridden later.
     """
 
     def __init__(self, stream: str) -> None:
@@ -78,20 +95,22 @@ _Loader.add_constructor("!function", _function)
 
 
 def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile | TaskGroup]:
-    """The task or group of every name (of an objective without a task it is empty).
+    """The task or group of every name.
 
+    names: the tasks that the objectives name, in their order; the empty name of a cost is skipped.
+    config: where tasks lie, and which may run code.
     Raises InputError for unknown names and for code that is not allowed.
     """
-    known = _own_entries(config.paths)
-    found: dict[str, TaskFile | TaskGroup] = {}
+    entries = _own_entries(config.paths)
+    by_name: dict[str, TaskFile | TaskGroup] = {}
     for index, name in enumerate(names):
         if not name:
             continue
-        entry = _entry(name, known)
+        entry = _entry(name, entries)
         if entry is None:
             raise InputError(
                 f"objectives[{index}].task is '{name}', which is neither in tasks.paths nor a task of lm-eval; "
-                f"{choices(name, known)}."
+                f"{choices(name, entries)}."
             )
         if entry.kind == "tag":
             raise InputError(
@@ -99,14 +118,14 @@ def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile 
                 f"own; name a group, or one of its tasks: {choices(name, entry.members)}."
             )
         if entry.kind == "group":
-            found[name] = _group(name, entry, known, config)
+            by_name[name] = _group(name, entry, entries, config)
         else:
-            found[name] = _task(name, entry, config, {})
-    return found
+            by_name[name] = _task(name, entry, config, {})
+    return by_name
 
 
-def _entry(name: str, known: Mapping[str, _Entry]) -> _Entry | None:
-    return known.get(name) or builtin_entries().get(name)
+def _entry(name: str, entries: Mapping[str, _Entry]) -> _Entry | None:
+    return entries.get(name) or builtin_entries().get(name)
 
 
 def _task(name: str, entry: _Entry, config: TasksConfig, overrides: Mapping[str, Any]) -> TaskFile:
@@ -116,20 +135,20 @@ def _task(name: str, entry: _Entry, config: TasksConfig, overrides: Mapping[str,
     return task
 
 
-def _group(name: str, entry: _Entry, known: Mapping[str, _Entry], config: TasksConfig) -> TaskGroup:
+def _group(name: str, entry: _Entry, entries: Mapping[str, _Entry], config: TasksConfig) -> TaskGroup:
     content = _read_group(name, entry.path)
     metrics = content.get("aggregate_metric_list") or []
     by_size = {
-        str(each.get("metric")): bool(each.get("weight_by_size", True))
-        for each in (metrics if isinstance(metrics, list) else [metrics])
-        if isinstance(each, Mapping)
+        str(metric.get("metric")): bool(metric.get("weight_by_size", True))
+        for metric in (metrics if isinstance(metrics, list) else [metrics])
+        if isinstance(metric, Mapping)
     }
     if not by_size:
         raise InputError(
             f"{entry.path}: group '{name}' has no aggregate_metric_list, so no score of its own; add one, or make "
             "objectives of its tasks."
         )
-    return TaskGroup(name, entry.path, tuple(_members(content, entry.path, {}, known, config, (name,))), by_size)
+    return TaskGroup(name, entry.path, tuple(_members(content, entry.path, {}, entries, config, (name,))), by_size)
 
 
 def _read_group(name: str, path: Path) -> dict[str, Any]:
@@ -143,46 +162,55 @@ def _members(
     content: Mapping[str, Any],
     path: Path,
     overrides: Mapping[str, Any],
-    known: Mapping[str, _Entry],
+    entries: Mapping[str, _Entry],
     config: TasksConfig,
     within: tuple[str, ...],
 ) -> Iterator[TaskFile]:
-    """The tasks of a group, those of the groups and tags in it included. within: the groups that led here."""
+    """The tasks of a group. They include the tasks of groups and tags within it.
+
+    content: the group's file as a mapping.
+    path: the file.
+    overrides: settings from the groups around it.
+    entries: what the files in tasks.paths define, by name.
+    within: the names of the groups around it, and its own.
+    """
     overrides = {**{key: value for key, value in content.items() if key not in _GROUP_KEYS}, **overrides}
     members = content.get("task")
     for member in members if isinstance(members, list) else [members]:
         own = dict(member) if isinstance(member, Mapping) else {"task": member}
         if isinstance(own.get("group"), str) and "task" in own:  # a group written out inside this one
-            yield from _members(own, path, overrides, known, config, within)
+            yield from _members(own, path, overrides, entries, config, within)
             continue
         name = own.pop("group", None) or own.pop("task", None)
-        entry = _entry(str(name), known)
+        entry = _entry(str(name), entries)
         if entry is None:
             raise InputError(
                 f"{path}: group '{within[0]}' names '{name}', which is neither in tasks.paths nor a task of lm-eval; "
-                f"{choices(str(name), known)}."
+                f"{choices(str(name), entries)}."
             )
         if name in within:
             raise InputError(f"{path}: group '{name}' contains itself; take it out of its own tasks.")
         if entry.kind == "group":
             inner = _read_group(str(name), entry.path)
-            yield from _members(inner, entry.path, {**overrides, **own}, known, config, (*within, str(name)))
+            yield from _members(inner, entry.path, {**overrides, **own}, entries, config, (*within, str(name)))
         elif entry.kind == "tag":
-            for each in entry.members:
-                yield _task(each, known.get(each) or builtin_entries()[each], config, {**overrides, **own})
+            for task_name in entry.members:
+                yield _task(
+                    task_name, entries.get(task_name) or builtin_entries()[task_name], config, {**overrides, **own}
+                )
         else:
             yield _task(str(name), entry, config, {**overrides, **own})
 
 
 def _code_keys(content: Mapping[str, Any]) -> list[str]:
-    """What would run code in a task's config: keys, and the loader whose files are pickles."""
+    """What in a task's config would run code: some keys, and the loader whose files are pickles."""
     pickles = ["dataset_path pandas, which opens pickles"] if content.get("dataset_path") == "pandas" else []
     return [*(key for key in ("class", "unsafe_code") if content.get(key)), *pickles]
 
 
 def _own_entries(paths: Sequence[str]) -> dict[str, _Entry]:
-    """What the YAML files in tasks.paths define; of two with one name the last."""
-    found: dict[str, _Entry] = {}
+    """What the YAML files in tasks.paths define, by name. Of two files with the same name the last counts."""
+    entries: dict[str, _Entry] = {}
     tags: dict[str, list[str]] = {}
     for index, text in enumerate(paths):
         folder = Path(text)
@@ -196,11 +224,11 @@ def _own_entries(paths: Sequence[str]) -> dict[str, _Entry]:
             kind = "group" if isinstance(content.get("group"), str) else "task"
             name = content.get(kind)
             if isinstance(name, str):
-                found[name] = _Entry(kind, file, builtin=False)
+                entries[name] = _Entry(kind, file, builtin=False)
                 tag = content.get("tag") or []
-                for each in (tag if isinstance(tag, list) else [tag]) if kind == "task" else []:
-                    tags.setdefault(str(each), []).append(name)
-    return {**_tag_entries(tags, builtin=False), **found}
+                for tag_name in (tag if isinstance(tag, list) else [tag]) if kind == "task" else []:
+                    tags.setdefault(str(tag_name), []).append(name)
+    return {**_tag_entries(tags, builtin=False), **entries}
 
 
 def _tag_entries(tags: Mapping[str, Sequence[str]], builtin: bool) -> dict[str, _Entry]:
@@ -215,35 +243,38 @@ _TAG = re.compile(
 
 @functools.cache
 def builtin_entries() -> Mapping[str, _Entry]:
-    """The tasks, groups and tags that lm-eval ships, by a scan of their texts: a second, where its own index, which
-    parses every file, takes half a minute."""
+    """The tasks, groups and tags that lm-eval ships, by name.
+
+    The texts of the files are scanned, which takes a second. lm-eval's own index parses every file, which takes half a
+    minute.
+    """
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         return {}
-    found: dict[str, _Entry] = {}
+    entries: dict[str, _Entry] = {}
     tags: dict[str, list[str]] = {}
     for file in sorted((Path(next(iter(spec.submodule_search_locations))) / "tasks").rglob("*.yaml")):
         names, own_tags = _scan(file)
         kind = "group" if "group" in names else "task"
-        if kind in names and names[kind] not in found:
-            found[names[kind]] = _Entry(kind, file, builtin=True)
+        if kind in names and names[kind] not in entries:
+            entries[names[kind]] = _Entry(kind, file, builtin=True)
             for tag in own_tags if kind == "task" else ():
                 tags.setdefault(tag, []).append(names[kind])
-    return {**_tag_entries(tags, builtin=True), **found}
+    return {**_tag_entries(tags, builtin=True), **entries}
 
 
 @functools.cache
 def _scan(file: Path) -> tuple[Mapping[str, str], tuple[str, ...]]:
-    """The values of `task` and `group` in a file's text where they are names, and its tags or the included ones."""
+    """The values of `task` and `group` in a file where they are names, and its tags, or else those of its include."""
     try:
         text = file.read_bytes()
     except OSError:
         return {}, ()
     names = {key.decode(): value.decode(errors="replace") for key, value in _NAME.findall(text)}
     tags = tuple(
-        part.strip(" -\"'")
-        for one, several in _TAG.findall(text)
-        for part in (one or several).decode(errors="replace").splitlines()
+        line.strip(" -\"'")
+        for single, several in _TAG.findall(text)
+        for line in (single or several).decode(errors="replace").splitlines()
     )
     included = names.pop("include", None)
     if included is None:
@@ -253,9 +284,12 @@ def _scan(file: Path) -> tuple[Mapping[str, str], tuple[str, ...]]:
 
 
 def _read(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The file's mapping (empty where it holds none) joined with its includes, and everything that they would execute.
+    """A file's mapping merged with its includes, and everything in them that would run code.
 
-    including: the files that led here.
+    The mapping is empty where the file holds none.
+
+    file: the YAML file.
+    including: the files that include this one, the outermost first.
     """
     if file.resolve() in including:
         raise InputError(f"{file}: includes itself by way of {including[-1]}; remove one of the includes.")
@@ -281,8 +315,8 @@ def _read(file: Path, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
 
 
 def _refuse_code(task: TaskFile, config: TasksConfig) -> None:
-    """Functions that come with an installed lm-eval are as trusted as lm-eval; anything else must be named."""
-    code = [part for part in task.code if not (task.builtin and part.startswith("!function"))]
+    """Raises InputError for code that the user has not allowed. Functions of lm-eval's own tasks are always allowed."""
+    code = [entry for entry in task.code if not (task.builtin and entry.startswith("!function"))]
     if code and task.name not in config.allow_code:
         raise InputError(
             f"{task.path}: task '{task.name}' runs code ({code[0]}); read it, and if you trust it add '{task.name}' to "
@@ -291,30 +325,37 @@ def _refuse_code(task: TaskFile, config: TasksConfig) -> None:
 
 
 def data_files(names: Sequence[str], config: TasksConfig) -> dict[Path, str]:
-    """The local data files of tasks and groups, each with the name of a task that reads it."""
-    found = {}
+    """The local data files of tasks and groups, each with the name of a task that reads it.
+
+    names: the tasks that the objectives name.
+    config: where tasks and their data lie.
+    Raises InputError as `find_tasks` does, and for a data file that is missing.
+    """
+    files = {}
     for target in find_tasks(names, config).values():
         for task in target.tasks if isinstance(target, TaskGroup) else [target]:
             content = {**_read(task.path)[0], **task.overrides, "task": task.name}
             kwargs = absolute_data_files(content, task.path.parent, config.data_root).get("dataset_kwargs") or {}
             for file in _flat(kwargs.get("data_files", [])):
                 if "://" not in file:
-                    found[Path(file)] = task.name
-    return found
+                    files[Path(file)] = task.name
+    return files
 
 
 def _flat(files: Any) -> Iterator[str]:
     if isinstance(files, Mapping):
         files = list(files.values())
-    for each in files if isinstance(files, list) else [files]:
-        yield from _flat(each) if isinstance(each, list) else [str(each)]
+    for file in files if isinstance(files, list) else [files]:
+        yield from _flat(file) if isinstance(file, list) else [str(file)]
 
 
 def absolute_data_files(content: Mapping[str, Any], folder: Path, data_root: str | None = None) -> dict[str, Any]:
-    """A task's config with its relative data files made absolute and checked, and patterns replaced by what they match.
+    """A task's config with absolute paths of its data files, and patterns replaced by the files that match.
 
-    folder: that of the task's YAML file, where files are looked for first.
-    data_root: where they are looked for then; by default the working directory.
+    content: the task's config.
+    folder: the folder of the task's YAML file, where data files are looked for first.
+    data_root: the folder where they are looked for next; by default the working directory.
+    Raises InputError for a data file that is missing or empty, and for a split that the data files do not have.
     """
     kwargs = content.get("dataset_kwargs")
     if not isinstance(kwargs, Mapping) or content.get("dataset_path", "json") not in _LOADERS:
@@ -336,10 +377,10 @@ _LOADERS = ("json", "csv", "parquet", "arrow", "text", "xml", "conll", "hdf5", "
 
 
 def _data_dir(content: Mapping[str, Any], value: str, places: Sequence[Path]) -> str:
-    found = next((place / value for place in places if (place / value).is_dir()), None)
-    if found is None:
+    data_folder = next((place / value for place in places if (place / value).is_dir()), None)
+    if data_folder is None:
         raise InputError(f"{_missing(content, f'data_dir {value}', places)}; put it there.")
-    return str(found)
+    return str(data_folder)
 
 
 def _absolute(content: Mapping[str, Any], value: Any, places: Sequence[Path]) -> Any:
@@ -347,18 +388,18 @@ def _absolute(content: Mapping[str, Any], value: Any, places: Sequence[Path]) ->
     if isinstance(value, Mapping):
         return {split: _absolute(content, files, places) for split, files in value.items()}
     if isinstance(value, list):
-        return [file for each in value for file in _several(_absolute(content, each, places))]
+        return [file for entry in value for file in _several(_absolute(content, entry, places))]
     if "://" in str(value):
         return str(value)
     name = str(Path(str(value)).expanduser())
-    found = next((files for place in places if (files := _matches(place, name))), [])
-    if not found:
+    paths = next((files for place in places if (files := _matches(place, name))), [])
+    if not paths:
         kind = "no data file matches" if _is_pattern(name) else "data file"
         raise InputError(f"{_missing(content, f'{kind} {value}', places)}; put it there.")
-    for path in found:
+    for path in paths:
         if path.stat().st_size == 0:
             raise InputError(f"{path.parent}: data file {path.name} of task '{content.get('task')}' is empty; fill it.")
-    return [str(path) for path in found] if _is_pattern(name) else str(found[0])
+    return [str(path) for path in paths] if _is_pattern(name) else str(paths[0])
 
 
 def _several(files: Any) -> list[Any]:
@@ -370,7 +411,7 @@ def _is_pattern(name: str) -> bool:
 
 
 def _matches(place: Path, name: str) -> list[Path]:
-    """The files of a name or pattern in a folder, sorted; a file that is called like a pattern is what is meant."""
+    """The files of a name or pattern in a folder, sorted. A file whose name is the pattern itself is the only match."""
     if (place / name).is_file():
         return [place / name]
     matched = glob.glob(name, root_dir=place, recursive=True) if _is_pattern(name) else []
@@ -378,7 +419,11 @@ def _matches(place: Path, name: str) -> list[Path]:
 
 
 def _missing(content: Mapping[str, Any], what: str, places: Sequence[Path]) -> str:
-    """The beginning of a sentence about a file that is not there. The first place is the folder of the task."""
+    """The beginning of a sentence about a file that is missing.
+
+    what: the file, in a phrase.
+    places: the folders where it was looked for; the first is the task's.
+    """
     where = " and ".join(dict.fromkeys(map(str, places)))
     return f"{places[0]}: {what} of task '{content.get('task')}' is missing (looked for in {where})"
 

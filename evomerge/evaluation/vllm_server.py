@@ -1,9 +1,9 @@
-"""vLLM's side of `engine`, run as a program by the interpreter of an environment that has vLLM and not evomerge.
+"""vLLM's side of `engine`: a program, run by the interpreter of an environment that has vLLM but not evomerge.
 
-Requests come as JSON, one a line, on standard input, and are answered likewise on standard output; weights lie in
-memory that the worker shares. The first request is to start, every other to write: the weights that are there now take
-the place of the last ones, what was remembered of those is forgotten, and greedy texts are written. After a failure the
-engine is not to be trusted, so the process ends; it also ends as soon as its input does.
+Requests come on standard input and answers go to standard output, as one line of JSON each. Weights lie in memory that
+is shared with the worker. The first request starts the engine. Every other request has it write: it loads the weights
+that now lie in the memory, forgets what it cached with the previous weights, and writes greedy texts. After a failure
+the engine cannot be trusted, so the process ends. It also ends as soon as its input does.
 """
 
 import json
@@ -23,14 +23,18 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-START_SHARE = 0.05  # of a GPU, which must be free at the start; what is taken is given in bytes
+START_SHARE = 0.05  # of a GPU's memory that must be free at the start; what vLLM takes is set in bytes
 
 
 class Server:
-    """An engine with the weights that lie in shared memory."""
+    """A vLLM engine that takes its weights from shared memory."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        """request: file descriptor and tensors of the shared memory, the model's folder, and the engine's settings."""
+        """Starts the engine.
+
+        request: the file descriptor of the shared memory and the tensors in it, the model's folder, and the engine's
+            settings.
+        """
         os.environ.update(SETTINGS, OMP_NUM_THREADS=str(request["threads"]))
         import torch
         from vllm import LLM
@@ -51,13 +55,16 @@ class Server:
             gpu_memory_utilization=START_SHARE,
             enforce_eager=request["eager"],
             enable_prefix_caching=True,
-            generation_config="vllm",  # none of the folder's: every prompt says all that holds for it
+            generation_config="vllm",  # not the folder's: every prompt comes with all of its settings
             trust_remote_code=False,
             seed=0,
         )
 
     def write(self, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """For each prompt the tokens that the present weights write, with the end token, and their log-likelihood."""
+        """For each prompt, the tokens that the present weights write, end token included, and their log-likelihood.
+
+        prompts: for each its tokens, its stop strings and end tokens, and how many new tokens it may get.
+        """
         from vllm import SamplingParams
 
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights})
@@ -78,12 +85,12 @@ class Server:
             for prompt in prompts
         ]
         asked = [{"prompt_token_ids": prompt["tokens"]} for prompt in prompts]
-        texts = [each.outputs[0] for each in self._engine.generate(asked, settings, use_tqdm=False)]
+        texts = [output.outputs[0] for output in self._engine.generate(asked, settings, use_tqdm=False)]
         return [{"tokens": list(text.token_ids), "log_likelihood": text.cumulative_logprob} for text in texts]
 
 
 def requests() -> Iterator[Any]:
-    """Requests as they arrive. Their end is the process's, even amid an answer: nobody would read it."""
+    """Requests as they arrive. When the input ends, the process ends, even amid an answer: nobody would read it."""
     arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -97,10 +104,11 @@ def requests() -> Iterator[Any]:
 
 
 def main() -> None:
+    """Answers requests until the input ends or a request fails; with `--check`, says whether vLLM is installed."""
     if sys.argv[1:] == ["--check"]:
         sys.exit(find_spec("vllm") is None)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print what they like
+    os.dup2(2, 1)  # what libraries print must not get among the answers
     server = None
     for request in requests():
         try:
@@ -109,7 +117,7 @@ def main() -> None:
                 answer: dict[str, Any] = {"ready": True}
             else:
                 answer = {"texts": server.write(request["prompts"])}
-        except Exception as error:  # told to the worker, which knows whom it concerns
+        except Exception as error:  # the worker is told, and raises it as its own
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         print(json.dumps(answer), file=answers, flush=True)
         if "error" in answer:

@@ -1,5 +1,5 @@
-"""Evidence: what held-out items say of a candidate beside the best parent and the best control, and what it keeps of
-each parent. From the archive to plain values for JSON and tables.
+"""Evidence: how a candidate compares with the best parent and the best control on held-out items, and what it keeps of
+each parent. The functions turn an archive into plain values for JSON and tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,12 @@ SIGNIFICANT = 0.05
 class TaskComparison:
     """Two candidates on the items of one objective.
 
-    difference: of the mean scores; positive where the first is better.
-    interval: 95 % of it.
-    p_value: that there is no difference.
+    difference: of the mean scores; positive where the first candidate is better.
+    interval: the 95 % interval of the difference.
+    p_value: of the hypothesis that there is no difference, two-sided.
     test: `mcnemar` for right and wrong answers, else `sign_flip`.
-    won, lost: on how many items the first is better, and worse.
+    won: on how many items the first candidate is better.
+    lost: on how many items it is worse.
     """
 
     difference: float
@@ -44,18 +45,18 @@ class TaskComparison:
 class Comparison:
     """A candidate beside a rival on held-out items.
 
-    role: what the rival is.
-    rival: its id.
+    role: what the rival is: `best parent`, `best control` or both.
+    rival: the rival's id.
     difference: of the weighted means; positive where the candidate is better.
-    interval: 95 % of it.
-    p_value: that there is no difference.
-    corrected: the same for the best of all candidates that were looked at.
-    looked_at: how many these are.
+    interval: the 95 % interval of the difference.
+    p_value: of the hypothesis that there is no difference, two-sided.
+    corrected: the p-value, corrected for all candidates that were compared with the rival.
+    looked_at: how many candidates were compared with the rival.
     distinguishable: whether the candidate is better beyond chance.
     verdict: `better`, `not distinguishable` or `worse`.
     of: what the mean is called.
-    objectives: the comparison on each objective whose items are known one by one.
-    untested: the objectives that are left out, since their items are not.
+    objectives: by objective, the comparison on it, where its items have outcomes of their own.
+    untested: the objectives that are left out, since their items have none.
     """
 
     role: str
@@ -76,11 +77,12 @@ class Comparison:
 class Kept:
     """What a candidate keeps of a parent.
 
-    parent: its name in the search file.
-    metric: what the parent does best.
+    parent: the parent's name in the search file.
+    metric: the metric on which the parent is best.
     items: the split on which both were scored.
-    parent_score, score: of the parent and of the candidate.
-    kept: the share; None where a share means nothing.
+    parent_score: the parent's score.
+    score: the candidate's score.
+    kept: the share of the parent's score that the candidate keeps; None where scores of 0 or below make it meaningless.
     """
 
     parent: str
@@ -92,12 +94,16 @@ class Kept:
 
 
 def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Comparison]]:
-    """By candidate, how it compares with the best parent and the best control on held-out items, as far as known.
+    """How candidates compare with the best parent and the best control on held-out items, by candidate.
 
-    The rivals are the best there, which favors them. p-values are corrected for every candidate of the search that has
-    held-out scores, since any of these could have been the one to be shown.
+    A candidate's list is empty where it has no held-out scores. The rivals are chosen by their held-out scores, which
+    favors them. p-values are corrected for every candidate of the search that has held-out scores, since any of these
+    candidates might have been shown.
+
+    results: the search's.
+    candidates: ids.
     """
-    found: dict[str, list[Comparison]] = {name: [] for name in candidates}
+    comparisons: dict[str, list[Comparison]] = {name: [] for name in candidates}
     criteria = results.criteria("heldout")
     heldout = {record.candidate.id: record for record in results.archive.records("heldout")}
     for role, rival in rivals(results):
@@ -110,10 +116,10 @@ def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Compa
         }
         p_values = {name: pair.p_value for name, pair in pairs.items()}
         corrected = dict(zip(pairs, holm(list(p_values.values())), strict=True))
-        for name in found:
+        for name in comparisons:
             if name in pairs:
                 pair, difference = pairs[name], pairs[name].difference
-                found[name].append(
+                comparisons[name].append(
                     Comparison(
                         role=role,
                         rival=rival.candidate.id,
@@ -129,7 +135,7 @@ def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Compa
                         untested=pair.untested,
                     )
                 )
-    return found
+    return comparisons
 
 
 def _verdict(difference: float, p_value: float) -> str:
@@ -139,7 +145,8 @@ def _verdict(difference: float, p_value: float) -> str:
 
 
 def rivals(results: Results) -> list[tuple[str, Record]]:
-    """The best parent, and the best control that keeps to the constraints, on held-out items; each named once."""
+    """The role and the record of the best parent, and of the best control that keeps to the constraints, on held-out
+    items. Where both are the same candidate, there is only one entry."""
     controls = [record for record in results.archive.records("heldout") if record.candidate.kind == "control"]
     parents = [record for record in controls if family(record.candidate) == PARENT]
     criteria = results.criteria("heldout")
@@ -147,12 +154,21 @@ def rivals(results: Results) -> list[tuple[str, Record]]:
     control = best_of(controls, criteria)
     if parent is not None and parent is control:
         return [("best parent and control", parent)]
-    return [(role, each) for role, each in (("best parent", parent), ("best control", control)) if each is not None]
+    return [
+        (role, record) for role, record in (("best parent", parent), ("best control", control)) if record is not None
+    ]
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """The items of two candidates on the objectives where these are known one by one, with a weight above 0 in all."""
+    """Two candidates on the objectives whose items have outcomes of their own.
+
+    mine: the first candidate's record.
+    theirs: the second candidate's.
+    config: the search's.
+    criteria: those of the records' split.
+    outcomes: the outcomes of both candidates by objective, shape (items,) each.
+    """
 
     mine: Record
     theirs: Record
@@ -162,17 +178,26 @@ class _Pair:
 
     @classmethod
     def of(cls, mine: Record, theirs: Record, config: SearchConfig, criteria: Criteria) -> "_Pair | None":
-        known = {each: pair for each in config.objectives if (pair := _outcomes(mine, theirs, each)) is not None}
-        return cls(mine, theirs, config, criteria, known) if sum(each.weight for each in known) > 0 else None
+        """The pair; None where no objective with a weight has such outcomes."""
+        outcomes = {
+            objective: pair
+            for objective in config.objectives
+            if (pair := _outcomes(mine, theirs, objective)) is not None
+        }
+        return (
+            cls(mine, theirs, config, criteria, outcomes)
+            if sum(objective.weight for objective in outcomes) > 0
+            else None
+        )
 
     @property
     def differences(self) -> dict[ObjectiveConfig, Floats]:
-        """By objective, what each item gains; shape (items,), larger is better."""
-        return {each: sign_of(each) * (own - other) for each, (own, other) in self.outcomes.items()}
+        """The first candidate's lead on each item, by objective; shape (items,), larger is better."""
+        return {objective: sign_of(objective) * (own - other) for objective, (own, other) in self.outcomes.items()}
 
     @property
     def gains(self) -> list[Floats]:
-        """By objective, what each item gains on the scale of the mean; shape (items,)."""
+        """The first candidate's lead on each item on the scale of the mean, per objective; shape (items,)."""
         scales = self.criteria.scales
         return [
             differences / scales[objective.name].unit if objective.name in scales else differences
@@ -185,14 +210,14 @@ class _Pair:
 
     @property
     def p_value(self) -> float:
-        """Of the difference of the weighted means."""
+        """The p-value of the difference of the weighted means."""
         if len(self.outcomes) == 1:
             return self._task_p_value(next(iter(self.outcomes)))[1]
         return sign_flip(self.gains, self.weights, self._random("flips"))
 
     @property
     def difference(self) -> float:
-        """Of the weighted means."""
+        """The difference of the weighted means."""
         return weighted_difference(self.gains, self.weights)
 
     @property
@@ -202,11 +227,17 @@ class _Pair:
 
     @property
     def by_objective(self) -> dict[str, TaskComparison]:
-        return {each.name: self._task(each, differences) for each, differences in self.differences.items()}
+        return {
+            objective.name: self._task(objective, differences) for objective, differences in self.differences.items()
+        }
 
     @property
     def untested(self) -> list[str]:
-        return [each.name for each in self.config.objectives if each.weight and each not in self.outcomes]
+        return [
+            objective.name
+            for objective in self.config.objectives
+            if objective.weight and objective not in self.outcomes
+        ]
 
     def _task(self, objective: ObjectiveConfig, differences: Floats) -> TaskComparison:
         test, p_value = self._task_p_value(objective)
@@ -221,7 +252,7 @@ class _Pair:
         )
 
     def _task_p_value(self, objective: ObjectiveConfig) -> tuple[str, float]:
-        """Which test fits the outcomes of one task, and its p-value."""
+        """The test that fits the outcomes of an objective, and its p-value."""
         own, other = self.outcomes[objective]
         if np.isin(np.concatenate([own, other]), (0.0, 1.0)).all():
             return "mcnemar", mcnemar(own, other)
@@ -232,7 +263,7 @@ class _Pair:
 
 
 def _outcomes(mine: Record, theirs: Record, objective: ObjectiveConfig) -> tuple[Floats, Floats] | None:
-    """What became of each item, of one candidate and of another; None where the metric is no mean over items."""
+    """The outcomes of two candidates on each item of an objective, shape (items,) each; None where they have none."""
     own, other = (record.evaluation.outcomes.get(objective.name) for record in (mine, theirs))
     if own is None or other is None or own.count != other.count or own.count == 0:
         return None
@@ -240,10 +271,14 @@ def _outcomes(mine: Record, theirs: Record, objective: ObjectiveConfig) -> tuple
 
 
 def retention(results: Results, candidate: str) -> list[Kept]:
-    """For each parent, how much a candidate keeps of what that parent does best, on held-out items where known.
+    """How much a candidate keeps of each parent's best metric. Held-out scores count, or search scores while the
+    candidate has no held-out scores.
 
-    That is the metric on which it leads the base by most on search items, relative to the largest score of base and
-    parents there; of a parent that leads on none, the one on which it comes closest to that score.
+    A parent's best metric is the one on which it leads the base by most on search items, relative to the largest score
+    of base and parents there. Where a parent leads on no metric, it is the one on which it comes closest to that score.
+
+    results: the search's.
+    candidate: the candidate's id.
     """
     archive = results.archive
     split: Split = "heldout" if archive.find(candidate, "heldout") is not None else "search"
@@ -267,13 +302,13 @@ def retention(results: Results, candidate: str) -> list[Kept]:
 
 def _own_best(results: Results, parent: str) -> ObjectiveConfig | None:
     names = [BASE, *(f"{PARENT}-{name}" for name in results.config.models)]
-    found = {name: results.archive.find(name, "search") for name in names}
-    scores = {name: record.evaluation.scores for name, record in found.items() if record and record.evaluation.scores}
+    records = {name: results.archive.find(name, "search") for name in names}
+    scores = {name: record.evaluation.scores for name, record in records.items() if record and record.evaluation.scores}
     if parent not in scores or BASE not in scores:
         return None
 
     def merit(metric: ObjectiveConfig) -> tuple[float, float]:
-        sign = sign_of(metric) / (max(abs(each[metric.name]) for each in scores.values()) or 1.0)
+        sign = sign_of(metric) / (max(abs(values[metric.name]) for values in scores.values()) or 1.0)
         mine, base = sign * scores[parent][metric.name], sign * scores[BASE][metric.name]
         return max(0.0, mine - base), mine
 
@@ -281,7 +316,7 @@ def _own_best(results: Results, parent: str) -> ObjectiveConfig | None:
 
 
 def phrase(compared: Comparison) -> str:
-    """A comparison in a line."""
+    """A comparison in one line: the difference, its interval and its p-value."""
     low, high = compared.interval
     least = "< 0.001" if compared.corrected < 0.001 else f"{compared.corrected:.3f}"
     candidates = f" corrected for {compared.looked_at} candidates" if compared.looked_at > 1 else ""
@@ -293,7 +328,7 @@ def phrase(compared: Comparison) -> str:
 
 
 def sentence(compared: Comparison) -> str:
-    """The verdict on a candidate beside a rival, with the comparison: `better than ...`, `worse than ...`, `not
-    distinguishable from ...`."""
+    """The verdict of a comparison with its figures: `better than ...`, `worse than ...` or `not distinguishable from
+    ...`."""
     joint = "from" if compared.verdict == "not distinguishable" else "than"
     return f"{compared.verdict} {joint} {compared.rival} on held-out items: {phrase(compared)}"

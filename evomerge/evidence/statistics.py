@@ -1,7 +1,8 @@
-"""Paired statistics on item outcomes, as pure functions on arrays: what a difference between two candidates is worth.
+"""Paired statistics on the outcomes of items, as pure functions on arrays: how certain a difference between two
+candidates is.
 
-Differences are one array per task, shape (items,), larger is better; tasks are independent, so each is resampled by
-itself.
+Differences are one array per task, shape (items,); larger is better. Tasks are independent, so each task is resampled
+separately.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,35 +11,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-_DRAWS = range(2000, 20001)  # as many as the numbers below allow
+_DRAWS = range(2000, 20001)  # within it, as many draws as _NUMBERS allows
 _NUMBERS = 1_000_000  # drawn for a task in all
-_BLOCK = 500_000  # and at once
+_BLOCK = 500_000  # of these, drawn at once
 _ROUNDING = 1e-12
 
 
 def weighted_difference(differences: Sequence[Floats], weights: Floats) -> float:
-    """The weighted mean over tasks of their mean differences. weights: one per task, not all 0."""
+    """The weighted mean over tasks of their mean differences.
+
+    differences: one array per task, shape (items,).
+    weights: shape (tasks,), not all 0.
+    """
     return float(weights @ [task.mean() for task in differences] / weights.sum())
 
 
 def sign_flip(differences: Sequence[Floats], weights: Floats, random: np.random.Generator) -> float:
-    """The two-sided p-value of the weighted difference, where each item might as well have come out the other way round
-    (Fisher 1935), by Monte Carlo."""
+    """The two-sided p-value of the weighted difference by the sign-flip test (Fisher 1935), by Monte Carlo.
+
+    Under its hypothesis, the two candidates' outcomes on each item might as well be swapped.
+
+    differences: one array per task, shape (items,).
+    weights: shape (tasks,), not all 0.
+    random: draws the signs.
+    """
     drawn = _joint(differences, weights, lambda task, draws: _flipped(task, draws, random))
     as_large = np.abs(drawn) >= abs(weighted_difference(differences, weights)) - _ROUNDING
     return float((1 + as_large.sum()) / (1 + len(drawn)))
 
 
 def interval(differences: Sequence[Floats], weights: Floats, random: np.random.Generator) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the weighted difference (Efron and Tibshirani 1993, chapter 13)."""
+    """The 95 % percentile bootstrap interval of the weighted difference (Efron and Tibshirani 1993, chapter 13).
+
+    differences: one array per task, shape (items,).
+    weights: shape (tasks,), not all 0.
+    random: draws the items.
+    """
     drawn = _joint(differences, weights, lambda task, draws: _resampled(task, draws, random))
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
 
 def _joint(differences: Sequence[Floats], weights: Floats, draw: Callable[[Floats, int], Floats]) -> Floats:
-    """Weighted means over tasks of means that are drawn for each, shape (draws,). draw: of a task's differences and how
-    many; its cost grows with the number of different values."""
+    """Weighted means over tasks of means that are drawn for each task, shape (draws,).
+
+    draw: draws means, from a task's differences and the number of draws. Its cost grows with the number of distinct
+        differences.
+    """
     width = max(len(np.unique(task)) for task in differences)
     draws = min(max(_NUMBERS // width, _DRAWS[0]), _DRAWS[-1])
     block = max(1, _BLOCK // width)
@@ -60,7 +79,11 @@ def _resampled(differences: Floats, draws: int, random: np.random.Generator) -> 
 
 
 def mcnemar(mine: Floats, theirs: Floats) -> float:
-    """The two-sided p-value of McNemar's exact test on right and wrong answers (1 and 0), shapes (items,)."""
+    """The two-sided p-value of McNemar's exact test on right and wrong answers.
+
+    mine: 1 where the first candidate is right, else 0; shape (items,).
+    theirs: the same for the second candidate.
+    """
     from scipy.stats import binomtest
 
     won, lost = int((mine > theirs).sum()), int((mine < theirs).sum())
@@ -68,7 +91,7 @@ def mcnemar(mine: Floats, theirs: Floats) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for how many they are, in their order (Holm 1979)."""
+    """The p-values corrected for their number, in their order (Holm 1979)."""
     values = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(values, kind="stable")
     stepped = values[order] * np.arange(len(values), 0, -1)

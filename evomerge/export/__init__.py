@@ -1,1 +1,1 @@
-"""From a candidate to what ships: a recipe, a checkpoint, a model card."""
+"""Turns a candidate into what is shared: a recipe, a checkpoint and a model card."""

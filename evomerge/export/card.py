@@ -10,7 +10,12 @@ from evomerge.recipe import Recipe
 
 
 def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
-    """Parents, licence, scores and the recipe that makes the weights again."""
+    """The text of a merge's README.md: parents, license, scores, and the recipe that makes the weights again.
+
+    recipe: the merge's, with the scores and aliases of its search.
+    fingerprint: the weights'.
+    verdict: the merge's license and the warnings about it.
+    """
     aliases = recipe.evomerge.aliases
     parents = [aliases.get(reference, reference) for reference in recipe.references]
     front: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A recipe's merge as a checkpoint, kept only where its fingerprint is the one that was scored."""
+"""Writes a recipe's merge as a checkpoint, and keeps it only where its fingerprint is the one that was scored."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +27,20 @@ def merge(
     card: bool = True,
     warn: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, bool]:
-    """Writes a recipe's checkpoint. Returns its fingerprint and whether the recipe recorded the same one.
+    """Writes a recipe's checkpoint. Returns its fingerprint, and whether the recipe recorded the same fingerprint.
 
-    shard_size: of a file of weights, as in 5GB (bytes) or 5B (parameters). warn: is told what the user should know.
-    Raises WorkFailed, leaving nothing, where the recipe records another fingerprint than the merge has.
+    False means that the recipe recorded none.
+
+    recipe: the merge's.
+    out: the folder to write; it must not hold anything yet.
+    where: the recipe's file, for messages.
+    device: where the merge is computed.
+    shard_size: the largest size of a file of weights, as in 5GB (bytes) or 5B (parameters).
+    tokenizer: whether the tokenizer is written too.
+    card: whether a model card is written too.
+    warn: is told what the user should know.
+    Raises InputError for a recipe or folder that cannot be used, and WorkFailed, leaving nothing, where the recipe
+    records another fingerprint than the merge has.
     """
     import torch
 
@@ -53,28 +63,32 @@ def merge(
         warn(warning)
     recorded = recipe.evomerge.fingerprint
     with staged(out) as folder:
-        found = merged.write(folder, size, tokenizer)
-        if recorded is not None and found != recorded:
-            raise WorkFailed(_mismatch(where, recorded, found, recipe.evomerge))
+        fingerprint = merged.write(folder, size, tokenizer)
+        if recorded is not None and fingerprint != recorded:
+            raise WorkFailed(_mismatch(where, recorded, fingerprint, recipe.evomerge))
         read = stored_fingerprint(folder)
-        if read != found:
-            raise WorkFailed(f"{folder}: the written weights have fingerprint {read}, expected {found}; not kept.")
+        if read != fingerprint:
+            raise WorkFailed(
+                f"{folder}: the written weights have fingerprint {read}, expected {fingerprint}; not kept."
+            )
         seen = recipe.evomerge.digests | models.seen
-        noted = {"fingerprint": found, "seen": encoded(seen) if seen else None}
+        noted = {"fingerprint": fingerprint, "seen": encoded(seen) if seen else None}
         kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
         (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
         if card:
-            (folder / "README.md").write_text(model_card(kept, found, verdict), encoding="utf-8")
-    return found, recorded is not None
+            (folder / "README.md").write_text(model_card(kept, fingerprint, verdict), encoding="utf-8")
+    return fingerprint, recorded is not None
 
 
 def _licenses(models: Models, aliases: Mapping[str, str]) -> dict[str, str | None]:
-    """What the card of each parent states, by the name that the merge's card calls it."""
+    """The license that the card of each parent states, by the parent's name on the merge's card."""
     return {aliases.get(reference, reference): stated_license(model.folders) for reference, model in models.items()}
 
 
-def _mismatch(where: str, recorded: str, found: str, provenance: Provenance) -> str:
+def _mismatch(where: str, recorded: str, fingerprint: str, provenance: Provenance) -> str:
     now = versions()
     changed = [f"{name} {was} → {now.get(name)}" for name, was in provenance.versions.items() if now.get(name) != was]
     cause = f"versions changed: {', '.join(changed)}" if changed else "a source model or a parameter has changed"
-    return f"{where}: the merge has fingerprint {found}, but {recorded} was scored ({cause}); nothing was written."
+    return (
+        f"{where}: the merge has fingerprint {fingerprint}, but {recorded} was scored ({cause}); nothing was written."
+    )

@@ -1,4 +1,4 @@
-"""Which candidate is exported, and what its user should know before shipping it."""
+"""Chooses the candidate to export, and says what its user should know before sharing it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +14,13 @@ from evomerge.search.results import Results, all_failed, none_feasible
 
 
 def choose(results: Results, candidate: str | None, prefer: Sequence[str]) -> Record:
-    """The record to export: by id, by preference over the front, or the best found.
+    """The record to export: by id, by preferences over the front, or by default the best.
 
-    Raises WorkFailed where no candidate keeps to the search's constraints.
+    results: the search's.
+    candidate: the id of the candidate; None to choose by preferences or the best.
+    prefer: weights of objectives, as OBJECTIVE=WEIGHT; empty for the best.
+    Raises InputError for an id or preferences that cannot be used, and WorkFailed where all candidates failed or none
+    keeps to the constraints.
     """
     records = results.archive.records()
     if candidate is not None and prefer:
@@ -35,20 +39,20 @@ def choose(results: Results, candidate: str | None, prefer: Sequence[str]) -> Re
 
 
 def _by_id(records: Sequence[Record], criteria: Criteria, candidate: str) -> Record:
-    found = {record.candidate.id: record for record in records}
-    if candidate not in found:
-        shown = choices(candidate, found) if len(found) <= 12 else "`evomerge candidates` lists them"
+    by_id = {record.candidate.id: record for record in records}
+    if candidate not in by_id:
+        shown = choices(candidate, by_id) if len(by_id) <= 12 else "`evomerge candidates` lists them"
         raise InputError(f"--candidate {candidate}: no such candidate in this run; {shown}.")
-    if found[candidate].evaluation.failed:
-        raise InputError(f"--candidate {candidate} failed ({found[candidate].evaluation.error}); choose another.")
+    if by_id[candidate].evaluation.failed:
+        raise InputError(f"--candidate {candidate} failed ({by_id[candidate].evaluation.error}); choose another.")
     broken = [
         f"{limit}, while it reaches {scores[limit.name]:.3f}"
         for limit in criteria.limits
-        if (scores := found[candidate].evaluation.scores) is not None and limit.violation(found[candidate].evaluation)
+        if (scores := by_id[candidate].evaluation.scores) is not None and limit.violation(by_id[candidate].evaluation)
     ]
     if broken:
         raise InputError(f"--candidate {candidate} breaks a constraint ({broken[0]}); choose another.")
-    return found[candidate]
+    return by_id[candidate]
 
 
 def _preferred(results: Results, prefer: Sequence[str]) -> Record | None:
@@ -80,16 +84,21 @@ def _preferences(config: SearchConfig, prefer: Sequence[str]) -> dict[str, float
 
 
 def warnings(record: Record, results: Results) -> list[str]:
-    """What a user should know before shipping a candidate: a control that is as good on what has been measured, or from
-    which held-out items do not tell it apart."""
-    found = []
+    """What a user should know before sharing a candidate, as sentences.
+
+    They name controls that score as high as the candidate, and rivals from which held-out items do not tell it apart.
+
+    record: the candidate's.
+    results: the search's.
+    """
+    sentences = []
     if record.candidate.kind == "control":
         what = (
             "a merge that the search had to beat"
             if len(record.candidate.recipe.references) > 1
             else "a model unchanged"
         )
-        found.append(f"{record.candidate.id} is a control, {what}, and no candidate of the search.")
+        sentences.append(f"{record.candidate.id} is a control, {what}, and no candidate of the search.")
     splits: dict[Split, str] = {"search": "search", "heldout": "held-out"}
     for split, items in splits.items():
         records = results.archive.records(split)
@@ -101,10 +110,10 @@ def warnings(record: Record, results: Results) -> list[str]:
         own, theirs = means([mine, rival], criteria)
         if theirs >= own:
             scores = "scores" if not criteria.scales else f"has a {criteria.mean_name} of"
-            found.append(
+            sentences.append(
                 f"the control {rival.candidate.id} {scores} {theirs:.3f} on {items} items, this one {own:.3f}."
             )
     for compared in against(results, [record.candidate.id])[record.candidate.id]:
         if compared.verdict != "better":
-            found.append(f"{sentence(compared)}.")
-    return found
+            sentences.append(f"{sentence(compared)}.")
+    return sentences

@@ -1,7 +1,7 @@
-"""Licences of models, read off their cards, and the one that a merge of them has to carry.
+"""The licenses of models, read from their cards, and the license that a merge of them must carry.
 
-A merge is a derivative of all of its parents, so the terms of all of them hold at once: its card carries the most
-restrictive one, and the user is told where that is not the whole story. This is bookkeeping, not legal advice.
+A merge is derived from all of its parents, so the terms of all of them hold at once. Its card carries the most
+restrictive license, and the user is warned where that does not say everything. This is bookkeeping, not legal advice.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ import yaml
 
 OTHER = "other"
 
-# The hub's ids, from the least restrictive kind to the most: what each kind asks, and why it stands where it does.
+# The kinds of licenses, from the least restrictive to the most: what the kind asks, and the hub's ids of its licenses.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "asks nothing": ("anyone may do anything", ("cc0-1.0", "unlicense", "wtfpl", "pddl")),
     "asks for its notice": (
@@ -47,28 +47,35 @@ _COMPATIBLE = ("asks nothing", "asks for its notice")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The licence id for a merge's card, and what its user has to look at."""
+    """What the licenses of a merge's parents mean for the merge.
+
+    license: the hub's id for the merge's card.
+    warnings: what the user must look at.
+    """
 
     license: str
     warnings: tuple[str, ...]
 
 
 def stated_license(folders: Iterable[Path]) -> str | None:
-    """The licence in the front matter of a model's README.md; of several folders (an adapter's), the most restrictive.
+    """The license that a model's README.md states in its front matter; None where a folder's card states none.
 
-    None where one of them states none.
+    folders: the model's, and its adapter's where there is one; of several licenses, the most restrictive counts.
     """
-    found = [_front_matter(folder / "README.md").get("license") for folder in folders]
+    statements = [_front_matter(folder / "README.md").get("license") for folder in folders]
     stated = [
-        str(each).lower() for item in found for each in (item if isinstance(item, list) and item else [item]) if each
+        str(name).lower()
+        for item in statements
+        for name in (item if isinstance(item, list) and item else [item])
+        if name
     ]
-    if len(stated) < len(found):
+    if len(stated) < len(statements):
         return None
     return max(stated, key=lambda identifier: _RANK.get(identifier, len(_RANK)), default=None)
 
 
 def _front_matter(card: Path) -> Mapping[str, object]:
-    """What stands between the dashes at the top of a card; nothing where that is not readable."""
+    """The YAML between the dashes at the top of a card; empty where it cannot be read."""
     try:
         before, separator, rest = card.read_text(encoding="utf-8").partition("---\n")
         front, end, _ = rest.partition("\n---")
@@ -79,21 +86,24 @@ def _front_matter(card: Path) -> Mapping[str, object]:
 
 
 def combined(licenses: Mapping[str, str | None]) -> Verdict:
-    """The most restrictive of the parents' licences, with warnings; `other` where one of them is not known here."""
+    """The most restrictive of the parents' licenses, with warnings; `other` where a license is not in `KINDS`.
+
+    licenses: the hub's id of each parent's license, by the parent's name; None where its card states none.
+    """
     warnings = [
         f"the licence of {model} is unknown "
         f"({f'its card says {stated}' if stated else 'its card states none'}); look it up before you share the merge."
         for model, stated in licenses.items()
         if stated not in _KIND
     ]
-    known = {model: stated for model, stated in licenses.items() if stated in _KIND and stated is not None}
-    terms = {stated: model for model, stated in known.items() if _KIND[stated] not in _COMPATIBLE}
+    recognized = {model: stated for model, stated in licenses.items() if stated in _KIND and stated is not None}
+    terms = {stated: model for model, stated in recognized.items() if _KIND[stated] not in _COMPATIBLE}
     if len(terms) > 1:
         listed = ", ".join(f"{stated} ({model}: {KINDS[_KIND[stated]][0]})" for stated, model in terms.items())
         warnings.append(f"the licences of the models may contradict each other, since all hold at once: {listed}.")
-    for model, stated in known.items():
+    for model, stated in recognized.items():
         if _KIND[stated] == "forbids derivatives":
             warnings.append(f"the licence of {model}, {stated}, forbids to share what is made of it, as a merge is.")
-    if len(known) < len(licenses) or not known:
+    if len(recognized) < len(licenses) or not recognized:
         return Verdict(OTHER, tuple(warnings))
-    return Verdict(max(known.values(), key=_RANK.__getitem__), tuple(warnings))
+    return Verdict(max(recognized.values(), key=_RANK.__getitem__), tuple(warnings))

@@ -1,7 +1,7 @@
-"""Export: the recipe of a candidate as people share it, and a recipe's merge as a checkpoint.
+"""The recipe of a candidate as it is shared.
 
-Model references become paths that mergekit can read; `evomerge.aliases` keeps what they stood for, so that the recipe
-can be merged again on another machine.
+Model references become paths that mergekit can read. `evomerge.aliases` keeps the references, so that the recipe can be
+merged again on another machine.
 """
 
 from pathlib import Path
@@ -16,9 +16,13 @@ from evomerge.search.results import Results
 
 
 def shared_recipe(record: Record, results: Results, models: Models) -> Recipe:
-    """A candidate's recipe with paths for references, dtype, fingerprint, scores and versions.
+    """A candidate's recipe with paths for references, and with dtype, fingerprint, scores and versions.
 
-    An adapter becomes `MODEL+ADAPTER`, which mergekit reads too, here and in the aliases.
+    An adapter becomes `MODEL+ADAPTER`, here and in the aliases, which mergekit can read.
+
+    record: the candidate's.
+    results: the search's.
+    models: the models of the search.
     """
     recipe, archive, config = record.candidate.recipe, results.archive, results.config
     paths = {reference: str(models[reference].source) for reference in recipe.references}
@@ -47,7 +51,12 @@ def _scores(record: Record) -> dict[str, float | None] | None:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes a recipe, whole or not at all."""
+    """Writes a recipe to a file, whole or not at all.
+
+    recipe: the recipe.
+    path: the file; missing folders are made.
+    Raises InputError where it cannot be written.
+    """
     from evomerge.files import write_text
 
     if path.is_dir():

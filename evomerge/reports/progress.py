@@ -1,4 +1,4 @@
-"""How fast a running search goes, read off the end of its log."""
+"""How fast a running search goes, read from the end of its log."""
 
 import json
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ _TAIL_BYTES = 65536
 class Pace:
     """How fast a search goes.
 
-    rate: evaluations a minute; None where the log does not say.
-    seconds_left: until its last evaluation; None likewise.
-    phrase: both as people read them.
+    rate: evaluations per minute; None where the log does not say.
+    seconds_left: seconds until the last evaluation; None likewise.
+    phrase: rate and time left as people read them; empty likewise.
     """
 
     rate: float | None = None
@@ -24,12 +24,20 @@ class Pace:
 
 
 def pace(directory: Path, left: int) -> Pace:
-    """The pace of the run in a directory, of which so many evaluations are left."""
+    """The pace of a run.
+
+    directory: the run's.
+    left: how many evaluations are left.
+    """
     return pace_of(_recent(directory / "log.jsonl"), left)
 
 
 def pace_of(times: Sequence[float], left: int) -> Pace:
-    """The same from the times, in seconds, at which the last evaluations finished."""
+    """The pace by the times of the last evaluations.
+
+    times: when these finished, in seconds, ascending.
+    left: how many evaluations are left.
+    """
     if len(times) < 2 or times[-1] <= times[0]:
         return Pace()
     rate = (len(times) - 1) / (times[-1] - times[0])
@@ -39,7 +47,7 @@ def pace_of(times: Sequence[float], left: int) -> Pace:
 
 
 def _recent(log: Path) -> list[float]:
-    """Times at which the last candidates were evaluated on search items."""
+    """The times at which the last candidates were evaluated on search items, ascending."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
@@ -51,9 +59,9 @@ def _recent(log: Path) -> list[float]:
         try:
             event = json.loads(line)
         except ValueError:
-            continue  # the first line of the tail is cut, and a killed process may have cut the last
+            continue  # the first line of the tail is cut off, and a killed process may have cut off the last line
         if event.get("event") == "started":
             times.clear()
         elif event.get("event") == "evaluated" and event.get("split") in ("search", "subset"):
-            times.setdefault(str(event["id"]), float(event["time"]))  # once, though on a subset and on all items
+            times.setdefault(str(event["id"]), float(event["time"]))  # only the first, of a subset and all items
     return sorted(times.values())[-_WINDOW:]

@@ -31,23 +31,27 @@ _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
 _FRONT_ROWS = 8
 _REDRAW = 0.5
-_NAME = 12  # characters of a column's name that stand in one line
-_WORDS = 30  # characters of a text that stand in one line
+_NAME = 12  # characters of a column's name that fit in one line
+_WORDS = 30  # characters of a text that fit in one line
 _LARGE = 1e6
-_REASONS = 8  # of failures, that a status lists
+_REASONS = 8  # of failure that a status lists
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that wraps nothing when its output goes to a file or a pipe."""
+    """A console, which wraps no lines when its output goes to a file or a pipe.
+
+    stderr: whether it writes to standard error, in place of standard output.
+    """
     made = Console(stderr=stderr, highlight=False, soft_wrap=True)
     told = made.is_terminal or "COLUMNS" in os.environ
     return made if told else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
 
 
 class SearchView:
-    """Follows a search: a live table and progress bar on a terminal, a line now and then elsewhere."""
+    """A listener that shows a search: a live table and progress bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, output: Console) -> None:
+        """output: where the search is shown."""
         self._console = output
         self._run: OpenRun | None = None
         self._finished: deque[float] = deque(maxlen=_RATE_WINDOW)
@@ -140,6 +144,7 @@ class SearchView:
         target.print(escape(text))
 
     def close(self) -> None:
+        """Ends the live table."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -147,9 +152,13 @@ class SearchView:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table, with a cell for every row. Words may be wrapped; numbers and ids never are.
+    """A column of a table.
 
-    extra: whether it is left out where it would need a table of its own.
+    name: its header.
+    cells: one for every row.
+    words: whether its cells may be wrapped; numbers and ids must not be.
+    left: whether its cells are aligned to the left.
+    extra: whether it is left out where it does not fit beside the other columns.
     """
 
     name: str
@@ -160,22 +169,30 @@ class Column:
 
     @property
     def header(self) -> str:
-        """Long names of metrics in several lines."""
+        """The name; a long name of a metric in several lines."""
         return self.name if cell_len(self.name) <= _NAME else re.sub(r"([/:,])", r"\1\n", self.name)
 
     @property
     def longest(self) -> int:
+        """The width of the widest cell, in characters."""
         return max(map(cell_len, self.cells), default=0)
 
     @property
     def least(self) -> int:
-        """The width that it takes at least: all of its cells, or a few words of them, and some of its name."""
+        """The least width in characters: whole cells, or a few words of cells that may be wrapped, and the beginning of
+        the name."""
         return max(min(self.longest, _WORDS) if self.words else self.longest, min(cell_len(self.name), _NAME))
 
 
 def tables(title: str, columns: Sequence[Column], width: int) -> list[Table]:
-    """Tables that are no wider than `width` as far as their cells allow: the columns that do not fit beside each other
-    follow in further tables, which begin with the first column again."""
+    """Tables that show columns within a width, as far as the cells allow.
+
+    Columns that do not fit into the first table follow in further tables. All tables begin with the first column.
+
+    title: of the first table.
+    columns: at least one.
+    width: in characters.
+    """
     first, *others = columns
     pages: list[list[Column]] = [[first]]
     for column in others:
@@ -189,12 +206,13 @@ def tables(title: str, columns: Sequence[Column], width: int) -> list[Table]:
 
 
 def _needed(columns: Sequence[Column]) -> int:
-    """The width of a table: every column has a blank on each side and a line behind it."""
+    """The width of a table in characters: every column has a blank on both sides and a line behind it."""
     return 1 + sum(column.least + 3 for column in columns)
 
 
 def _table(title: str, columns: Sequence[Column], width: int) -> Table:
-    """Its widths are set, since rich would cut numbers to make room. Words get what is left."""
+    """A table with fixed widths, since rich would cut numbers to make room. Columns of words get the width that is
+    left."""
     needed = _needed(columns)
     left = max(0, width - needed)
     more = {id(column): min(left, max(0, column.longest - column.least)) for column in columns if column.words}
@@ -212,8 +230,14 @@ def _table(title: str, columns: Sequence[Column], width: int) -> Table:
 
 
 def show_table(output: Console, title: str, columns: Sequence[Column]) -> None:
-    """A table, in several where the terminal is too narrow. Where one column already is, the terminal wraps lines:
-    nothing is cut."""
+    """Prints a table, as several tables where the terminal is too narrow.
+
+    Where a single column is too wide, the terminal wraps its lines, so that nothing is cut.
+
+    output: where it is printed.
+    title: the table's.
+    columns: at least one.
+    """
     for table in tables(title, columns, output.width):
         output.print(table)
 
@@ -225,14 +249,18 @@ def show_scores(
     config: SearchConfig,
     mean: str = "mean",
 ) -> None:
-    """A table of scores.
+    """Prints a table of scores.
 
-    rows: a name, its scores by metric, and their mean.
-    config: of the search; its metrics are the columns.
-    mean: the name that the mean goes by.
+    output: where it is printed.
+    title: the table's.
+    rows: for each a name, its scores by metric, and their mean.
+    config: the search's; its metrics are the columns.
+    mean: what the mean is called.
     """
     columns = [Column("", [name for name, _, _ in rows], left=True)]
-    columns += [Column(each.name, [_score(scores, each.name) for _, scores, _ in rows]) for each in config.measured]
+    columns += [
+        Column(metric.name, [_score(scores, metric.name) for _, scores, _ in rows]) for metric in config.measured
+    ]
     show_table(output, title, [*columns, Column(mean, [_mean(value) for *_, value in rows])])
 
 
@@ -241,7 +269,7 @@ def _score(scores: views.ScoresByName | None, name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three decimals; powers of ten for what would fill a line, as perplexities can."""
+    """A number with three decimals; with a power of ten where it would fill a line, as perplexities can."""
     return f"{value:.3f}" if abs(value) < _LARGE else f"{value:.3e}"
 
 
@@ -250,7 +278,7 @@ def _mean(mean: float | None) -> str:
 
 
 def _explain(output: Console, mean: str) -> None:
-    """What a mean of unlike scores is."""
+    """Prints what a mean of unlike scores is."""
     if mean != "mean":
         output.print(
             f"{mean}: how far the objectives lie above the base's, weighted, each in units of the range of base, "
@@ -260,7 +288,11 @@ def _explain(output: Console, mean: str) -> None:
 
 
 def show_result(output: Console, run: OpenRun) -> None:
-    """The tables at the end of a run: the head of the front, then controls and evolved best on held-out items."""
+    """Prints the tables at the end of a run: the head of the front, then controls and evolved best on held-out items.
+
+    output: where they are printed.
+    run: the run.
+    """
     show_front(output, run.results, _FRONT_ROWS)
     rows = [(title, row.heldout, row.heldout_mean) for title, row in views.comparison(run.results)]
     chosen_on = "search items" if run.config.items.selection is None else "other items"
@@ -271,7 +303,12 @@ def show_result(output: Console, run: OpenRun) -> None:
 
 
 def show_evidence(output: Console, evidence: views.EvidenceView) -> None:
-    """What the best candidate gains over the best parent and the best control, and what it keeps of each parent."""
+    """Prints how the best candidate compares with the best parent and the best control, and what it keeps of each
+    parent.
+
+    output: where it is printed.
+    evidence: that of the best candidate.
+    """
     for compared in evidence.against:
         output.print(f"{evidence.candidate}, beside the {compared.role}: {sentence(compared)}", markup=False)
     rows = evidence.retention
@@ -288,10 +325,15 @@ def show_evidence(output: Console, evidence: views.EvidenceView) -> None:
 
 
 def show_front(output: Console, results: Results, most: int | None = None) -> None:
-    """The front, with search and held-out scores side by side."""
-    found, mean = views.front(results), results.criteria().mean_name
-    rows = found[:most]
-    title = f"Pareto front: {len(found)} candidates" + (f", the best {most}" if most and most < len(found) else "")
+    """Prints the front, with search and held-out scores side by side.
+
+    output: where it is printed.
+    results: the search's.
+    most: how many candidates are shown at most; None for all.
+    """
+    front, mean = views.front(results), results.criteria().mean_name
+    rows = front[:most]
+    title = f"Pareto front: {len(front)} candidates" + (f", the best {most}" if most and most < len(front) else "")
     columns = [
         Column("", [row.id for row in rows], left=True),
         *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in results.config.measured),
@@ -306,7 +348,11 @@ def _both(row: views.CandidateView, name: str) -> str:
 
 
 def show_candidates(output: Console, results: Results) -> None:
-    """Every candidate with its search scores, its mean on search and held-out items, and why it lacks either."""
+    """Prints every candidate with its search scores, its means on search and held-out items, and why it lacks a mean.
+
+    output: where they are printed.
+    results: the search's.
+    """
     rows, mean = views.candidates(results), results.criteria().mean_name
     columns = [
         Column("id", [row.id for row in rows], left=True),
@@ -322,13 +368,13 @@ def show_candidates(output: Console, results: Results) -> None:
 
 
 def _notes(rows: Sequence[views.CandidateView]) -> list[Column]:
-    """A column of what is to be said of candidates, if there is anything."""
+    """A column with a note on every candidate; no column where there are no notes."""
     notes = [_note(row) for row in rows]
     return [Column("note", notes, words=True)] if any(notes) else []
 
 
 def _note(row: views.CandidateView) -> str:
-    """Why a candidate has no scores, may not win, or has no held-out scores."""
+    """Why a candidate has no scores, cannot win, or has no held-out scores; empty where none of this holds."""
     if row.error:
         return f"failed: {row.error}"
     breaks = ["breaks a constraint"] if row.feasible is False else []
@@ -336,7 +382,12 @@ def _note(row: views.CandidateView) -> str:
 
 
 def progress_tables(status: views.StatusView, config: SearchConfig, width: int) -> list[Table]:
-    """The best candidate so far, and the best score of any candidate on each objective."""
+    """Tables of the best candidate so far, and of the best score on each objective; none while there is no best.
+
+    status: the run's.
+    config: the search's.
+    width: of the terminal, in characters.
+    """
     best = status.best
     if best is None or best.scores is None:
         return []
@@ -354,6 +405,12 @@ def progress_tables(status: views.StatusView, config: SearchConfig, width: int) 
 
 
 def show_status(output: Console, status: views.StatusView, config: SearchConfig) -> None:
+    """Prints where a run stands.
+
+    output: where it is printed.
+    status: the run's.
+    config: the search's.
+    """
     output.print(
         f"{status.state}: {status.evaluations}/{status.budget} candidates, "
         f"{status.controls.done}/{status.controls.total} controls" + (f", {status.pace}" if status.pace else "")
@@ -365,7 +422,11 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:
-    """The commonest reasons for which candidates have no scores."""
+    """Prints the commonest reasons why candidates failed.
+
+    output: where they are printed.
+    counts: how often each reason occurs, the commonest first.
+    """
     for reason, count in list(counts.items())[:_REASONS]:
         output.print(f"{count} failed: {reason}", markup=False)
     if len(counts) > _REASONS:
@@ -374,14 +435,15 @@ def show_failures(output: Console, counts: dict[str, int]) -> None:
 
 
 def truncation(count: int) -> str:
+    """A sentence about prompts that do not fit the model's context."""
     return f"{count} prompts do not fit the model's context and lose their beginning, as in lm-eval."
 
 
 def fail(message: str) -> None:
-    """One line on standard error."""
+    """Prints a line on standard error, opened by the program's name."""
     print(f"evomerge: {message}", file=sys.stderr)
 
 
 def warn(message: str) -> None:
-    """A sentence that the user should read, though the work goes on."""
+    """Prints a warning on standard error; the work goes on."""
     fail(f"warning: {message}")

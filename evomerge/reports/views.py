@@ -1,6 +1,6 @@
-"""What a run holds, as frozen values: tables are drawn from them, and `as_json` makes them the documents of `--json`.
+"""Views: what a run holds, as frozen values. Tables show them, and `as_json` turns them into the output of `--json`.
 
-Nothing here depends on when or where a candidate ran.
+Nothing in a view of candidates depends on when or where a candidate ran.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,27 @@ ScoresByName = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class CandidateView:
-    """A candidate with all that is known of it.
+    """A candidate with all of its scores.
 
+    id: its name, as in g0003-05 or parent-math.
+    kind: `search` or `control`.
+    generation: the number of its generation; -1 for controls.
+    index: its place in the generation, or among the controls.
     genome: a number per gene; None for controls that are no point of the space.
-    genes: the genes that count, by name; what a condition rules out is left out.
+    genes: the values of its genes, by name; genes that a condition switches off are left out. None without a genome.
     scores: on search items, by objective and constraint; None where it failed.
     state: `done` or `failed`.
-    feasible: whether it keeps to the constraints; None where it was scored on a subset alone.
-    error: why it failed.
+    feasible: whether it keeps to the constraints; None where it was scored only on a subset.
+    error: why it failed; None where it did not.
     items: how many items it was scored on.
-    subset: the share of the search items that it was scored on, where that is not all of them.
-    mean, selection_mean, heldout_mean: the weighted means on the items of each split, None where there are none.
-    selection, heldout: its scores on the other splits' items.
-    heldout_missing: why it has no held-out scores, where it has none.
+    subset: the share of the search items that it was scored on; None where it was scored on all.
+    fingerprint: of its weights; None where it failed before they were merged.
+    mean: the weighted mean of the scores on search items; None where it failed.
+    selection: the scores on selection items; None where it has none.
+    selection_mean: the weighted mean of these; None likewise.
+    heldout: the scores on held-out items; None where it has none.
+    heldout_mean: the weighted mean of these; None likewise.
+    heldout_missing: why it has no held-out scores; None where it has them.
     """
 
     id: str
@@ -61,17 +69,20 @@ class CandidateView:
 
 @dataclass(frozen=True, slots=True)
 class FrontView(CandidateView):
-    """A candidate on the front, beside the best parent and the best control on held-out items."""
+    """A candidate on the front.
+
+    against: how it compares with the best parent and the best control on held-out items.
+    """
 
     against: list[Comparison]
 
 
 @dataclass(frozen=True, slots=True)
 class EvidenceView:
-    """What held-out items say of the best candidate.
+    """What held-out items say about the best candidate.
 
-    candidate: its id; None while there is no best.
-    against: it beside the best parent and the best control.
+    candidate: the candidate's id; None while there is no best candidate.
+    against: how it compares with the best parent and the best control.
     retention: what it keeps of each parent.
     """
 
@@ -82,7 +93,11 @@ class EvidenceView:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many of a total are done."""
+    """How much is done.
+
+    done: how many are done.
+    total: how many there are in all.
+    """
 
     done: int
     total: int
@@ -90,7 +105,11 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Leader:
-    """Who has the best score on an objective, and the score."""
+    """The best candidate on an objective.
+
+    id: the candidate's id.
+    score: its score on the objective.
+    """
 
     id: str
     score: float
@@ -101,13 +120,21 @@ class StatusView:
     """Where a run stands.
 
     state: `running`, `interrupted` or `finished`.
-    evaluations, budget: search candidates, done and in all; controls come on top.
+    evaluations: how many search candidates have been evaluated.
+    budget: how many search candidates there are in all; controls are not among them.
+    controls: how many controls have been evaluated.
     on_all_items: how many search candidates were scored on all search items.
-    failures: how often each reason occurs.
-    best_per_objective: who leads on each objective, None where nobody may win.
+    failed: how many candidates failed.
+    failures: how often each reason of failure occurs.
+    infeasible: how many candidates, scored on all search items, break a constraint.
+    front_size: how many candidates are on the front.
+    best_per_objective: the best candidate on each objective; None where no candidate keeps to the constraints.
     mean: what the mean is called.
-    rate, seconds_left: evaluations a minute and the time that is left, while it runs and the log says so.
-    pace: both as people read them.
+    best: the best candidate; None where no candidate keeps to the constraints.
+    evidence: what held-out items say about the best candidate.
+    rate: evaluations per minute; None where the run has stopped or its log does not say.
+    seconds_left: seconds until the last evaluation; None likewise.
+    pace: rate and time left as people read them; empty likewise.
     """
 
     state: str
@@ -128,17 +155,17 @@ class StatusView:
     pace: str = ""
 
     def at(self, pace: Pace) -> "StatusView":
-        """The same with how fast the run goes."""
+        """The same status, with how fast the run goes."""
         return replace(self, rate=pace.rate, seconds_left=pace.seconds_left, pace=pace.phrase)
 
 
 def as_json(value: Any) -> Any:
-    """A view, or a list of views, as JSON takes it."""
-    return [as_json(each) for each in value] if isinstance(value, list) else asdict(value)
+    """A view, or a list of views, as values that JSON can hold."""
+    return [as_json(view) for view in value] if isinstance(value, list) else asdict(value)
 
 
 def candidates(results: Results) -> list[CandidateView]:
-    """Every evaluation in the order of the search."""
+    """Every evaluated candidate, in the order of the search."""
     looked = _Look(results)
     return [looked.at(record) for record in results.archive.tried()]
 
@@ -156,7 +183,7 @@ def _fields(row: CandidateView) -> dict[str, Any]:
 
 
 def evidence(results: Results) -> EvidenceView:
-    """The best candidate beside the best parent and the best control, and what it keeps of each parent."""
+    """How the best candidate compares with the best parent and the best control, and what it keeps of each parent."""
     best = results.best()
     if best is None:
         return EvidenceView(None, [], [])
@@ -165,7 +192,7 @@ def evidence(results: Results) -> EvidenceView:
 
 
 class _Look:
-    """Looks at candidates by the criteria of every split."""
+    """Makes views of candidates, by the criteria of every split."""
 
     def __init__(self, results: Results) -> None:
         self._archive = results.archive
@@ -208,7 +235,7 @@ def _mean(record: Record | None, criteria: Criteria) -> float | None:
 
 
 class _HeldoutReasons:
-    """Says of a candidate why it has no held-out scores; None where it has."""
+    """Says why a candidate has no held-out scores; None where it has them."""
 
     def __init__(self, archive: Archive, criteria: Criteria) -> None:
         records = archive.records()
@@ -243,9 +270,10 @@ class _HeldoutReasons:
 
 
 def status(results: Results, running: bool) -> StatusView:
-    """State and figures of a run.
+    """Where a run stands.
 
-    running: whether a process is at work on it.
+    results: the run's.
+    running: whether a process is at work on the run.
     """
     archive, config, criteria = results.archive, results.config, results.criteria()
     records, tried, best = archive.records(), archive.tried(), results.best()
@@ -269,10 +297,10 @@ def status(results: Results, running: bool) -> StatusView:
 
 
 def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> dict[str, Leader | None]:
-    """For each objective the best score of any candidate that may win, and whose it is."""
+    """The best candidate on each objective, among those that keep to the constraints."""
     leaders: dict[str, Leader | None] = {}
     for objective in criteria.objectives:
-        alone = objective.model_copy(update={"weight": 1.0})  # a cost may have none
+        alone = objective.model_copy(update={"weight": 1.0})  # a cost may have no weight
         best = best_of(records, replace(criteria, objectives=(alone,)))
         scores = _scores(best.evaluation) if best else None
         leaders[objective.name] = Leader(best.candidate.id, scores[objective.name]) if best and scores else None
@@ -288,7 +316,11 @@ def _finished(results: Results, controls: Count) -> bool:
 
 
 def _winners(name: str, members: Sequence[Record], results: Results) -> list[Record]:
-    """The one to show of a family of controls, or of the search; empty where all of them break constraints."""
+    """The best candidate of a family of controls, or of the search; empty where all of its members break constraints.
+
+    name: the family's.
+    members: its records.
+    """
     best = results.best() if name == "search" else best_of(members, results.criteria())
     return [best] if best is not None and family(best.candidate) == name else []
 
@@ -304,7 +336,10 @@ TITLES: Mapping[str, str] = {
 
 
 def comparison(results: Results) -> list[tuple[str, CandidateView]]:
-    """(title, view) for every control worth comparing with, and the evolved best last; each chosen on search items."""
+    """The title and the view of every control worth comparing with, and of the evolved best, which is last.
+
+    Of a family of controls, the best on search items is shown; of the essential controls, all are.
+    """
     records, looked = results.archive.records(), _Look(results)
     rows = []
     for name in dict.fromkeys(family(record.candidate) for record in records):

@@ -1,10 +1,10 @@
-"""Searches as jobs of a Ray cluster, through Ray's job API: submitted, listed, followed, stopped.
+"""Submits, lists, follows and stops searches as jobs of a Ray cluster, through Ray's job API.
 
-A job carries the search file and the folders of its tasks. Models are not carried: a zoo or Hugging Face name means the
-same everywhere, and a folder must lie at the same path on every node. On the cluster the tasks are copied into the run
-directory under a name made from their content, so that a search whose tasks have changed is another search.
+A job carries the search file and the folders of its tasks. It does not carry models: a zoo or Hugging Face name means
+the same everywhere, and a folder must lie at the same path on every node. On the cluster, the tasks are copied into the
+run directory under a name made from their content. So a search whose tasks have changed counts as another search.
 
-The other module that imports ray.
+Besides `workers.ray_pool`, this is the only module that imports ray.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ from evomerge.files import SEARCH_FILE, TASKS
 from evomerge.workers.ray_address import TOKEN_FILE, token_header
 
 EXAMPLE = "http://127.0.0.1:8265"
-_KEY = "evomerge"  # in a job's metadata, with the run directory
+_KEY = "evomerge"  # of a job's metadata, under which the run directory is kept
 _PROBE = 5.0  # seconds; Ray itself tries for minutes
-_STOP = 60  # seconds from SIGTERM to SIGKILL: a search records nothing by halves, but its workers take a while to end
+_STOP = 60  # seconds from SIGTERM to SIGKILL: a search may be killed at any time, but its workers take a while to end
 _LIMIT = 100 * 2**20  # of what Ray takes with a job
 _ENDED = ("succeeded", "stopped", "failed")
 _LEFT_OUT = (".git*", ".rayignore", "__pycache__", "*.pyc")
@@ -44,7 +44,14 @@ _LEFT_OUT = (".git*", ".rayignore", "__pycache__", "*.pyc")
 
 @dataclass(frozen=True, slots=True)
 class ClusterJob:
-    """A search on the cluster. Times are seconds since 1970; `state` is one of Ray's, in small letters."""
+    """A search on the cluster.
+
+    id: the job's.
+    state: one of Ray's states, in small letters.
+    directory: the run directory on the cluster.
+    started: when it started, in seconds since 1970; None where it has not.
+    ended: when it ended, in seconds since 1970; None where it has not.
+    """
 
     id: str
     state: str
@@ -57,8 +64,11 @@ class Cluster:
     """The job API of a Ray head."""
 
     def __init__(self, address: str, ca: Path | None = None, insecure: bool = False) -> None:
-        """ca: a file or folder of certificates to trust. insecure: plain HTTP to other machines is wanted.
+        """Connects to the head.
 
+        address: of its dashboard, as in `http://127.0.0.1:8265`.
+        ca: a file or folder of certificates to trust; by default the usual ones.
+        insecure: whether plain HTTP to other machines is allowed.
         Raises InputError, after seconds at most, where no Ray head answers or it does not let us in.
         """
         self.address = check_address(address, insecure)
@@ -66,7 +76,7 @@ class Cluster:
             raise InputError(f"--ca {ca}: no such file or folder of certificates; check the path.")
         headers, verify = _own_headers(), str(ca) if ca is not None else True
         headers |= _check_ray(self.address, headers, verify)
-        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # which Ray would prefer to the address that it is given
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray prefers this to the address that it is given
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # or the data that git ignores would not be carried
         with self._asking():
             from ray.job_submission import JobSubmissionClient
@@ -77,7 +87,7 @@ class Cluster:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Ray's refusals as one sentence."""
+        """A context that turns Ray's refusals into a WorkFailed of one sentence."""
         import requests
 
         try:
@@ -88,10 +98,13 @@ class Cluster:
             raise WorkFailed(f"{self.address}: the cluster did not do it ({first_line(error)}).") from None
 
     def submit(self, config: SearchConfig, name: str, directory: str, pip: Sequence[str] = ()) -> str:
-        """The id of a new job that runs a search in a directory of the cluster, or goes on with the one that is there.
+        """The id of a new job, which runs a search in a directory of the cluster or resumes the search there.
 
-        name: of the search, for the id. pip: requirements to install for the job; none to take the cluster's own
-        environment.
+        config: the search's.
+        name: the search's, for the id.
+        directory: the run directory on the cluster.
+        pip: requirements to install for the job; where there are none, the job runs in the cluster's own environment.
+        Raises InputError where a job is at work in the directory, or the search cannot be packed.
         """
         earlier = [job for job in self.jobs() if job.directory == directory]
         for job in earlier:
@@ -118,24 +131,29 @@ class Cluster:
     def jobs(self) -> list[ClusterJob]:
         """The searches among the cluster's jobs, the newest last."""
         with self._asking():
-            found = [job for job in self._client.list_jobs() if _KEY in (job.metadata or {})]
-        return sorted(map(_job, found), key=lambda job: job.started or 0)
+            searches = [job for job in self._client.list_jobs() if _KEY in (job.metadata or {})]
+        return sorted(map(_job, searches), key=lambda job: job.started or 0)
 
     def job(self, job_id: str) -> ClusterJob:
-        """Raises InputError where there is no such search."""
-        known = {job.id: job for job in self.jobs()}
-        if job_id not in known:
-            raise InputError(f"{self.address}: has no search {job_id}; {choices(job_id, known)}.")
-        return known[job_id]
+        """The search with an id. Raises InputError where the cluster has none."""
+        searches = {job.id: job for job in self.jobs()}
+        if job_id not in searches:
+            raise InputError(f"{self.address}: has no search {job_id}; {choices(job_id, searches)}.")
+        return searches[job_id]
 
     def logs(self, job_id: str) -> str:
-        """All that a job has printed so far."""
+        """All that a job has printed so far. Raises InputError where the cluster has no such search."""
         self.job(job_id)
         with self._asking():
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> ClusterJob:
-        """Writes what a job prints as it comes, and returns the job as it ended."""
+        """Writes what a job prints, as it comes. Returns the job once it has ended.
+
+        job_id: the job's.
+        write: is called with one or more lines at a time.
+        Raises InputError where the cluster has no such search.
+        """
 
         async def tail() -> None:
             async for lines in self._client.tail_job_logs(job_id):
@@ -148,7 +166,10 @@ class Cluster:
         return self._ended(job_id, 10)
 
     def stop(self, job_id: str) -> ClusterJob:
-        """Has a job end as Ctrl-C does, and returns it ended."""
+        """Has a job end as by Ctrl-C. Returns the job once it has ended.
+
+        Raises InputError where the cluster has no such search, and WorkFailed where the job does not end.
+        """
         if self.job(job_id).state not in _ENDED:
             with self._asking():
                 self._client.stop_job(job_id)
@@ -169,14 +190,18 @@ def _job(details: Any) -> ClusterJob:
 
 
 def _submission_id(name: str, directory: str, earlier: Sequence[ClusterJob]) -> str:
-    """Says which search it is, which directory, and the how-manieth job there: Ray takes each id once."""
+    """A new job's id: the search's name, a hash of the directory, and a number that no earlier job there has, since Ray
+    accepts an id only once.
+
+    earlier: the jobs that ran in the directory.
+    """
     numbers = [int(job.id.rpartition("-")[2]) for job in earlier]
     place = hashlib.sha256(directory.encode()).hexdigest()[:6]
     return f"{re.sub(r'[^A-Za-z0-9_]+', '-', name)}-{place}-{max(numbers, default=0) + 1}"
 
 
 def entrypoint(directory: str) -> str:
-    """The shell command of a job. `exec`, so that a stop reaches the search and nothing in between."""
+    """The shell command of a job that runs in a directory. It uses `exec`, so that a stop reaches the search itself."""
     where = shlex.quote(directory)
     missing = "evomerge: not on the PATH of the head node; install it on every node, or submit with --pip"
     return (
@@ -187,7 +212,13 @@ def entrypoint(directory: str) -> str:
 
 
 def pack(config: SearchConfig, directory: str, folder: Path) -> None:
-    """Fills a folder with what a job carries: the search file, and its tasks under a name made from their content."""
+    """Fills a folder with what a job carries: the search file, and its tasks under a name made from their content.
+
+    config: the search's.
+    directory: the run directory on the cluster.
+    folder: the folder to fill.
+    Raises InputError where a job cannot carry the search.
+    """
     if not directory.startswith(("/", "~/")):
         raise InputError(f"--output {directory}: give a path on the cluster that begins with / or ~/.")
     staged = folder / "staged"
@@ -212,7 +243,7 @@ def pack(config: SearchConfig, directory: str, folder: Path) -> None:
 
 
 def _check_data_files(config: SearchConfig) -> None:
-    """Raises InputError for a task's data file that does not lie in a folder of tasks.paths, as it would stay here."""
+    """Raises InputError for a task's data file outside the folders of tasks.paths, since a job would not carry it."""
     origins = [path if path.is_dir() else path.parent for path in map(Path, config.tasks.paths)]
     for file, task in data_files([objective.task for objective in config.measured], config.tasks).items():
         if not any(file.is_relative_to(origin) for origin in origins):
@@ -223,7 +254,10 @@ def _check_data_files(config: SearchConfig) -> None:
 
 
 def _content_hash(folder: Path) -> str:
-    """Twelve digits over names and content; too much for a job is an InputError."""
+    """Twelve hexadecimal digits, made from the names and contents of a folder's files.
+
+    Raises InputError where the folder is too large for a job.
+    """
     digest = hashlib.sha256()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
@@ -239,7 +273,13 @@ def _content_hash(folder: Path) -> str:
 
 
 def unpack(packed: Path, directory: Path, wanted: str) -> None:
-    """Run on the cluster: copies a job's tasks into the run directory, each content once and whole or not at all."""
+    """Copies a job's tasks into the run directory, each content once, and whole or not at all. Runs on the cluster.
+
+    packed: the folder that the job carried.
+    directory: the run directory.
+    wanted: the version of evomerge that submitted the job.
+    Raises InputError where the cluster has another version.
+    """
     if wanted != version("evomerge"):
         raise InputError(
             f"the search was submitted by evomerge {wanted}, but this cluster has {version('evomerge')}; install one "
@@ -257,7 +297,7 @@ def unpack(packed: Path, directory: Path, wanted: str) -> None:
 
 
 def notes(config: SearchConfig) -> list[str]:
-    """What a user should know of a search before it goes to a cluster."""
+    """What a user should know about a search before it goes to a cluster, as sentences."""
     folders = {f"models.{name}": model for name, model in config.models.items()} | {"base": config.base}
     told = [
         f"{key} is the folder {path}, which is not carried along: every node of the cluster must have it there"
@@ -272,8 +312,13 @@ def notes(config: SearchConfig) -> list[str]:
 
 
 def check_address(address: str, insecure: bool) -> str:
-    """An address of a Ray dashboard, without a slash at its end. Raises InputError for one that is none, or that would
-    carry token and search over the network in the clear."""
+    """The address of a Ray dashboard, without a slash at its end.
+
+    address: as the user gave it.
+    insecure: whether plain HTTP to other machines is allowed.
+    Raises InputError for an address that is not a dashboard's, and for plain HTTP that is not allowed, since anyone on
+    the way could read the token and the search.
+    """
     parts = urlsplit(address if "://" in address else f"http://{address}")
     if parts.scheme == "ray":
         raise InputError(f"--address {address}: jobs go to the dashboard's port, such as http://{parts.hostname}:8265.")
@@ -299,7 +344,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _own_headers() -> dict[str, str]:
-    """The headers that a proxy before the cluster wants, read from where Ray's own commands read them."""
+    """The headers that a proxy before the cluster needs, from the variable that Ray's own commands read."""
     text = os.environ.get("RAY_JOB_HEADERS", "")
     try:
         headers = json.loads(text or "{}")
@@ -311,7 +356,10 @@ def _own_headers() -> dict[str, str]:
 
 
 def _check_ray(address: str, headers: Mapping[str, str], verify: str | bool) -> dict[str, str]:
-    """The header that lets us into the head at an address. A token is shown only to a head that asks for tokens."""
+    """The header that lets us into the head at an address; empty where it needs none.
+
+    A token is shown only to a head that asks for tokens. Raises InputError where the head does not let us in.
+    """
     mode = _get(f"{address}/api/authentication_mode", headers, verify)
     login = token_header() if _says(mode, "authentication_mode") == "token" else {}
     if not login and _says(mode, "authentication_mode") == "token":
@@ -335,7 +383,7 @@ def _check_ray(address: str, headers: Mapping[str, str], verify: str | bool) -> 
 
 
 def _get(url: str, headers: Mapping[str, str], verify: str | bool) -> Any:
-    """The reply to one short question."""
+    """The reply to a GET request. Raises InputError where none comes in time."""
     import requests
 
     try:
@@ -349,7 +397,7 @@ def _get(url: str, headers: Mapping[str, str], verify: str | bool) -> Any:
 
 
 def _says(reply: Any, key: str) -> str | None:
-    """A value of a JSON reply; None where it is no such reply."""
+    """The value of a key in a JSON reply; None where the reply has no such key."""
     try:
         content = reply.json()
     except ValueError:

@@ -1,7 +1,7 @@
-"""A run directory: made, locked, run, resumed, read.
+"""Run directories: they are made, locked, run, resumed and read here.
 
-It holds search.yaml (resolved and frozen), archive.db, log.jsonl (one line per event) and best.yaml; all but the first
-two are derived from them.
+A run directory holds search.yaml (resolved and frozen), archive.db, log.jsonl (one line per event) and best.yaml. The
+last two are derived from the first two.
 """
 
 import os
@@ -32,9 +32,15 @@ def start(
     listener: Listener,
     again: bool = False,
 ) -> OpenRun:
-    """Runs a search file in a new directory, or with `again` goes on where the directory holds that search already.
+    """Runs a search file in a new directory, and returns the run once it has finished.
 
-    Raises InputError before anything is written, so the pool comes first.
+    search_file: the search file.
+    directory: the run directory.
+    overrides: settings that replace those of the file, as KEY=VALUE.
+    address: a Ray cluster's; None for this machine.
+    listener: is told what happens.
+    again: whether the run is resumed where the directory already holds this very search.
+    Raises InputError before anything is written, so the pool is made first.
     """
     held = _held(directory)
     if held and SEARCH_FILE not in held:
@@ -60,7 +66,14 @@ def start(
 
 
 def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
-    """Goes on with an interrupted run, or with a finished one whose budget has grown."""
+    """Resumes an interrupted run, or a finished run whose budget has grown, and returns it once it has finished.
+
+    directory: the run directory.
+    overrides: settings that replace those of the run, as KEY=VALUE.
+    address: a Ray cluster's; None for this machine.
+    listener: is told what happens.
+    Raises InputError where the run cannot be resumed.
+    """
     return _go_on(directory, _reopen(directory, overrides), address, listener)
 
 
@@ -78,13 +91,16 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
 
 
 def check_sources(run: OpenRun) -> None:
-    """Raises InputError where a source model's files are not those that the search began with."""
+    """Checks that the source models' files are those that the search began with. Raises InputError where one is not."""
     with naming(run.directory / SEARCH_FILE):
         run.archive.check_sources(identities(run.prepared))
 
 
 def read(directory: Path) -> OpenRun:
-    """A run as it stands, for looking at it; another process may be writing to it."""
+    """A run as it stands, for reading only; another process may be writing to it.
+
+    Raises InputError where the directory is no run directory, or nothing has been evaluated yet.
+    """
     prepared = _reopen(directory)
     _check_archive_kept(directory, prepared.config)
     if prepared.config.storage is None and not (directory / DATABASE).exists():
@@ -99,6 +115,12 @@ def _reopen(directory: Path, overrides: Sequence[str] = ()) -> Prepared:
 
 
 def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
+    """The config of a run.
+
+    directory: the run directory.
+    overrides: settings that replace those of the run, as KEY=VALUE.
+    Raises InputError where the directory is no run directory.
+    """
     if not directory.is_dir():
         raise InputError(f"{directory}: no such run directory; give the folder that `evomerge run` made.")
     if not (directory / SEARCH_FILE).exists():
@@ -107,12 +129,12 @@ def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
 
 
 def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[None]:
-    """The lock that others than this directory's see, where the archive is shared."""
+    """A lock on the run's study, where the archive is shared: processes see it that use other directories."""
     return presence(config.storage, study_prefix(directory, config))
 
 
 def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
-    """Raises InputError where the log tells of an archive that is gone: going on would begin all over, silently."""
+    """Raises InputError where the log tells of an archive that is gone. Else the search would silently start anew."""
     database = directory / DATABASE
     gone = not database.exists() or (database.is_file() and database.stat().st_size == 0)
     if config.storage is None and gone and (directory / LOG_FILE).exists():
@@ -127,7 +149,7 @@ def _archive(directory: Path, prepared: Prepared) -> Archive:
 
 
 def _held(directory: Path) -> list[str]:
-    """The names in a directory that is to hold a run."""
+    """The names of what a future run directory holds already, locks and tasks left out; sorted."""
     try:
         return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS))
     except FileNotFoundError:

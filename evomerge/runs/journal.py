@@ -22,7 +22,12 @@ LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
-    """A run directory with its archive in memory."""
+    """A run directory, opened.
+
+    directory: the run directory.
+    prepared: its search.
+    archive: its archive.
+    """
 
     directory: Path
     prepared: Prepared
@@ -30,6 +35,7 @@ class OpenRun:
 
     @property
     def config(self) -> SearchConfig:
+        """The search's config, resolved."""
         return self.prepared.config
 
     @property
@@ -75,7 +81,7 @@ class Journal:
     def _write_best(self) -> None:
         best = self._run.results.best()
         if best is None:
-            (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search can have moved the choice
+            (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search may have changed the choice
             return
         recipe = shared_recipe(best, self._run.results, self._run.prepared.models)
         write_text(self._run.directory / BEST_FILE, recipe.to_yaml())

@@ -1,7 +1,8 @@
-"""The lock of a run directory: one process writes to a run, and the system frees it when that process dies.
+"""The lock of a run directory: only one process writes to a run, and the system frees the lock when that process dies.
 
-On Linux, NFS passes flock on to its server, so that other machines see it; a mount without a lock service refuses, and
-so do we. SQLite must not be trusted on network file systems: a run whose directory lies on one names a storage.
+On Linux, NFS passes flock on to its server, so that other machines see the lock. A mount without a lock service refuses
+it, and then the run is refused too. SQLite must not be trusted on network file systems, so a run whose directory lies
+on a network file system should name a storage.
 """
 
 import fcntl
@@ -18,7 +19,10 @@ LOCK = ".lock"
 
 @contextmanager
 def run_lock(directory: Path) -> Iterator[None]:
-    """Held while a process writes to a run directory; the system frees it when the process dies."""
+    """A context in which this process holds the lock of a run directory. The system frees it when the process dies.
+
+    Raises InputError where another process holds the lock, or the file system has no locks.
+    """
     try:
         handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -46,7 +50,7 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 
 def is_running(directory: Path) -> bool:
-    """Whether a process holds the run's lock."""
+    """Whether a process holds the lock of a run directory."""
     try:
         handle = os.open(directory / LOCK, os.O_RDWR)
     except OSError:

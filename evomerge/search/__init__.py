@@ -1,1 +1,1 @@
-"""The search: prepared, started from its controls, run by generations or asynchronously."""
+"""The search: it is prepared, started from its controls, and run by generations or asynchronously."""

@@ -1,8 +1,8 @@
-"""The asynchronous schedule: each evaluation is told as it arrives, and no worker waits for another's.
+"""The asynchronous schedule: the optimizer is told each evaluation as it arrives, and no worker waits for another.
 
-What is proposed then depends on who finishes first, and so on the number of workers and on chance. The archive makes
-it repeatable: it holds each evaluation's `Arrival`, and a resumed search goes through the same asks and tells again. An
-archive is a function of its config and of the recorded order, and of nothing else.
+The proposals then depend on which candidate finishes first, and so on the number of workers and on chance. The archive
+makes them repeatable: it holds the `Arrival` of each evaluation, and a resumed search goes through the same asks and
+tells again. So an archive depends on its config and on the recorded order, and on nothing else.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +23,14 @@ from evomerge.workers import Job
 
 @dataclass
 class AsyncSchedule:
-    """An optimizer that is asked whenever a worker has nothing to do, cut off at the budget.
+    """A schedule that asks the optimizer whenever a worker has nothing to do, until the budget is spent.
 
-    told: turns evaluations into the scores that the optimizer is told.
+    See `Schedule`.
+
+    optimizer: proposes genomes.
+    space: decodes them.
+    config: the search's.
+    told: turns evaluations into the scores that the optimizer is told, shape (n, objectives + limits).
     """
 
     optimizer: Optimizer
@@ -39,6 +44,7 @@ class AsyncSchedule:
     _queue: dict[str, tuple[int, Candidate]] = field(init=False, default_factory=dict)
 
     def next(self) -> Job | None:
+        """The next job, for which the optimizer is asked if need be; None once the budget is spent."""
         while not self._queue and self._created < self.config.budget and not self._exhausted:
             self._ask()
         identity = next(iter(self._queue), None)
@@ -56,15 +62,20 @@ class AsyncSchedule:
         self._asked += 1
 
     def arrival(self) -> Arrival:
+        """The number of the next evaluation to arrive, and how many asks came before it."""
         return Arrival(self._arrived, self._asked)
 
     def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Tells the optimizer the evaluation of a job at once."""
         self.optimizer.tell(np.array(job.candidate.genome)[np.newaxis], self.told([evaluation]))
         self._arrived += 1
 
     def replayed(self, record: Record) -> Job:
-        """The job of the next recorded arrival, asked for as it was then. Raises WorkFailed where the optimizer
-        never proposes it."""
+        """The job of a recorded arrival, after the same asks as in the recorded search.
+
+        record: the next arrival of the archive.
+        Raises WorkFailed where the optimizer does not propose its candidate.
+        """
         assert record.arrival is not None
         while self._asked < record.arrival.asked and not self._exhausted:
             self._ask()

@@ -1,4 +1,4 @@
-"""Which candidate is the best, which are on the front, and which get selection and held-out scores."""
+"""The best candidate, the front, and the candidates that get selection and held-out scores."""
 
 from collections.abc import Sequence
 
@@ -15,12 +15,20 @@ HELDOUT_FRONT = 20  # candidates: with many objectives a front is long, and held
 
 
 def means(records: Sequence[Record], criteria: Criteria) -> list[float]:
-    """The weighted mean score of each record, -inf for failures."""
+    """The weighted mean of each record's scores or gains; -inf for failures.
+
+    records: the records.
+    criteria: those of the records' split.
+    """
     return criteria.means([record.evaluation for record in records])
 
 
 def best_of(records: Sequence[Record], criteria: Criteria) -> Record | None:
-    """The first record with the highest weighted mean; None where nothing succeeded that keeps to the limits."""
+    """The record with the highest weighted mean, of several the first; None where no record keeps to the limits.
+
+    records: the records, in any order.
+    criteria: those of the records' split.
+    """
     ordered = sorted(records, key=lambda record: place(record.candidate))
     scores = criteria.eligible([record.evaluation for record in ordered])
     values = weighted_means(scores, criteria.weights)
@@ -30,14 +38,25 @@ def best_of(records: Sequence[Record], criteria: Criteria) -> Record | None:
 
 
 def best_searched(records: Sequence[Record], criteria: Criteria) -> Record | None:
-    """The best search candidate, or the best control while there is none."""
+    """The record of the best search candidate, or while there is none that of the best control.
+
+    None where no record keeps to the limits.
+
+    records: the records, in any order.
+    criteria: those of the records' split.
+    """
     searched = [record for record in records if record.candidate.kind == "search"]
     return best_of(searched, criteria) or best_of(records, criteria)
 
 
 def front_of(records: Sequence[Record], criteria: Criteria) -> list[Record]:
-    """The records that keep to the limits and that no other of these dominates, best mean first; of several with the
-    same weights the first found."""
+    """The Pareto front: the records that keep to the limits and that no other such record dominates, best mean first.
+
+    Of several candidates with the same weights, the front has only the first.
+
+    records: the records, in any order.
+    criteria: those of the records' split.
+    """
     ordered = sorted(records, key=lambda record: place(record.candidate))
     mask = front_mask(criteria.eligible([record.evaluation for record in ordered]))
     kept = [record for record, on_front in zip(ordered, mask, strict=True) if on_front]
@@ -47,8 +66,13 @@ def front_of(records: Sequence[Record], criteria: Criteria) -> list[Record]:
 
 
 def reported(records: Sequence[Record], criteria: Criteria) -> list[Candidate]:
-    """The candidates that get selection and held-out scores: the essential controls, the best of every other kind, and
-    the best of the front."""
+    """The candidates that get selection and held-out scores, in the order of the search.
+
+    These are the essential controls, the best candidate of every family, and the best of the front.
+
+    records: the records on all search items.
+    criteria: those of the search items.
+    """
     chosen = [record for record in records if family(record.candidate) in ESSENTIAL]
     for name in dict.fromkeys(family(record.candidate) for record in records):
         best = best_of([record for record in records if family(record.candidate) == name], criteria)

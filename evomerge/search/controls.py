@@ -1,7 +1,8 @@
 """Controls: what a search must beat, evaluated like any candidate on the same items.
 
-Always the base, every parent and the uniform merge. On request, grids over one weight and density for all models
-(task arithmetic, TIES, DARE-TIES), a grid over one weight per model, and random search with the search's own budget.
+The base, every parent and the uniform merge are always controls. On request there are more: grids over one weight and
+density for all models (task arithmetic, TIES, DARE-TIES), a grid over one weight per model, and random search with the
+search's own budget.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,12 +29,12 @@ _LEVELS = {5: (0.0, 0.4, 0.7, 1.0, 1.4), 4: (0.0, 0.4, 0.8, 1.2), 3: (0.0, 0.5, 
 
 
 def family(candidate: Candidate) -> str:
-    """The kind of control: `base`, `parent`, `uniform`, `one_knob`, `per_model`, `random`; `search` for the rest."""
+    """The kind of control: `base`, `parent`, `uniform`, `one_knob`, `per_model` or `random`; else `search`."""
     return candidate.id.split("-")[0] if candidate.kind == "control" else "search"
 
 
 def essential_controls(config: SearchConfig) -> list[Candidate]:
-    """Base, parents and uniform merge, in this order; no merge where the search is for paths alone."""
+    """Base, parents and uniform merge, in this order. There is no uniform merge where a search merges no weights."""
     recipes = {BASE: single(config.base)}
     recipes |= {f"{PARENT}-{name}": single(reference) for name, reference in config.models.items()}
     if _merges(config):
@@ -42,14 +43,22 @@ def essential_controls(config: SearchConfig) -> list[Candidate]:
 
 
 def start_weights(config: SearchConfig, control: str) -> Mapping[str, float]:
-    """The weights per model that stand for an essential control."""
+    """The weights that make an essential control, by model; empty for the base.
+
+    config: the search's.
+    control: the control's id.
+    """
     if control == UNIFORM:
         return dict.fromkeys(config.models, 1.0 / len(config.models))
     return {control.removeprefix(f"{PARENT}-"): 1.0} if control.startswith(f"{PARENT}-") else {}
 
 
 def further_controls(config: SearchConfig, space: SearchSpace) -> list[Candidate]:
-    """The controls that the config asks for, in a fixed order."""
+    """The controls that the config asks for besides the essential controls, in a fixed order.
+
+    config: the search's.
+    space: from which random search draws.
+    """
     first = _count_essential(config)
     recipes: list[tuple[str, Recipe, Genome | None]] = []
     if config.controls.one_knob:
@@ -63,7 +72,7 @@ def further_controls(config: SearchConfig, space: SearchSpace) -> list[Candidate
 
 
 def count_controls(config: SearchConfig) -> int:
-    """How many controls there are, without making any."""
+    """How many controls a search has, without making them."""
     asked = config.controls
     one_knob = len(_WEIGHTS) + 2 * len(_TIES_WEIGHTS) * len(_DENSITIES) if asked.one_knob else 0
     per_model = len(_levels(config)) ** len(config.models) if asked.per_model else 0
@@ -80,13 +89,13 @@ def _merges(config: SearchConfig) -> bool:
 
 
 def start_of_weights(config: SearchConfig) -> float | None:
-    """Where all weights start, if the config says so."""
+    """The weight at which the search starts all weights; None where the config sets none."""
     space = config.space.merging
     return space.weight.start if space is not None else None
 
 
 def check_controls(config: SearchConfig) -> None:
-    """Raises InputError for controls that cannot be made."""
+    """Checks that the controls can be made. Raises InputError where one cannot."""
     if not _merges(config) and (config.controls.one_knob or config.controls.per_model):
         key = "one_knob" if config.controls.one_knob else "per_model"
         raise InputError(f"controls.{key} is true, but a data-flow search merges no weights; set it to false.")
@@ -95,7 +104,11 @@ def check_controls(config: SearchConfig) -> None:
 
 
 def _random_search(config: SearchConfig, space: SearchSpace, first: int) -> list[Candidate]:
-    """As the space draws them, in the genes that the search itself starts with: both know as much beforehand."""
+    """Candidates that the space draws at random.
+
+    Where the optimizer has stages, only the genes of the first stage are drawn, so that random search has no advantage
+    over the search itself.
+    """
     stages = config.optimizer.stages
     moves = np.array([not stages or gene.kind in stages[0].genes for gene in space.genes])
     start = space.encode({})
@@ -121,13 +134,16 @@ def _per_model(config: SearchConfig) -> Iterator[Recipe]:
 
 
 def per_model_weights(config: SearchConfig) -> Iterator[dict[str, float]]:
-    """Every point of the grid over one weight per model."""
+    """Every point of the grid over one weight per model, as weights by model."""
     for weights in product(_levels(config), repeat=len(config.models)):
         yield dict(zip(config.models, weights, strict=True))
 
 
 def _levels(config: SearchConfig) -> Sequence[float]:
-    """The finest levels whose grid over all models stays affordable."""
+    """The largest set of weights whose grid over all models has at most `_LARGEST_GRID` points.
+
+    Raises InputError where even the smallest set has more.
+    """
     for count, levels in _LEVELS.items():
         if count ** len(config.models) <= _LARGEST_GRID:
             return levels

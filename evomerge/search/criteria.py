@@ -1,11 +1,12 @@
-"""Criteria: what makes one candidate better than another, as arrays: objectives, and limits that a winner keeps to.
+"""Criteria: what makes one candidate better than another. They are objectives, and limits that a winner must keep to.
 
-A mean over objectives needs one scale. Accuracies and other scores between 0 and 1 are averaged as they are. Where any
-other objective has a weight (a perplexity, a BLEU, a cost), the mean is one of gains: each objective's distance above
-the base, in units of the range of base, parents and uniform merge on search items.
+A mean over objectives needs a common scale. Accuracies and other scores between 0 and 1 are averaged as they are. Where
+any other objective has a weight (a perplexity, a BLEU, a cost), gains are averaged: the gain on an objective is its
+distance above the base, in units of the range of base, parents and uniform merge on search items.
 
-A candidate that breaks a limit is infeasible: it comes after every feasible one, the less it breaks the better (Deb
-2000, doi:10.1016/S0045-7825(99)00389-8), and it is never on the front, never the best and never exported.
+A candidate that breaks a limit is infeasible. It ranks below every feasible candidate, and among the infeasible the
+smaller violation ranks higher (Deb 2000, doi:10.1016/S0045-7825(99)00389-8). It is never on the front, never the best
+and never exported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,15 +35,18 @@ _OTHER_SCALES = {  # metrics whose scores may lie between 0 and 1 by chance
     "chrf",
     "ter",
 }
-_NEARLY_NOTHING = 1e-3  # of the largest score of a control: a range below that says nothing of an objective's scale
+_NEARLY_NOTHING = 1e-3  # of the largest score of a control: a smaller range says nothing about an objective's scale
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a score must reach: a share of a parent's, or not more than a cost's maximum.
+    """A bound that a score must reach: a share of a parent's score, or the maximum of a cost.
 
-    bound: where larger is better, so of the negated score where `sign` is -1; NaN while the parent's score is not
-    known, and then nobody reaches it. source: where the bound comes from, in a phrase.
+    name: the metric's or cost's.
+    sign: 1 where a larger score is better, -1 where a smaller is.
+    bound: what `sign` times the score must reach. NaN while the parent has no score, and then every candidate breaks
+        the limit.
+    source: where the bound comes from, in a phrase.
     """
 
     name: str
@@ -51,7 +55,8 @@ class Limit:
     source: str
 
     def violation(self, evaluation: Evaluation) -> float:
-        """By how much an evaluation misses the bound, as a share of it: 0 where it does not, NaN for a failure."""
+        """By how much an evaluation misses the bound, as a share of the bound; 0 where it reaches it, NaN for a
+        failure."""
         if evaluation.scores is None:
             return np.nan
         missing = (self.bound - self.sign * evaluation.scores[self.name]) / (abs(self.bound) or 1.0)
@@ -64,7 +69,11 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Where the gain of an objective is 0 and where it is 1, of scores turned so that larger is better."""
+    """How the scores of an objective, turned so that larger is better, become gains.
+
+    zero: the score at which the gain is 0.
+    unit: by how much the score is higher where the gain is 1.
+    """
 
     zero: float
     unit: float
@@ -74,7 +83,9 @@ class Scale:
 class Criteria:
     """The objectives and limits of a search on one split's items.
 
-    scales: by objective, how its scores become gains; none where all of them can be averaged as they are.
+    objectives: the search's.
+    limits: those on the split.
+    scales: how scores become gains, by objective; empty where all scores can be averaged as they are.
     """
 
     objectives: tuple[ObjectiveConfig, ...]
@@ -88,24 +99,27 @@ class Criteria:
 
     @property
     def weights(self) -> NDArray[np.float64]:
+        """The weights of the objectives, shape (objectives,)."""
         return np.array([objective.weight for objective in self.objectives])
 
     def violations(self, evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
-        """How far each evaluation breaks each limit, shape (n, limits); NaN for failures."""
+        """By how much each evaluation breaks each limit, shape (n, limits); NaN for failures."""
         rows = [[limit.violation(evaluation) for limit in self.limits] for evaluation in evaluations]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(self.limits))
 
     def told(self, evaluations: Sequence[Evaluation]) -> ScoreArray:
-        """Scores or gains, and violations, as optimizers are told them, shape (n, objectives + limits)."""
+        """What optimizers are told: scores or gains, and violations, shape (n, objectives + limits)."""
         return np.hstack([self._comparable(evaluations), self.violations(evaluations)])
 
     def eligible(self, evaluations: Sequence[Evaluation]) -> ScoreArray:
-        """Scores or gains of those that may win, shape (n, objectives); NaN for failures and the infeasible."""
+        """The scores or gains of evaluations that may win, shape (n, objectives); NaN for failures and infeasible
+        candidates."""
         scores = self._comparable(evaluations)
         scores[(self.violations(evaluations) > 0).any(axis=1)] = np.nan
         return scores
 
     def feasible(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation succeeded and breaks no limit."""
         return not evaluation.failed and not self.violations([evaluation]).any()
 
     def means(self, evaluations: Sequence[Evaluation]) -> list[float]:
@@ -113,7 +127,7 @@ class Criteria:
         return [float(mean) for mean in weighted_means(self._comparable(evaluations), self.weights)]
 
     def _comparable(self, evaluations: Sequence[Evaluation]) -> ScoreArray:
-        """Scores that can be averaged, larger is better, shape (n, objectives)."""
+        """Scores or gains that can be averaged; larger is better; shape (n, objectives)."""
         scores = score_matrix(evaluations, self.objectives)
         for index, objective in enumerate(self.objectives):
             scale = self.scales.get(objective.name)
@@ -123,7 +137,11 @@ class Criteria:
 
 
 def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[ObjectiveConfig]) -> ScoreArray:
-    """Scores turned so that larger is better, shape (n, objectives); NaN for failures."""
+    """Scores turned so that larger is better, shape (n, objectives); NaN for failures.
+
+    evaluations: the rows.
+    objectives: the columns.
+    """
     rows = [
         [np.nan] * len(objectives)
         if evaluation.scores is None
@@ -134,52 +152,74 @@ def score_matrix(evaluations: Sequence[Evaluation], objectives: Sequence[Objecti
 
 
 def sign_of(metric: ObjectiveConfig | ConstraintConfig) -> float:
+    """1 where a larger score is better, -1 where a smaller is."""
     return -1.0 if metric.goal == "minimize" else 1.0
 
 
 def criteria_of(archive: Archive, config: SearchConfig, split: Split = "search") -> Criteria:
-    """A search's criteria on a split, by the scores that its parents have there. Costs are limited on search items: the
-    time that an evaluation takes depends on how many items there are."""
+    """A search's criteria on a split, by the scores that base and parents have there.
+
+    Costs are limited only on search items, since the time of an evaluation depends on how many items there are.
+
+    archive: the search's.
+    config: the search's.
+    split: the split.
+    """
     names = [BASE, *(f"{PARENT}-{name}" for name in config.models)]
-    found = {name: archive.find(name, split) for name in names}
-    parents = {name: record.evaluation for name, record in found.items() if record is not None}
-    limits = [_limit(each, config, parents) for each in config.constraints]
+    records = {name: archive.find(name, split) for name in names}
+    parents = {name: record.evaluation for name, record in records.items() if record is not None}
+    limits = [_limit(constraint, config, parents) for constraint in config.constraints]
     if split == "search":
         limits += [Limit(cost.name, -1.0, -cost.max, "max") for cost in config.objectives if cost.max is not None]
     return Criteria(config.objectives, tuple(limits), _scales(archive, config, split))
 
 
 def _scales(archive: Archive, config: SearchConfig, split: Split) -> dict[str, Scale]:
-    """How scores on a split become gains: 0 is the base on that split, the unit is the same on all splits. None where
-    all objectives with a weight lie between 0 and 1, and while no control has been scored."""
+    """How scores on a split become gains, by objective. The gain of the base on that split is 0; the unit is the same
+    on all splits.
+
+    Empty where all objectives with a weight lie between 0 and 1, and while no control has been scored.
+    """
     names = [BASE, *(f"{PARENT}-{name}" for name in config.models), UNIFORM]
     searched = [archive.find(name, "search") for name in names]
-    known = [record.evaluation.scores for record in searched if record is not None and record.evaluation.scores]
+    control_scores = [
+        record.evaluation.scores for record in searched if record is not None and record.evaluation.scores
+    ]
     weighted = [objective for objective in config.objectives if objective.weight]
-    if not known or all(_between_0_and_1(objective, known) for objective in weighted):
+    if not control_scores or all(_between_0_and_1(objective, control_scores) for objective in weighted):
         return {}
     base = archive.find(BASE, split)
-    start = base.evaluation.scores if base is not None and base.evaluation.scores else known[0]
-    return {objective.name: _scale(objective, known, start) for objective in weighted}
+    start = base.evaluation.scores if base is not None and base.evaluation.scores else control_scores[0]
+    return {objective.name: _scale(objective, control_scores, start) for objective in weighted}
 
 
-def _between_0_and_1(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]]) -> bool:
+def _between_0_and_1(objective: ObjectiveConfig, control_scores: Sequence[Mapping[str, float]]) -> bool:
     if objective.cost is not None or objective.metric in _OTHER_SCALES:
         return False
-    return all(0 <= scores[objective.name] <= 1 for scores in known)
+    return all(0 <= scores[objective.name] <= 1 for scores in control_scores)
 
 
-def _scale(objective: ObjectiveConfig, known: Sequence[Mapping[str, float]], base: Mapping[str, float]) -> Scale:
-    """known: scores of the controls, the base's first. Where these are nearly all the same, a gain of 1 is as much as
-    the base has."""
-    scores = [each[objective.name] for each in known]
+def _scale(
+    objective: ObjectiveConfig, control_scores: Sequence[Mapping[str, float]], base: Mapping[str, float]
+) -> Scale:
+    """How an objective's scores become gains.
+
+    control_scores: the controls' scores on search items, the base's first. Where the controls score nearly the same,
+        the unit is the size of the base's score.
+    base: the base's scores on the split.
+    """
+    scores = [control[objective.name] for control in control_scores]
     spread, size = max(scores) - min(scores), max(map(abs, scores))
     unit = spread if spread > _NEARLY_NOTHING * size else abs(scores[0]) or 1.0
     return Scale(sign_of(objective) * base[objective.name], unit)
 
 
 def mean_of_scores(scores: Mapping[str, float] | None, objectives: Sequence[ObjectiveConfig]) -> float | None:
-    """The weighted mean of one model's scores where no control is known; None where they are on unlike scales."""
+    """The weighted mean of one model's scores without any controls; None where the scores have unlike scales.
+
+    scores: by objective; None for a failure.
+    objectives: the search's.
+    """
     weighted = [objective for objective in objectives if objective.weight]
     if scores is None or not all(_between_0_and_1(objective, [scores]) for objective in weighted):
         return None
@@ -187,30 +227,39 @@ def mean_of_scores(scores: Mapping[str, float] | None, objectives: Sequence[Obje
 
 
 def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[str, Evaluation]) -> Limit:
-    """parents: the evaluations of base and parents, as far as there are any."""
+    """The limit that a constraint sets.
+
+    parents: the evaluations of base and parents, by id, as far as there are any.
+    """
     sign = sign_of(constraint)
     names = _references(constraint, config)
-    known = {
+    values = {
         name: sign * evaluation.scores[constraint.name]
         for name in names
         if (evaluation := parents.get(name)) is not None and evaluation.scores is not None
     }
-    if not known or any(name not in parents for name in names):
+    if not values or any(name not in parents for name in names):
         return Limit(constraint.name, sign, np.nan, f"of {names[0]}'s")
-    best = max(known, key=lambda name: known[name])
-    bound = known[best] - (1 - constraint.retain) * abs(known[best])
-    return Limit(constraint.name, sign, bound, f"of {best}'s {sign * known[best]:.3f}")
+    best = max(values, key=lambda name: values[name])
+    bound = values[best] - (1 - constraint.retain) * abs(values[best])
+    return Limit(constraint.name, sign, bound, f"of {best}'s {sign * values[best]:.3f}")
 
 
 def _references(constraint: ConstraintConfig, config: SearchConfig) -> list[str]:
-    """The controls that a constraint compares with."""
+    """The ids of the controls that a constraint compares with."""
     if constraint.of is None and config.models:
         return [f"{PARENT}-{name}" for name in config.models]
     return [BASE if constraint.of in (None, "base") else f"{PARENT}-{constraint.of}"]
 
 
 def check_limits(archive: Archive, config: SearchConfig, criteria: Criteria) -> None:
-    """Raises WorkFailed where no parent that a constraint compares with could be scored."""
+    """Checks that every constraint has a parent to compare with.
+
+    archive: the search's.
+    config: the search's.
+    criteria: those of the search items.
+    Raises WorkFailed where a constraint has none, since the parent could not be scored.
+    """
     for index, constraint in enumerate(config.constraints):
         limit = criteria.limits[index]
         name = _references(constraint, config)[0]

@@ -1,8 +1,10 @@
-"""Pipelined generations: g0..g_lag are asked at once, then tell(g) and ask(g + lag + 1) strictly alternate, so that
-proposals depend neither on timing nor on the number of workers (`evomerge.asynchronous` gives that up for busier ones).
+"""Pipelined generations: generations 0 to lag are asked at once, then tell(g) and ask(g + lag + 1) strictly alternate.
 
-With subsets, a generation is scored on its subset first; once all generations before it are done with, it is settled
-who is scored on all search items.
+So proposals depend neither on timing nor on the number of workers. `evomerge.search.asynchronous` gives this up to keep
+workers busier.
+
+With subsets, a generation is first scored on its subset. Once all earlier generations are complete, it is settled which
+of its candidates are scored on all search items.
 """
 
 from collections import deque
@@ -21,7 +23,13 @@ from evomerge.workers import Job
 
 
 def propose(space: SearchSpace, genome: NDArray[np.float64], generation: int, index: int) -> Candidate:
-    """A proposed genome, shape (dimension,), as a candidate."""
+    """The candidate of a proposed genome.
+
+    space: decodes the genome.
+    genome: shape (genes,).
+    generation: the number of the ask.
+    index: the genome's place in it.
+    """
     return Candidate(
         id=f"g{generation:04d}-{index:02d}",
         kind="search",
@@ -34,7 +42,15 @@ def propose(space: SearchSpace, genome: NDArray[np.float64], generation: int, in
 
 @dataclass
 class _Generation:
-    """evaluations: on all search items, or estimates of that. screened: on the subset, where there is one."""
+    """A generation that has been asked for.
+
+    genomes: as the optimizer proposed them, shape (n, genes).
+    candidates: of these genomes, as far as the budget goes.
+    subset: the subset of its first scores; None where it is scored on all search items at once.
+    evaluations: of each candidate on all search items, or an estimate of that; None until there is either.
+    screened: of each candidate on the subset; None until there is one.
+    halves: weighted means on the two halves of the items (`Subsets.halves`).
+    """
 
     genomes: Genome
     candidates: list[Candidate]
@@ -50,7 +66,14 @@ class _Generation:
 
 @dataclass
 class Generations:
-    """The generations of an optimizer, cut off at the budget."""
+    """The generations of an optimizer, until the budget is spent. See `Schedule`.
+
+    optimizer: proposes genomes.
+    space: decodes them.
+    config: the search's.
+    criteria: those of the search items.
+    subsets: chooses the subsets; None where all candidates are scored on all search items.
+    """
 
     optimizer: Optimizer
     space: SearchSpace
@@ -66,12 +89,15 @@ class Generations:
     _queue: deque[Job] = field(init=False, default_factory=deque)
 
     def next(self) -> Job | None:
+        """The next job; None while jobs that run must finish first, and once the budget is spent."""
         self._advance()
         return self._queue.popleft() if self._queue else None
 
     def _advance(self) -> None:
-        """Settles, tells and asks in their fixed order, as far as what has been received allows; tells only what leads
-        to an ask."""
+        """Settles, tells and asks in their fixed order, as far as the received evaluations allow.
+
+        Nothing is told any more once no further ask follows.
+        """
         self._settle()
         while self._created < self.config.budget and not self._exhausted:
             if self._asked - self._told <= self.config.optimizer.lag:
@@ -94,16 +120,18 @@ class Generations:
         self._asked += 1
 
     def _settle(self) -> None:
-        """Decides, one generation after the other, which of its candidates are scored on all search items."""
+        """Decides for one generation after the other which of its candidates are scored on all search items."""
         while self._settled < self._asked:
             generation, before = self._open[self._settled], self._open.get(self._settled - 1)
             seen = generation.evaluations if generation.subset is None else generation.screened
-            scored = [each for each in seen if each is not None]
+            scored = [evaluation for evaluation in seen if evaluation is not None]
             if len(scored) < len(seen) or (before is not None and not before.complete):
                 return
             if self.subsets is not None:
                 if before is not None:
-                    self.subsets.learn([each for each in before.evaluations if each and each.subset is None])
+                    self.subsets.learn(
+                        [evaluation for evaluation in before.evaluations if evaluation and evaluation.subset is None]
+                    )
                 generation.halves = self.subsets.halves(scored)
                 if generation.subset is not None:
                     generation.evaluations = self.subsets.settle(scored)
@@ -124,9 +152,10 @@ class Generations:
         self._told += 1
 
     def arrival(self) -> None:
-        return None
+        """None, since the order of arrival does not count."""
 
     def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Keeps the evaluation of a job until its generation is settled or told."""
         generation = self._open[job.candidate.generation]
         kept = generation.evaluations if job.subset is None else generation.screened
         kept[job.candidate.index] = evaluation

@@ -1,7 +1,7 @@
-"""The search: controls first, then ask, dispatch, tell, record, and held-out scores at the end.
+"""The search loop: controls first, then ask, dispatch, record and tell, and held-out scores at the end.
 
-There is no special code for resuming: the loop runs from the start, and a candidate that the archive already holds is
-answered from there, once its genome has been compared.
+Resuming needs no code of its own. The loop runs from the start, and a candidate that the archive already holds gets its
+evaluation from there, once its genome has been compared.
 """
 
 from collections import deque
@@ -37,57 +37,71 @@ from evomerge.workers import Job, WorkerPool
 
 
 def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
-    """A sentence for each metric on which all controls score the same: a search cannot tell candidates apart by it."""
-    known = [evaluation.scores for evaluation in controls if evaluation.scores is not None]
+    """A sentence for each metric on which all controls score the same, so that it may tell no candidates apart."""
+    all_scores = [evaluation.scores for evaluation in controls if evaluation.scores is not None]
     for metric in config.measured:
-        found = {scores[metric.name] for scores in known}
-        if metric.cost is None and len(found) == 1 and len(known) > 1:
+        values = {scores[metric.name] for scores in all_scores}
+        if metric.cost is None and len(values) == 1 and len(all_scores) > 1:
             yield (
-                f"{metric.name}: base, parents and uniform merge all score {found.pop():.3f}; look at what the task "
+                f"{metric.name}: base, parents and uniform merge all score {values.pop():.3f}; look at what the task "
                 "asks and how it is answered, since a search on it may tell no candidates apart."
             )
 
 
 class Schedule(Protocol):
-    """A source of jobs that waits for the evaluations of those it has handed out."""
+    """A source of jobs, which receives the evaluation of every job that it has handed out."""
 
     def next(self) -> Job | None:
         """The next job, or None while there is none to hand out."""
         ...
 
     def arrival(self) -> Arrival | None:
-        """What is recorded with the next evaluation that is received, where the order of receiving them counts."""
+        """What is recorded with the next evaluation that arrives; None where the order of arrival does not count."""
         ...
 
-    def receive(self, job: Job, evaluation: Evaluation) -> None: ...
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Takes the evaluation of a job that it has handed out."""
+        ...
 
 
 class FixedList:
-    """A fixed list of candidates, on one split."""
+    """A schedule that hands out given candidates on one split. See `Schedule`."""
 
     def __init__(self, candidates: Sequence[Candidate], split: Split = "search") -> None:
+        """candidates: in the order in which their jobs are handed out.
+        split: the split that they are scored on.
+        """
         self._candidates = candidates
         self._queue = deque(Job(candidate, split) for candidate in candidates)
         self._received: dict[str, Evaluation] = {}
 
     def next(self) -> Job | None:
+        """The job of the next candidate; None after the last."""
         return self._queue.popleft() if self._queue else None
 
     def arrival(self) -> None:
-        return None
+        """None, since the order of arrival does not count."""
 
     def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Keeps the evaluation of a job."""
         self._received[job.candidate.id] = evaluation
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
-        """By candidate, in the order of the list: who finished first must not show."""
+        """The evaluations by id, in the order of the candidates, whichever finished first."""
         return {candidate.id: self._received[candidate.id] for candidate in self._candidates}
 
 
 @dataclass
 class Search:
-    """One search over a pool of workers, recorded in an archive."""
+    """A search, run by a pool of workers and recorded in an archive.
+
+    config: the search's, resolved.
+    space: what genomes are decoded by.
+    archive: where evaluations are recorded.
+    pool: the workers.
+    listener: is told what happens.
+    """
 
     config: SearchConfig
     space: SearchSpace
@@ -96,7 +110,11 @@ class Search:
     listener: Listener
 
     def run(self) -> None:
-        """Runs or resumes to the end of the budget. Interrupted anywhere, it goes on from the archive."""
+        """Runs the search until its budget is spent. Where it was interrupted, it goes on from the archive.
+
+        Raises WorkFailed where no control could be evaluated, where a constraint has no parent to compare with, and
+        where the archive does not fit the search.
+        """
         self.pool.listener = self.archive.listener = self.listener
         essential = FixedList(essential_controls(self.config))
         self._drain([essential])
@@ -112,7 +130,10 @@ class Search:
         return Results(self.archive, self.config)
 
     def _proposals(self, essential: FixedList) -> Schedule:
-        """The optimizer, started at the best essential control (or where the space says)."""
+        """The schedule of the optimizer, which starts at the best essential control, or where the config says.
+
+        essential: the essential controls, evaluated.
+        """
         criteria = self._results.criteria()
         scores = criteria.told(list(essential.evaluations.values()))
         ranking = Ranking(criteria.weights, elite=self.config.optimizer.ranking == "elite")
@@ -131,10 +152,10 @@ class Search:
             start = self.space.encode(dict.fromkeys(self.config.models, given))
         self.listener(SearchStarts(leader))
         weights = [start_weights(self.config, control) for control in essential.evaluations]
-        merges = np.array([bool(each) for each in weights])  # all but the base
-        encoded = [self.space.encode(each) for each in weights if each]
-        known = (np.stack(encoded), scores[merges]) if encoded else None
-        problem = Problem(self.space.genes, start, self.config.seed, ranking, known, self.space.draw)
+        merges = np.array([bool(control_weights) for control_weights in weights])  # all but the base
+        encoded = [self.space.encode(control_weights) for control_weights in weights if control_weights]
+        evaluated = (np.stack(encoded), scores[merges]) if encoded else None
+        problem = Problem(self.space.genes, start, self.config.seed, ranking, evaluated, self.space.draw)
         optimizer = make_optimizer(self.config.optimizer, problem)
         if self.config.optimizer.schedule == "pipelined":
             subsets = Subsets(criteria, list(essential.evaluations.values())) if self.config.subsets is True else None
@@ -147,18 +168,20 @@ class Search:
         return schedule
 
     def _drain(self, schedules: Sequence[Schedule]) -> None:
-        """Evaluates all that the schedules hand out, the first ones first. Two jobs per worker and one more are
-        kept in the pool, so that no worker waits for the archive."""
+        """Evaluates all jobs that the schedules hand out. Jobs of an earlier schedule go first.
+
+        Two jobs per worker and one more are kept in the pool, so that no worker waits for the archive.
+        """
         owners: dict[tuple[str, Study], Schedule] = {}
         while True:
             while len(owners) <= 2 * self.pool.size:
                 schedule, job = self._next(schedules)
                 if job is None or schedule is None:
                     break
-                known = self.archive.find(job.candidate.id, job.study)
-                if known is not None:
-                    self._check_replay(job, known)
-                    schedule.receive(job, known.evaluation)
+                record = self.archive.find(job.candidate.id, job.study)
+                if record is not None:
+                    self._check_replay(job, record)
+                    schedule.receive(job, record.evaluation)
                     continue
                 owners[job.candidate.id, job.study] = schedule
                 self.pool.submit(job)
@@ -178,18 +201,17 @@ class Search:
                 return schedule, job
         return None, None
 
-    def _check_replay(self, job: Job, known: Record) -> None:
-        """Raises WorkFailed where the archive holds another genome than the optimizer now proposes, or its scores on
-        another subset."""
+    def _check_replay(self, job: Job, record: Record) -> None:
+        """Raises WorkFailed where a record of the archive has another genome or another subset than the job."""
         candidate = job.candidate
-        same = candidate.genome == known.candidate.genome and job.subset == known.evaluation.subset
+        same = candidate.genome == record.candidate.genome and job.subset == record.evaluation.subset
         if candidate.kind == "search" and not same:
             recorded, now = self.archive.recorded_versions(), versions()
             changed = [
                 f"{name} {recorded[name]} → {now.get(name)}" for name in recorded if recorded[name] != now.get(name)
             ]
             hint = f"; versions changed: {', '.join(changed)}" if changed else ""
-            what = "genome" if candidate.genome != known.candidate.genome else "subset of items"
+            what = "genome" if candidate.genome != record.candidate.genome else "subset of items"
             raise WorkFailed(
                 f"candidate {candidate.id} is recorded with another {what} than the search now proposes{hint}; "
                 "resume with the versions that recorded it."

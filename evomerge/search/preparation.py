@@ -1,6 +1,6 @@
-"""From a search file to a search that can start: everything checked, everything automatic decided.
+"""Turns a search file into a search that can start: everything is checked, and all automatic settings are decided.
 
-All of a user's mistakes should show here, within seconds, before anything is written or any weight is read.
+All mistakes of a user should show here, within seconds, before anything is written and before any weight is read.
 """
 
 import math
@@ -35,9 +35,9 @@ _WORTH_A_SUBSET = 100  # search items
 class Prepared:
     """A resolved config with all that it names.
 
-    config: what was left automatic is decided in it.
+    config: the search's, in which all automatic settings are decided.
     space: what genomes are decoded by.
-    models: the base and the models.
+    models: the base and the models that recipes may name, with their headers read.
     warnings: what the user should know before the search starts.
     targets: the tasks that are measured, loaded; None for a config that was resolved before.
     seen: the items that the search will see (`evomerge.seen.encoded`); None for a config that was resolved before.
@@ -52,14 +52,22 @@ class Prepared:
 
 
 def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
-    """A search file, read and prepared. Every mistake in it is told with its name."""
+    """The prepared search of a search file.
+
+    search_file: the file.
+    overrides: settings that replace those of the file, as KEY=VALUE.
+    Raises InputError, opened by the name of the file, for every mistake in it.
+    """
     config = load(search_file, overrides)
     with naming(search_file):
         return prepare(config)
 
 
 def prepare(config: SearchConfig) -> Prepared:
-    """Checks models, space, tasks and device, and resolves what was left automatic."""
+    """The prepared search of a config: models, space, tasks and device are checked, and automatic settings decided.
+
+    Raises InputError for every mistake in the config.
+    """
     from evomerge.evaluation import few_shots, soundness
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import (
@@ -118,7 +126,7 @@ def prepare(config: SearchConfig) -> Prepared:
 
 
 def _passed_over(left_out: Mapping[Any, int]) -> Iterator[str]:
-    """A sentence for every task of which items are not held out because they were seen."""
+    """A sentence for every task with items that are not held out because a search has seen them."""
     for task, count in left_out.items():
         if count:
             yield (
@@ -140,7 +148,7 @@ def _pinned(config: SearchConfig) -> SearchConfig:
 
 
 def _device(config: SearchConfig) -> str:
-    """The device that the workers will have. Ray's may run where there are GPUs, though there is none here."""
+    """The device that the workers will have. Ray's workers may run on machines with GPUs though this one has none."""
     from evomerge.devices import resolve_device
 
     name, workers = config.evaluation.device, config.workers
@@ -163,7 +171,10 @@ def _check_engine(config: SearchConfig) -> None:
 
 
 def reopen(config: SearchConfig) -> Prepared:
-    """The space of a config that was resolved before; checks only that the models are there and fit."""
+    """The prepared search of a config that was resolved before.
+
+    Raises InputError where models are missing or do not fit together. Tasks and settings are not checked again.
+    """
     models = models_of(config)
     labels = {reference: f"models.{name} ({reference})" for name, reference in config.models.items()}
     warnings = tuple(preflight(models, labels))
@@ -171,17 +182,22 @@ def reopen(config: SearchConfig) -> Prepared:
 
 
 def identities(prepared: Prepared) -> dict[str, str]:
-    """What each model's files are now, by its key in the config."""
+    """The identity of each model's files (`Model.identity`), by the model's key in the config."""
     keys = {"base": prepared.config.base}
     keys |= {f"models.{name}": reference for name, reference in prepared.config.models.items()}
     return {key: prepared.models[reference].identity for key, reference in keys.items()}
 
 
 def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:
-    """Whether candidates are scored on subsets first. `auto` does with items enough, for optimizers that
-    learn from the ranks within a generation (measured with cma_es by scripts/bench/subsets).
+    """Whether candidates are scored on subsets first.
 
-    items: the fewest that a metric is measured on. whole: a metric that can only be had on all items.
+    `auto` chooses subsets where there are enough items and the optimizer learns from the ranks within a generation
+    (measured with cma_es by scripts/bench/subsets).
+
+    config: the search's.
+    items: how many search items the metric with the fewest has.
+    whole: the name of a metric that is not a mean over items, if there is one.
+    Raises InputError where the config asks for subsets that the search cannot use.
     """
     if config.subsets is False:
         return False
@@ -208,7 +224,7 @@ def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool
 
 
 def _check_named_once(config: SearchConfig) -> None:
-    """A recipe that names a model twice is one that mergekit cannot read."""
+    """Raises InputError where the config names a model twice, since mergekit cannot read such a recipe."""
     seen = {config.base: "base"}
     for name, reference in config.models.items():
         if reference in seen:
@@ -217,24 +233,25 @@ def _check_named_once(config: SearchConfig) -> None:
 
 
 def _check_vocabularies(config: SearchConfig, prepared: Prepared) -> None:
-    """Raises InputError where a model may give its embeddings or head but numbers its tokens unlike the base."""
+    """Raises InputError where a model that may give the embeddings or the head numbers its tokens unlike the base."""
     from evomerge.merging.sources.tokenizers import read_tokenizer
 
     space, models = prepared.space, prepared.models
     if not isinstance(space, DataFlowSpace):
         return
-    known = read_tokenizer(models.base.folder).get_vocab()
+    base_vocabulary = read_tokenizer(models.base.folder).get_vocab()
     for name in space.embedding_models:
         if name not in config.models:
             continue
         with naming(f"models.{name}"):
             vocabulary = read_tokenizer(models[config.models[name]].folder).get_vocab()
-        different = sorted(token for token, number in vocabulary.items() if known.get(token) != number)
+        different = sorted(token for token, number in vocabulary.items() if base_vocabulary.get(token) != number)
         if different:
             token = different[0]
             raise InputError(
                 f"models.{name} may give the embeddings or the head, but its tokenizer is not the base's (token "
-                f"{token!r} is {vocabulary[token]} there and {known.get(token)} here); let another model give them."
+                f"{token!r} is {vocabulary[token]} there and {base_vocabulary.get(token)} here); let another "
+                "model give them."
             )
 
 
@@ -254,7 +271,7 @@ def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
 
 
 def summarize(prepared: Prepared) -> dict[str, Any]:
-    """What a search will take: dimensions, candidates, items, and memory per worker in GiB."""
+    """What a search will take, for JSON and tables: genes, candidates, items, and memory per worker in GiB."""
     from evomerge.workers.memory import plan_memory, shortage
 
     config = prepared.config
@@ -269,7 +286,10 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "candidates": config.budget,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
-        "constraints": {f"{each.name} of {each.of or 'the best parent'}": each.retain for each in config.constraints},
+        "constraints": {
+            f"{constraint.name} of {constraint.of or 'the best parent'}": constraint.retain
+            for constraint in config.constraints
+        },
         "items_per_task": {split: getattr(config.items, split) for split in config.splits},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,

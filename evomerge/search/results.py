@@ -1,4 +1,4 @@
-"""Results: what a search has found so far, as its criteria judge it."""
+"""Results: what a search has found so far, judged by its criteria."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,11 @@ from evomerge.search.failures import counted
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The archive of a search with the config that says how to read it. It grows while the search goes on."""
+    """The archive of a search, with the config that says how to judge it.
+
+    archive: the search's; it grows while the search goes on.
+    config: the search's, resolved.
+    """
 
     archive: Archive
     config: SearchConfig
@@ -25,10 +29,11 @@ class Results:
         return criteria_of(self.archive, self.config, split)
 
     def best(self) -> Record | None:
-        """The best search candidate, or the best control while there is none; None where none keeps to the limits.
+        """The best search candidate, or while there is none the best control; None where no candidate keeps to the
+        limits.
 
-        It is chosen by scores on search items. Where the config asks for selection items, those of the reported
-        candidates decide, once all of them have scores there.
+        It is chosen by scores on search items. Where the config asks for selection items, it is chosen among the
+        reported candidates by scores on selection items, once all reported candidates have these.
         """
         records, criteria = self.archive.records(), self.criteria()
         contenders = self._contenders(criteria)
@@ -38,7 +43,10 @@ class Results:
         return self.archive.find(best.candidate.id, "search") if best is not None else None
 
     def _contenders(self, criteria: Criteria) -> list[Record] | None:
-        """The records on selection items of those that may win by the search items, once all are there."""
+        """The records on selection items of the reported candidates that are feasible on search items.
+
+        None where the config asks for no selection items, and until all reported candidates have such a record.
+        """
         if self.config.items.selection is None:
             return None
         chosen = [self.archive.find(candidate.id, "selection") for candidate in self.reported()]
@@ -57,11 +65,11 @@ class Results:
         return reported(self.archive.records(), self.criteria())
 
 
-_REASONS = 3  # for which candidates failed, that a sentence tells
+_REASONS = 3  # of failure that a sentence names
 
 
 def all_failed(results: Results) -> str | None:
-    """A clause for a search of which every candidate failed, with the commonest reasons; None for any other."""
+    """A clause for a search whose candidates have all failed, with the commonest reasons; None for any other search."""
     searched = [record.evaluation for record in results.archive.tried() if record.candidate.kind == "search"]
     if not searched or not all(evaluation.failed for evaluation in searched):
         return None
@@ -72,10 +80,11 @@ def all_failed(results: Results) -> str | None:
 
 
 def none_feasible(results: Results) -> str:
-    """A sentence for a search in which no candidate keeps to the constraints: what they ask, and who came closest."""
+    """A sentence for a search in which no candidate keeps to the constraints: what they ask, and which candidate comes
+    closest."""
     archive = results.archive
     selected = best_of(archive.records(), results.criteria()) is not None
-    split: Split = "selection" if selected else "search"  # those who keep to them on search items break them there
+    split: Split = "selection" if selected else "search"  # where some keep to them on search items, none does there
     criteria = results.criteria(split)
     asked = " and ".join(str(limit) for limit in criteria.limits)
     records = [record for record in archive.records(split) if not record.evaluation.failed]

@@ -1,4 +1,4 @@
-"""Scoring one model or recipe by hand, with the tasks, items and device of a search file."""
+"""Scores one model or recipe by hand, with the tasks, items and device of a search file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +19,22 @@ from evomerge.search.preparation import prepare_file
 def score(
     target: str, search_file: Path, split: str, warn: Callable[[str], None] = lambda _: None
 ) -> tuple[SearchConfig, dict[str, Any]]:
-    """The resolved config, and scores, error, items and fingerprint of a model or recipe on a split.
+    """The resolved config, and what JSON shows of a model or recipe on a split: scores, error, items, fingerprint.
 
-    What the search saw that made it is never held out; `left_out` says how many items that are.
-    warn: is told of what a recipe says in vain.
+    Items that were seen by the search that made the recipe are never held out; `left_out` says how many these are.
+
+    target: a model's reference or a recipe's path.
+    search_file: the file whose tasks, items and device are used.
+    split: `search`, `selection` or `heldout`.
+    warn: is told of settings in a recipe that have no effect.
+    Raises InputError for mistakes in the file, the target or the split.
     """
     from evomerge.workers.worker import Worker
 
     if split not in SPLITS:
         raise InputError(f"--split is '{split}'; use search or heldout, or selection where items.selection is given.")
     prepared = prepare_file(search_file)
-    wanted = next((each for each in prepared.config.splits if each == split), None)
+    wanted = next((name for name in prepared.config.splits if name == split), None)
     if wanted is None:
         raise InputError(f"--split is {split}, but {search_file} has no items.selection; use search or heldout.")
     recipe = located.read(target, warn)

@@ -1,7 +1,7 @@
-"""WorkerPool: runs jobs somewhere and hands back evaluations in whatever order they finish.
+"""WorkerPool: runs jobs and hands back their evaluations in the order in which they finish.
 
-To add a pool: write a class with this protocol and what makes it of a config in a file of its own, add a row to `POOLS`
-in the config, and run it through the contract in tests/contracts/pool.py.
+To add a pool: in a file of its own, write a class with this protocol and a function that makes it from a config. Add a
+row to `POOLS` in the config, and run the pool through the contract in tests/contracts/pool.py.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,21 @@ from evomerge.recipe import Recipe
 
 
 class Evaluator(Protocol):
-    """What a pool runs: a `Worker`, or a test's stand-in."""
+    """What a pool runs: a `Worker`, or a stand-in in tests."""
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None, /) -> Evaluation: ...
+    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None, /) -> Evaluation:
+        """The evaluation of a recipe on a split, or on a subset of its items."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One candidate to be scored on one split, or on a subset of the search's."""
+    """A candidate to be scored on a split.
+
+    candidate: the candidate.
+    split: the split.
+    subset: the part of the search items to score it on; None for all items of the split.
+    """
 
     candidate: Candidate
     split: Split
@@ -30,12 +37,17 @@ class Job:
 
     @property
     def study(self) -> Study:
-        """Where its evaluation is kept."""
+        """The study of the archive in which the evaluation is kept: the split's, or `subset`."""
         return self.split if self.subset is None else "subset"
 
 
 class WorkerPool(Protocol):
-    listener: Listener  # is told what becomes of workers: events about workers, and CandidateRetried
+    """Workers that run jobs.
+
+    listener: is told what happens to workers, and of candidates that are tried again (`evomerge.events`).
+    """
+
+    listener: Listener
 
     @property
     def size(self) -> int:
@@ -43,12 +55,14 @@ class WorkerPool(Protocol):
         ...
 
     def submit(self, job: Job) -> None:
-        """Takes a job; returns at once. Jobs start in the order of submission."""
+        """Takes a job and returns at once. Jobs start in the order of submission."""
         ...
 
     def wait(self) -> tuple[Job, Evaluation]:
-        """Blocks until a submitted job has finished. A candidate's failure is an evaluation; raises WorkFailed only
-        when the pool itself can go on no longer."""
+        """The next job to finish, and its evaluation. Blocks until then. A candidate that fails has an evaluation too.
+
+        Raises WorkFailed where the pool itself can no longer go on.
+        """
         ...
 
     def close(self) -> None:
@@ -57,7 +71,14 @@ class WorkerPool(Protocol):
 
 
 def evaluate_guarded(evaluator: Evaluator, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
-    """The evaluation of a recipe; an exception that is none of ours is recorded as the candidate's failure."""
+    """The evaluation of a recipe. An exception that is not an EvomergeError becomes the candidate's failure.
+
+    evaluator: scores the recipe.
+    recipe: the candidate's.
+    split: the split to score it on.
+    subset: the part of the search items to score it on; None for all items.
+    Raises EvomergeError as the evaluator does.
+    """
     try:
         return evaluator.evaluate(recipe, split, subset)
     except EvomergeError:

@@ -1,4 +1,4 @@
-"""A pool of one worker in this process: no Ray, no other process; for small searches, tests and scoring by hand."""
+"""A pool with one worker in this process, without Ray: for small searches, tests and scoring by hand."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,9 +11,12 @@ from evomerge.workers import Evaluator, Job, evaluate_guarded
 
 
 def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "LocalPool":
-    """The pool that a config asks for. Raises InputError where an address asks for a cluster as well.
+    """A pool with one worker.
 
-    Ray's own RAY_ADDRESS does not count: Ray sets it for every job, and a job may hold a search of one worker.
+    make_worker: makes the worker.
+    address: a cluster's; it must be empty. RAY_ADDRESS may be set, since Ray sets it for every job, and a job may be a
+        search with one worker.
+    Raises InputError where an address is given.
     """
     if address:
         raise InputError(
@@ -24,23 +27,28 @@ def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: s
 
 
 class LocalPool:
-    """Evaluates jobs one after the other when they are waited for."""
+    """A pool that evaluates its jobs one after the other, each when `wait` is called. See `WorkerPool`."""
 
     def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
+        """make_worker: makes the worker; it is called once, here."""
         self._worker = make_worker()
         self._jobs: deque[Job] = deque()
         self.listener: Listener = unheard
 
     @property
     def size(self) -> int:
+        """1, since its jobs run one after the other."""
         return 1
 
     def submit(self, job: Job) -> None:
+        """Takes a job, which runs in a later call of `wait`."""
         self._jobs.append(job)
 
     def wait(self) -> tuple[Job, Evaluation]:
+        """The job that was submitted first, and its evaluation, which is made here."""
         job = self._jobs.popleft()
         return job, evaluate_guarded(self._worker, job.candidate.recipe, job.split, job.subset)
 
     def close(self) -> None:
+        """Drops all jobs that have not run."""
         self._jobs.clear()

@@ -1,4 +1,6 @@
-"""Memory: how much a piece of work takes, found out by doing it on PyTorch's meta device, where nothing has data."""
+"""Memory: how much a worker needs, measured by rehearsing its work on PyTorch's meta device, where tensors have no
+data.
+"""
 
 import os
 import weakref
@@ -20,19 +22,24 @@ from evomerge.workers.worker import Worker
 
 _QUESTIONS = tuple(getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense"))
 _LIBRARIES = 540 << 20  # of a process that has imported torch, transformers and lm-eval
-_COMPILER = 100 << 20  # and has compiled something
-# What glibc's allocator keeps of what candidates freed (it returns only large pieces at once), as measured on models of
-# 135 million parameters.
+_COMPILER = 100 << 20  # more, once it has compiled something
+# glibc's allocator keeps memory that candidates have freed (it returns only large pieces at once): this many times what
+# a candidate takes, up to a limit; measured on models of 135 million parameters.
 _KEPT_OF_CANDIDATES, _MOST_KEPT_OF_CANDIDATES = 2.0, 192 << 20
 _ENGINE_LIBRARIES = 1640 << 20  # of a process with an engine, apart from weights and cache
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors made while it is on, as long as they live: `now`, and `peak` at the highest."""
+    """A context that counts the bytes of the tensors made in it, as long as they live.
+
+    now: bytes of the tensors that live now.
+    peak: the most bytes that lived at once.
+    """
 
     def __init__(self, says_yes: bool = False) -> None:
-        """says_yes: code that asks whether something holds of a tensor without data is told that it does; else such a
-        question raises."""
+        """says_yes: whether code that asks for a truth value of a tensor without data gets True. Else the question
+        raises.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self._says_yes = says_yes
         self.now = self.peak = 0
@@ -65,10 +72,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes that one worker needs: for the models and the one that candidates are written into, for what candidates
-    share (fields, tables), for what one of them takes beyond that while it is merged and scored, on the host for Python
-    with its libraries and its allocator, and for vLLM where it writes: its weights, its cache, and on the host what is
-    handed over."""
+    """The memory that one worker needs, in bytes.
+
+    models: for the models, and the model that candidates are written into.
+    shared: for what all candidates share (fields, tables).
+    candidate: for what a candidate takes beyond that, while it is merged and scored.
+    libraries: for Python with its libraries and its allocator; 0 where the device is a GPU.
+    engine: for vLLM, where it writes the texts: weights and cache, and on the host the shared memory and its libraries.
+    """
 
     models: int
     shared: int
@@ -78,21 +89,25 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
+        """The sum of all fields."""
         return self.models + self.shared + self.candidate + self.libraries + self.engine
 
     def parts(self) -> dict[str, int]:
+        """All fields by name, and `total`."""
         return {**asdict(self), "total": self.total}
 
 
 def plan_memory(
     config: SearchConfig, space: SearchSpace, models: Models | None = None, targets: Mapping[str, Target] | None = None
 ) -> MemoryPlan:
-    """Rehearses candidates in the middle of the space, by each of its methods.
+    """The memory that a worker of a search needs, measured by rehearsing the middle of the space with every method.
 
-    config: of the search, resolved.
-    models, targets: those of the config, where they are found and loaded already.
+    config: the search's, resolved.
+    space: the search's.
+    models: the config's models, where their headers are read already; by default they are read here.
+    targets: the config's tasks, where they are loaded already; by default they are loaded here.
     """
-    with LiveBytes(says_yes=True) as live:  # transformers looks whether a batch is one of the plain kind
+    with LiveBytes(says_yes=True) as live:  # transformers asks whether a batch is free of padding
         worker = Worker(config, models, targets, rehearsal=True)
         held = live.now
         for recipe in _typical(space):
@@ -113,8 +128,13 @@ def _engine(config: SearchConfig, worker: Worker, on_host: bool) -> int:
 
 
 def shortage(config: SearchConfig, plan: MemoryPlan) -> str | None:
-    """What to do where this machine has too little memory for its workers; None where it has enough, or where another
-    machine's would be needed."""
+    """A sentence that says what to do, where this machine has too little memory for its workers.
+
+    None where it has enough, and where the workers do not use its memory but a GPU's.
+
+    config: the search's, resolved.
+    plan: what one worker needs.
+    """
     if config.evaluation.device != "cpu":
         return None
     workers = 1 if config.workers.pool == "local" else config.workers.count or os.cpu_count() or 1
@@ -129,7 +149,7 @@ def shortage(config: SearchConfig, plan: MemoryPlan) -> str | None:
 
 
 def _typical(space: SearchSpace) -> Iterator[Recipe]:
-    """The recipe in the middle of the space, for every choice of a method."""
+    """The recipe in the middle of the space, once for every choice of every method gene."""
     middle = at(space.genes, np.full(len(space.genes), 0.5))
     places = [index for index, gene in enumerate(space.genes) if gene.kind == "method"]
     if not places:

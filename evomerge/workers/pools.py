@@ -13,11 +13,14 @@ from evomerge.workers import WorkerPool
 def make_pool(
     config: SearchConfig, models: Models, targets: Mapping[str, Target] | None = None, address: str | None = None
 ) -> WorkerPool:
-    """The configured pool, its workers ready.
+    """The pool that a config asks for, with its workers ready.
 
-    models, targets: those of the config, found and loaded here. Workers in processes of their own, which may be on
-    other machines, find and load theirs there.
-    address: of a cluster.
+    config: the search's, resolved.
+    models: the config's models. Workers in processes of their own do not take them, since they may be on other
+        machines, and read the models there.
+    targets: the config's tasks, loaded. Workers in processes of their own load them there.
+    address: a Ray cluster's; by default none.
+    Raises InputError where the pool cannot be made as the config asks.
     """
     from evomerge.workers.worker import Worker
 

@@ -1,4 +1,4 @@
-"""What answers at a Ray address, asked in seconds: Ray itself would try for minutes. And the token that it may want."""
+"""Checks in seconds what answers at a Ray address, where Ray itself would try for minutes. Finds Ray's token."""
 
 import os
 import re
@@ -16,7 +16,7 @@ LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's switch for "
 
 
 def token_header() -> dict[str, str]:
-    """Ray's token, from where Ray looks for it, as the header that carries it."""
+    """The header that carries Ray's token; empty where there is no token. It is read where Ray itself looks for it."""
     token = os.environ.get("RAY_AUTH_TOKEN", "")
     if not token:
         try:
@@ -27,27 +27,30 @@ def token_header() -> dict[str, str]:
 
 
 def reach(address: str) -> None:
-    """Makes ready for connecting to an address, before ray is imported. Raises OSError where no Ray head answers there,
-    and InputError where it wants another token than ours.
+    """Checks that a Ray head answers at an address, and sets the environment so that Ray can connect to it.
 
-    Names such as `auto` are left to Ray.
+    It must be called before ray is imported.
+
+    address: HOST:PORT or ray://HOST:PORT; other names, such as `auto`, are left to Ray.
+    Raises OSError where no Ray head answers, and InputError where the head does not accept our token.
     """
-    found = re.fullmatch(r"(ray://)?([^:/]+):(\d+)", address)
-    if found is None or os.environ.get("RAY_USE_TLS", "0") != "0":
+    match = re.fullmatch(r"(ray://)?([^:/]+):(\d+)", address)
+    if match is None or os.environ.get("RAY_USE_TLS", "0") != "0":
         return
-    host, port = found[2], int(found[3])
-    if host in ("127.0.0.1", "localhost") and not found[1]:
-        host = _own_address()  # which Ray puts in the place of loopback, unless told that there is no other
+    host, port = match[2], int(match[3])
+    if host in ("127.0.0.1", "localhost") and not match[1]:
+        host = _own_address()  # Ray connects to this address in place of loopback, unless LOOPBACK_ONLY is set
         if not _listens(host, port):
-            socket.create_connection((found[2], port), timeout=_PATIENCE).close()
+            socket.create_connection((match[2], port), timeout=_PATIENCE).close()
             os.environ |= LOOPBACK_ONLY
-            host = found[2]
+            host = match[2]
     socket.create_connection((host, port), timeout=_PATIENCE).close()
     _ask(f"{host}:{port}", address)
 
 
 def _ask(target: str, address: str) -> None:
-    """Asks first without a token: it is shown only to a head that wants one."""
+    """Asks a head whether it lets us in. It is asked first without a token, which is shown only to a head that wants
+    one."""
     import grpc
 
     with grpc.insecure_channel(target) as channel:
@@ -69,7 +72,7 @@ def _ask(target: str, address: str) -> None:
 
 
 def _refused(question: Any, login: Mapping[str, str]) -> bool:
-    """Whether the head wants another token for an answer. Any other answer, or none, is for Ray to deal with."""
+    """Whether the head refuses to answer without another token. Ray deals with any other answer, and with none."""
     import grpc
 
     try:
@@ -84,7 +87,7 @@ def _as_it_is(content: bytes) -> bytes:
 
 
 def _own_address() -> str:
-    """This machine's address as others see it; nothing is sent to find it out."""
+    """This machine's address as other machines see it. Nothing is sent to find it out."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

@@ -1,10 +1,13 @@
-"""A pool of Ray actors, each holding the models; the only module that imports ray for evaluating.
+"""A pool of Ray actors that each hold the models. This is the only module that imports ray for evaluating.
 
-Actors are asked for one by one, and those that find a place load their models in parallel; too few of them is a
-sentence and not a hang. The others join when there is room: as nodes arrive, where no count is given. An actor that
-dies is restarted by Ray, loads its models again, and its job is run again; a job that has taken `attempts` actors down
-is recorded as failed (a lost node is not held against it), and so is one that takes longer than the time limit: its
-actor is killed. The pool goes on with the actors that are left, and gives up only when none has come back for long.
+Actors are requested one by one, and those that get a place load their models in parallel. Where too few get a place,
+the user is told instead of waiting forever. The other actors join when there is room. Where no count is given, more are
+requested as nodes join.
+
+When an actor dies, Ray restarts it, it loads its models again, and its job is run again. A job that has taken
+`attempts` actors down is recorded as failed; the loss of a node does not count. A job that takes longer than the time
+limit is recorded as failed too, and its actor is killed. The pool goes on with the actors that are left, and gives up
+only when none has come back for a long time.
 """
 
 import logging
@@ -42,7 +45,7 @@ _BACKOFF = 0.3
 _POLL = 5.0
 _PATIENCE = 300.0
 _GROWTH = 10.0
-_COMPANY = 5.0  # what an earlier driver held may take longer to come free
+_COMPANY = 5.0  # for actors beyond the minimum; what an earlier driver held may take longer to come free
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
@@ -52,14 +55,15 @@ _ENVIRONMENT = {
 
 @dataclass(eq=False, slots=True)
 class _Actor:
-    """A worker in a process of its own, as the pool knows it.
+    """What the pool knows of an actor.
 
-    number: by which events call it.
+    number: the actor's number in events.
     handle: Ray's.
-    node, process: where it has loaded its models; None until it has.
-    killed: the process that the pool has killed, in which nothing is to be loaded any more.
-    busy_since: when it began the job that it runs, in seconds of the monotonic clock.
-    gone_since: when it was lost or asked for, while it is not there.
+    node: the id of the node on which it has loaded its models; None until then.
+    process: the id of the process in which it has loaded them; None until then.
+    killed: the id of the process that the pool has killed, in which nothing must be loaded any more.
+    busy_since: when it began its present job, in seconds of the monotonic clock.
+    gone_since: when it was lost or requested, in the same seconds; of no meaning while the actor is ready.
     """
 
     number: int
@@ -73,7 +77,12 @@ class _Actor:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A job on an actor; `deaths` says how many actors have died of it before."""
+    """A job on an actor.
+
+    job: the job.
+    actor: the actor that has it.
+    deaths: how many actors have died of the job before.
+    """
 
     job: Job
     actor: _Actor
@@ -81,7 +90,13 @@ class _Attempt:
 
 
 def make(config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "RayPool":
-    """The pool that a config asks for, its workers ready: one GPU each where the config evaluates on GPUs."""
+    """The Ray pool that a config asks for, with its workers ready.
+
+    config: the search's. By default a worker gets one GPU where the config evaluates on GPUs, and else none.
+    make_worker: makes a worker, in the actor's process.
+    address: a Ray cluster's; by default RAY_ADDRESS, and without that a Ray that is started here.
+    Raises InputError where Ray cannot be reached, or has no room for the workers.
+    """
     num_gpus = config.workers.num_gpus
     if num_gpus is None:
         num_gpus = 1.0 if config.evaluation.device.startswith("cuda") else 0.0
@@ -90,18 +105,26 @@ def make(config: SearchConfig, make_worker: Callable[[], Evaluator], address: st
 
 @dataclass
 class RayPool:
-    """Connects to Ray (or starts it here), places the actors and waits until each has loaded its models."""
+    """Connects to Ray (or starts it here), places the actors and waits until they have loaded their models.
+
+    See `WorkerPool`.
+
+    config: how many workers there are, and what each may take.
+    make_worker: makes a worker, in the actor's process.
+    num_gpus: how many GPUs each worker takes.
+    address: a Ray cluster's; by default RAY_ADDRESS, and without that a Ray that is started here.
+    """
 
     config: WorkersConfig
     make_worker: Callable[[], Evaluator]
     num_gpus: float
     address: str | None = None
     _actors: list[_Actor] = field(init=False, default_factory=list)
-    _free: deque[_Actor] = field(init=False, default_factory=deque)  # once for every job that it may take
+    _free: deque[_Actor] = field(init=False, default_factory=deque)  # each actor once for every job that it can take
     _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
     _reviving: dict[Any, _Actor] = field(init=False, default_factory=dict)
-    _resting: deque[tuple[float, _Actor]] = field(init=False, default_factory=deque)  # until when
+    _resting: deque[tuple[float, _Actor]] = field(init=False, default_factory=deque)  # (until when, actor)
     _looked: float = field(init=False, default_factory=time.monotonic)
     _ray: Any = field(init=False, default=None)
     _own_ray: bool = field(init=False, default=False)
@@ -144,14 +167,17 @@ class RayPool:
             ) from None
 
     def _place(self) -> None:
-        """Waits for `minimum` of the actors, and a moment for all that should have room now; the others join later."""
+        """Waits until `minimum` actors have a place, and a moment longer for all others that should have room now.
+
+        The rest join later.
+        """
         fitting = self._fitting()
         count = self.config.count or max(1, fitting)
         least = min(count, self.config.minimum or self.config.count or 1)
         patience = self.config.placement_timeout
         if self._own_ray:
-            self._check_enough(least)  # only a cluster may grow, which is worth waiting for
-            patience = max(patience, _PATIENCE)  # no other work can be in the way here: the machine is slow
+            self._check_enough(least)  # unlike a cluster, this machine cannot grow, so waiting would not help
+            patience = max(patience, _PATIENCE)  # no other work holds resources here, so the machine is only slow
         self._add(count)
         asked = {actor.handle.ready.remote(): actor for actor in self._actors}
         placed, _ = self._ray.wait(list(asked), num_returns=least, timeout=patience)
@@ -166,7 +192,7 @@ class RayPool:
 
     @property
     def _bundle(self) -> dict[str, float]:
-        """What one actor takes."""
+        """The resources that one actor takes."""
         bundle = {"CPU": self.config.num_cpus, "GPU": self.num_gpus}
         return {resource: amount for resource, amount in bundle.items() if amount}
 
@@ -178,7 +204,7 @@ class RayPool:
         self._actors += [_Actor(len(self._actors) + index, actor.remote(maker)) for index in range(count)]
 
     def _fitting(self) -> int:
-        """As many workers as the cluster's nodes hold."""
+        """How many workers fit on the cluster's nodes."""
         bundle = self._bundle
         if not bundle:
             return 1
@@ -186,18 +212,18 @@ class RayPool:
         return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in nodes)
 
     def _grow(self) -> None:
-        """Asks for more actors where the cluster has grown and no count limits them."""
+        """Requests more actors, where the cluster has grown and the config sets no count."""
         now = time.monotonic()
         if self.config.count is not None or self._own_ray or now - self._looked < _GROWTH:
             return
         self._looked = now
-        known = len(self._actors)
-        self._add(max(0, self._fitting() - known))
-        for actor in self._actors[known:]:
+        before = len(self._actors)
+        self._add(max(0, self._fitting() - before))
+        for actor in self._actors[before:]:
             self._revive(actor, now)
 
     def _check_enough(self, count: int) -> None:
-        """Raises InputError where all of the cluster together has too little for the workers."""
+        """Raises InputError where the whole cluster has too few resources for so many workers."""
         total = self._ray.cluster_resources()
         for name, amount in self._bundle.items():
             if total.get(name, 0) < amount * count:
@@ -216,7 +242,8 @@ class RayPool:
         )
 
     def _await_models(self, actors: list[_Actor]) -> None:
-        """Waits for all at once, so that they load in parallel. Those that die of it may try again, if others live."""
+        """Has actors load their models in parallel, and waits for all of them. Actors that die while they load may try
+        again, as long as others live."""
         loading = [(actor, actor.handle.load.remote()) for actor in actors]
         reason = ""
         for actor, reference in loading:
@@ -236,9 +263,11 @@ class RayPool:
 
     @property
     def size(self) -> int:
+        """How many actors there are, without those that are gone or have not joined yet; at least 1."""
         return max(1, len(self._actors) - len(self._reviving) - len(self._resting))
 
     def submit(self, job: Job) -> None:
+        """Takes a job, which goes to the next free actor."""
         self._waiting.append((job, 0))
         self._dispatch()
 
@@ -254,7 +283,7 @@ class RayPool:
             self._running[reference] = _Attempt(job, actor, deaths)
 
     def _held(self, actor: _Actor) -> list[Any]:
-        """The references of an actor's jobs; the first is the one that runs."""
+        """The references of an actor's jobs. The first job is running."""
         return [reference for reference, attempt in self._running.items() if attempt.actor is actor]
 
     @property
@@ -263,6 +292,10 @@ class RayPool:
         return errors.ObjectStoreFullError, errors.OutOfDiskError
 
     def wait(self) -> tuple[Job, Evaluation]:
+        """The next job to finish, and its evaluation. While it waits, lost actors are revived and new actors join.
+
+        Raises WorkFailed where all actors have been gone for too long, or the cluster has no room for results.
+        """
         while True:
             self._grow()
             self._wake()
@@ -285,7 +318,7 @@ class RayPool:
                     return finished
 
     def _finished(self, reference: Any) -> tuple[Job, Evaluation] | None:
-        """The job and its evaluation, or None where its actor died and the job has been queued again."""
+        """The job and its evaluation; None where its actor died and the job has been queued again."""
         actor = self._running[reference].actor
         try:
             evaluation: Evaluation = self._ray.get(reference)
@@ -308,13 +341,16 @@ class RayPool:
         return attempt.job, evaluation
 
     def _kill(self, actor: _Actor) -> None:
-        """Has an actor made anew; the old process, which Ray ends in its own time, is not to take another job."""
+        """Has Ray restart an actor. Ray ends the old process in its own time; it must not take another job."""
         actor.killed = actor.process
         self._ray.kill(actor.handle, no_restart=False)
 
     def _died(self, actor: _Actor, reason: str) -> tuple[Job, Evaluation] | None:
-        """Queues the jobs of a dead actor again. The first of them was running, so it alone is charged with the death
-        (unless the node died), and given back as failed once it has been charged too often."""
+        """Queues the jobs of a dead actor again.
+
+        The first job was running, so the death counts against this job alone, unless the node died. Once enough deaths
+        count against it, the job is returned as failed.
+        """
         lost = not any(node["Alive"] and node["NodeID"] == actor.node for node in self._ray.nodes())
         self.listener(WorkerLost(actor.number, actor.node, lost, reason))
         first = self._release(actor)
@@ -326,7 +362,7 @@ class RayPool:
         return None
 
     def _release(self, actor: _Actor) -> _Attempt:
-        """What a dead actor was at; it is to come back, and the jobs that waited for it wait for any."""
+        """The job that a dead actor was running. Its other jobs are queued for any actor, and it is revived."""
         self._revive(actor, time.monotonic())
         self._free = deque(free for free in self._free if free is not actor)
         first, *queued = [self._running.pop(reference) for reference in self._held(actor)]
@@ -338,7 +374,7 @@ class RayPool:
         return _POLL if self.config.time_limit is None else min(_POLL, self.config.time_limit / 4)
 
     def _overdue(self) -> tuple[Job, Evaluation] | None:
-        """Kills an actor whose job has taken too long, and gives the job back as failed."""
+        """Kills an actor whose job has taken too long, and returns the job as failed; None where no job has."""
         limit = self.config.time_limit
         if limit is None:
             return None
@@ -347,7 +383,7 @@ class RayPool:
             if actor.busy_since >= late:
                 continue
             if self._ray.wait(self._held(actor)[:1], timeout=0)[0]:
-                continue  # it has finished, and only waits to be fetched
+                continue  # the job has finished, and its result only waits to be fetched
             self._kill(actor)
             job = self._release(actor).job
             reason = f"took longer than workers.time_limit, which is {limit:g} s"
@@ -356,7 +392,7 @@ class RayPool:
         return None
 
     def _revive(self, actor: _Actor, since: float) -> None:
-        """Has a restarted actor load its models; it takes jobs again once it has."""
+        """Has a restarted or new actor load its models. It takes jobs as soon as it has loaded them."""
         actor.gone_since = since
         self._reviving[actor.handle.load.remote(actor.killed)] = actor
 
@@ -381,7 +417,7 @@ class RayPool:
             raise WorkFailed(problem)
 
     def _wake(self) -> None:
-        """Tries again the actors that had not come back yet; the others must not wait for that."""
+        """Tries again to revive the actors that had not come back, without holding up the others."""
         while self._resting and self._resting[0][0] <= time.monotonic():
             _, actor = self._resting.popleft()
             self._revive(actor, actor.gone_since)
@@ -396,7 +432,7 @@ class RayPool:
             )
 
     def close(self) -> None:
-        """Kills the actors; shuts Ray down where this pool started it."""
+        """Kills the actors, and shuts Ray down where this pool started it or connected to it."""
         for actor in self._actors:
             self._ray.kill(actor.handle)
         self._actors.clear()
@@ -406,7 +442,7 @@ class RayPool:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Puts back the SIGTERM handler that Ray replaces when it connects: ours ends a search cleanly."""
+    """A context after which our SIGTERM handler is back, which ends a search cleanly. Ray replaces it."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -414,7 +450,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _keep_to_this_machine() -> None:
-    """Has the Ray that is started here listen on loopback only, and ask for a token that stands in no file."""
+    """Makes the Ray that is started here listen on loopback only, and require a token that is written to no file."""
     os.environ |= LOOPBACK_ONLY
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and not token_header():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -428,21 +464,23 @@ def _no_room(error: Exception) -> str:
 
 
 class EvaluationActor:
-    """The actor: a worker made in the actor's own process, by `load` or on first use after a restart."""
+    """The actor's code. Its worker is made in the actor's own process, by `load` or on first use after a restart."""
 
     def __init__(self, maker: bytes) -> None:
-        """maker: what makes the worker, as Ray sends it, but not read by Ray: that may take the import of torch, which
-        is no matter of finding a place."""
+        """maker: the function that makes the worker, pickled. Ray does not unpickle it, since that may import torch,
+        and an actor should get its place before that.
+        """
         self._maker = maker
         self._worker: Evaluator | None = None
 
     def ready(self) -> None:
-        """Returns once the actor has a place."""
+        """Returns nothing, as soon as the actor has a place."""
 
     def load(self, killed: str | None = None) -> tuple[str | None, str, str]:
-        """Loads the models; a sentence where that cannot be done, the node on which it was tried, and the process.
+        """Loads the models. Returns why this failed (None where it did not), and the ids of node and process.
 
-        killed: the process that is about to end, in which nothing is loaded any more.
+        killed: the id of a process that is about to end. Where it is this one, nothing is loaded and RuntimeError is
+            raised.
         """
         import ray
 
@@ -457,6 +495,7 @@ class EvaluationActor:
         return None, node, process
 
     def evaluate(self, recipe: Any, split: Any, subset: Any) -> Evaluation:
+        """The evaluation of a recipe on a split, or on a subset of its items; see `evaluate_guarded`."""
         return evaluate_guarded(self._make_worker(), recipe, split, subset)
 
     def _make_worker(self) -> Evaluator:

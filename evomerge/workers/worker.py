@@ -1,4 +1,4 @@
-"""Worker: holds the models, merges a recipe in place, scores it. Knows nothing of Ray or of the search around it."""
+"""Worker: holds the models, merges recipes in place and scores them. It knows nothing of Ray or of the search."""
 
 import time
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from evomerge.seen import Digests
 
 
 class Worker:
-    """One process's models and prepared tasks. Raises InputError where they cannot be loaded."""
+    """The models and prepared tasks of one process."""
 
     def __init__(
         self,
@@ -38,13 +38,13 @@ class Worker:
     ) -> None:
         """Loads the models and prepares the tasks.
 
-        config: of the search, resolved.
-        models: those that recipes may name, found already; by default they are found here.
-        targets: the tasks, loaded already; by default they are loaded here.
-        rehearsal: nothing is read and nothing computed, only prepared (`rehearse`).
-        seen: digests of items that are not to be held out, besides those that the models say were seen when they were
-            made.
+        config: the search's, resolved.
+        models: the models that recipes may name, where their headers are read already; by default they are read here.
+        targets: the tasks, where they are loaded already; by default they are loaded here.
+        rehearsal: whether weights are neither read nor computed, for `rehearse`.
+        seen: digests of items that must not be held out, besides those that were seen when the models were made.
         head_apart: see ResidentModels.
+        Raises InputError where the models or tasks cannot be loaded.
         """
         torch.set_num_threads(config.evaluation.threads)
         models = models or models_of(config)
@@ -63,24 +63,29 @@ class Worker:
         self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
-        for split in config.splits:  # all now: an item that cannot be scored should not show after the search
+        for split in config.splits:  # all of them now, so that an item that cannot be scored shows before the search
             self._harness.prepare(split)
         if engine is not None:
             engine.start(self._harness.texts)
 
     def left_out(self, split: Split) -> int:
-        """How many items of a split were passed over because they were seen."""
+        """How many items of a split were left out because a search has seen them."""
         return self._harness.left_out(split)
 
     def rehearse(self, recipe: Recipe) -> None:
-        """Goes through the motions of a candidate on the meta device."""
+        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted."""
         self.models.rehearse(recipe)
         self._harness.rehearse("search", self.models.candidate)
 
     def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
-        """The evaluation of a recipe on a split, or on a subset of its items; whatever goes wrong with it is recorded
-        there, not raised. Raises WorkerPoisoned where it has left a GPU on which nothing can be computed any more, or
-        an engine has ended."""
+        """The evaluation of a recipe. Failures of the candidate are recorded in it, not raised.
+
+        recipe: the candidate's.
+        split: the split to score it on.
+        subset: the part of the search items to score it on; None for all items.
+        Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, and InputError for a
+        recipe that does not fit the models.
+        """
         started = time.perf_counter()
         fingerprint = None
         try:
@@ -105,11 +110,14 @@ class Worker:
         )
 
     def _costs(self, seconds: float) -> dict[str, float]:
-        """What the candidate in memory costs, for the objectives that ask for it."""
+        """The costs of the candidate in memory, by name, as far as the objectives ask for them.
+
+        seconds: how long its evaluation took.
+        """
         return {cost: measure(self.models.candidate, seconds) for cost, measure in self._asked.items()}
 
     def _check_alive(self, error: Exception) -> None:
-        """Frees what a failed evaluation may have left on a GPU, and raises WorkerPoisoned where that fails as well."""
+        """Frees what a failed evaluation may have left on a GPU. Raises WorkerPoisoned where this fails too."""
         if self.models.devices[0].type != "cuda":
             return
         try:
@@ -123,7 +131,12 @@ class Worker:
 
 
 def base_tokenizer(config: SearchConfig, base: Model) -> Any:
-    """The base's tokenizer. Raises InputError where there is none, or where it lacks what the config asks of it."""
+    """The base model's tokenizer.
+
+    config: the search's.
+    base: the base model.
+    Raises InputError where it has none, or where the tokenizer lacks the chat template that the config asks for.
+    """
     with naming("base"):
         tokenizer = read_tokenizer(base.folder)
     if config.evaluation.apply_chat_template and tokenizer.chat_template is None:
