@@ -14,7 +14,15 @@ Study = Literal["search", "subset", "selection", "heldout"]  # scores on a split
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A recipe with its place in the search. Controls that no genome describes have none."""
+    """A recipe with its place in the search.
+
+    id: unique in a search.
+    kind: `control` or `search`.
+    generation: the number of its generation.
+    index: its number in the generation.
+    recipe: how it is merged.
+    genome: a number for each gene; None for a control that no genome describes.
+    """
 
     id: str
     kind: Kind
@@ -26,7 +34,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """A share of the search items of every task, above 0 and below 1, drawn by number."""
+    """A subset of the search items of every task.
+
+    number: decides which items are drawn.
+    share: the share of the items, above 0 and below 1.
+    """
 
     number: int
     share: float
@@ -36,9 +48,15 @@ class Subset:
 class Evaluation:
     """The scores of one candidate on one split or a subset of it, or the reason why there are none.
 
-    `scores` maps objective names to metric values in their own direction; `outcomes` maps them to what became of
-    each item, in the order of the split's items (empty for metrics that are no mean over items). `truncated` counts
-    prompts that lost their beginning because the model's context is shorter.
+    scores: the values of metrics, each in its own direction, by objective; None where the candidate failed.
+    error: why it failed; None where it did not.
+    outcomes: what became of each item, in the order of the split's items, by objective. Metrics that are no mean over
+        items have none.
+    items: how many items were scored.
+    fingerprint: that of the merged weights; None where there was no merge.
+    seconds: how long the evaluation took.
+    truncated: how many prompts lost their beginning because the model's context is shorter.
+    subset: the subset that was scored; None for the whole split.
     """
 
     scores: Mapping[str, float] | None
@@ -52,9 +70,14 @@ class Evaluation:
 
     @property
     def failed(self) -> bool:
+        """Whether there are no scores."""
         return self.scores is None
 
 
 def failure(reason: str, fingerprint: str | None = None) -> Evaluation:
-    """An evaluation that records why a candidate has no scores."""
+    """The evaluation of a candidate that has no scores.
+
+    reason: why it has none.
+    fingerprint: that of the merged weights, if there was a merge.
+    """
     return Evaluation(scores=None, error=reason, fingerprint=fingerprint)

@@ -16,7 +16,11 @@ _WORTH_COMPILING = 50_000_000  # parameters
 
 
 def resolve_dtype(dtype: str, tensors: Mapping[str, TensorInfo]) -> str:
-    """`auto` stands for the dtype that most tensors of the base are stored in."""
+    """The dtype of models in memory: for `auto`, the one that most tensors are stored in, but no wider than float32.
+
+    dtype: as the search file says.
+    tensors: the base's tensors, by name.
+    """
     if dtype != "auto":
         return dtype
     stored = Counter(FLOATS[info.dtype] for info in tensors.values()).most_common(1)[0][0]
@@ -24,20 +28,32 @@ def resolve_dtype(dtype: str, tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def resolve_compile(wanted: bool | str, device: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether merges are compiled: where that pays for the seconds that it takes, and changes no bit."""
+    """Whether merges are compiled; `auto` compiles where it saves more time than it takes, and changes no bit.
+
+    wanted: as the search file says.
+    device: the resolved device.
+    tensors: the base's tensors, by name.
+    Raises InputError where compiled merges are wanted and no compiler is there.
+    """
     compiler = os.environ.get("CXX", "g++")
-    found = shutil.which(compiler) is not None
-    if wanted is True and device == "cpu" and not found:
+    available = shutil.which(compiler) is not None
+    if wanted is True and device == "cpu" and not available:
         raise InputError(
             f"evaluation.compile is true, but there is no C++ compiler ({compiler}); install one, or set it to false."
         )
     if wanted != "auto":
         return bool(wanted)
-    return device == "cpu" and found and sum(math.prod(info.shape) for info in tensors.values()) >= _WORTH_COMPILING
+    large = sum(math.prod(info.shape) for info in tensors.values()) >= _WORTH_COMPILING
+    return device == "cpu" and available and large
 
 
 def resolve_device(name: str, key: str = "evaluation.device") -> str:
-    """The device that `auto` stands for here. Raises InputError for one that is not there, naming the key that asks."""
+    """The device to use; `auto` is a GPU where there is one, else the CPU.
+
+    name: as a user gives it.
+    key: where the user gives it, which opens an error's message.
+    Raises InputError for a device that does not exist here.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -50,7 +66,12 @@ def resolve_device(name: str, key: str = "evaluation.device") -> str:
 
 
 def count_gpus(config: SearchConfig, device: str) -> int:
-    """Over how many GPUs a worker spreads its models. Raises InputError where they are not there."""
+    """How many GPUs a worker divides its models over.
+
+    config: says how many GPUs a worker has.
+    device: the resolved device.
+    Raises InputError where there are fewer GPUs here.
+    """
     wanted = int(config.workers.num_gpus or 1)
     if wanted <= 1 or device != "cuda":
         return 1

@@ -1,8 +1,8 @@
 """mergekit's dialect as people write it, brought to the one form that `Recipe` takes.
 
-Mappings in place of model references become `MODEL@REVISION+ADAPTER@REVISION`. Keys that mergekit ignores are left out
-with a warning, level by level as its own models have them, and so are keys with nothing behind them, without one.
-What is left is for `Recipe` to judge; `evomerge:` is our own block and is passed on as it is.
+Mappings in place of model references become `MODEL@REVISION+ADAPTER@REVISION`. Keys that mergekit ignores at their
+level are left out with a warning. Keys without a value are left out silently. `Recipe` checks everything else. The
+block `evomerge:`, which mergekit does not have, is passed on unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +12,19 @@ from typing import Any
 from evomerge.errors import InputError, closest
 
 Warn = Callable[[str], None]
-Reader = Callable[[Any, str, Warn], Any]  # of a value, its key path, and what is told of keys that are ignored
+Reader = Callable[[Any, str, Warn], Any]  # (value, key path, called for each ignored key) -> value in the plain form
 _WHOLE = "since models are merged whole; slices take layers"
 
 
 def plain(document: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
-    """A recipe's document as `Recipe` takes it. Raises InputError for what mergekit reads and evomerge cannot merge."""
-    found: dict[str, Any] = _RECIPE(document, "", warn)
-    return found
+    """A recipe's document in the form that `Recipe` takes.
+
+    document: the content of a recipe file.
+    warn: called with a sentence for each key that is ignored.
+    Raises InputError for what mergekit reads and evomerge cannot merge.
+    """
+    content: dict[str, Any] = _RECIPE(document, "", warn)
+    return content
 
 
 def _as_it_is(value: Any, _key: str, _warn: Warn) -> Any:
@@ -27,7 +32,11 @@ def _as_it_is(value: Any, _key: str, _warn: Warn) -> Any:
 
 
 def _block(readers: Mapping[str, Reader], reasons: Mapping[str, str] | None = None) -> Reader:
-    """Reads a mapping with these keys. reasons: why certain others are ignored."""
+    """A reader of a mapping.
+
+    readers: what reads the values, by key.
+    reasons: why certain other keys are ignored, by key.
+    """
 
     def read(value: Any, key: str, warn: Warn) -> Any:
         if not isinstance(value, Mapping):
@@ -51,7 +60,7 @@ def _ignored(path: str, name: str, known: Mapping[str, Reader], reason: str | No
 
 
 def _each(reader: Reader) -> Reader:
-    """Reads a list."""
+    """A reader of a list, whose items `reader` reads."""
 
     def read(value: Any, key: str, warn: Warn) -> Any:
         if not isinstance(value, list):
@@ -62,12 +71,12 @@ def _each(reader: Reader) -> Reader:
 
 
 def _form(reader: Reader) -> Reader:
-    """Reads one of the forms that a recipe may have; one that is empty is not there."""
+    """A reader of one of the forms that a recipe may have; an empty form counts as left out."""
     return lambda value, key, warn: reader(value, key, warn) if value else None
 
 
 def _named(reader: Reader) -> Reader:
-    """Reads a mapping with any keys, of which none may be empty."""
+    """A reader of a mapping with any keys, whose values `reader` reads."""
 
     def read(value: Any, key: str, warn: Warn) -> Any:
         if not isinstance(value, Mapping):
@@ -83,7 +92,7 @@ def _setting(value: Any, key: str, warn: Warn) -> Any:
 
 
 def _dtype(value: Any, _key: str, _warn: Warn) -> Any:
-    """mergekit takes torch's names too."""
+    """A dtype without the `torch.` that mergekit also takes."""
     return value.removeprefix("torch.") or None if isinstance(value, str) else value
 
 

@@ -43,7 +43,10 @@ class WorkerPoisoned(WorkFailed):
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Opens an InputError raised within by where the wrong value stands: a file, or a key path in it."""
+    """Within it, the message of an InputError opens with a place.
+
+    where: a file, or a key path in a file.
+    """
     try:
         yield
     except InputError as error:
@@ -51,28 +54,35 @@ def naming(where: object) -> Iterator[None]:
 
 
 def closest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that an unknown one may be a misspelling of, if any; capitals make no difference."""
-    known = {each.lower(): each for each in sorted(valid)}
-    close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return known[close[0]] if close else None
+    """The valid name that is most like an unknown name; None where none is like it. Case makes no difference.
+
+    name: the unknown name.
+    valid: the valid names.
+    """
+    by_lower = {other.lower(): other for other in sorted(valid)}
+    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[close[0]] if close else None
 
 
 def choices(name: str, valid: Iterable[str]) -> str:
-    """A phrase for an unknown name: the closest valid one first, then all of them where anyone would read them.
+    """A phrase for a message about an unknown name: the closest valid name, then all valid names.
 
-    Of a long list, such as the tensors of a model, only the few closest are told.
+    Of a long list, such as the tensors of a model, it has only the few closest names.
+
+    name: the unknown name.
+    valid: the valid names.
     """
-    known = sorted(valid)
-    if len(known) > _LISTED:
-        several = get_close_matches(name, known, n=_CLOSEST, cutoff=0.5)
+    names = sorted(valid)
+    if len(names) > _LISTED:
+        several = get_close_matches(name, names, n=_CLOSEST, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, several))}? " if several else ""
-        return f"{hint}there are {len(known)} valid names"
-    close = closest(name, known)
+        return f"{hint}there are {len(names)} valid names"
+    close = closest(name, names)
     hint = f"did you mean '{close}'? " if close else ""
-    return f"{hint}valid names: {', '.join(known) or '(none)'}"
+    return f"{hint}valid names: {', '.join(names) or '(none)'}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """An exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

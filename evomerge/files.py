@@ -11,7 +11,7 @@ TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 
 
 def check_writable(directory: Path) -> None:
-    """Raises InputError where a directory cannot be made or written to, without making it."""
+    """Raises InputError where a directory cannot be made or written to; the directory is not made."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -21,7 +21,12 @@ def check_writable(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing. Raises WorkFailed where there is no room for it."""
+    """Writes a whole file, or nothing.
+
+    path: the file, which is replaced if it exists.
+    text: its content, written as UTF-8.
+    Raises WorkFailed where it cannot be written.
+    """
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -36,6 +41,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def unwritten(path: Path, error: OSError) -> WorkFailed:
+    """The error to raise for a file that could not be written.
+
+    path: the file.
+    error: why it could not be written.
+    """
     return WorkFailed(
         f"{path}: cannot be written ({error.strerror}); nothing was lost: free some space or restore the disk, then "
         "resume."

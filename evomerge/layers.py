@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-# parts of a whole model that see or hear for its language model: they have layers of their own
+# modules that see or hear for a language model have layers of their own, which do not count
 _SENSES = re.compile(
     r"(?:^|\.)(?:vision\w*|visual\w*|image\w*|video\w*|audio\w*|speech\w*|\w*projector|\w*connector|\w*aligner|\w*qformer)\."
 )
@@ -12,13 +12,17 @@ _INPUT = re.compile(r"embed(?!_out)|wte|wpe")  # GPT-NeoX calls its head embed_o
 
 
 def layer_index(name: str) -> int | None:
-    """The layer's number, or None for tensors outside the language model's layers."""
+    """The number of a tensor's layer; None for tensors outside the language model's layers."""
     match = _in_layer(name)
     return int(match.group(1)) if match else None
 
 
 def with_layer(name: str, layer: int) -> str:
-    """The name of the same tensor in another layer."""
+    """The name of the same tensor in another layer; a name outside the layers stays as it is.
+
+    name: a tensor's name.
+    layer: the number of the other layer.
+    """
     match = _in_layer(name)
     return f"{name[: match.start(1)]}{layer}{name[match.end(1) :]}" if match else name
 
@@ -28,6 +32,7 @@ def _in_layer(name: str) -> "re.Match[str] | None":
 
 
 def layer_count(names: Iterable[str]) -> int:
+    """How many layers a model has, given the names of its tensors."""
     return 1 + max((index for name in names if (index := layer_index(name)) is not None), default=-1)
 
 
@@ -37,8 +42,10 @@ def is_embedding(name: str) -> bool:
 
 
 def embedding_names(names: Iterable[str]) -> list[str]:
+    """The names of tensors before the layers, sorted."""
     return sorted(name for name in names if layer_index(name) is None and is_embedding(name))
 
 
 def head_names(names: Iterable[str]) -> list[str]:
+    """The names of tensors after the layers (final norm and head), sorted."""
     return sorted(name for name in names if layer_index(name) is None and not is_embedding(name))

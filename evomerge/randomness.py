@@ -1,11 +1,14 @@
-"""Random numbers by counter: each draw depends on what it is for, and on nothing that was drawn before."""
+"""Random numbers by counter: a draw depends on its purpose alone, and not on earlier draws."""
 
 import numpy as np
 
 
 def counter_rng(*counter: int | str) -> np.random.Generator:
-    """A generator that depends on nothing but its counter (seed, purpose, generation, index)."""
+    """A generator that depends on its counter alone.
+
+    counter: whole numbers and names, such as the seed, the purpose, the generation and the index.
+    """
     words: list[int] = []
-    for part in counter:
-        words += [*part.encode()] if isinstance(part, str) else [part]
+    for entry in counter:
+        words += [*entry.encode()] if isinstance(entry, str) else [entry]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

@@ -1,13 +1,12 @@
 """Recipe: a merge in mergekit's dialect, with an `evomerge:` block that mergekit ignores.
 
-Read and written are `models` and `slices` recipes with parameters at every level, name filters and layer gradients.
-Values are found as mergekit 0.1.5 finds them: source before slice before recipe, the first filter that matches,
-gradients interpolated over a slice's layers. `evomerge.dialect` reads the forms and habits in which people write them.
-Missing on purpose, and refused by name: `modules`.
+A recipe has `models` or `slices`, with parameters at every level, name filters and layer gradients. Values are looked
+up as in mergekit 0.1.5: source before slice before recipe, the first filter that matches, gradients interpolated over a
+slice's layers. `evomerge.dialect` reads the other forms in which people write recipes. `modules` is refused on purpose.
 
-Where the two differ: mergekit rounds its inputs to `dtype`, computes in it, and rounds to `out_dtype` if there is one.
-Here everything is computed in float32 from the stored weights and rounded once, to `out_dtype` or else `dtype`, or else
-to the dtype of most of the base's tensors (mergekit then keeps every tensor's own).
+One thing differs. mergekit rounds its inputs to `dtype`, computes in it, and rounds to `out_dtype` if there is one.
+Here everything is computed in float32 from the stored weights and rounded once: to `out_dtype`, or else to `dtype`, or
+else to the dtype of most of the base's tensors (where mergekit keeps every tensor's own).
 """
 
 import hashlib
@@ -31,12 +30,17 @@ DTYPES = Literal["float32", "bfloat16", "float16"]
 
 
 class FilteredValue(Settings):
-    """A value for the tensors whose name contains `filter` (None or `*`: all of them)."""
+    """A value for some tensors.
+
+    value: the value, or a gradient over the layers of a slice.
+    filter: a part of the tensors' names; None or `*` for all tensors.
+    """
 
     value: Scalar | list[Scalar]
     filter: str | None = None
 
     def matches(self, tensor: str) -> bool:
+        """Whether the value is for the tensor of that name."""
         return self.filter is None or self.filter == "*" or self.filter in tensor
 
 
@@ -45,7 +49,12 @@ Parameters = dict[str, Setting]
 
 
 class Source(Settings):
-    """One model of a recipe; `layer_range` is half-open and belongs to slices only."""
+    """One model of a recipe.
+
+    model: its reference.
+    layer_range: in a slice, the first layer and the layer after the last one; otherwise None.
+    parameters: the model's own parameters.
+    """
 
     model: str
     layer_range: tuple[int, int] | None = None
@@ -53,9 +62,14 @@ class Source(Settings):
 
 
 class Slice(Settings):
-    """A run of output layers, each merged from one layer of every source; their ranges are equally long.
+    """A run of output layers, each merged from one layer of every source.
 
-    An empty run in front of the others gives the embeddings and no layers, one behind them the final norm and the head.
+    A slice without layers gives the embeddings where it is the first, or the final norm and the head where it is the
+    last.
+
+    sources: the models, whose ranges are equally long.
+    base_model: the base of this slice; None for that of the recipe.
+    parameters: the slice's parameters.
     """
 
     sources: tuple[Source, ...] = Field(min_length=1)
@@ -65,16 +79,16 @@ class Slice(Settings):
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         ranges = [source.layer_range for source in self.sources]
-        for found in ranges:
-            if found is None:
+        for layers in ranges:
+            if layers is None:
                 raise ValueError("every source of a slice needs a layer_range")
-            if not 0 <= found[0] <= found[1]:
-                raise ValueError(f"layer_range {list(found)} is no range; write [first, last + 1], counted from 0")
+            if not 0 <= layers[0] <= layers[1]:
+                raise ValueError(f"layer_range {list(layers)} is no range; write [first, last + 1], counted from 0")
         lengths = {end - start for start, end in filter(None, ranges)}
         if len(lengths) > 1:
             raise ValueError(
                 "sources of one slice must have equally many layers, got "
-                + " and ".join(str(list(found)) for found in ranges if found)
+                + " and ".join(str(list(layers)) for layers in ranges if layers)
             )
         return self
 
@@ -124,14 +138,21 @@ class TokenizerSettings(Settings):
 
 
 class Provenance(Settings):
-    """What mergekit has no words for: the seed of the masks, and where the recipe comes from.
+    """What mergekit has no keys for: the seed of the masks, and where the recipe comes from.
 
-    `rescale` says what a sparsified delta is divided by: its density (Yu et al. 2024, eq. 4; in DELLA each element's
-    own probability of being kept) or the share of its L1 norm that survived (mergekit). `aliases` maps the paths of a
-    recipe to the references that stand for them elsewhere. `seen`: digests of the items that its search saw
-    (`evomerge.seen`), which no report may show as held out. `head_apart`: the head is a tensor of its own though all
-    models named here tie it to their embedding, as others of their search do not. `verdicts`: what held-out items said
-    of the candidate beside the best parent and the best control.
+    seed: of the masks of random methods.
+    rescale: what a sparsified task vector is divided by: `density` (Yu et al. 2024, eq. 4; in DELLA each element's own
+        probability of being kept), or `l1`, the share of its L1 norm that is left (mergekit).
+    candidate: the id of the candidate in its search.
+    fingerprint: that of the merged weights.
+    scores: the candidate's scores on search items, by objective.
+    heldout: its scores on held-out items, by objective.
+    verdicts: sentences that compare it with the best parent and the best control on held-out items.
+    aliases: the references that stand elsewhere for the paths in the recipe, by path.
+    versions: the versions that made it, by package.
+    seen: digests of the items that its search saw (`evomerge.seen`), which no report may show as held out.
+    head_apart: whether the head is a tensor of its own though all models of the recipe tie it to their embedding,
+        because other models of their search do not.
     """
 
     seed: int = 0
@@ -148,7 +169,7 @@ class Provenance(Settings):
 
     @property
     def digests(self) -> Digests:
-        """Of the items that the recipe's search saw."""
+        """The digests of the items that the recipe's search saw."""
         return decoded(self.seen) if self.seen else frozenset()
 
     @field_validator("seen")
@@ -189,7 +210,7 @@ class Recipe(Settings):
 
     @property
     def vocabulary(self) -> TokenizerSettings | None:
-        """How the output's tokenizer is built, in either form; None where it is the base's as it stands."""
+        """How the output's tokenizer is built; None where it is the base's, unchanged."""
         return TokenizerSettings(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
     @property
@@ -205,18 +226,21 @@ class Recipe(Settings):
 
     def _sources(self) -> Iterator[Source]:
         yield from self.models or ()
-        for part in self.slices or ():
-            yield from part.sources
+        for slice_ in self.slices or ():
+            yield from slice_.sources
 
     def renamed(self, names: Mapping[str, str]) -> "Recipe":
-        """The same recipe with its model references replaced."""
+        """A copy of the recipe with other model references.
+
+        names: the new references, by the old ones; references that are not in it stay.
+        """
 
         def rename(source: Source) -> Source:
             return source.model_copy(update={"model": names.get(source.model, source.model)})
 
-        def rename_slice(part: Slice) -> Slice:
-            sources = tuple(map(rename, part.sources))
-            return part.model_copy(update={"sources": sources, "base_model": _renamed(part.base_model, names)})
+        def rename_slice(slice_: Slice) -> Slice:
+            sources = tuple(map(rename, slice_.sources))
+            return slice_.model_copy(update={"sources": sources, "base_model": _renamed(slice_.base_model, names)})
 
         return self.model_copy(
             update={
@@ -236,6 +260,7 @@ class Recipe(Settings):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
+        """The recipe as a file in mergekit's dialect."""
         content = self.model_dump(mode="json", exclude_defaults=True)
         content["evomerge"] = {
             "seed": self.evomerge.seed,
@@ -282,9 +307,11 @@ _Dumper.add_representer(list, _represent_list)
 
 
 def load(path: Path, warn: Callable[[str], None] = lambda _: None) -> Recipe:
-    """Reads a recipe. Relative model paths that exist are taken relative to the working directory, as mergekit does.
+    """The recipe in a file. Relative model paths are relative to the working directory, as in mergekit.
 
-    warn: is told of what is ignored, a sentence each.
+    path: the YAML file.
+    warn: called with a sentence for each key that is ignored.
+    Raises InputError for a file that is missing or no recipe.
     """
     document = read_yaml(path)
     with naming(path):
@@ -304,23 +331,27 @@ def linear(weights: Mapping[str, float]) -> Recipe:
 
 
 def resolve_setting(setting: Setting | None, tensor: str, t: float, kind: Kind) -> float | bool | None:
-    """The value of a setting for one tensor at `t` in [0, 1] of its slice; None where no filter matches.
+    """The value of a setting for one tensor; None where no filter matches.
 
-    Raises ValueError for a value that is no `kind`.
+    setting: a value, a gradient, or values with filters.
+    tensor: the tensor's name.
+    t: where the tensor's layer lies in its slice, from 0 to 1.
+    kind: the type of the parameter.
+    Raises ValueError for a value of another type.
     """
     if setting is None:
         return None
     items = setting if isinstance(setting, list) else [setting]
     conditions = [item for item in items if isinstance(item, FilteredValue)]
     if conditions:
-        found = next((condition for condition in conditions if condition.matches(tensor)), None)
-        return resolve_setting(found.value, tensor, t, kind) if found else None
+        match = next((condition for condition in conditions if condition.matches(tensor)), None)
+        return resolve_setting(match.value, tensor, t, kind) if match else None
     values = [_typed(item, kind) for item in items if not isinstance(item, FilteredValue)]
     return _typed(_gradient(values, t, kind), kind) if values else None
 
 
 def _gradient(values: list[float | bool], t: float, kind: Kind) -> float | bool:
-    """Numbers are interpolated linearly, truth values stepped through; a list of one is that one everywhere."""
+    """The value of a gradient at t: numbers are interpolated linearly, and truth values change in steps."""
     position = t * (len(values) - 1)
     left = int(position)
     if kind is bool:

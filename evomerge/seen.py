@@ -18,7 +18,7 @@ SIZE = 6  # bytes
 
 
 def digest_of(*parts: Any) -> bytes:
-    """The digest of values as JSON writes them; of those that it does not know, as Python shows them."""
+    """The digest of values, which are written as JSON, or as Python shows them where JSON cannot write them."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=repr)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE).digest()
 

@@ -1,10 +1,13 @@
 """Archive: every evaluation of a search, durable, and the checkpoint from which it resumes.
 
-Optuna studies in one storage, so that any Optuna dashboard reads them: `search` holds one trial per candidate (a
-parameter per gene that counts, a value per objective), `heldout` the scores of chosen candidates on items that the
-search never saw (and `selection`, where the config asks for it, on those that decide among them). `subset` holds what
-candidates scored on a part of the search items; `search` then has those alone that went on to all. An evaluation is one
-transaction, written by `evomerge.trials`, the only other module that knows Optuna's storage.
+The archive is a set of Optuna studies in one storage, so that any Optuna dashboard can show them:
+
+- `search` has one trial for each candidate: a parameter for each gene that counts, a value for each objective.
+- `heldout` has the scores of chosen candidates on items that the search never saw.
+- `selection`, where the config asks for it, has the scores on the items that decide among them.
+- `subset` has the scores on a subset of the search items; `search` then has only candidates scored on all of them.
+
+An evaluation is one transaction, written by `trials`.
 """
 
 import time
@@ -37,8 +40,11 @@ _FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "tasks.data_root")
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """When an evaluation came in an asynchronous search: how many had before it, and how many generations had been
-    asked for by then."""
+    """When an evaluation came in an asynchronous search.
+
+    number: how many evaluations had come before it.
+    asked: how many generations had been proposed by then.
+    """
 
     number: int
     asked: int
@@ -46,7 +52,12 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A candidate with what happened to it."""
+    """A candidate and its evaluation.
+
+    candidate: what was tried.
+    evaluation: its scores, or why it failed.
+    arrival: when the evaluation came, in an asynchronous search; otherwise None.
+    """
 
     candidate: Candidate
     evaluation: Evaluation
@@ -57,9 +68,13 @@ class Archive:
     """The recorded evaluations of one run directory, in memory and in its storage."""
 
     def __init__(self, directory: Path, config: SearchConfig, genes: Sequence[Gene], prefix: str | None = None) -> None:
-        """Opens the archive of a run, or creates it. Raises InputError where it holds another search.
+        """Opens the archive of a run, or creates it.
 
-        prefix: of the names of its studies, where it is not the directory that says it.
+        directory: the run directory.
+        config: the search.
+        genes: the entries of a genome.
+        prefix: what the names of its studies begin with; by default what the directory and the config say.
+        Raises InputError where it holds another search, or cannot be read.
         """
         self._config, self._genes = config, genes
         self.listener: Listener = unheard  # is told of StorageRetried
@@ -95,7 +110,7 @@ class Archive:
 
     @property
     def format(self) -> int:
-        """The number of the run's format; runs of the first one do not state it."""
+        """The number of the run's format; runs in format 1 do not state it."""
         stated: int = self._studies["search"].user_attrs.get("format", 1)
         return stated if self.recorded_versions() else FORMAT
 
@@ -110,7 +125,8 @@ class Archive:
     def check_resumable(self, directory: Path) -> list[str]:
         """Warnings about versions that have changed since the search began.
 
-        Raises InputError, naming the version to use, where this version would score or search otherwise.
+        directory: the run directory, which opens an error's message.
+        Raises InputError, with the version to use, where this version would score or search differently.
         """
         before, now = self.recorded_versions(), versions()
         if self.format != FORMAT:
@@ -131,12 +147,12 @@ class Archive:
         recorded = study.user_attrs.get("config")
         if recorded is None:
             with quiet():
-                for each in self._studies.values():
-                    each.set_metric_names(self._names)
+                for created in self._studies.values():
+                    created.set_metric_names(self._names)
             study.set_user_attr("format", FORMAT)
             study.set_user_attr("versions", versions())
             study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
-            study.set_user_attr("config", current)  # last: a kill before it has all of this done again
+            study.set_user_attr("config", current)  # last: after a kill before it, all of this is done again
             return
         recorded = _completed(recorded)
         difference = _first_difference(recorded, current)
@@ -146,12 +162,12 @@ class Archive:
                 f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
                 f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
-        recorded["tasks"]["data_root"] = current["tasks"]["data_root"]  # where a command is given changes nothing
+        recorded["tasks"]["data_root"] = current["tasks"]["data_root"]  # the directory of a command changes no result
         if recorded != current:
             study.set_user_attr("config", current)
 
     def _recorded_genes(self) -> Sequence[Gene]:
-        """The genes by the names that the archive has for them: a version may come to call them otherwise."""
+        """The genes as the archive recorded them, since a later version may give them other names."""
         recorded = self._studies["search"].user_attrs.get("genes")
         return self._genes if recorded is None else TypeAdapter(list[Gene]).validate_python(recorded)
 
@@ -177,7 +193,7 @@ class Archive:
             if trial.values is None
             else {**dict(zip(self._names, trial.values, strict=True)), **attributes.get("guards", {})},
             error=attributes.get("error"),
-            outcomes={name: Outcomes.from_json(each) for name, each in attributes.get("outcomes", {}).items()},
+            outcomes={name: Outcomes.from_json(packed) for name, packed in attributes.get("outcomes", {}).items()},
             items=attributes["items"],
             fingerprint=attributes.get("fingerprint"),
             seconds=attributes["seconds"],
@@ -188,13 +204,24 @@ class Archive:
         return Record(candidate, evaluation, arrival)
 
     def find(self, candidate_id: str, study: Study) -> Record | None:
+        """The record of a candidate; None where a study has none.
+
+        candidate_id: the candidate's id.
+        study: where to look.
+        """
         return self._records[study].get(candidate_id) if study in self._records else None
 
     def record(
         self, candidate: Candidate, evaluation: Evaluation, study: Study, arrival: Arrival | None = None
     ) -> None:
-        """Writes one evaluation in one transaction. Raises WorkFailed where the storage refuses it, or is away for
-        longer than minutes."""
+        """Writes one evaluation in one transaction.
+
+        candidate: what was tried.
+        evaluation: its scores, or why it failed.
+        study: where to write it.
+        arrival: when it came, in an asynchronous search.
+        Raises WorkFailed where the storage refuses it, or cannot be reached for two minutes.
+        """
         import optuna
 
         params, distributions = self._parameters(candidate) if candidate.genome is not None else ({}, {})
@@ -211,12 +238,12 @@ class Archive:
         self._records[study][candidate.id] = Record(candidate, evaluation, arrival)
 
     def _add(self, trial: Any, study: Study) -> None:
-        """Adds a trial, once, waiting for a storage that is briefly away."""
+        """Adds a trial exactly once, and waits for a storage that cannot be reached for a short time."""
         identity, pause, deadline = trial.user_attrs["id"], _PAUSE, time.monotonic() + _PATIENCE
         tried = False
         while True:
             try:
-                if not (tried and self._holds(identity, study)):  # its commit may have been all that came through
+                if not (tried and self._holds(identity, study)):  # its commit may have come through
                     self._trials.add(self._prefix + study, trial)
                 return
             except Exception as error:
@@ -236,13 +263,14 @@ class Archive:
         return any(trial.user_attrs.get("id") == identity for trial in trials)
 
     def _guards(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The scores that are no objectives."""
+        """The scores of metrics that are not objectives."""
         scores = evaluation.scores or {}
         guards = {name: score for name, score in scores.items() if name not in self._names}
         return {"guards": guards} if guards else {}
 
     def genes(self, candidate: Candidate) -> dict[str, float | int | str] | None:
-        """By name the genes of a candidate that count, categorical ones by their choice; None where it has none."""
+        """The genes of a candidate that count, by name, with the choices of categorical genes; None for a candidate
+        without a genome."""
         if candidate.genome is None:
             return None
         counts = active(self._genes, np.array(candidate.genome))
@@ -259,7 +287,7 @@ class Archive:
         return sorted(self._records[study].values(), key=lambda record: place(record.candidate))
 
     def tried(self) -> list[Record]:
-        """Every candidate in the same order, on all search items or else on a subset of them."""
+        """Every candidate, in the same order as `records`: scored on all search items, or else on a subset of them."""
         latest = {**self._records.get("subset", {}), **self._records["search"]}
         return sorted(latest.values(), key=lambda record: place(record.candidate))
 
@@ -269,7 +297,10 @@ class Archive:
         return [record for _, record in sorted(recorded, key=lambda pair: pair[0])]
 
     def check_sources(self, sources: Mapping[str, str]) -> None:
-        """Raises InputError naming a source model whose identity is not the one that the archive was made with."""
+        """Raises InputError where a source model has changed since the archive was made.
+
+        sources: the identities of the models, by their keys in the config.
+        """
         for key, recorded in self._studies["search"].user_attrs.get("sources", {}).items():
             if key in sources and sources[key] != recorded:
                 raise InputError(
@@ -278,22 +309,23 @@ class Archive:
                 )
 
     def record_sources(self, sources: Mapping[str, str]) -> None:
-        """Notes the identity of each source model, by its key in the config, where none is noted yet."""
+        """Records the identities of source models, by their keys in the config, unless there are recorded ones."""
         if "sources" not in self._studies["search"].user_attrs:
             self._studies["search"].set_user_attr("sources", dict(sources))
 
     def record_seen(self, seen: str) -> None:
-        """Notes the items that the search sees (`evomerge.seen`), where none are noted yet."""
+        """Records the items that the search sees (`evomerge.seen`), unless there are recorded ones."""
         if self.seen is None:
             self._studies["search"].set_user_attr("seen", seen)
 
     @property
     def seen(self) -> str | None:
-        """The items that the search sees; None in runs that did not note them."""
+        """The items that the search sees (`evomerge.seen`); None in runs that did not record them."""
         seen: str | None = self._studies["search"].user_attrs.get("seen")
         return seen
 
     def recorded_versions(self) -> Mapping[str, str]:
+        """The versions that the search began with, by package; empty in a new archive."""
         return dict(self._studies["search"].user_attrs.get("versions", {}))
 
 
@@ -322,7 +354,7 @@ def _value(gene: Gene, params: Mapping[str, Any]) -> float:
 
 
 def place(candidate: Candidate) -> tuple[int, int]:
-    """Sorts candidates in the order of the search."""
+    """The key that sorts candidates in the order of the search."""
     return candidate.generation, candidate.index
 
 
@@ -347,7 +379,7 @@ def _attributes(candidate: Candidate, evaluation: Evaluation, arrival: Arrival |
     if evaluation.truncated:
         attributes["truncated"] = evaluation.truncated
     if evaluation.outcomes:
-        attributes["outcomes"] = {name: each.to_json() for name, each in evaluation.outcomes.items()}
+        attributes["outcomes"] = {name: outcomes.to_json() for name, outcomes in evaluation.outcomes.items()}
     return attributes
 
 
@@ -370,9 +402,9 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
         return None
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*was, *now])
-        parts = [(was.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
+        pairs = [(was.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        parts = [(*pair, f"{key}[{index}]") for index, pair in enumerate(zip(was, now, strict=True))]
+        pairs = [(*pair, f"{key}[{index}]") for index, pair in enumerate(zip(was, now, strict=True))]
     else:
         return key, was, now
-    return next((found for part in parts if (found := _first_difference(*part)) is not None), None)
+    return next((difference for pair in pairs if (difference := _first_difference(*pair)) is not None), None)

@@ -18,7 +18,8 @@ from evomerge.spaces import Gene
 def open_shared(url: str) -> tuple[Archive, SearchConfig, bool]:
     """The archive of a run in a shared storage, its config, and whether a process is at work on it.
 
-    url: of the storage; where it holds several runs, with #RUN for the one that is meant.
+    url: of the storage; #RUN at its end chooses among several runs.
+    Raises InputError where the storage cannot be opened, or does not say which run is meant.
     """
     url, _, wanted = url.partition("#")
     check_storage(url)
@@ -46,5 +47,5 @@ def _chosen(runs: Sequence[str], wanted: str, url: str) -> str:
         return wanted
     if not wanted and len(runs) == 1:
         return runs[0]
-    known = choices(wanted.rstrip("-"), [run.rstrip("-") for run in runs])
-    raise InputError(f"{masked(url)}: say which run is meant, as in '{masked(url)}#RUN'; {known}.")
+    names = choices(wanted.rstrip("-"), [run.rstrip("-") for run in runs])
+    raise InputError(f"{masked(url)}: say which run is meant, as in '{masked(url)}#RUN'; {names}.")

@@ -1,4 +1,4 @@
-"""Opening Optuna's storage, and its refusals in one sentence."""
+"""Opening Optuna's storage, and its errors in one sentence."""
 
 import hashlib
 import weakref
@@ -16,11 +16,21 @@ _LASTING = ("full", "no space", "readonly", "read-only", "no such", "does not ex
 
 
 def study_prefix(directory: Path, config: SearchConfig) -> str:
-    """Tells a run's studies from those of others in a shared storage."""
+    """What the names of a run's studies begin with, which sets them apart from other runs' in a shared storage.
+
+    directory: the run directory.
+    config: the search.
+    """
     return "" if config.storage is None else f"{directory.name}-{config.digest()}-"
 
 
 def storage_url(directory: Path, config: SearchConfig) -> str:
+    """The complete URL of a run's storage; by default that of a database in the run directory.
+
+    directory: the run directory.
+    config: the search.
+    Raises InputError where the URL names an environment variable that is not set.
+    """
     return expanded(config.storage) if config.storage else f"sqlite:///{(directory / DATABASE).absolute()}"
 
 
@@ -60,8 +70,12 @@ def check_storage(url: str | None) -> None:
 
 @contextmanager
 def presence(url: str | None, name: str) -> Iterator[None]:
-    """Held while a process writes to a run in a PostgreSQL: the server forgets it when the process dies, on whichever
-    machine. Raises InputError where another holds it."""
+    """Holds a run's lock in a PostgreSQL while a process writes to the run. The server frees it when the process dies.
+
+    url: of the storage; nothing is locked in storages of other kinds.
+    name: of the lock.
+    Raises InputError where another process holds the lock.
+    """
     if url is None or not is_postgres(url):
         yield
         return
@@ -76,7 +90,11 @@ def presence(url: str | None, name: str) -> Iterator[None]:
 
 @contextmanager
 def held(url: str, name: str) -> Iterator[bool]:
-    """Whether the server's lock of a name was free; it is ours within."""
+    """Whether a lock of the server was free; if so, this process holds it within.
+
+    url: the complete URL of a PostgreSQL.
+    name: of the lock.
+    """
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
@@ -89,11 +107,12 @@ def held(url: str, name: str) -> Iterator[bool]:
 
 
 def is_postgres(url: str) -> bool:
+    """Whether a storage is a PostgreSQL."""
     return expanded(url).startswith("postgresql")
 
 
 def refusal(error: BaseException) -> tuple[bool, str]:
-    """Whether a storage may take later what it has refused now, and why it has."""
+    """Whether a storage may accept later what it has refused now, and why it has refused it."""
     from sqlalchemy import exc
 
     reason = brief(getattr(error, "orig", None) or error)  # without the statement
@@ -102,5 +121,6 @@ def refusal(error: BaseException) -> tuple[bool, str]:
 
 
 def brief(error: BaseException) -> str:
+    """An exception's type and the first line of its message, without passwords."""
     lines = masked(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

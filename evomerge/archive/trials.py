@@ -29,7 +29,11 @@ class Trials:
         self._distributions: dict[Any, str] = {}
 
     def add(self, study: str, trial: Any) -> None:
-        """Writes a finished trial (Optuna's FrozenTrial) of the study of a name, in one transaction."""
+        """Writes a finished trial in one transaction.
+
+        study: the name of the study.
+        trial: Optuna's FrozenTrial.
+        """
         import sqlalchemy
 
         studies, trials = self._tables["studies"], self._tables["trials"]

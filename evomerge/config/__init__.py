@@ -1,1 +1,1 @@
-"""The search file: one module per part of it, `search` for the whole, `files` for reading it."""
+"""The search file: one module for each part of it, `search` for the whole file, `files` for reading it."""

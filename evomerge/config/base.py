@@ -1,4 +1,4 @@
-"""What every block of a search file has in common: frozen, without unknown keys; and what a gene is."""
+"""What all blocks of a search file have in common, and the settings of genes."""
 
 from typing import Annotated, Literal, Self
 
@@ -16,13 +16,20 @@ SPLITS: tuple[Split, ...] = ("search", "selection", "heldout")
 
 
 class Settings(BaseModel):
-    """A frozen block of settings that rejects keys it does not know."""
+    """A frozen block of settings that rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
 
 class GeneConfig(Settings):
-    """Bounds, start and initial step of one kind of gene, in its own units; `fixed` takes it out of the search."""
+    """One kind of gene, in its own units.
+
+    low: the least value.
+    high: the largest value, above `low`.
+    start: where a search starts; None for a default that depends on the models.
+    step: the first step of a search, above 0.
+    fixed: a value that takes the genes out of the search; None where they are searched.
+    """
 
     low: float
     high: float
@@ -40,7 +47,14 @@ class GeneConfig(Settings):
 
 
 class GeneChange(Settings):
-    """What a user changes about a gene that has bounds of its own; nothing at all asks for the gene as it is."""
+    """What a user changes about a gene that has bounds of its own; None leaves a value as it is.
+
+    low: the least value.
+    high: the largest value.
+    start: where a search starts.
+    step: the first step of a search.
+    fixed: a value that takes the genes out of the search.
+    """
 
     low: float | None = None
     high: float | None = None

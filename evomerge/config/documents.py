@@ -1,7 +1,7 @@
 """YAML documents that people write: read, changed by `--set`, and checked against a pydantic model.
 
-Whatever is wrong in one becomes an InputError that names the file, the key path, what arrived and what was expected.
-Key paths look like `objectives[0].metric` everywhere.
+A mistake in a document becomes an InputError that names the file, the key path, what arrived and what was expected.
+Key paths look like `objectives[0].metric`.
 """
 
 import json
@@ -28,7 +28,7 @@ _EXPECTED = {
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which YAML would keep the last without a word."""
+    """SafeLoader that refuses a key given twice; YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping at the top of a YAML file (safe loader only)."""
+    """The mapping at the top of a YAML file, read by a safe loader. Raises InputError for any other file."""
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except FileNotFoundError:
@@ -62,7 +62,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validate(model: type[Model], document: Mapping[str, Any], path: Path | str) -> Model:
-    """`document` as `model`, or an InputError of one sentence about the first problem."""
+    """A document as an instance of a model.
+
+    model: the pydantic model.
+    document: the content of the file.
+    path: the file or the key of the content, which opens an error's message.
+    Raises InputError, one sentence, for the first problem.
+    """
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -70,7 +76,7 @@ def validate(model: type[Model], document: Mapping[str, Any], path: Path | str) 
 
 
 def _sentence(model: type[BaseModel], document: Mapping[str, Any], errors: Sequence[Any]) -> str:
-    """The first problem in words. A message of our own that begins with a dot goes on with the key path."""
+    """The first problem in words. A validator's message that begins with a dot continues the key path."""
     error, location, branches = _first_problem(document, errors)
     key = _key(location)
     if error["type"] == "extra_forbidden":
@@ -87,12 +93,13 @@ def _sentence(model: type[BaseModel], document: Mapping[str, Any], errors: Seque
 def _first_problem(document: Mapping[str, Any], errors: Sequence[Any]) -> tuple[Any, Location, int]:
     """The most telling error about the first wrong value, its key path, and how many forms of that value were tried.
 
-    Where a value may have several forms, pydantic reports every one: the form that was understood furthest is meant.
+    Where a value may have several forms, pydantic reports an error for each form. The most telling error is that of the
+    form that was understood furthest.
     """
     located = [(error, _location(document, error)) for error in errors]
     first = located[0][1]
     branches = [(error, path) for error, path in located if path[: len(first)] == first]
-    error, path = max(branches, key=lambda each: (len(each[1]), each[0]["type"] == "finite_number"))
+    error, path = max(branches, key=lambda branch: (len(branch[1]), branch[0]["type"] == "finite_number"))
     plain = error["type"] == "finite_number" or len(path) > len(first)
     return error, path, 1 if plain else len(branches)
 
@@ -100,18 +107,18 @@ def _first_problem(document: Mapping[str, Any], errors: Sequence[Any]) -> tuple[
 def _location(document: Any, error: Any) -> Location:
     """An error's key path, without the names of forms and checks that pydantic puts in between."""
     location: Location = ()
-    for part in error["loc"]:
+    for key in error["loc"]:
         try:
-            document = document[part]
+            document = document[key]
         except (KeyError, IndexError, TypeError):
             continue
-        location += (part,)
+        location += (key,)
     return (*location, error["loc"][-1]) if error["type"] == "missing" else location
 
 
 def _key(location: Location) -> str:
     """A key path as `--set` takes it, such as `objectives[0].metric`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location).removeprefix(".")
 
 
 def _expected(error: Any) -> str:
@@ -123,7 +130,7 @@ def _expected(error: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence quotes it: in JSON, and not too long."""
+    """A value as messages quote it: in JSON, at most 60 characters long."""
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except (TypeError, ValueError):  # keys that JSON does not know, or a value that holds itself
@@ -132,25 +139,25 @@ def shown(value: Any) -> str:
 
 
 def _keys_at(model: type[BaseModel], location: Location, document: Any) -> list[str]:
-    """The keys that the model at a location knows; lists and dictionaries on the way are stepped over."""
-    for part in location:
+    """The keys of the model at a location; lists and dictionaries on the way are stepped over."""
+    for key in location:
         fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        document = document[part]
-        if part in fields:
-            found = _models_in(fields[str(part)].annotation)
-            kind = _kind(found, document)
-            model = next((each for each in found if kind in _kinds(each)), next(iter(found), model))
+        document = document[key]
+        if key in fields:
+            models = _models_in(fields[str(key)].annotation)
+            kind = _kind(models, document)
+            model = next((one for one in models if kind in _kinds(one)), next(iter(models), model))
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _kind(models: Sequence[type[BaseModel]], document: Any) -> Any:
-    """Which of several models a block is of: what its `kind` says, or else what the first model's is by default."""
+    """The kind of a block: what its `kind` says, or else the default kind of the first model."""
     default = next((field.default for model in models[:1] if (field := model.model_fields.get("kind"))), None)
     return document.get("kind", default) if isinstance(document, Mapping) else default
 
 
 def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
-    """What `kind` may be in a model that has several siblings."""
+    """The values that `kind` may have in a model."""
     field = model.model_fields.get("kind")
     return getattr(field.annotation, "__args__", ()) if field is not None else ()
 
@@ -158,11 +165,16 @@ def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation, *annotation.__subclasses__()]
-    return [found for argument in getattr(annotation, "__args__", ()) for found in _models_in(argument)]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
 
 
 def set_value(document: dict[str, Any], override: str) -> None:
-    """Sets KEY.PATH=VALUE in a document; VALUE is read as YAML, and a list's items are `key[0]` or `key.0`."""
+    """Sets one value in a document.
+
+    document: the document, which is changed in place.
+    override: KEY.PATH=VALUE, where VALUE is YAML and a list's items are `key[0]` or `key.0`.
+    Raises InputError where the override has another form, or the path leads to no key.
+    """
     key, separator, text = override.partition("=")
     *parents, last = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
     if not separator or not all([*parents, last]):

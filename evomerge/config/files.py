@@ -1,4 +1,4 @@
-"""A search file as it is read: overrides applied, checked, its paths made absolute."""
+"""Reading a search file: overrides are applied, the result is checked, and its paths are made absolute."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,12 @@ from evomerge.errors import InputError, naming
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
-    """Reads a search file. Raises InputError naming the file and the key path of the first problem."""
+    """The config in a search file, with absolute paths.
+
+    path: the YAML file.
+    overrides: KEY.PATH=VALUE each (`documents.set_value`).
+    Raises InputError, with the file and the key path, for the first problem.
+    """
     document = read_yaml(path)
     for override in overrides:
         set_value(document, override)
@@ -21,7 +26,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
 
 
 def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
-    """The same config with its relative local paths made absolute."""
+    """A copy of a config whose relative local paths are absolute."""
     paths = [_absolute(f"tasks.paths[{index}]", path, folder)[0] for index, path in enumerate(config.tasks.paths)]
     root = (
         str(Path.cwd())
@@ -39,7 +44,8 @@ def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
 
 
 def _anchored_interpreter(evaluation: EvaluationConfig, folder: Path) -> EvaluationConfig:
-    """vLLM's interpreter by its absolute path, links not followed: an environment's interpreter is one."""
+    """A copy with the absolute path of vLLM's interpreter. Links are not followed, since an environment's interpreter
+    is a link."""
     python = evaluation.vllm.python
     if python is None:
         return evaluation
@@ -48,7 +54,7 @@ def _anchored_interpreter(evaluation: EvaluationConfig, folder: Path) -> Evaluat
 
 
 def _anchor(key: str, reference: str, folder: Path) -> str:
-    """A model reference, absolute where it is a local path; a model and its adapter each by itself."""
+    """A model reference with absolute paths, for the model and its adapter separately; hub ids stay as they are."""
     if reference.startswith("zoo:") and "+" not in reference:
         return reference
     path, there = _absolute(key, reference, folder)
@@ -59,10 +65,10 @@ def _anchor(key: str, reference: str, folder: Path) -> str:
 
 
 def _absolute(key: str, path: str, folder: Path) -> tuple[str, bool]:
-    """A path relative to a folder made absolute, and whether there is something at it."""
+    """The absolute path of a path relative to a folder, and whether it exists."""
     try:
-        found = (folder / Path(path).expanduser()).resolve()
-        return str(found), found.exists()
+        absolute = (folder / Path(path).expanduser()).resolve()
+        return str(absolute), absolute.exists()
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise InputError(f"{key} is {shown(path)}, which cannot be a path ({reason}); correct it.") from None

@@ -12,9 +12,12 @@ from evomerge.config.tables import OPTIMIZERS, POOLS, OptimizerName, OptimizerRo
 
 
 class StageConfig(Settings):
-    """A part of the search that moves only some kinds of genes; the last stage takes what is left of the budget.
+    """A period of the search in which only some kinds of genes move.
 
-    `name` is the stage's optimizer, by default that of the search.
+    genes: the kinds of genes that move.
+    evaluations: how many candidates the stage proposes; the last stage may leave it out and takes the rest.
+    name: the stage's optimizer; by default that of the search.
+    population: how many candidates a generation has; by default that of the search.
     """
 
     genes: tuple[str, ...] = Field(min_length=1)
@@ -24,10 +27,18 @@ class StageConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """How genomes are proposed. `evaluations` counts search candidates; controls come on top.
+    """How genomes are proposed.
 
-    schedule: `pipelined` proposes the same whatever the number of workers; `async` never lets a worker wait, but what
-    it proposes depends on the order in which evaluations finish. That order is recorded, and resuming keeps to it.
+    name: the optimizer; `auto` chooses by the kinds of genes.
+    evaluations: how many search candidates there are; controls come on top.
+    population: how many candidates a generation has; by default what suits the optimizer.
+    schedule: `pipelined` proposes the same candidates with any number of workers. `async` never lets a worker wait, but
+        its proposals depend on the order in which evaluations finish; a resumed search keeps to the recorded order.
+    lag: how many more generations are proposed before the first one is scored.
+    ranking: how scores become ranks; `auto` is `elite` for several objectives, else `weighted_sum`.
+    covariance: the covariance of CMA-ES; `auto` is `diagonal` for many genes or few evaluations.
+    restarts: whether CMA-ES starts again when it has stalled.
+    stages: periods in which only some kinds of genes move, in order.
     """
 
     name: OptimizerName = "auto"
@@ -66,7 +77,12 @@ class OptimizerConfig(Settings):
 
 
 class ControlsConfig(Settings):
-    """What the search must beat. Base, parents and the uniform merge are always there."""
+    """What the search must beat, besides the base, the parents and the uniform merge.
+
+    one_knob: whether task arithmetic, TIES and DARE-TIES with one weight and density for all models are controls.
+    per_model: whether a grid over one weight per model is a control.
+    random_search: whether a random search is a control.
+    """
 
     one_knob: bool = False
     per_model: bool = False
@@ -74,14 +90,17 @@ class ControlsConfig(Settings):
 
 
 class WorkersConfig(Settings):
-    """Where candidates are evaluated. Nothing here changes a result, but for what becomes of candidates that do harm:
-    after `time_limit` seconds a worker is killed and its candidate recorded as failed, and so is one that has taken
-    `attempts` workers down.
+    """Where candidates are evaluated. Nothing here changes a result, except that `attempts` and `time_limit` decide
+    when a candidate counts as failed.
 
-    A worker may have a part of a GPU (`num_gpus: 0.5`) or several, which then share the layers of its models.
-
-    Without a count there are as many workers as the cluster holds, now and later. `minimum` of them must be there for
-    the search to start: all of a count by default, else one.
+    pool: what runs the workers.
+    count: how many workers there are; None for as many as the cluster holds, now and later.
+    minimum: how many workers must be there for the search to start; by default the count, or one without a count.
+    num_cpus: CPU cores of a worker.
+    num_gpus: GPUs of a worker: a share of one (such as 0.5), or several, which share the layers of its models.
+    placement_timeout: how long to wait for workers to start, in seconds.
+    attempts: how many workers a candidate may take down before it counts as failed.
+    time_limit: after how many seconds a worker is killed and its candidate counts as failed; None for no limit.
     """
 
     pool: PoolName = "ray"

@@ -14,11 +14,16 @@ from evomerge.config.tables import CostName
 
 
 class ObjectiveConfig(Settings):
-    """One score to be optimized: a metric of a task, or with `cost` what the model itself costs.
+    """One score to be optimized: a metric of a task, or a cost of the model.
 
-    `goal` defaults to what the task says of the metric; costs are minimized. A cost takes part in means only with a
-    weight of its own, and candidates that cost more than `max` never win. `seconds` is the time that an evaluation
-    takes on the machine at hand: recorded once and replayed, but another run will measure another.
+    task: the task's name; empty for a cost.
+    metric: the task's metric.
+    filter: the task's filter that the metric is taken after; by default its first.
+    cost: the cost. `seconds` is the time of an evaluation: it is recorded and replayed, but another run measures
+        another time.
+    goal: the direction; by default what the task says of the metric. Costs are minimized.
+    weight: the weight in means; 0 by default for a cost, which then takes no part in them.
+    max: the limit of a cost; candidates above it never win.
     """
 
     task: str = ""
@@ -51,8 +56,8 @@ class ObjectiveConfig(Settings):
 
     @property
     def name(self) -> str:
-        """The objective's name in scores: the cost, or the task, with the metric where it is not plain accuracy, and
-        with both metric and filter where a search measures the metric by several filters."""
+        """The objective's name in scores: the cost or the task. The metric follows where it is not plain accuracy, and
+        metric and filter follow where a search measures the metric after several filters."""
         if self.cost is not None:
             return self.cost
         if self._names_filter and self.filter is not None:
@@ -61,10 +66,15 @@ class ObjectiveConfig(Settings):
 
 
 class ConstraintConfig(Settings):
-    """What a candidate must keep: a share `retain` of a score of one of the parents, whether an objective or not.
+    """A score that a candidate must keep, compared with a parent's; the metric need not be an objective.
 
-    of: the name of the parent, or `base`; by default the best parent on the metric. Of a score that is to be small, or
-    is below 0, it may be worse by the share 1 - retain.
+    task: the task's name.
+    metric: the task's metric.
+    filter: the task's filter that the metric is taken after; by default its first.
+    goal: the direction; by default what the task says of the metric.
+    retain: the share of the parent's score to keep. A score that is to be small, or that is below 0, may be worse by
+        the share 1 - retain.
+    of: the name of the parent, or `base`; by default the best parent on the metric.
     """
 
     task: str
@@ -77,7 +87,7 @@ class ConstraintConfig(Settings):
 
     @property
     def guard(self) -> ObjectiveConfig:
-        """The metric as it is measured."""
+        """The metric as an objective, which says how it is measured."""
         guard = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter, goal=self.goal)
         guard._names_filter = self._names_filter
         return guard
@@ -89,10 +99,12 @@ class ConstraintConfig(Settings):
 
 
 class TasksConfig(Settings):
-    """Where tasks are found, and which of them may run code that comes with their YAML.
+    """Where tasks are found, and which tasks may run code.
 
-    data_root: where data files are looked for that do not lie beside a task's YAML file; by default the directory in
-    which the search is started, as lm-eval has it.
+    paths: folders with tasks' YAML files, besides those of lm-eval.
+    allow_code: the names of tasks that may run code that comes with their YAML.
+    data_root: where data files are that do not lie beside a task's YAML file; by default the directory in which the
+        search is started, as in lm-eval.
     """
 
     paths: tuple[str, ...] = ()
@@ -101,11 +113,17 @@ class TasksConfig(Settings):
 
 
 class ItemsConfig(Settings):
-    """How many items the search and the report each see (None: all there are). Never the same ones.
+    """How many items the search and the report see; they never see the same items.
 
     A task with a validation and a test split is searched on the first and reported on the second. The items of any
-    other task are divided by `seed`, `search_fraction` of them for the search. selection: how many more, of those that
-    the search leaves, decide which candidate of the front is the best (None: the search items do).
+    other task are divided at random.
+
+    search: how many items of a task the search sees; None for all of its side.
+    selection: how many of the items that the search leaves decide which candidate of the front is the best; None where
+        the search items decide.
+    heldout: how many items of a task the report sees; None for all of its side.
+    search_fraction: the share of a divided task's items that is for the search.
+    seed: of the division.
     """
 
     search: int | None = Field(default=None, ge=1)
@@ -116,10 +134,11 @@ class ItemsConfig(Settings):
 
 
 class VllmConfig(Settings):
-    """The environment of its own that vLLM has, and what its engine takes there.
+    """vLLM, which runs in an environment of its own.
 
-    python: the interpreter. cache_gib: memory for keys and values. eager: nothing is compiled, so that it starts sooner
-    and writes slower.
+    python: the interpreter of the environment.
+    cache_gib: memory for keys and values, in GiB.
+    eager: whether nothing is compiled, so that vLLM starts sooner and writes more slowly.
     """
 
     python: str | None = None
@@ -130,16 +149,25 @@ class VllmConfig(Settings):
 class EvaluationConfig(Settings):
     """Everything that changes the floating-point results of a score, so all of it is frozen with the search.
 
-    backend: what writes the texts of generate_until tasks; log-likelihoods are transformers' in any case.
-    compile: whether merges run as compiled code; `auto` does for large models on CPUs that have a compiler, where the
-    bits are those of uncompiled code.
-    prefix_sharing: whether the options of a document share one row behind a mask; auto asks for it where the base's
-    architecture takes such masks. generation_kwargs go over those of the tasks' files.
-    fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
-    applied, as in lm-eval.
+    What is not set here is as in lm-eval 0.4.13, with two exceptions: log-probabilities are taken in float32 whatever
+    the model's dtype, and sampled texts start from the same seed for every candidate.
 
-    What is not set here is as in lm-eval 0.4.13, but for two things: log-probabilities are taken in float32 whatever
-    the model's dtype, and sampled texts start from one seed for every candidate.
+    device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    dtype: the dtype of models in memory; `auto` is the one that most of the base's tensors are stored in.
+    batch_size: how many rows a model reads at a time.
+    threads: CPU threads of a worker.
+    compile: whether merges run as compiled code; `auto` compiles those of large models on CPUs that have a compiler,
+        where the bits are those of uncompiled code.
+    num_fewshot: how many examples precede a question; None for what a task says.
+    apply_chat_template: whether prompts are put into the model's chat template.
+    fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
+        applied, as in lm-eval.
+    system_instruction: a text that precedes every prompt.
+    generation_kwargs: settings of generate_until tasks, which take precedence over those in the tasks' files.
+    prefix_sharing: whether the options of a document share one row, separated by a mask; `auto` is `mask` where the
+        base's architecture takes such masks.
+    backend: what writes the texts of generate_until tasks; log-likelihoods always come from transformers.
+    vllm: the settings of vLLM.
     """
 
     device: str = "auto"

@@ -1,8 +1,8 @@
-"""SearchConfig: what a search file says, checked key by key and frozen.
+"""SearchConfig: the content of a search file, checked key by key and frozen.
 
-`load` reads YAML, applies `--set` overrides, and reports the first problem with its file and key path. `preparation`
-fills in everything that the machine or the search space decides (device, population, covariance), so that the frozen
-copy in a run directory says all that the archive depends on. Paths are relative to the file they stand in.
+`files.load` reads YAML, applies `--set` overrides, and reports the first problem with its file and key path.
+`preparation` fills in what the machine or the search space decides (device, population, covariance), so that the frozen
+copy in a run directory says everything that the archive depends on. Paths are relative to the search file.
 """
 
 import hashlib
@@ -27,11 +27,24 @@ from evomerge.errors import choices
 
 
 class SearchConfig(Settings):
-    """One search: models, objectives, space, optimizer, and where it runs.
+    """One search.
 
-    subsets: whether candidates are scored on a few of the search items first, and on all of them only where that may
-    make them the best or put them on the front; `auto` does where it saves work (`preparation`). In a search that is
-    extended, a generation that the budget had cut may have sent on others than the whole one would.
+    base: the reference of the base model.
+    models: the references of the models to merge, by name.
+    objectives: the scores to be optimized, at least one.
+    constraints: the scores to be kept.
+    tasks: where tasks are found.
+    items: how many items the search and the report see.
+    space: what may vary.
+    optimizer: how genomes are proposed.
+    subsets: whether candidates are scored on a few search items first, and on all only where they may then become the
+        best or join the front; `auto` does this where it saves work (`preparation`). Where a search is extended, a
+        generation that the budget had cut short may have sent on other candidates than the whole one would.
+    controls: what the search must beat.
+    evaluation: what changes the results of a score.
+    workers: where candidates are evaluated.
+    seed: of all random numbers of the search, and of the masks in its recipes.
+    storage: the URL of a shared storage; None for a database in the run directory.
     """
 
     base: str
@@ -52,7 +65,8 @@ class SearchConfig(Settings):
     @field_validator("models", mode="before")
     @classmethod
     def _named_models(cls, value: Any) -> Any:
-        """A plain list of models is named by the last part of each reference: of the adapter, where there is one."""
+        """Names the models of a plain list by the last part of their references; an adapter's name counts before the
+        model's."""
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             return value
         paths = [item.rpartition("+")[2].partition("@")[0] for item in value]
@@ -89,9 +103,9 @@ class SearchConfig(Settings):
 
     @model_validator(mode="after")
     def _named_by_filter(self) -> Self:
-        """Metrics that are measured by several filters have these in their names."""
+        """Puts the filter into the names of metrics that are measured after several filters."""
         measured: list[ObjectiveConfig | ConstraintConfig] = [*self.constraints]
-        measured += [each for each in self.objectives if each.cost is None]
+        measured += [objective for objective in self.objectives if objective.cost is None]
         filters: dict[tuple[str, str], set[str | None]] = {}
         for metric in measured:
             filters.setdefault((metric.task, metric.metric), set()).add(metric.filter)
@@ -112,20 +126,20 @@ class SearchConfig(Settings):
     @model_validator(mode="after")
     def _constrained(self) -> Self:
         for index, constraint in enumerate(self.constraints):
-            known = ["base", *self.models]
-            if constraint.of is not None and constraint.of not in known:
+            names = ["base", *self.models]
+            if constraint.of is not None and constraint.of not in names:
                 raise ValueError(
-                    f".constraints[{index}].of is {constraint.of}, which is no parent; {choices(constraint.of, known)}"
+                    f".constraints[{index}].of is {constraint.of}, which is no parent; {choices(constraint.of, names)}"
                 )
         return self
 
     @property
     def measured(self) -> tuple[ObjectiveConfig, ...]:
-        """Every metric that an evaluation has a score of: the objectives, then what only constraints ask for."""
-        found = {objective.name: objective for objective in self.objectives}
+        """Every metric that an evaluation measures: the objectives, then the metrics of constraints alone."""
+        by_name = {objective.name: objective for objective in self.objectives}
         for constraint in self.constraints:
-            found.setdefault(constraint.name, constraint.guard)
-        return tuple(found.values())
+            by_name.setdefault(constraint.name, constraint.guard)
+        return tuple(by_name.values())
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -134,14 +148,14 @@ class SearchConfig(Settings):
 
     @property
     def budget(self) -> int:
-        """How many search candidates there are to be: some optimizers come to an end before."""
+        """How many search candidates there will be. Some optimizers end before `optimizer.evaluations`."""
         row = self.optimizer.row
         asked = self.optimizer.evaluations
         return asked if row is None or row.most is None else min(asked, row.most(len(self.models)))
 
     def digest(self) -> str:
-        """A hash of all that the archive's content depends on: not the workers, not the budget, not the storage, and
-        not where vLLM or the tasks' data files lie."""
+        """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
+        the budget, the storage, and the places of vLLM and of the tasks' data files."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
         content["optimizer"].pop("evaluations")
         content["tasks"].pop("data_root")
@@ -149,4 +163,5 @@ class SearchConfig(Settings):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
+        """The config as a search file."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)

@@ -13,9 +13,10 @@ from evomerge.config.base import GeneChange, GeneConfig, Settings
 
 
 class SpaceSettings(Settings):
-    """What every kind of search space has: its kind, by which the table `SPACES` knows it.
+    """What every kind of search space has.
 
-    changes_layers: whether its recipes have other layers than the base, or the same in another order.
+    kind: its name in the table `SPACES`.
+    changes_layers: whether its recipes have other layers than the base, or the same layers in another order.
     """
 
     kind: str = "parameter"
@@ -28,11 +29,20 @@ class SpaceSettings(Settings):
 
 
 class ParameterSpaceConfig(SpaceSettings):
-    """The parameter space: which numbers of a merge are searched, per model and per group of tensors.
+    """The parameter space: which numbers of a merge are searched, for each model and each group of tensors.
 
-    method: one, or a list, of which the search chooses (it starts with the first). participate: the search chooses
-    which models take part. parameters: genes for the methods' own parameters, as METHOD: {PARAMETER: bounds}; those of
-    methods without weights are searched anyway. normalize: `auto` leaves it to each method.
+    method: the merge method, or a list that the search chooses from; it starts with the first.
+    participate: whether the search chooses which models take part.
+    parameters: genes for the methods' own parameters, as METHOD: {PARAMETER: bounds}. Those of methods without weights
+        are searched in any case.
+    layer_groups: runs of layers that share genes, such as `0-3`, which cover all layers in order.
+    layer_granularity: how many layers share genes; by default all layers do.
+    filters: parts of tensor names that divide the tensors of a run of layers into groups.
+    weight: the genes of models' weights.
+    density: the genes of models' densities.
+    lambda_: the gene of the method's lambda; fixed at 1 by default.
+    normalize: the method's `normalize`; `auto` leaves it to each method.
+    rescale: how sparsified task vectors are rescaled.
     """
 
     kind: Literal["parameter"] = "parameter"
@@ -51,12 +61,12 @@ class ParameterSpaceConfig(SpaceSettings):
     @field_validator("weight", "density", "lambda_", mode="before")
     @classmethod
     def _partial(cls, value: Any, info: Any) -> Any:
-        """A user who writes only `step` keeps the defaults of the rest."""
+        """Fills in the defaults of keys that a user leaves out, such as the bounds of a gene with only a `step`."""
         if not isinstance(value, Mapping) or info.field_name is None:
             return value
         default = cls.model_fields[info.field_name].default.model_dump()
         if info.field_name == "lambda_" and "fixed" not in value:
-            default["fixed"] = None  # to write bounds for lambda is to ask for it
+            default["fixed"] = None  # who writes bounds for lambda wants it searched
         return {**default, **value}
 
     @property
@@ -81,7 +91,7 @@ class ParameterSpaceConfig(SpaceSettings):
     @field_validator("parameters", mode="before")
     @classmethod
     def _as_they_are(cls, value: Any) -> Any:
-        """`t:` with nothing behind it asks for the gene with its own bounds."""
+        """Turns a key without a value, such as `t:`, into a gene with its own bounds."""
         if not isinstance(value, Mapping):
             return value
         return {
@@ -108,7 +118,12 @@ class ParameterSpaceConfig(SpaceSettings):
 
 
 class PinnedConfig(Settings):
-    """The first and last layers of a model, which every path keeps."""
+    """The first and the last layers of a model, which every path keeps.
+
+    model: the model's name.
+    first: how many of its first layers are kept.
+    last: how many of its last layers are kept.
+    """
 
     model: str
     first: int = Field(default=1, ge=0)
@@ -123,9 +138,19 @@ FREE = "free"
 class DataFlowConfig(SpaceSettings):
     """The data-flow space: which layers of which models, in what order.
 
-    `sources` are names of models, or `base`; by default all of the models. `embeddings` and `head` name the model that
-    gives them, or are `free`; by default the pinned one's, or the first source's. The limits count layers of the whole
-    path, and how far a layer may lie from the one that would follow.
+    form: how a path is written as genes (`spaces.forms`).
+    sources: the names of the models whose layers are used, or `base`; by default all models.
+    granularity: how many layers a block has.
+    repeats: how often form `slots` repeats all blocks, and form `repeat` at most repeats a run.
+    pinned: layers that every path keeps.
+    embeddings: the name of the model that gives the embeddings, or `free`; by default the pinned model, or else the
+        first source.
+    head: the name of the model that gives the final norm and the head, or `free`; the default is the same.
+    max_layers: the largest number of layers in a path.
+    max_repeats: how often a layer may occur in a path.
+    max_distance: how many layers a hop may lie away from the layer that would follow the hop before.
+    scale: the genes of hops' scales; fixed at 1 by default.
+    scaling: what the scales multiply.
     """
 
     kind: Literal["data_flow"] = "data_flow"
@@ -146,7 +171,7 @@ class DataFlowConfig(SpaceSettings):
     @field_validator("scale", mode="before")
     @classmethod
     def _partial(cls, value: Any) -> Any:
-        """To write bounds for the scale is to ask for it."""
+        """Fills in the defaults of keys that a user leaves out; who writes bounds for the scale wants it searched."""
         if not isinstance(value, Mapping):
             return value
         default = cls.model_fields["scale"].default.model_dump()
@@ -169,7 +194,16 @@ class DataFlowConfig(SpaceSettings):
 
 
 class PathConfig(Settings):
-    """The path of a hybrid search: as in the data-flow space, of the merge (`merge`) and of the models named."""
+    """The path of a hybrid search, through the layers of the merge and of models.
+
+    sources: the names of models whose layers are used besides those of the merge (`merge`).
+    granularity: how many layers a block has.
+    first: how many of the merge's first layers every path keeps.
+    last: how many of the merge's last layers every path keeps.
+    max_layers: the largest number of layers in a path.
+    max_repeats: how often a layer may occur in a path.
+    max_distance: how many layers a hop may lie away from the layer that would follow the hop before.
+    """
 
     sources: tuple[str, ...] = ()
     granularity: int = Field(default=1, ge=1)
@@ -181,10 +215,13 @@ class PathConfig(Settings):
 
 
 class HybridConfig(SpaceSettings):
-    """Both at once: a merge with its parameters, and a path through the merge's layers and those of the models.
+    """The hybrid space: a merge with its parameters, and a path through the merge's layers and those of the models.
 
-    With optimizer.stages the first can find the merge and the second the path (Akiba et al. 2025, section 3.3);
-    without, both genomes are searched together.
+    With optimizer.stages, the first stage can search for the merge and the second for the path (Akiba et al. 2025,
+    section 3.3). Without stages, both are searched together.
+
+    parameter: the merge.
+    path: the path.
     """
 
     kind: Literal["hybrid"] = "hybrid"

@@ -1,4 +1,4 @@
-"""A storage URL: never with its password in a file or a message, completed from the environment when it is opened."""
+"""Storage URLs: their passwords stay out of files and messages, and come from the environment when they are opened."""
 
 import os
 import re
@@ -11,12 +11,12 @@ _AMONG_OPTIONS = re.compile(r"([?&](?:password|passwd|sslpassword)=)[^&\s]+")
 
 
 def masked(text: str) -> str:
-    """A URL, or a message that quotes one, with *** for every password."""
+    """A URL, or a message that quotes one, with *** in place of every password."""
     return _AMONG_OPTIONS.sub(r"\1***", _IN_FRONT_OF_HOST.sub(r"\1:***@", text))
 
 
 def refuse_password(url: str) -> str:
-    """The URL itself; a ValueError where it holds a password, which would be copied into the run directory."""
+    """The URL itself. Raises ValueError where it holds a password, which would be copied into the run directory."""
     literal = _VARIABLE.sub("", url)
     if masked(literal) != literal:
         raise ValueError(
@@ -27,7 +27,7 @@ def refuse_password(url: str) -> str:
 
 
 def expanded(url: str) -> str:
-    """The URL with every ${NAME} replaced by that environment variable."""
+    """The URL with every ${NAME} replaced by the environment variable. Raises InputError for one that is not set."""
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:

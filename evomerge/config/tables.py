@@ -1,7 +1,7 @@
 """What a search file can name: kinds of spaces, optimizers, costs and pools, one table each.
 
-A row is all that a new one needs beside its own file. Rows name what they make as `module:name`, which is imported when
-it is first made, so that reading a search file imports no optimizer and no cluster.
+To add one, write its file and add its row. Rows name what they make as `module:name`, which is imported when it is
+first made, so that reading a search file imports no optimizer and no cluster.
 """
 
 import importlib
@@ -24,7 +24,7 @@ Maker = str | Callable[..., Any]
 
 
 def imported(maker: Maker) -> Callable[..., Any]:
-    """A row's maker. One written as `module:name` is imported now, so that reading a table imports nothing."""
+    """A row's maker. A maker written as `module:name` is imported now, so that reading a table imports nothing."""
     if callable(maker):
         return maker
     module, _, name = maker.partition(":")
@@ -153,12 +153,12 @@ POOLS: dict[str, PoolRow] = {
 
 
 def _one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
-    """That a name stands in a table, as it is when the name is read."""
+    """A check that a name is in a table; the table is read when the name is checked."""
 
     def check(name: str) -> str:
-        known = list(names())
-        if name not in known:
-            raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{each}'" for each in known)})
+        valid = list(names())
+        if name not in valid:
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{key}'" for key in valid)})
         return name
 
     return AfterValidator(check)
@@ -171,7 +171,7 @@ PoolName = Annotated[str, _one_of(lambda: POOLS)]
 
 
 def _as_its_kind(space: Any) -> Any:
-    """A `space` block as the settings of its kind; one that does not say is the parameter space."""
+    """A `space` block as the settings of its kind; a block without `kind` is a parameter space."""
     if not isinstance(space, Mapping):
         return space
     kind = space.get("kind", "parameter")

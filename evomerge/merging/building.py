@@ -1,7 +1,7 @@
 """Building models from their configs, with transformers and without code from their folders.
 
-A model is a causal language model, or a whole model that writes text about images, of which the language model is a
-part. Where transformers has both for a config, `architectures` in config.json decides.
+A model is a causal language model, or a model that writes text about images and contains a language model. Where
+transformers has both for a config, `architectures` in config.json decides.
 """
 
 import copy
@@ -18,7 +18,10 @@ _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMul
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers config of a model folder, without code from it."""
+    """The transformers config of a model folder, read without code from the folder.
+
+    Raises InputError where transformers cannot read it.
+    """
     try:
         with quiet():
             from transformers import AutoConfig
@@ -29,7 +32,12 @@ def load_config(folder: Path) -> Any:
 
 
 def empty_model(config: Any, folder: Path) -> Any:
-    """The model of a config, on PyTorch's meta device. `folder` opens an error's message."""
+    """The model of a config, on PyTorch's meta device, so without weights.
+
+    config: a transformers config.
+    folder: the model's folder, which opens an error's message.
+    Raises InputError where transformers cannot build it.
+    """
     import torch
 
     try:
@@ -40,7 +48,13 @@ def empty_model(config: Any, folder: Path) -> Any:
 
 
 def load_model(folder: Path, dtype: "torch.dtype", config: Any = None) -> Any:
-    """The model in a folder, from safetensors, without code from there. config: in place of the folder's own."""
+    """The model in a folder, loaded from safetensors, without code from the folder.
+
+    folder: a model folder.
+    dtype: the dtype of the weights in memory.
+    config: a transformers config to use instead of the folder's.
+    Raises InputError where transformers cannot load it.
+    """
     kind = _auto_class(config or load_config(folder))
     given = {} if config is None else {"config": config}
     try:
@@ -55,12 +69,13 @@ def load_model(folder: Path, dtype: "torch.dtype", config: Any = None) -> Any:
 
 
 def _auto_class(config: Any) -> Any:
-    """transformers' own choice of a class: by `architectures`, or else the first that it has for such a config."""
+    """The auto class that has the class named by the config's `architectures`; otherwise the first one that has any
+    class for the config."""
     import transformers
 
-    known = {name: _classes(getattr(transformers, name), config) for name in _AUTO}
-    named = [name for name, classes in known.items() if classes & set(config.architectures or ())]
-    return getattr(transformers, next(iter([*named, *(name for name in known if known[name]), _AUTO[0]])))
+    by_auto = {name: _classes(getattr(transformers, name), config) for name in _AUTO}
+    named = [name for name, classes in by_auto.items() if classes & set(config.architectures or ())]
+    return getattr(transformers, next(iter([*named, *(name for name in by_auto if by_auto[name]), _AUTO[0]])))
 
 
 def _classes(auto: Any, config: Any) -> set[str]:
@@ -68,8 +83,8 @@ def _classes(auto: Any, config: Any) -> set[str]:
     mapping = auto._model_mapping
     if type(config) not in mapping:
         return set()
-    found = mapping[type(config)]
-    return {kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))}
+    classes = mapping[type(config)]
+    return {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}
 
 
 def _refusal(folder: Path, what: str, error: Exception) -> InputError:

@@ -1,10 +1,12 @@
 """Naming: the tensors of a model by the names that its checkpoints have for them.
 
-transformers keeps a table of how checkpoints differ from models in memory: other names, and tensors that are fused,
-such as the experts of a layer, cut, transposed or permuted on loading. Merges follow the checkpoint, since a merge of
-fused tensors would be another merge. What a checkpoint holds is what `save_pretrained` would write, found out without
-data. Most of it is pieces of tensors in memory, which a merge can be written into; the rest is made of several tensors,
-and brought back into the model by transformers' own conversion.
+transformers keeps a table of how checkpoints differ from models in memory. Tensors have other names there, and some
+are fused (such as the experts of a layer), cut, transposed or permuted on loading. Merges follow the checkpoint, since
+a merge of fused tensors would have other weights.
+
+A checkpoint holds what `save_pretrained` would write, which is worked out on the meta device, without data. Most of its
+tensors are pieces of tensors in memory, and a merge is written straight into a piece. The other tensors are made of
+several tensors in memory; transformers' own conversion brings their merges back into the model.
 """
 
 import json
@@ -34,8 +36,13 @@ _KEPT = 16  # namings that are made once and kept
 class Naming:
     """The names of one model's checkpoints.
 
-    shapes: every tensor of a checkpoint, and `dtypes`. pieces: those that lie in memory as they are. tied: what is left
-    out of checkpoints since it is another of their tensors once more, with the name of that.
+    kind: the model type, as in `llama`.
+    architecture: the name of the model's class.
+    shapes: the shape of every tensor of a checkpoint, by name.
+    dtypes: its dtype, by name.
+    pieces: where a tensor lies in memory, by name, for those that are pieces of one tensor in memory.
+    made: the names of the others, which are made of several tensors in memory.
+    tied: tensors that checkpoints leave out, with the name of the tensor that they are tied to.
     """
 
     def __init__(self, model: Any) -> None:
@@ -63,7 +70,7 @@ class Naming:
 
     @cached_property
     def merged(self) -> list[str]:
-        """The tensors that are merged: parameters, or made of them."""
+        """The names of the tensors that are merged: parameters, and what is made of parameters."""
         return [
             name
             for name, dtype in self.dtypes.items()
@@ -72,22 +79,22 @@ class Naming:
 
     @property
     def whole(self) -> dict[str, str]:
-        """What the tensors that are whole in memory are called there."""
+        """The names in memory of the tensors that are the whole of a tensor there, by their names in checkpoints."""
         return {name: piece.tensor for name, piece in self.pieces.items() if piece.whole}
 
     @cached_property
     def vocabulary(self) -> frozenset[str]:
-        """The tensors with one row per token."""
+        """The names of the tensors with one row per token."""
         ends = []
         for find in (self._model.get_input_embeddings, self._model.get_output_embeddings):
             with suppress(NotImplementedError, AttributeError):
                 ends.append(find())
         rows = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
-        named = {name for name, each in self._model.named_parameters(remove_duplicate=False) if id(each) in rows}
+        named = {name for name, own in self._model.named_parameters(remove_duplicate=False) if id(own) in rows}
         return frozenset(name for name, tensor in self.whole.items() if tensor in named)
 
     def kept_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """The dtype that each tensor has in a model of `dtype`, which keeps some in float32."""
+        """The dtype of each tensor, by name, in a model that is loaded in `dtype`: some tensors stay in float32."""
         from transformers.core_model_loading import build_glob_alternation
 
         plan = self._model._get_dtype_plan(dtype)
@@ -99,8 +106,12 @@ class Naming:
         }
 
     def tensors(self, model: Any) -> Tensors:
-        """A model's tensors by the names of checkpoints: views of its own, and copies of what is made of several, which
-        `settle` brings back."""
+        """A model's tensors by the names of checkpoints.
+
+        A piece of a tensor in memory is a view. A tensor that is made of several is a copy, which `settle` brings back.
+
+        model: a model of this naming's config.
+        """
         held = model.state_dict(keep_vars=True)
         made = self._made(held) if self.made else {}
         return {
@@ -109,7 +120,7 @@ class Naming:
         }
 
     def weights(self, model: Any) -> Tensors:
-        """Those of a model's tensors that are merged (see `tensors`)."""
+        """The tensors of a model that are merged, by the names of checkpoints (see `tensors`)."""
         tensors = self.tensors(model)
         return {name: tensors[name] for name in self.merged}
 
@@ -120,13 +131,17 @@ class Naming:
 
     @torch.no_grad()
     def settle(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Brings those of `tensors` that are no views of the model's into it."""
+        """Brings changed tensors into a model, as far as they are copies and not views of its memory.
+
+        model: a model of this naming's config.
+        tensors: what `tensors` or `weights` returned for the model.
+        """
         held = model.state_dict(keep_vars=True) if self.made else {}
         for name, tensor in self._loaded(tensors) if self.made else ():
             held[name].copy_(tensor)
 
     def _loaded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What transformers makes on loading of the tensors that are no pieces."""
+        """The names and values in memory that transformers makes of the tensors that are no pieces."""
         forward = _Forward(self._model, self._held)
         together: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for name in forward.ordered(self.made):
@@ -137,37 +152,39 @@ class Naming:
             converter = forward.converter(members[0][1])
             for name, pattern in members:
                 converter.add_tensor(target, name, pattern, tensors[name])
-            found = converter.convert(target, model=self._model, config=self._model.config)
-            yield from ((name, tensor[0] if isinstance(tensor, list) else tensor) for name, tensor in found.items())
+            converted = converter.convert(target, model=self._model, config=self._model.config)
+            for name, tensor in converted.items():
+                yield name, tensor[0] if isinstance(tensor, list) else tensor
 
     def read_from(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, Piece | None]]:
-        """How the tensors of some checkpoint are called here: for each name the stored one, and which piece of it where
-        the checkpoint holds what is fused in memory. Names that mean nothing to transformers stay as they are; what it
-        leaves aside on loading is left out.
+        """How to read a checkpoint whose names may be older ones: for each name of this naming, the stored name, and
+        the piece of the stored tensor where the checkpoint holds a tensor that is fused.
 
-        shapes: of the checkpoint's tensors.
+        Names that transformers does not know stay as they are. Tensors that it ignores on loading are left out.
+
+        shapes: the shapes of the checkpoint's tensors, by stored name.
         """
         if shapes.keys() == self.shapes.keys():
             return {name: (name, None) for name in shapes}
         here = self._targets([*self.shapes, *self.tied])
-        found: dict[str, tuple[str, Piece | None]] = {}
+        sources: dict[str, tuple[str, Piece | None]] = {}
         for target, names in self._targets(shapes).items():
-            known, fused = here.get(target, []), self._pieces_of(target[0])
-            if len(known) == len(names):
-                found |= {name: (stored, None) for name, stored in zip(known, names, strict=True)}
-            elif fused and not known and len(names) == 1 and shapes[names[0]] == tuple(self._held[target[0]].shape):
-                found |= {name: (names[0], piece) for name, piece in fused.items()}
+            own, fused = here.get(target, []), self._pieces_of(target[0])
+            if len(own) == len(names):
+                sources |= {name: (stored, None) for name, stored in zip(own, names, strict=True)}
+            elif fused and not own and len(names) == 1 and shapes[names[0]] == tuple(self._held[target[0]].shape):
+                sources |= {name: (names[0], piece) for name, piece in fused.items()}
             elif not self._set_aside(target[0]):
-                found |= {name: (name, None) for name in names}
-        return found
+                sources |= {name: (name, None) for name in names}
+        return sources
 
     def _targets(self, names: Iterable[str]) -> dict[_Target, list[str]]:
-        """Names by what transformers loads them into, in its order."""
+        """Checkpoint names by the tensor that transformers loads them into, in its order."""
         forward = _Forward(self._model, self._held)
-        found: dict[_Target, list[str]] = defaultdict(list)
+        by_target: dict[_Target, list[str]] = defaultdict(list)
         for name in forward.ordered(names):
-            found[forward.target(name)].append(name)
-        return found
+            by_target[forward.target(name)].append(name)
+        return by_target
 
     def _pieces_of(self, tensor: str) -> dict[str, Piece]:
         return {name: piece for name, piece in self.pieces.items() if piece.tensor == tensor and not piece.whole}
@@ -186,11 +203,12 @@ class _Forward:
 
         mapping = get_model_conversion_mapping(model)
         self._held, self._prefix = dict(held), model.base_model_prefix
-        self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
 
     def target(self, name: str) -> _Target:
-        """The tensor in memory, or the first of those, and the pattern of a conversion that it goes through."""
+        """The name of the tensor in memory (the first, where there are several), and the pattern of its conversion;
+        None where it needs none."""
         from transformers.core_model_loading import rename_source_key
 
         target = rename_source_key(name, self._renamings, self._converters, self._prefix, self._held)
@@ -199,10 +217,12 @@ class _Forward:
         return target
 
     def converter(self, pattern: str) -> Any:
-        return deepcopy(next(each for each in self._converters if pattern in each.source_patterns))
+        """A new copy of the conversion that has a pattern."""
+        return deepcopy(next(rule for rule in self._converters if pattern in rule.source_patterns))
 
     @staticmethod
     def ordered(names: Iterable[str]) -> list[str]:
+        """Names in the order in which transformers loads them."""
         from transformers.core_model_loading import dot_natural_key
 
         return sorted(names, key=dot_natural_key)
@@ -216,12 +236,13 @@ class _Uncopied(TorchFunctionMode):
 
 
 def _stored(model: Any, held: Mapping[str, torch.Tensor], copying: bool = False) -> Tensors:
-    """What `save_pretrained` would write of tensors in memory; views of them where possible, unless `copying`."""
+    """What `save_pretrained` would write of tensors in memory, by name: views where possible, or copies with
+    `copying`."""
     from transformers.core_model_loading import revert_weight_conversion
 
     with quiet(), nullcontext() if copying else _Uncopied():
-        found: Tensors = revert_weight_conversion(model, dict(held))
-    return found
+        stored: Tensors = revert_weight_conversion(model, dict(held))
+    return stored
 
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:
@@ -237,46 +258,51 @@ def _piece(tensor: torch.Tensor, places: Mapping[int, str], held: Mapping[str, t
 
 
 def _aliases(model: Any) -> dict[str, str]:
-    """The parameters that are others once more, as transformers ties them, by name."""
+    """The names of parameters that are tied to another one, each with the name of the other."""
     same: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         same[id(parameter)].append(name)
     tied = set(model.all_tied_weights_keys or ())
-    found: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     for names in same.values():
         own = next((name for name in names if name not in tied), names[0])
-        found |= {name: own for name in names if name != own}
-    return found
+        aliases |= {name: own for name in names if name != own}
+    return aliases
 
 
 _namings: dict[str, Naming] = {}
 
 
 def naming_of(config: Any, folder: Path) -> Naming:
-    """The naming of a config's model. `folder` opens an error's message."""
+    """The naming of a config's model, made once and kept.
+
+    config: a transformers config.
+    folder: the model's folder, which opens an error's message.
+    Raises InputError where transformers cannot build the model.
+    """
     key = json.dumps([type(config).__name__, config.architectures, config.to_json_string(use_diff=False)])
     if key not in _namings:
-        with _disable_current_modes():  # a rehearsal is to count what it makes, not this
-            found = Naming(empty_model(config, folder))
+        with _disable_current_modes():  # a rehearsal counts the tensors that a merge makes, not those of this model
+            made = Naming(empty_model(config, folder))
         while len(_namings) >= _KEPT:
             _namings.pop(next(iter(_namings)))
-        _namings[key] = found
+        _namings[key] = made
     return _namings[key]
 
 
 def naming_in(folder: Path) -> Naming:
-    """The naming of the model in a folder."""
+    """The naming of the model in a folder. Raises InputError where transformers cannot build it."""
     return naming_of(load_config(folder), folder)
 
 
 def named_weights(model: Any) -> Tensors:
-    """A model's tensors by the names that its checkpoints use, as far as they can be merged."""
+    """The tensors of a model that are merged, by the names that its checkpoints use."""
     return naming_of(model.config, Path(model.config.name_or_path)).weights(model)
 
 
 def check_view(folder: Path) -> None:
-    """Raises InputError for models whose layers cannot be shared, since their checkpoints' tensors are in pieces or
-    permuted in memory."""
+    """Raises InputError where layers cannot be put in another order in memory, because tensors of the checkpoint are
+    pieces of others there, or permuted."""
     naming = naming_in(folder)
     torn = [name for name in naming.merged if name not in naming.whole]
     if torn:

@@ -1,9 +1,12 @@
 """MergePlan: a recipe worked out tensor by tensor, so that all of its errors show before any weight is touched.
 
 An output layer is made of one layer of every source of its slice, so slices may repeat, drop and reorder layers.
-Precedence follows mergekit 0.1.5: a source's parameters before its slice's before the recipe's; tensors before the
-layers read the first slice, tensors after them the last, both at t = 0; a one-layer slice has t = 1. A source's own
-parameters are filtered by the name of its tensor, shared ones by the name of the output's.
+The rules are those of mergekit 0.1.5:
+
+- A source's parameters take precedence over its slice's, and these over the recipe's.
+- Tensors before the layers read the first slice, and tensors after the layers the last one, both at t = 0.
+- A slice of one layer has t = 1.
+- A source's parameters are filtered by the name of its own tensor, shared ones by the name of the output tensor.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +22,16 @@ from evomerge.recipe import Parameters, Recipe, Slice, Source, resolve_setting
 
 @dataclass(frozen=True, slots=True)
 class TensorMerge:
-    """How one tensor of the output is made: its models with their tensors, positions (for masks) and parameters.
+    """How one tensor of the output is made.
 
-    base: the model that the method sets apart here, or None, with the name of its tensor. The mask of a random method
-    is drawn by position and output name.
+    name: its name in the output.
+    models: the references of the models that are merged, without a base that is set apart.
+    sources: the name of each model's tensor.
+    positions: each model's position in the recipe; with `name` it decides the mask of a random method.
+    per_model: each model's parameters by name.
+    shared: the parameters that models share, by name.
+    base: the reference of the base; None where the method does not set it apart.
+    base_source: the name of the base's tensor.
     """
 
     name: str
@@ -37,9 +46,13 @@ class TensorMerge:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """Every tensor of a merge, in the order of the given names, and what each of its layers is made of.
+    """Every tensor of a merge, and what each of its layers is made of.
 
-    layers: for every output layer, the layer that each source (a base among them) gives to it.
+    method: the merge method.
+    seed: of the masks of random methods.
+    rescale: how sparsified task vectors are rescaled, `density` or `l1`.
+    tensors: in the order of the names that the plan was made for.
+    layers: for each output layer, the number of the layer that each source gives, by reference. A base is among them.
     """
 
     method: Method
@@ -50,15 +63,20 @@ class MergePlan:
 
     @property
     def keeps_layers(self) -> bool:
-        """Whether every output layer is made of the sources' layers of the same number."""
+        """Whether every output layer is made of sources' layers that have the same number."""
         return all(set(sources.values()) == {layer} for layer, sources in enumerate(self.layers))
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an output tensor comes from: the slice it reads, t within it, and how far into it its layer lies."""
+    """Where an output tensor comes from.
 
-    part: Slice
+    slice_: the slice that it reads.
+    t: where it lies in the slice, from 0 for the first layer to 1 for the last.
+    offset: the number of its layer, counted from the slice's first; None for a tensor outside of the layers.
+    """
+
+    slice_: Slice
     t: float
     offset: int | None = None
 
@@ -75,33 +93,38 @@ def make_plan(
     where: str = "the recipe",
     tables: Mapping[str, Iterable[str]] | None = None,
 ) -> MergePlan:
-    """The plan of a recipe for a model with the given parameter names.
+    """The plan of a recipe.
 
-    tables: the names of models that have others, such as more layers. Raises InputError for what cannot be merged.
+    recipe: what to merge.
+    names: the parameter names of the output, in its order.
+    where: what the recipe is called, which opens an error's message.
+    tables: the parameter names, by reference, of models whose names differ from `names`, as with more layers.
+    Raises InputError for what cannot be merged.
     """
     names = tuple(names)
-    known = {reference: tuple((tables or {}).get(reference, names)) for reference in recipe.references}
+    names_of = {reference: tuple((tables or {}).get(reference, names)) for reference in recipe.references}
     method = methods.get(recipe.merge_method, f"{where}: merge_method")
-    slices = _slices(recipe, {reference: layer_count(table) for reference, table in known.items()}, where)
-    for index, part in enumerate(slices):
+    slices = _slices(recipe, {reference: layer_count(table) for reference, table in names_of.items()}, where)
+    for index, slice_ in enumerate(slices):
         place = f"{where}: slices[{index}]" if recipe.slices else where
-        _check_sources(method, part, _base(recipe, method, part), place)
+        _check_sources(method, slice_, _base(recipe, method, slice_), place)
     return MergePlan(
         method=method,
         seed=recipe.evomerge.seed,
         rescale=recipe.evomerge.rescale,
-        tensors=tuple(_tensor_merges(recipe, method, slices, names, known, where)),
+        tensors=tuple(_tensor_merges(recipe, method, slices, names, names_of, where)),
         layers=tuple(_layers(slices)),
     )
 
 
 def unread_parameters(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each parameter that the recipe's method does not read where it stands, as in mergekit."""
+    """A warning, a whole sentence, for each parameter that the recipe's method does not read in its place, as in
+    mergekit."""
     method = methods.METHODS.get(recipe.merge_method)
     if method is None:
         return
-    per_model = [known.name for known in method.per_model]
-    every = [*per_model, *(known.name for known in method.shared)]
+    per_model = [parameter.name for parameter in method.per_model]
+    every = [*per_model, *(parameter.name for parameter in method.shared)]
     for key, parameters, of_source in _parameter_blocks(recipe):
         for name in parameters:
             if name not in every:
@@ -113,25 +136,25 @@ def unread_parameters(recipe: Recipe) -> Iterator[str]:
 
 
 def _parameter_blocks(recipe: Recipe) -> Iterator[tuple[str, Parameters, bool]]:
-    """Every block of parameters with its key path, and whether it is one of a source."""
+    """Every block of parameters: its path of keys, its content, and whether it belongs to a source."""
     yield "parameters", recipe.parameters, False
     for index, source in enumerate(recipe.models or ()):
         yield f"models[{index}].parameters", source.parameters, True
-    for index, part in enumerate(recipe.slices or ()):
-        yield f"slices[{index}].parameters", part.parameters, False
-        for number, source in enumerate(part.sources):
+    for index, slice_ in enumerate(recipe.slices or ()):
+        yield f"slices[{index}].parameters", slice_.parameters, False
+        for number, source in enumerate(slice_.sources):
             yield f"slices[{index}].sources[{number}].parameters", source.parameters, True
 
 
-def _base(recipe: Recipe, method: Method, part: Slice) -> str | None:
-    """The model that the method sets apart in a slice."""
-    return (part.base_model or recipe.base_model) if method.uses_base else None
+def _base(recipe: Recipe, method: Method, slice_: Slice) -> str | None:
+    """The base of a slice; None where the method does not set it apart, or where there is none."""
+    return (slice_.base_model or recipe.base_model) if method.uses_base else None
 
 
-def _check_sources(method: Method, part: Slice, base: str | None, place: str) -> None:
+def _check_sources(method: Method, slice_: Slice, base: str | None, place: str) -> None:
     if method.needs_base and base is None:
         raise InputError(f"{place}: merge_method {method.name} needs a base_model; add one.")
-    models = [source.model for source in part.sources]
+    models = [source.model for source in slice_.sources]
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
         raise InputError(f"{place}: the model {twice} is given twice; merge it once, with one weight.")
@@ -150,7 +173,7 @@ def _check_sources(method: Method, part: Slice, base: str | None, place: str) ->
 
 
 def _slices(recipe: Recipe, counts: Mapping[str, int], where: str) -> tuple[Slice, ...]:
-    """The recipe's slices; a `models` recipe is one slice of all layers, in which a base takes part like any model."""
+    """The recipe's slices. A recipe with `models` is one slice of all layers, and its base is one of the sources."""
     if recipe.models is not None:
         models = recipe.models
         if recipe.base_model and recipe.base_model not in [source.model for source in models]:
@@ -165,8 +188,8 @@ def _slices(recipe: Recipe, counts: Mapping[str, int], where: str) -> tuple[Slic
         layer_range = (0, counts[first])
         return (Slice(sources=tuple(source.model_copy(update={"layer_range": layer_range}) for source in models)),)
     slices = recipe.slices or ()
-    for index, part in enumerate(slices):
-        for source in part.sources:
+    for index, slice_ in enumerate(slices):
+        for source in slice_.sources:
             start, end = source.layer_range or (0, 0)
             if end > counts[source.model]:
                 raise InputError(
@@ -177,9 +200,9 @@ def _slices(recipe: Recipe, counts: Mapping[str, int], where: str) -> tuple[Slic
 
 
 def _layers(slices: tuple[Slice, ...]) -> Iterator[Mapping[str, int]]:
-    for part in slices:
-        for offset in range(part.length):
-            yield {source.model: source.layer_range[0] + offset for source in part.sources if source.layer_range}
+    for slice_ in slices:
+        for offset in range(slice_.length):
+            yield {source.model: source.layer_range[0] + offset for source in slice_.sources if source.layer_range}
 
 
 def _tensor_merges(
@@ -190,41 +213,41 @@ def _tensor_merges(
     tables: Mapping[str, tuple[str, ...]],
     where: str,
 ) -> list[TensorMerge]:
-    """Every output tensor. A layer has the tensors of its slice's first source."""
+    """How every output tensor is made. A layer has the tensors of its slice's first source."""
     places = {
         name: _Place(slices[0] if is_embedding(name) else slices[-1], 0.0)
         for name in names
         if layer_index(name) is None
     }
     by_layer: dict[str, dict[int, list[str]]] = {}
-    for reference in {part.sources[0].model for part in slices}:
+    for reference in {slice_.sources[0].model for slice_ in slices}:
         table = by_layer.setdefault(reference, {})
         for name in tables[reference]:
             if (layer := layer_index(name)) is not None:
                 table.setdefault(layer, []).append(name)
     start = 0
-    for part in slices:
-        first = part.sources[0]
-        for offset in range(part.length):
-            place = _Place(part, offset / (part.length - 1) if part.length > 1 else 1.0, offset)
+    for slice_ in slices:
+        first = slice_.sources[0]
+        for offset in range(slice_.length):
+            place = _Place(slice_, offset / (slice_.length - 1) if slice_.length > 1 else 1.0, offset)
             for name in by_layer[first.model].get((first.layer_range or (0, 0))[0] + offset, []):
                 places[with_layer(name, start + offset)] = place
-        start += part.length
+        start += slice_.length
     order = {name: index for index, name in enumerate(names)}
     ordered = sorted(places.items(), key=lambda item: order.get(item[0], len(order)))
     return [_tensor_merge(recipe, method, place, name, where) for name, place in ordered]
 
 
 def _tensor_merge(recipe: Recipe, method: Method, place: _Place, name: str, where: str) -> TensorMerge:
-    base = _base(recipe, method, place.part)
-    sources = [source for source in place.part.sources if source.model != base]
-    base_source = next((place.source(source, name) for source in place.part.sources if source.model == base), name)
+    base = _base(recipe, method, place.slice_)
+    sources = [source for source in place.slice_.sources if source.model != base]
+    base_source = next((place.source(source, name) for source in place.slice_.sources if source.model == base), name)
 
     def value(parameter: Parameter, source: Source | None) -> Any:
         tensor = name if source is None else place.source(source, name)
-        return _value(parameter, _levels(recipe, place.part, source), tensor, place.t, source, where)
+        return _value(parameter, _levels(recipe, place.slice_, source), tensor, place.t, source, where)
 
-    per_model = tuple({known.name: value(known, source) for known in method.per_model} for source in sources)
+    per_model = tuple({own.name: value(own, source) for own in method.per_model} for source in sources)
     for source, parameters in zip(sources, per_model, strict=True):
         _check_epsilon(parameters, f"{where}: epsilon of {source.model} for {name}")
     return TensorMerge(
@@ -233,7 +256,7 @@ def _tensor_merge(recipe: Recipe, method: Method, place: _Place, name: str, wher
         sources=tuple(place.source(source, name) for source in sources),
         positions=tuple(_position(recipe, source.model) for source in sources),
         per_model=per_model,
-        shared={known.name: value(known, None) for known in method.shared},
+        shared={parameter.name: value(parameter, None) for parameter in method.shared},
         base=base,
         base_source=base_source,
     )
@@ -243,11 +266,11 @@ def _position(recipe: Recipe, model: str) -> int:
     return recipe.fine_tunes.index(model) if model in recipe.fine_tunes else -1
 
 
-def _levels(recipe: Recipe, part: Slice, source: Source | None) -> Iterator[Parameters]:
+def _levels(recipe: Recipe, slice_: Slice, source: Source | None) -> Iterator[Parameters]:
     """Parameter blocks from the highest to the lowest precedence."""
     if source is not None:
         yield source.parameters
-    yield part.parameters
+    yield slice_.parameters
     yield recipe.parameters
 
 
@@ -257,11 +280,11 @@ def _value(
     what = f"{where}: {parameter.name}{f' of {source.model}' if source else ''}"
     for level in levels:
         try:
-            found = resolve_setting(level.get(parameter.name), tensor, t, parameter.kind)
+            setting = resolve_setting(level.get(parameter.name), tensor, t, parameter.kind)
         except ValueError as error:
             raise InputError(f"{what} for {tensor} {error}.") from None
-        if found is not None:
-            return _in_range(parameter, found, f"{what} for {tensor}")
+        if setting is not None:
+            return _in_range(parameter, setting, f"{what} for {tensor}")
     if parameter.default is None:
         raise InputError(f"{what} is missing for {tensor}; give it a value.")
     return parameter.default
@@ -274,7 +297,8 @@ def _in_range(parameter: Parameter, value: float | bool, what: str) -> float | b
 
 
 def _check_epsilon(parameters: Mapping[str, Any], what: str) -> None:
-    """Like mergekit, refuses an epsilon that leads from the density out of (0, 1), where it is used at all."""
+    """Raises InputError, like mergekit, where density ± epsilon leaves (0, 1). At a density of 0 or 1 the epsilon is
+    not used, and so not checked."""
     density, epsilon = parameters.get("density", 1.0), parameters.get("epsilon", 0.0)
     if 0 < density < 1 and not 0 < density - abs(epsilon) <= density + abs(epsilon) < 1:
         raise InputError(

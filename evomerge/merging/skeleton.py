@@ -1,6 +1,6 @@
-"""Skeleton: a model without its weights, which says what a checkpoint holds and what its config says.
+"""Skeleton: a model without its weights, that is its config and what its checkpoint holds.
 
-Parameters go by the names that checkpoints use, and tied ones count once.
+Parameters have the names that checkpoints use, and tied parameters count once.
 """
 
 import copy
@@ -16,9 +16,12 @@ from evomerge.merging.naming import naming_of
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A config with the shapes of the parameters it leads to.
+    """A config, and what a checkpoint of its model holds.
 
-    buffers: the shapes and dtypes of what else a checkpoint holds. vocabulary: the parameters with one row per token.
+    config: a transformers config.
+    parameters: the shapes of the parameters, by name.
+    buffers: the shapes and dtypes of the other tensors, by name.
+    vocabulary: the names of the parameters with one row per token.
     """
 
     config: Any
@@ -28,7 +31,12 @@ class Skeleton:
 
 
 def skeleton_of(config: Any, folder: Path) -> Skeleton:
-    """What the model of a config holds. `folder` opens an error's message."""
+    """The skeleton of a config's model.
+
+    config: a transformers config.
+    folder: the model's folder, which opens an error's message.
+    Raises InputError where transformers cannot build the model.
+    """
     naming = naming_of(config, folder)
     config = copy.deepcopy(config)
     config.architectures = [naming.architecture]
@@ -42,22 +50,25 @@ def skeleton_of(config: Any, folder: Path) -> Skeleton:
 
 
 def ties(config: Any) -> bool:
-    """Whether the head of a config's model is its embedding."""
-    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    """Whether a config's model ties its head to its embedding."""
+    return any(getattr(section, "tie_word_embeddings", False) for section in (config, config.get_text_config()))
 
 
 def untied(config: Any) -> Any:
-    """The same config with a head that is a tensor of its own."""
+    """A copy of a config whose model has a head of its own, not tied to its embedding."""
     changed = copy.deepcopy(config)
-    for part in (changed, changed.get_text_config()):
-        part.tie_word_embeddings = False
+    for section in (changed, changed.get_text_config()):
+        section.tie_word_embeddings = False
     return changed
 
 
 def with_layers(config: Any, layers: Sequence[tuple[Any, int]]) -> Any:
-    """A config for other layers: for each of them the config and the number of the layer that it comes from.
+    """A copy of a config for a model of other layers.
 
-    What a config lists per layer, such as `layer_types`, goes along with the layers.
+    What a config lists for each layer, such as `layer_types`, moves with the layers.
+
+    config: the config to change.
+    layers: for each new layer, the config that it comes from and its number there.
     """
     changed = copy.deepcopy(config)
     text = changed.get_text_config()

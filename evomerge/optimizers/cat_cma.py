@@ -1,8 +1,8 @@
 """CatCMA with margin (Hamano et al. 2025, arXiv:2504.07884) by cmaes: real, whole and categorical genes at once.
 
 A Gaussian over numbers and a categorical distribution over choices are learned together. At first a candidate differs
-from the start in a few choices only, whatever their number: a path in which every gate is a coin flip is no model.
-cmaes draws from a generator of its own, so a replay of what was told proposes the same genomes bit for bit.
+from the start in only a few choices, however many there are: a path in which every gate is a coin flip is no model.
+cmaes draws from a generator of its own, so a replay of the told scores proposes the same genomes bit for bit.
 """
 
 from typing import Any
@@ -17,11 +17,15 @@ from evomerge.quiet import quiet
 from evomerge.spaces import Gene, Genome, canonical
 
 _CHANGED = 4.0  # choices that differ from the start, on average, in the first generation
-_MARGIN = 0.02  # of the box: a start on a bound would leave half of every first generation on it
+_MARGIN = 0.02  # share of the box between start and bounds; a start at a bound puts half of a generation on it
 
 
 def make(config: OptimizerConfig, problem: Problem) -> InGenerations:
-    """CatCMA, told whole generations."""
+    """CatCMA, which is told whole generations.
+
+    config: the search's optimizer settings, resolved.
+    problem: what the optimizer starts from.
+    """
     return InGenerations(CatCma(config, problem))
 
 
@@ -77,6 +81,7 @@ class CatCma:
         return {"c_space": [len(gene.choices) for gene in genes], "cat_param": chances}
 
     def ask(self) -> Genome:
+        """The next generation (see `Optimizer`)."""
         solutions = [self._strategy.ask() for _ in range(self._strategy.population_size)]
         self._pending.append(solutions)
         return canonical(self._problem.genes, np.stack([self._genome(solution) for solution in solutions]))
@@ -91,6 +96,7 @@ class CatCma:
         return genome
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Takes the scores of a whole generation (see `Optimizer`)."""
         losses = self._problem.ranking.losses(scores)
         with quiet():
             self._strategy.tell(list(zip(self._pending.pop(0), losses.tolist(), strict=True)))

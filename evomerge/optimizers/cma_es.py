@@ -1,6 +1,7 @@
-"""CMA-ES (Hansen 2016, arXiv:1604.00772) by pycma, on genes scaled by their steps, other than real ones relaxed.
+"""CMA-ES (Hansen 2016, arXiv:1604.00772) by pycma, on genes scaled by their steps; categorical and integer genes are
+relaxed to real numbers.
 
-pycma draws from a private generator, so a replay of what was told proposes the same genomes bit for bit. When its own
+pycma draws from a private generator, so a replay of the told scores proposes the same genomes bit for bit. When pycma's
 criteria say that it has stalled, it starts again from the best candidate told, with twice the population.
 """
 
@@ -19,7 +20,7 @@ from evomerge.optimizers.relaxation import Relaxation
 from evomerge.quiet import quiet
 from evomerge.spaces import Genome
 
-_MARGIN = 0.02  # of the box: a start on a bound would leave half of every first generation on it
+_MARGIN = 0.02  # share of the box between start and bounds; a start at a bound puts half of a generation on it
 
 
 class CmaEs:
@@ -62,6 +63,7 @@ class CmaEs:
             return cma.CMAEvolutionStrategy(inside / scale, 1.0, options)
 
     def ask(self) -> Genome:
+        """The next generation (see `Optimizer`)."""
         if self._ranked:  # not in `tell`, since pycma learns from one population between two asks
             solutions, losses = self._ranked.popleft()
             with quiet():
@@ -82,12 +84,13 @@ class CmaEs:
         self._strategy = self._start(self._best.genome)
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Takes scores in any order (see `Optimizer`); pycma learns from as many as a population has."""
         self._best.offer(genomes, self._problem.ranking.means(scores))
         late = []
         for (strategy, solution), row in zip(self._pending.take(genomes), scores, strict=True):
             if strategy is self._strategy:
                 self._arrived.append((solution, row))
-            else:  # a restart has replaced it, and what it would learn is lost anyway
+            else:  # a restart has replaced this strategy, so it has nothing to learn any more
                 late.append(row)
         self._observe(late)
         while len(self._arrived) >= self._population:

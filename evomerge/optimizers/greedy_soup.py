@@ -1,7 +1,8 @@
 """Greedy soup (Wortsman et al. 2022, Model soups, arXiv:2203.05482, recipe 1).
 
-Models join one after the other, the best by itself first, and stay where the mean score does not fall. It needs a space
-in which every gene says whether a model takes part; of a soup without weights that is the uniform average.
+Models join one after the other, in the order of their own scores, the best first. A model stays where the mean score
+does not fall. Every gene of the space must say whether a model takes part; without weights, the merge is the uniform
+average.
 """
 
 from collections import deque
@@ -18,7 +19,10 @@ from evomerge.spaces import TAKE, Genome, canonical
 
 
 def check(kinds: Set[str]) -> None:
-    """Raises InputError where a space has other kinds of genes than those that say who takes part."""
+    """Raises InputError where a space has other genes than those that say which models take part.
+
+    kinds: the kinds of genes in the space.
+    """
     if kinds != {TAKE}:
         others = sorted(kinds - {TAKE})
         raise InputError(
@@ -29,7 +33,7 @@ def check(kinds: Set[str]) -> None:
 
 
 class GreedySoup:
-    """One candidate a generation, each built on the last one kept, until every model has been tried."""
+    """Proposes one candidate a generation, each built on the best one so far, until every model has been tried."""
 
     def __init__(self, config: OptimizerConfig, problem: Problem) -> None:
         self._problem = problem
@@ -45,7 +49,7 @@ class GreedySoup:
         return canonical(self._problem.genes, genome)
 
     def _known_mean(self, genome: Genome) -> float:
-        """The mean score with which a genome is known already, -inf where it is not."""
+        """The mean score of a genome that controls have scored; -inf where they have not."""
         if self._problem.known is None:
             return -np.inf
         known, scores = self._problem.known
@@ -53,9 +57,11 @@ class GreedySoup:
         return float(self._problem.ranking.means(scores)[same].max(initial=-np.inf))
 
     def ask(self) -> Genome:
+        """The next candidate, shape (1, dimension); empty where every model has been tried."""
         if not self._queue:
             return np.empty((0, len(self._problem.genes)))
         return self._with(self._soup.genome, self._queue.popleft())[np.newaxis]
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Takes the score of the last candidate (see `Optimizer`)."""
         self._soup.offer(genomes, self._problem.ranking.means(scores))

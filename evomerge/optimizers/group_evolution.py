@@ -1,9 +1,9 @@
 """Group-wise (1+lambda) evolution: each child changes the genes of one group of tensors of the best candidate so far.
 
-With probability 0.3 the group is drawn anew from its box, else moved by a Gaussian of the genes' steps, with about one
-of its categorical genes chosen anew; a child that is not worse takes over (a (1+1)-ES by blocks, after Rechenberg
-1973). Strong at budgets below a few hundred evaluations, where a covariance cannot be learned. Candidates are compared
-by their weighted mean, whatever the ranking.
+With probability 0.3 the group's genes are drawn anew from the box. Otherwise they move by a Gaussian of their steps,
+and about one of the categorical genes is chosen anew. A child that is not worse replaces its parent (a (1+1)-ES by
+blocks, after Rechenberg 1973). This is strong at budgets below a few hundred evaluations, where a covariance cannot be
+learned. Candidates are compared by their weighted mean, whatever the ranking.
 """
 
 import numpy as np
@@ -34,7 +34,8 @@ class GroupEvolution:
         self._generation = 0
 
     def ask(self) -> Genome:
-        """The first candidate of all is the start itself, so that children have something to beat."""
+        """The next generation (see `Optimizer`). The very first candidate is the start, so that children have something
+        to beat."""
         children = [self._child(index) for index in range(self._population)]
         if self._generation == 0:
             children[0] = self._parent.genome
@@ -42,7 +43,7 @@ class GroupEvolution:
         return np.stack(children)
 
     def _child(self, index: int) -> Genome:
-        """A child that differs from its parent; at a bound, steps across it change nothing and are drawn again."""
+        """A child that differs from its parent, if a few draws find one: a step across a bound may change nothing."""
         random = counter_rng(self._problem.seed, "group_evolution", self._generation, index)
         drawn = (self._draw(random) for _ in range(_DRAWS))
         return next((child for child in drawn if not np.array_equal(child, self._parent.genome)), self._parent.genome)
@@ -52,13 +53,20 @@ class GroupEvolution:
         return change_group(self._problem.genes, group, self._parent.genome, random)
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Takes scores in any order (see `Optimizer`)."""
         self._parent.offer(genomes, self._problem.ranking.means(scores))
 
 
 def change_group(
     genes: tuple[Gene, ...], group: NDArray[np.bool_], parent: Genome, random: np.random.Generator
 ) -> Genome:
-    """The parent with the genes of a group drawn anew, or moved by their steps."""
+    """A child: the parent with the genes of a group drawn anew, or moved by their steps.
+
+    genes: the entries of a genome.
+    group: a mask of the genes that change, shape (dimension,).
+    parent: the genome to change, shape (dimension,).
+    random: where the numbers come from.
+    """
     if random.random() < _RESAMPLE:
         drawn = at(genes, random.random(len(genes)))
     else:
@@ -66,14 +74,14 @@ def change_group(
         drawn = parent + np.array([gene.step for gene in genes]) * random.standard_normal(len(genes))
         drawn = np.where(categorical, _chosen_anew(genes, group & categorical, parent, random), drawn)
     child = canonical(genes, np.where(group, drawn, parent))
-    awake = active(genes, child) & ~active(genes, parent)  # by a choice: always at their start, they would be one try
+    awake = active(genes, child) & ~active(genes, parent)  # genes that a new choice makes count: drawn, too
     return canonical(genes, np.where(awake, drawn, child))
 
 
 def _chosen_anew(
     genes: tuple[Gene, ...], chosen: NDArray[np.bool_], parent: Genome, random: np.random.Generator
 ) -> Genome:
-    """The parent with each of these categorical genes chosen anew with one chance in their number."""
+    """The parent with some of the categorical genes in `chosen` chosen anew, on average one of them."""
     count = int(chosen.sum())
     if count == 0:
         return parent

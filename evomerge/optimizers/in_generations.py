@@ -1,4 +1,4 @@
-"""For optimizers that learn from whole generations only: told candidates wait until their generation is complete."""
+"""A wrapper for optimizers that learn from whole generations only: scores wait until their generation is complete."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,8 @@ from evomerge.spaces import Genome
 
 
 class InGenerations:
-    """Tells an optimizer its generations in the order of asking, in whatever order their candidates are told."""
+    """Tells an optimizer whole generations, in the order in which it proposed them. Their candidates may be told in any
+    order."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -19,6 +20,7 @@ class InGenerations:
         self._asked = self._told = 0
 
     def ask(self) -> Genome:
+        """The optimizer's next generation (see `Optimizer`)."""
         genomes = self._optimizer.ask()
         self._pending.add(genomes, [(self._asked, index) for index in range(len(genomes))])
         self._open[self._asked] = genomes, [None] * len(genomes)
@@ -26,6 +28,7 @@ class InGenerations:
         return genomes
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Takes scores in any order, and passes on the generations that are complete."""
         for (generation, index), row in zip(self._pending.take(genomes), scores, strict=True):
             self._open[generation][1][index] = row
         while self._told < self._asked:

@@ -1,4 +1,4 @@
-"""From the configured name to an optimizer, and the choices that a config leaves to the program."""
+"""Making the optimizer that a config names, and the choices that a config leaves to the program."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,11 @@ _WORTH_A_DIAGONAL = 24  # genes
 
 
 def make_optimizer(config: OptimizerConfig, problem: Problem) -> Optimizer:
-    """The configured optimizer, in stages where there are any. The config must be resolved (`resolve`)."""
+    """The optimizer that a config names, in stages where it has any.
+
+    config: the search's optimizer settings, resolved (`resolve`).
+    problem: what the optimizer starts from.
+    """
     return StagedOptimizer(config, problem, _make) if config.stages else _make(config, problem)
 
 
@@ -24,11 +28,14 @@ def _make(config: OptimizerConfig, problem: Problem) -> Optimizer:
 
 
 def resolve(config: OptimizerConfig, dimension: int, objectives: int, genes: Sequence[Gene] = ()) -> OptimizerConfig:
-    """The config with its automatic choices made: they must not change when a finished search is extended.
+    """The config with its automatic choices made. They are made once, since they must not change when a finished search
+    is extended.
 
+    config: the search's optimizer settings.
     dimension: the number of genes.
     objectives: the number of objectives.
-    genes: the genes themselves, which decide what `auto` stands for.
+    genes: the genes, which decide what `auto` stands for.
+    Raises InputError where a population is too small for its optimizer.
     """
     name = _suited(genes) if config.name == "auto" else config.name
     population = config.population or OPTIMIZERS[name].population(dimension)

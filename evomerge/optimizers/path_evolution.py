@@ -1,11 +1,12 @@
 """Evolution of paths: children of the best paths so far, changed in ways that keep most of a path intact.
 
-A child takes a segment from another model, repeats, drops, inserts or moves some layers, or continues one path with
-another from the layer where the first left off; the other is a parent or a random walk forward, and some children are
-such walks altogether, since a splice of two models is many small steps away from both. Where hops have scales, a CMA-ES
-tunes those of the best path while it lasts. Genes that are no part of a path (a merge's weights, who gives the
-embeddings) change one group at a time, as in `group_evolution`. Candidates are compared by their weighted mean,
-whatever the ranking: a front of several objectives is full of paths that are only good at being short.
+A child takes a segment from another model, or repeats, drops, inserts or moves some layers. Or it continues one path
+with another path from the layer where the first one left off; the other path is a parent, or a random walk forward.
+Some children are random walks as a whole, since a splice of two models is many small steps away from both. Where hops
+have scales, a CMA-ES tunes those of the best path while it stays the best. Genes that do not belong to a path (a
+merge's weights, the model that gives the embeddings) change one group at a time, as in `group_evolution`. Candidates
+are compared by their weighted mean, whatever the ranking: a front of several objectives is full of paths whose only
+merit is that they are short.
 """
 
 from collections.abc import Set
@@ -32,12 +33,19 @@ Path = list[Step]
 
 
 def make(config: OptimizerConfig, problem: Problem) -> InGenerations:
-    """The evolution of paths, told whole generations."""
+    """The evolution of paths, which is told whole generations.
+
+    config: the search's optimizer settings, resolved.
+    problem: what the optimizer starts from.
+    """
     return InGenerations(PathEvolution(config, problem))
 
 
 def check(kinds: Set[str]) -> None:
-    """Raises InputError for a space without hops."""
+    """Raises InputError for a space without hops.
+
+    kinds: the kinds of genes in the space.
+    """
     if HOP not in kinds:
         raise InputError(
             "optimizer.name is path_evolution, but the space has no hops; use it with space.form path or a hybrid."
@@ -63,7 +71,8 @@ class PathEvolution:
         self._pending: list[_ScaleTuner | None] = []
 
     def ask(self) -> Genome:
-        """The first candidates of all are the start and other controls, so that children have something to beat."""
+        """The next generation (see `Optimizer`). The very first candidates are the start and other controls, so that
+        children have something to beat."""
         tuner = self._current_tuner()
         tuned = list(tuner.ask()) if tuner is not None else []
         children = [self._child(index) for index in range(self._population - len(tuned))]
@@ -75,9 +84,9 @@ class PathEvolution:
         return np.stack([*tuned, *children])
 
     def _beginnings(self) -> list[Genome]:
-        """The start, and what stands for other controls."""
-        known = self._problem.known[0] if self._problem.known is not None else self._problem.start[None]
-        others = [genome for genome in known if not np.array_equal(genome, self._problem.start)]
+        """The start, and the genomes of other controls."""
+        controls = self._problem.known[0] if self._problem.known is not None else self._problem.start[None]
+        others = [genome for genome in controls if not np.array_equal(genome, self._problem.start)]
         return [self._problem.start, *others]
 
     def _current_tuner(self) -> "_ScaleTuner | None":
@@ -117,10 +126,11 @@ class PathEvolution:
         return self._places.write(mutated(self._places, path, random), parent)
 
     def _parent(self, random: np.random.Generator) -> Genome:
-        """The better of two; parents are kept in the order of their means."""
+        """The better of two random parents; parents are in the order of their means, the best first."""
         return np.array(self._parents[min(random.integers(len(self._parents), size=2))])
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Takes the scores of a whole generation (see `Optimizer`)."""
         tuner, ranking = self._pending.pop(0), self._problem.ranking
         count = 0
         if tuner is not None and tuner is self._tuner:  # else its path is no longer the best
@@ -130,11 +140,11 @@ class PathEvolution:
         ranking.observe(scores[count:])
 
     def _survive(self, genomes: Genome, scores: ScoreArray) -> None:
-        """Keeps the best of parents and children; a path that is still the best has lasted one generation more."""
+        """Keeps the best of parents and children, and counts how many generations the best path has lasted."""
         before = self._places.blocks_of(self._parents[0])
-        known = len(self._scores) > 0
-        together = np.vstack([self._parents, genomes]) if known else genomes
-        told = np.vstack([self._scores, scores]) if known else scores
+        scored = len(self._scores) > 0
+        together = np.vstack([self._parents, genomes]) if scored else genomes
+        told = np.vstack([self._scores, scores]) if scored else scores
         valid = np.isfinite(self._problem.ranking.means(told))
         if not valid.any():
             return
@@ -150,7 +160,7 @@ class PathEvolution:
 
 
 class _ScaleTuner:
-    """CMA-ES on the scales of one path; the rest of the genome stays."""
+    """CMA-ES on the scales of one path; all other genes stay."""
 
     def __init__(
         self, config: OptimizerConfig, problem: Problem, genome: Genome, scales: NDArray[np.bool_], seed: int
@@ -171,7 +181,12 @@ class _ScaleTuner:
 
 
 def mutated(places: PathGenes, path: Path, random: np.random.Generator) -> Path:
-    """A path after one change or a few; the operators are drawn with the chances in the table."""
+    """A path after one random change or a few. The operators are drawn with the chances in `_OPERATORS`.
+
+    places: the genes of the path.
+    path: the path to change.
+    random: where the numbers come from.
+    """
     for _ in range(1 + random.poisson(_MORE)):
         if not path:
             path = [Step(int(random.integers(1, len(places.models))))]
@@ -183,7 +198,13 @@ def mutated(places: PathGenes, path: Path, random: np.random.Generator) -> Path:
 
 
 def crossed(places: PathGenes, path: Path, other: Path, random: np.random.Generator) -> Path:
-    """The beginning of one path, and of another what follows a layer like the one where the first was cut."""
+    """The beginning of one path, continued with another path from the layer that would follow the cut.
+
+    places: the genes of a path.
+    path: gives the beginning.
+    other: gives the rest.
+    random: where the numbers come from.
+    """
     if not path or not other:
         return path or other
     cut = int(random.integers(1, len(path) + 1))
@@ -194,13 +215,13 @@ def crossed(places: PathGenes, path: Path, other: Path, random: np.random.Genera
 
 
 def _segment(path: Path, random: np.random.Generator) -> tuple[int, int]:
-    """Half-open, most often one to four steps."""
+    """The start and the end of a random segment, most often of one to four steps; the end is not in it."""
     start = int(random.integers(len(path)))
     return start, min(len(path), start + int(random.geometric(0.35)))
 
 
 def _from_another_model(places: PathGenes, path: Path, random: np.random.Generator) -> Path:
-    """With some steps taken from another model, as often as not all up to or from one of them."""
+    """The path with a segment, or with all steps up to its end or from its start on, taken from another model."""
     start, end = _segment(path, random)
     which = random.random()
     start, end = (0, end) if which < 0.25 else (start, len(path)) if which < 0.5 else (start, end)
@@ -220,14 +241,14 @@ def _dropped(places: PathGenes, path: Path, random: np.random.Generator) -> Path
 
 
 def _inserted(places: PathGenes, path: Path, random: np.random.Generator) -> Path:
-    """With a step to the layer that follows, in any model."""
+    """The path with one more step, to the layer that follows a random step, in a random model."""
     at = int(random.integers(len(path)))
     block = places.at_layer(places.following(path[at].block), int(random.integers(places.model_count)))
     return [*path[: at + 1], Step(block or path[at].block), *path[at + 1 :]]
 
 
 def _moved(places: PathGenes, path: Path, random: np.random.Generator) -> Path:
-    """With one step taken to the block before or after its own."""
+    """The path with one step moved to the block before or after its own."""
     at = int(random.integers(len(path)))
     block = path[at].block + (1 if random.random() < 0.5 else -1)
     same = 1 <= block < len(places.models) and places.models[block] == places.models[path[at].block]
@@ -235,7 +256,7 @@ def _moved(places: PathGenes, path: Path, random: np.random.Generator) -> Path:
 
 
 def _rescaled(places: PathGenes, path: Path, random: np.random.Generator) -> Path:
-    """With the scale of a few steps moved by their own step's size."""
+    """The path with the scales of a few steps moved."""
     turned = random.random(len(path)) < max(0.2, 1 / len(path))
     return [
         Step(step.block, random_scale(places.scale, random, step.scale)) if turn else step

@@ -1,4 +1,4 @@
-"""Pending: what an optimizer keeps of each genome that it has handed out, until its scores come."""
+"""Pending: what an optimizer keeps for each genome that it has proposed, until the scores come."""
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -10,18 +10,23 @@ Kept = TypeVar("Kept")
 
 
 class Pending(Generic[Kept]):
-    """Genomes asked for and not told yet. They may be told in any order; of equal ones the first asked for is meant."""
+    """Genomes that have been proposed and not told yet. They may be told in any order; where equal genomes were
+    proposed, the first of them counts."""
 
     def __init__(self) -> None:
         self._kept: defaultdict[bytes, deque[Kept]] = defaultdict(deque)
 
     def add(self, genomes: Genome, kept: Sequence[Kept]) -> None:
-        """genomes: shape (n, dimension), with what is kept of each."""
-        for genome, each in zip(genomes, kept, strict=True):
-            self._kept[genome.tobytes()].append(each)
+        """Adds genomes that have been proposed.
+
+        genomes: shape (n, dimension).
+        kept: what is kept for each genome.
+        """
+        for genome, value in zip(genomes, kept, strict=True):
+            self._kept[genome.tobytes()].append(value)
 
     def take(self, genomes: Genome) -> list[Kept]:
-        """What was kept of each of these genomes, which are pending no longer."""
+        """What was kept for each genome, in order. The genomes are no longer pending."""
         taken = []
         for genome in genomes:
             key = genome.tobytes()

@@ -10,18 +10,24 @@ from evomerge.spaces import Gene, Genome, at, canonical
 
 
 def random_genome(genes: tuple[Gene, ...], seed: int, index: int) -> Genome:
-    """The index-th uniform point of the box, shape (dimension,)."""
+    """A uniform random point of the box, shape (dimension,).
+
+    genes: the genes that span the box.
+    seed: of the random numbers.
+    index: the number of the point, from 0; a point depends on its seed and number alone.
+    """
     return canonical(genes, at(genes, counter_rng(seed, "random_search", index).random(len(genes))))
 
 
 class RandomSearch:
-    """Independent random points, as the space draws them; told scores change nothing."""
+    """Proposes independent random points, as the space draws them; told scores change nothing."""
 
     def __init__(self, config: OptimizerConfig, problem: Problem) -> None:
         assert config.population is not None
         self._population, self._problem, self._asked = config.population, problem, 0
 
     def ask(self) -> Genome:
+        """The next generation (see `Optimizer`)."""
         first, self._asked = self._asked, self._asked + self._population
         return np.stack([self._draw(index) for index in range(first, self._asked)])
 
@@ -31,4 +37,5 @@ class RandomSearch:
         return self._problem.draw(counter_rng(self._problem.seed, "random_search", index))
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Does nothing: random points do not depend on scores."""
         return

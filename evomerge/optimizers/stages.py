@@ -1,4 +1,4 @@
-"""Stages: parts of a search that move only some kinds of genes, each starting at the best candidate told so far."""
+"""Stages: periods of a search in which only some kinds of genes move, each starting at the best candidate so far."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from evomerge.spaces import Genome, active, canonical
 
 
 class StagedOptimizer:
-    """Runs the configured optimizer on one stage's genes after the other; the rest stay at the stage's start."""
+    """Runs an optimizer on the genes of one stage after the other; all other genes stay at the stage's start."""
 
     def __init__(
         self, config: OptimizerConfig, problem: Problem, maker: Callable[[OptimizerConfig, Problem], Optimizer]
@@ -31,22 +31,22 @@ class StagedOptimizer:
         stage = self._config.stages[self._stage]
         self._start = self._best.genome
         self._moves = self._movable(stage)
-        part = Problem(
+        problem = Problem(
             genes=tuple(gene for gene, moves in zip(self._problem.genes, self._moves, strict=True) if moves),
             start=self._start[self._moves],
             seed=self._problem.seed + 7919 * self._stage,
             ranking=self._problem.ranking,
         )
         own = {"name": stage.name, "population": stage.population} if stage.name is not None else {}
-        self._optimizer = self._maker(self._config.model_copy(update=own), part)
+        self._optimizer = self._maker(self._config.model_copy(update=own), problem)
         self._asked = 0
 
     def _movable(self, stage: StageConfig) -> NDArray[np.bool_]:
-        """The stage's genes, but for those that none of them could make count (all, where none would be left)."""
+        """A mask of the stage's genes that can count while all others stay; of all its genes where none can."""
         genes = self._problem.genes
         wanted = np.array([gene.kind in stage.genes for gene in genes])
         moving = {gene.name for gene, moves in zip(genes, wanted, strict=True) if moves}
-        settled = [tuple(each for each in gene.when if each.gene not in moving) for gene in genes]
+        settled = [tuple(condition for condition in gene.when if condition.gene not in moving) for gene in genes]
         fixed = [replace(gene, when=conditions) for gene, conditions in zip(genes, settled, strict=True)]
         movable = wanted & active(fixed, self._start)
         return movable if movable.any() else wanted
@@ -56,6 +56,7 @@ class StagedOptimizer:
         return last or stage.evaluations is None or self._asked < stage.evaluations
 
     def ask(self) -> Genome:
+        """The next generation of the present stage (see `Optimizer`)."""
         if not self._left(self._config.stages[self._stage]):
             self._enter_next()
         moved = self._optimizer.ask()
@@ -67,9 +68,10 @@ class StagedOptimizer:
         return generation
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
+        """Takes scores (see `Optimizer`), and passes on those of the present stage."""
         self._best.offer(genomes, self._problem.ranking.means(scores))
         present = np.array([optimizer is self._optimizer for optimizer in self._pending.take(genomes)])
-        if not present.all():  # of a stage that is over
+        if not present.all():  # some are of a stage that is over
             self._problem.ranking.observe(scores[~present])
         if present.any():
             self._optimizer.tell(genomes[present][:, self._moves], scores[present])

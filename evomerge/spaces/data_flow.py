@@ -1,7 +1,7 @@
 """The data-flow space: which layers of which models, in what order (Akiba et al. 2025, section 3.2).
 
-A form (see `forms`) writes the layers between the pinned ones as genes; limits leave out what is too much, so that
-every genome decodes to a path. Which model gives the embeddings, and which the final norm and the head, may be genes
+A form (see `forms`) writes the layers between the pinned ones as genes. Layers beyond the limits are left out, so that
+every genome decodes to a path. Which model gives the embeddings, and which the final norm and the head, may be genes,
 too.
 """
 
@@ -24,7 +24,13 @@ BASE = "base"
 
 
 def make(config: SearchConfig, tensors: Sequence[str], model_type: str) -> "DataFlowSpace":
-    """The space that a config asks for. tensors: the names of the base's. Raises InputError where it has no genes."""
+    """The space that a config asks for.
+
+    config: a search config with a data-flow space.
+    tensors: the names of the base's tensors.
+    model_type: the type of the models, such as `llama`.
+    Raises InputError where the space has no genes, or does not fit the models.
+    """
     assert isinstance(config.space, DataFlowConfig)
     space = DataFlowSpace(config.space, config.base, config.models, layer_count(tensors), model_type)
     if not space.genes:
@@ -38,7 +44,13 @@ class DataFlowSpace:
     def __init__(
         self, config: DataFlowConfig, base: str, models: Mapping[str, str], layers: int, model_type: str
     ) -> None:
-        """models: short names with references. layers: how many each of them has. model_type: as their configs say."""
+        """config: the `space` block of a search file.
+        base: the base's reference.
+        models: the models' references, by name.
+        layers: how many layers each model has.
+        model_type: the type of the models, such as `llama`.
+        Raises InputError for unknown models, and for limits that leave nothing to search.
+        """
         self._config, self._base, self._layers, self._model_type = config, base, layers, model_type
         self._references = {BASE: base, **models}
         self._sources = _known_sources(config, self._references, tuple(models) or (BASE,))
@@ -65,7 +77,7 @@ class DataFlowSpace:
         return hops[: pinned.first], hops[self._layers - pinned.last :]
 
     def _check_depth(self) -> int:
-        """The largest number of layers."""
+        """The largest number of layers that a path may have."""
         kept, most = len(self._first) + len(self._last), self._config.max_layers
         if most is not None and most <= kept:
             raise InputError(
@@ -109,11 +121,11 @@ class DataFlowSpace:
     @property
     def embedding_models(self) -> list[str]:
         """The names of the models that may give the embeddings or the head."""
-        found = [name for name in self._donors.values() if name != FREE]
-        return list(dict.fromkeys([*found, *(choice for gene in self._donor_genes() for choice in gene.choices)]))
+        fixed = [name for name in self._donors.values() if name != FREE]
+        return list(dict.fromkeys([*fixed, *(choice for gene in self._donor_genes() for choice in gene.choices)]))
 
     def path(self, genome: Sequence[float] | Genome) -> LayerPath:
-        """The path of a genome of shape (dimension,), by names of models."""
+        """The path of a genome of shape (dimension,), with the models' names."""
         vector = np.asarray(genome, dtype=np.float64)
         if vector.shape != (len(self.genes),):
             raise ValueError(f"expected a genome of shape ({len(self.genes)},), got {vector.shape}")
@@ -128,8 +140,8 @@ class DataFlowSpace:
         return LayerPath(tuple(hops), given["embeddings"], given["head"], self._config.scaling)
 
     def _limited(self, hops: Sequence[Hop]) -> list[Hop]:
-        """The pinned layers, and between them the hops that the limits allow; the first source's first layer where
-        nothing at all would be left."""
+        """The pinned layers, and between them the hops that the limits allow. Where nothing would be left, the path is
+        the first source's first layer."""
         kept = limited(hops, self._first, self._last, self._most, self._config.max_repeats, self._config.max_distance)
         return kept or [Hop(self._sources[0], 0)]
 
@@ -145,10 +157,14 @@ class DataFlowSpace:
         return named.recipe(self._model_type, self._base)
 
     def encode(self, weights: Mapping[str, float]) -> Genome:
-        """The genome of the model that weighs most (of equals the first source), or of the base where it is one."""
-        known = {name: weight for name, weight in weights.items() if name in self._sources and weight > 0}
+        """The genome of the source with the largest weight, unchanged; of equal weights the first one counts.
+
+        weights: the weight of each model, by name. Without weights it is the genome of the base where the base is a
+            source, else that of the first source.
+        """
+        weighty = {name: weight for name, weight in weights.items() if name in self._sources and weight > 0}
         default = BASE if BASE in self._sources and not weights else self._sources[0]
-        model = max(known, key=lambda name: known[name]) if known else default
+        model = max(weighty, key=lambda name: weighty[name]) if weighty else default
         donors = [gene.choices.index(model) if model in gene.choices else gene.start for gene in self._donor_genes()]
         return np.array([*self._form.parent(model), *donors], dtype=np.float64)
 
@@ -166,7 +182,15 @@ def limited(
     repeats: int | None,
     distance: int | None,
 ) -> list[Hop]:
-    """`first`, those of `hops` that keep within the limits, `last`. Only what is not pinned is ever left out."""
+    """The hops of a path, without those that break a limit. Pinned hops always stay.
+
+    hops: the hops between the pinned ones.
+    first: the pinned hops at the beginning.
+    last: the pinned hops at the end.
+    most: the largest number of hops in all.
+    repeats: how often a layer may occur; None for any number.
+    distance: how far a hop may lie from the layer that would follow the one before; None for any distance.
+    """
     used = Counter((hop.model, hop.layer) for hop in (*first, *last))
     kept: list[Hop] = []
     for hop in hops:

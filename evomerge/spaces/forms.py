@@ -1,7 +1,7 @@
-"""Forms: ways to write a path as genes, from any order of blocks to the few numbers of a family that people use.
+"""Forms: ways to write a path as genes, from any order of blocks to common families that a few numbers describe.
 
-A form speaks of the layers between the pinned ones, by names of models. To add one: write its genes and how they become
-hops, and add its row to `FORMS`.
+A form covers the layers between the pinned ones, and uses the names of models. To add a form: write its genes and how
+they become hops, and add its row to `FORMS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,13 @@ CLOSED, OPEN = "closed", "open"
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """What a form may use: the layers from `start` to before `end` of each source, and room for `room` of them."""
+    """What a form may use.
+
+    sources: the names of the models.
+    start: the first layer of each model.
+    end: the layer after the last one.
+    room: how many hops the form may give.
+    """
 
     sources: tuple[str, ...]
     start: int
@@ -31,7 +37,8 @@ class Region:
     room: int
 
     def blocks(self, size: int) -> list[tuple[str, int, int]]:
-        """(model, first, last) of every block of `size` layers, model by model; the last of a model may be short."""
+        """(model, first layer, last layer) of every block, model by model. The last block of a model may be shorter
+        than `size` layers."""
         return [
             (model, first, min(first + size, self.end) - 1)
             for model in self.sources
@@ -39,24 +46,33 @@ class Region:
         ]
 
     def hops(self, model: str, start: int, end: int) -> list[Hop]:
-        """A model's layers from `start` to before `end`, as far as they lie in the region."""
+        """A model's layers, as far as they lie in the region.
+
+        model: the model's name.
+        start: the first layer.
+        end: the layer after the last one.
+        """
         return [Hop(model, layer) for layer in range(max(start, self.start), min(end, self.end))]
 
 
 class Form(Protocol):
+    """A way to write a path as genes."""
+
     @property
-    def genes(self) -> tuple[Gene, ...]: ...
+    def genes(self) -> tuple[Gene, ...]:
+        """The entries of the form's genome, in order."""
+        ...
 
     def hops(self, genome: Genome) -> list[Hop]:
-        """The hops of a canonical genome, in order; none where it leaves all out."""
+        """The hops of a canonical genome, in order; empty where it leaves out all layers."""
         ...
 
     def parent(self, model: str) -> Genome:
-        """The genome that comes closest to a model as it is."""
+        """The genome that comes closest to an unchanged model."""
         ...
 
     def draw(self, random: np.random.Generator) -> Genome:
-        """A random genome whose path goes forward more often than not: random orders are never any good."""
+        """A random genome whose path goes forward more often than not, since random orders are never any good."""
         ...
 
 
@@ -88,7 +104,7 @@ class PathForm:
 
 
 def scale_gene(config: GeneConfig) -> Gene | None:
-    """How the scale of each hop may vary, or None where it may not."""
+    """How the scale of each hop may vary; None where it is fixed."""
     if config.fixed is not None:
         return None
     start = 1.0 if config.start is None else config.start
@@ -96,8 +112,8 @@ def scale_gene(config: GeneConfig) -> Gene | None:
 
 
 class SlotsForm:
-    """All blocks of each model in order, all of it `repeats` times, with a gate (and a scale) for each: the space of
-    Akiba et al. 2025, section 3.2."""
+    """All blocks of all models in order, repeated `repeats` times. Each has a gate, and may have a scale. This is the
+    space of Akiba et al. 2025, section 3.2."""
 
     def __init__(self, config: DataFlowConfig, region: Region) -> None:
         self._slots = region.blocks(config.granularity) * config.repeats
@@ -132,7 +148,8 @@ class SlotsForm:
         return canonical(self.genes, genome)
 
     def draw(self, random: np.random.Generator) -> Genome:
-        """Layers of one model and then of another from where the first left off, with some gates turned over."""
+        """A random genome: the first layers of one model and the other layers of another, with some gates turned
+        over."""
         models = list(dict.fromkeys(slot[0] for slot in self._slots))
         before, after = sorted(int(number) for number in random.integers(len(models), size=2))
         cut = int(random.integers(min(slot[1] for slot in self._slots), max(slot[2] for slot in self._slots) + 2))
@@ -149,7 +166,11 @@ class SlotsForm:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A genome's values by gene, whole numbers as such and choices by name; `model` where no gene names one."""
+    """A genome's values.
+
+    values: numbers and names of choices, by gene.
+    model: the model that counts where no gene chooses one.
+    """
 
     values: Mapping[str, float | str]
     model: str
@@ -158,12 +179,18 @@ class Numbers:
         return int(self.values[name])
 
     def name(self, gene: str) -> str:
+        """The choice of a gene; `model` where there is no such gene."""
         return str(self.values.get(gene, self.model))
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyForm:
-    """A family of paths that a few numbers describe."""
+    """A family of paths that a few numbers describe.
+
+    genes: the numbers.
+    build: the numbers' values -> the hops of the path.
+    region: what the form may use.
+    """
 
     genes: tuple[Gene, ...]
     build: Callable[[Numbers], list[Hop]]
@@ -182,7 +209,7 @@ class FamilyForm:
 
 
 def _which(name: str, region: Region, start: int = 0) -> tuple[Gene, ...]:
-    """A gene that names one of the sources; none where there is but one."""
+    """A gene that chooses one of the sources; empty where there is only one source."""
     if len(region.sources) == 1:
         return ()
     return (categorical(name, "model", name, region.sources, region.sources[start]),)
@@ -194,7 +221,7 @@ def _whole(name: str, low: int, high: int, start: int) -> Gene:
 
 
 def _skip(config: DataFlowConfig, region: Region) -> Form:
-    """All layers of a model but a run of them (ShortGPT, Men et al. 2024, arXiv:2403.03853)."""
+    """The form of a model without a run of its layers (ShortGPT, Men et al. 2024, arXiv:2403.03853)."""
     length = region.end - region.start
     middle = region.start + length // 2
     first = _whole("skip_from", region.start, region.end - 1, middle)
@@ -208,7 +235,7 @@ def _skip(config: DataFlowConfig, region: Region) -> Form:
 
 
 def _repeat(config: DataFlowConfig, region: Region) -> Form:
-    """All layers of a model, a run of them several times over."""
+    """The form of a model in which a run of layers is repeated."""
     length = region.end - region.start
     first = _whole("repeat_from", region.start, region.end - 1, region.start + length // 2)
     run = _whole("repeat_layers", 1, length, max(1, length // 8))
@@ -223,7 +250,8 @@ def _repeat(config: DataFlowConfig, region: Region) -> Form:
 
 
 def _reorder(config: DataFlowConfig, region: Region) -> Form:
-    """All blocks of a model, sorted by a number each (random keys, Bean 1994)."""
+    """The form of all blocks of a model in any order: each has a number, by which they are sorted (random keys, Bean
+    1994)."""
     model = _which("model", region)
     blocks = [block for block in region.blocks(config.granularity) if block[0] == region.sources[0]]
     share = 1.0 / len(blocks)
@@ -240,7 +268,7 @@ def _reorder(config: DataFlowConfig, region: Region) -> Form:
 
 
 def _graft(config: DataFlowConfig, region: Region) -> Form:
-    """A host with a run of a donor's layers, in the place of its own or behind them."""
+    """The form of a host with a run of a donor's layers, which replaces the host's layers or follows them."""
     length = region.end - region.start
     first = _whole("graft_from", region.start, region.end - 1, region.start + length // 2)
     run = _whole("graft_layers", 0, length, max(1, length // 4))
@@ -256,8 +284,8 @@ def _graft(config: DataFlowConfig, region: Region) -> Form:
 
 
 def _upscale(config: DataFlowConfig, region: Region) -> Form:
-    """The lower layers of one model and the upper ones of another (or the same) with an overlap between them: depth
-    up-scaling (SOLAR, Kim et al. 2023, arXiv:2312.15166)."""
+    """The form of depth up-scaling (SOLAR, Kim et al. 2023, arXiv:2312.15166): the lower layers of one model and then
+    the upper layers of another, or of the same, with an overlap."""
     quarter = (region.end - region.start) // 4
     until = _whole("lower_until", region.start, region.end, region.end - quarter)
     since = _whole("upper_from", region.start, region.end, region.start + quarter)
@@ -270,7 +298,8 @@ def _upscale(config: DataFlowConfig, region: Region) -> Form:
 
 
 def _interleave(config: DataFlowConfig, region: Region) -> Form:
-    """Runs of layers of the models in turn, each beginning before the last one ended (Goliath-120b, alpindale 2023)."""
+    """The form of runs of layers from the models in turn, where each run begins before the last one ended
+    (Goliath-120b, alpindale 2023)."""
     length = region.end - region.start
     run = _whole("run_layers", 1, length, max(1, length // 4))
     overlap = _whole("overlap_layers", 0, max(1, length - 1), length // 8)
@@ -302,5 +331,5 @@ FORMS: dict[str, Callable[[DataFlowConfig, Region], Form]] = {
 
 
 def distances(hops: Sequence[Hop]) -> list[int]:
-    """How far each hop but the first lies from the layer that would follow the one before."""
+    """For each hop but the first, how many layers it lies away from the layer that would follow the hop before."""
     return [abs(after.layer - before.layer - 1) for before, after in pairwise(hops)]

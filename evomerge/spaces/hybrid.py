@@ -1,9 +1,9 @@
 """The hybrid space: a merge with its parameters, and a path through the merge's layers and those of its models.
 
-Both halves stand in one genome. Moved one after the other (optimizer.stages) they are the staged search of Akiba et
-al. 2025, section 3.3, where the best merge becomes a model of the data-flow search; moved together, a joint one. The
-recipe is one of slices that repeat, drop and reorder layers, all merged by one method, in which a model by itself is a
-merge of weight 1. Methods have no scale, so hops have none either.
+One genome holds both. A search that moves them one after the other (optimizer.stages) is the staged search of Akiba et
+al. 2025, section 3.3, where the best merge becomes a model of the data-flow search. A search that moves both at once is
+a joint one. The recipe has slices that repeat, drop and reorder layers, all merged by one method. Layers of one model
+alone are a merge in which it has weight 1. These methods have no scale, so hops have none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,12 @@ MERGE = "merge"
 
 
 def make(config: SearchConfig, tensors: Sequence[str], _model_type: str) -> "HybridSpace":
-    """The space that a config asks for. tensors: the names of the base's."""
+    """The space that a config asks for.
+
+    config: a search config with a hybrid space.
+    tensors: the names of the base's tensors.
+    Raises InputError where the space does not fit the models.
+    """
     assert isinstance(config.space, HybridConfig)
     with naming("space.parameter"):
         parameter = ParameterSpace(config.space.parameter, config.base, config.models, tensors, config.seed)
@@ -38,7 +43,13 @@ class HybridSpace:
     def __init__(
         self, config: HybridConfig, parameter: SearchSpace, base: str, models: Mapping[str, str], layers: int
     ) -> None:
-        """parameter: the space of the merge, whose recipes have a slice for every run of layers."""
+        """config: the `space` block of a search file.
+        parameter: the space of the merge, whose recipes have a slice for every run of layers.
+        base: the base's reference.
+        models: the models' references, by name.
+        layers: how many layers each model has.
+        Raises InputError where the method cannot give one model's layers unmerged, and the path asks for them.
+        """
         self._parameter, self._base, self._models, self._layers = parameter, base, dict(models), layers
         path = config.path
         pinned = PinnedConfig(model=MERGE, first=path.first, last=path.last) if path.first + path.last else None
@@ -62,24 +73,24 @@ class HybridSpace:
         hops = self._flow.path(vector[self._cut :]).hops
         if [(hop.model, hop.layer) for hop in hops] == [(MERGE, layer) for layer in range(self._layers)]:
             return merge
-        parts = merge.slices or ()
-        runs = [self._merged(parts, run) if run[0].model == MERGE else [self._model(run)] for run in _runs(hops)]
-        slices = [part for run in runs for part in run]
-        return merge.model_copy(update={"slices": (_empty(parts[0], 0), *slices, _empty(parts[-1], self._layers))})
+        merged = merge.slices or ()
+        runs = [self._merged(merged, run) if run[0].model == MERGE else [self._model(run)] for run in _runs(hops)]
+        slices = [slice_ for run in runs for slice_ in run]
+        return merge.model_copy(update={"slices": (_empty(merged[0], 0), *slices, _empty(merged[-1], self._layers))})
 
-    def _merged(self, parts: Sequence[Slice], run: Sequence[Hop]) -> list[Slice]:
-        """The merge's layers of a run, one slice for each of the merge's slices that it touches."""
+    def _merged(self, slices: Sequence[Slice], run: Sequence[Hop]) -> list[Slice]:
+        """The slices of a run of the merge's layers: one for each slice of the merge that the run overlaps."""
         start, end = run[0].layer, run[-1].layer + 1
-        found, first = [], 0
-        for part in parts:
-            low, high = max(start, first), min(end, first + part.length)
+        narrowed, first = [], 0
+        for slice_ in slices:
+            low, high = max(start, first), min(end, first + slice_.length)
             if low < high:
-                found.append(_narrowed(part, low, high))
-            first += part.length
-        return found
+                narrowed.append(_narrowed(slice_, low, high))
+            first += slice_.length
+        return narrowed
 
     def _model(self, run: Sequence[Hop]) -> Slice:
-        """The layers of one model, unmerged."""
+        """The slice of a run of one model's layers, unmerged."""
         layer_range = (run[0].layer, run[-1].layer + 1)
         base = Source(model=self._base, layer_range=layer_range)
         if run[0].model == BASE:
@@ -90,7 +101,10 @@ class HybridSpace:
         return Slice(sources=(base, other), parameters=self._single[2])
 
     def encode(self, weights: Mapping[str, float]) -> Genome:
-        """The genome of a merge with these weights everywhere, its layers in their own order."""
+        """The genome of a merge with the same weights everywhere and its layers in their own order.
+
+        weights: the weight of each model, by name.
+        """
         return np.concatenate([self._parameter.encode(weights), self._flow.encode({MERGE: 1.0})])
 
     def draw(self, random: np.random.Generator) -> Genome:
@@ -98,7 +112,8 @@ class HybridSpace:
 
 
 def _parameters_of_one(config: HybridConfig, sources: Sequence[str]) -> tuple[Parameters, Parameters, Parameters]:
-    """What a model gets for weight 0, for weight 1, and what its slice sets, so that the merge is a model by itself."""
+    """The parameters of a slice whose merge is one model unchanged: of a model with weight 0, of the model with weight
+    1, and of the slice."""
     method = methods.get(config.parameter.methods[0], "space.parameter.method")
     if sources and not (
         len(config.parameter.methods) == 1 and method.needs_base and method.takes("weight") and method.accepts(1)
@@ -112,7 +127,7 @@ def _parameters_of_one(config: HybridConfig, sources: Sequence[str]) -> tuple[Pa
 
 
 def _runs(hops: Sequence[Hop]) -> list[list[Hop]]:
-    """Hops that follow each other in one model, together."""
+    """The hops, divided into runs of layers that follow each other in one model."""
     runs: list[list[Hop]] = []
     for hop in hops:
         if runs and runs[-1][-1].model == hop.model and runs[-1][-1].layer + 1 == hop.layer:
@@ -122,11 +137,11 @@ def _runs(hops: Sequence[Hop]) -> list[list[Hop]]:
     return runs
 
 
-def _narrowed(part: Slice, start: int, end: int) -> Slice:
-    sources = tuple(source.model_copy(update={"layer_range": (start, end)}) for source in part.sources)
-    return part.model_copy(update={"sources": sources})
+def _narrowed(slice_: Slice, start: int, end: int) -> Slice:
+    sources = tuple(source.model_copy(update={"layer_range": (start, end)}) for source in slice_.sources)
+    return slice_.model_copy(update={"sources": sources})
 
 
-def _empty(part: Slice, at: int) -> Slice:
-    """A slice of no layers, which merges the embeddings, or the final norm and the head, as `part` does."""
-    return _narrowed(part, at, at)
+def _empty(slice_: Slice, at: int) -> Slice:
+    """A slice without layers, which merges the embeddings, or the final norm and the head, as `slice_` does."""
+    return _narrowed(slice_, at, at)

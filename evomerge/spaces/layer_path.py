@@ -1,8 +1,8 @@
-"""LayerPath: which layer of which model, in what order, how loud; and its recipe.
+"""LayerPath: which layer of which model, in what order and with what scale; and the recipe of a path.
 
-A path is a recipe of mergekit's `passthrough`: slices of layers in any order, each with a filtered `scale`, so that a
-path candidate is a plain checkpoint. Scales therefore fold into weights, by rules that depend on where an architecture
-puts its norms (Akiba et al. 2025, section 3.2, scale the input of a hop; see `Scaling`).
+The recipe is one of mergekit's `passthrough`: slices of layers in any order, each with a filtered `scale`. So a path
+candidate is a plain checkpoint, and scales have to fold into weights. How they fold depends on where an architecture
+puts its norms. (Akiba et al. 2025, section 3.2, scale the input of a hop; see `Scaling`.)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,21 @@ from evomerge.errors import InputError
 from evomerge.recipe import FilteredValue, Recipe, Slice, Source
 
 Scaling = Literal["mlp", "stream"]
-"""What a hop's scale multiplies: `mlp` the output of its MLP (as in the models that Sakana released, where the scale
-belongs to the next hop), exactly; `stream` everything that enters the hop, exactly but for the norms' epsilon."""
+"""What a hop's scale multiplies.
+
+mlp: the output of its MLP, exactly; as in the models that Sakana released, where the scale belongs to the next hop.
+stream: everything that enters the hop, exactly but for the norms' epsilon.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One layer of the output: layer number `layer` of a model, counted from 0."""
+    """One layer of the output.
+
+    model: the model that it comes from.
+    layer: its number there, counted from 0.
+    scale: what `Scaling` multiplies by.
+    """
 
     model: str
     layer: int
@@ -29,7 +37,13 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class LayerPath:
-    """Hops in order, and the models that give the embeddings and the final norm with the head."""
+    """The layers of a model, and where its other tensors come from.
+
+    hops: the layers, in order.
+    embeddings: the model that gives the embeddings.
+    head: the model that gives the final norm and the head.
+    scaling: what the scales of the hops multiply.
+    """
 
     hops: tuple[Hop, ...]
     embeddings: str
@@ -37,8 +51,10 @@ class LayerPath:
     scaling: Scaling = "mlp"
 
     def recipe(self, model_type: str, base: str) -> Recipe:
-        """The path as mergekit reads it; config and tokenizer are those of `base`.
+        """The recipe of the path, which mergekit reads.
 
+        model_type: the type of the models, such as `llama`.
+        base: the reference of the model whose config and tokenizer the output has.
         Raises InputError where the architecture has no weights that a scale could be folded into.
         """
         runs = _runs(self.hops, folded_scales(self, model_type))
@@ -49,7 +65,7 @@ class LayerPath:
 
 
 def _runs(hops: Sequence[Hop], scales: Sequence[Mapping[str, float]]) -> Iterator[tuple[Hop, Mapping[str, float], int]]:
-    """First hop, folded scales and length of every run of layers that stand in their model's own order."""
+    """For each run of hops that are in their model's order: the first hop, the folded scales, the number of hops."""
 
     def key(place: int) -> tuple[str, int, list[tuple[str, float]]]:
         return hops[place].model, hops[place].layer - place, sorted(scales[place].items())
@@ -60,7 +76,8 @@ def _runs(hops: Sequence[Hop], scales: Sequence[Mapping[str, float]]) -> Iterato
 
 
 def _slice(model: str, first: int, count: int, scales: Mapping[str, float]) -> Slice:
-    """An empty slice gives no layers, only the embeddings (in front) or the final norm and head (at the end)."""
+    """A slice of one model's layers. A slice of no layers gives the embeddings where it is the first, or the final norm
+    and the head where it is the last."""
     conditions = [FilteredValue(filter=name, value=value) for name, value in scales.items()]
     source = Source(
         model=model,
@@ -72,8 +89,12 @@ def _slice(model: str, first: int, count: int, scales: Mapping[str, float]) -> S
 
 @dataclass(frozen=True, slots=True)
 class ScaleRule:
-    """Parts of tensor names of one layer: those whose output is the MLP's, those whose output is added to the stream,
-    and those that read it without a norm in between."""
+    """Which tensors of a layer a scale multiplies, as parts of their names.
+
+    mlp: the tensor whose output is the MLP's; None where scales cannot be folded.
+    writes: the tensors whose output is added to the stream.
+    reads: the tensors that read the stream without a norm in between.
+    """
 
     mlp: str | None
     writes: tuple[str, ...]
@@ -97,12 +118,16 @@ SCALE_RULES: dict[str, ScaleRule] = {
 
 
 def check_scaling(model_type: str, where: str = "scale") -> None:
-    """Raises InputError where a scale cannot be folded into an architecture's weights."""
+    """Raises InputError where a scale cannot be folded into an architecture's weights.
+
+    model_type: the type of the models, such as `llama`.
+    where: the key that sets the scale, which opens an error's message.
+    """
     rule = SCALE_RULES.get(model_type)
     if rule is None:
         raise InputError(
             f"{where}: how scales fold into the weights of a {model_type} model is not known (it is for "
-            f"{', '.join(name for name, known in SCALE_RULES.items() if known.mlp)}); fix the scale at 1."
+            f"{', '.join(name for name, other in SCALE_RULES.items() if other.mlp)}); fix the scale at 1."
         )
     if rule.mlp is None:
         raise InputError(
@@ -112,21 +137,25 @@ def check_scaling(model_type: str, where: str = "scale") -> None:
 
 
 def folded_scales(path: LayerPath, model_type: str) -> list[dict[str, float]]:
-    """For every hop, the parts of tensor names that are multiplied, with their factors (none that are 1).
+    """For each hop, the factors of its tensors by parts of their names; factors of 1 are left out.
 
-    mlp: the MLP's last weights by the hop's scale. stream: scaling the stream before each of the hops by w_1 ... w_k
-    is the same as dividing what hop k adds by c_k = w_1 * ... * w_k, up to a factor c_n that the final norm takes out;
-    weights that read the stream past a norm are multiplied by c_k.
+    With scaling `mlp`, the MLP's last weights are multiplied by the hop's scale. With scaling `stream`, the stream is
+    multiplied by w_k before hop k. The same comes out where what hop k adds is divided by c_k = w_1 * ... * w_k, but
+    for a factor c_n, which the final norm takes out. Weights that read the stream past a norm are multiplied by c_k.
+
+    path: the hops with their scales.
+    model_type: the type of the models, such as `llama`.
+    Raises InputError where a scale cannot be folded into the architecture's weights.
     """
     if all(hop.scale == 1.0 for hop in path.hops):
         return [{} for _ in path.hops]
     check_scaling(model_type)
-    rule, found, product = SCALE_RULES[model_type], [], 1.0
+    rule, folded, product = SCALE_RULES[model_type], [], 1.0
     for hop in path.hops:
         product *= hop.scale
         if path.scaling == "mlp":
             factors = {str(rule.mlp): hop.scale}
         else:
             factors = dict.fromkeys(rule.writes, 1.0 / product) | dict.fromkeys(rule.reads, product)
-        found.append({name: factor for name, factor in factors.items() if factor != 1.0})
-    return found
+        folded.append({name: factor for name, factor in factors.items() if factor != 1.0})
+    return folded

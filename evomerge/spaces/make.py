@@ -9,7 +9,12 @@ from evomerge.spaces import SearchSpace
 
 
 def make_space(config: SearchConfig, models: Models) -> SearchSpace:
-    """The space of a search over these models. Raises InputError where they cannot give what it asks for."""
+    """The space of a search.
+
+    config: what may vary.
+    models: the models of the search.
+    Raises InputError where the models do not fit the space.
+    """
     if config.space.changes_layers:
         with naming("space"):
             check_view(models.base.folder)

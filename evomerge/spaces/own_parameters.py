@@ -1,7 +1,8 @@
-"""Genes for parameters that belong to one method: slerp's `t`, sce's `select_topk`, karcher's `max_iter` and the like.
+"""Genes for parameters that belong to one method, such as slerp's `t`, sce's `select_topk` and karcher's `max_iter`.
 
-Those of methods without weights are searched unless fixed, the others where the search file names them. Numbers vary by
-group of tensors (and by model where the method takes them by model); whole numbers and switches hold for the merge.
+The parameters of methods without weights are searched unless they are fixed; other methods' parameters are searched
+where the search file names them. Numbers vary by group of tensors, and by model where the method takes them by model.
+Whole numbers and switches have one value for the whole merge.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,12 @@ _SWITCH = ("false", "true")
 
 @dataclass(frozen=True, slots=True)
 class OwnParameter:
-    """One parameter of one method in a search: its bounds, or the value at which it is fixed."""
+    """One parameter of one method in a search.
+
+    method: the method.
+    parameter: the parameter.
+    bounds: its bounds, or the value at which it is fixed.
+    """
 
     method: Method
     parameter: Parameter
@@ -27,27 +33,45 @@ class OwnParameter:
 
     @property
     def kind(self) -> str:
+        """The kind of its genes, such as `slerp.t`."""
         return f"{self.method.name}.{self.parameter.name}"
 
     @property
     def by_tensor(self) -> bool:
+        """Whether it varies by group of tensors."""
         return self.parameter.kind is float
 
     @property
     def by_model(self) -> bool:
+        """Whether it varies by model."""
         return self.method.takes(self.parameter.name)
 
     def name(self, group: str, model: str | None) -> str:
-        """The gene of a group of tensors (of the whole merge, where the parameter cannot vary) and a model."""
-        parts = [self.kind, model if self.by_model else None, group if self.by_tensor else None]
-        return ":".join(part for part in parts if part is not None)
+        """The name of a gene.
+
+        group: the group of tensors, which counts where the parameter varies by group.
+        model: the model, which counts where the parameter varies by model.
+        """
+        words = [self.kind, model if self.by_model else None, group if self.by_tensor else None]
+        return ":".join(word for word in words if word is not None)
 
     def value(self, values: Mapping[str, float], group: str, model: str | None) -> float:
-        """The gene's value by its name, or the one at which it is fixed."""
+        """The parameter's value: that of its gene, or the one at which it is fixed.
+
+        values: the genome's values, by gene.
+        group: the group of tensors.
+        model: the model; None for a parameter that models share.
+        """
         fixed = self.bounds.fixed
         return self.parameter.written(values[self.name(group, model)]) if fixed is None else fixed
 
     def gene(self, group: str, model: str | None, when: tuple[Condition, ...]) -> Gene:
+        """The gene of a group of tensors and a model.
+
+        group: the group of tensors, which counts where the parameter varies by group.
+        model: the model, which counts where the parameter varies by model.
+        when: the conditions under which the gene counts.
+        """
         name, low, high, start = self.name(group, model), self.bounds.low, self.bounds.high, self.bounds.start
         governs = group if self.by_tensor else "method"
         assert start is not None
@@ -58,17 +82,22 @@ class OwnParameter:
 
 
 def own_parameters(config: ParameterSpaceConfig, methods: Sequence[Method]) -> list[OwnParameter]:
-    """The methods' own parameters that are searched or fixed. Raises InputError for unknown names and wrong bounds."""
+    """The methods' own parameters that are searched or fixed.
+
+    config: the `space` block of a search file.
+    methods: the methods that candidates may use.
+    Raises InputError for unknown names and wrong bounds.
+    """
     _check_names(config, methods)
-    found = []
+    parameters = []
     for method in methods:
         named = config.parameters.get(method.name, {})
         for parameter in method.own:
             change = named.get(parameter.name)
             if change is not None or not method.takes("weight"):
                 where = f"space.parameters.{method.name}.{parameter.name}"
-                found.append(OwnParameter(method, parameter, _bounds(parameter, change or GeneChange(), where)))
-    return found
+                parameters.append(OwnParameter(method, parameter, _bounds(parameter, change or GeneChange(), where)))
+    return parameters
 
 
 def _check_names(config: ParameterSpaceConfig, methods: Sequence[Method]) -> None:
@@ -76,16 +105,14 @@ def _check_names(config: ParameterSpaceConfig, methods: Sequence[Method]) -> Non
     for name, named in config.parameters.items():
         if name not in used:
             raise InputError(f"space.parameters.{name} is for no method in space.method; {choices(name, used)}.")
-        known = [parameter.name for parameter in used[name].own]
+        own = [parameter.name for parameter in used[name].own]
         for parameter in named:
-            if parameter not in known:
-                raise InputError(
-                    f"space.parameters.{name}.{parameter} cannot be searched; {choices(parameter, known)}."
-                )
+            if parameter not in own:
+                raise InputError(f"space.parameters.{name}.{parameter} cannot be searched; {choices(parameter, own)}.")
 
 
 def _bounds(parameter: Parameter, change: GeneChange, where: str) -> GeneConfig:
-    """The table's range with a user's changes; a start that was not given follows the bounds."""
+    """The table's range with a user's changes. A start that the user does not give is moved inside the bounds."""
     table = parameter.search
     assert table is not None
     given = change.model_dump(exclude_none=True)

@@ -1,8 +1,8 @@
 """The parameter space: numbers of merge methods per model and per group of tensors (Akiba et al. 2025, section 3.1).
 
 Groups are the embeddings, runs of layers (each optionally split by name filters), and the final norm with the head.
-Which method merges may be a gene, and so may which models take part; a gene that the chosen method has no use for does
-not count. A genome decodes to a recipe of slices, one per run of layers, so that mergekit reads it as it is.
+The method may be a gene, and so may the models that take part. A gene that the chosen method does not use does not
+count. A genome decodes to a recipe of slices, one for each run of layers, which mergekit reads as it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +30,28 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """A run of layers, half-open."""
+    """A run of layers.
+
+    start: the first layer.
+    end: the layer after the last one.
+    """
 
     start: int
     end: int
 
     @property
     def label(self) -> str:
+        """The group's name in genes."""
         return f"layers_{self.start}-{self.end - 1}" if self.end - self.start > 1 else f"layer_{self.start}"
 
 
 def make(config: SearchConfig, tensors: Sequence[str], _model_type: str) -> "ParameterSpace":
-    """The space that a config asks for. tensors: the names of the base's."""
+    """The space that a config asks for.
+
+    config: a search config with a parameter space.
+    tensors: the names of the base's tensors.
+    Raises InputError where the space has no genes, or does not fit the models.
+    """
     assert isinstance(config.space, ParameterSpaceConfig)
     return ParameterSpace(config.space, config.base, config.models, tensors, config.seed)
 
@@ -52,7 +62,13 @@ class ParameterSpace:
     def __init__(
         self, config: ParameterSpaceConfig, base: str, models: Mapping[str, str], tensors: Sequence[str], seed: int
     ) -> None:
-        """models: short names with references. tensors: the base's tensor names. seed: of the masks in every recipe."""
+        """config: the `space` block of a search file.
+        base: the base's reference.
+        models: the models' references, by name.
+        tensors: the names of the base's tensors.
+        seed: the seed of the masks in every recipe.
+        Raises InputError where the space has no genes, or does not fit the models.
+        """
         self._config, self._models, self._seed = config, tuple(models), seed
         self._references = {BASE: base, **models}
         self._methods = _searchable(config, len(models))
@@ -109,8 +125,8 @@ class ParameterSpace:
                 for group in self.groups if own.by_tensor else [""]:
                     for model in self._models if own.by_model else [None]:
                         users = [own.method]
-                        part = self._participants.part(model, users) if model else self._participants.under(users)
-                        genes.append(own.gene(group, model, part))
+                        when = self._participants.part(model, users) if model else self._participants.under(users)
+                        genes.append(own.gene(group, model, when))
         return genes
 
     def _kinds(self) -> dict[str, GeneConfig]:
@@ -127,13 +143,13 @@ class ParameterSpace:
 
     @property
     def groups(self) -> list[str]:
-        """Labels of the groups of tensors, in the model's order."""
-        parts = [*self._config.filters, REST]
+        """The names of the groups of tensors, in the model's order."""
+        filters = [*self._config.filters, REST]
         layers = [
-            f"{run.label}.{part}" if self._config.filters else run.label
+            f"{run.label}.{name}" if self._config.filters else run.label
             for run in self._layers
-            for part in parts
-            if self._config.filters or part == REST
+            for name in filters
+            if self._config.filters or name == REST
         ]
         return [EMBEDDINGS] * bool(self._embeddings) + layers + [HEAD] * bool(self._head)
 
@@ -169,18 +185,18 @@ class ParameterSpace:
         return Slice(sources=tuple(sources), parameters=self._own_settings(values, method, None, run))
 
     def _per_model(self, values: Values, method: Method, model: str, run: LayerGroup) -> Parameters:
-        found = {
-            known.name: self._setting(
-                lambda group, known=known: known.written(self._number(values, known.name, model, group)),  # type: ignore[misc]
+        settings = {
+            own.name: self._setting(
+                lambda group, own=own: own.written(self._number(values, own.name, model, group)),  # type: ignore[misc]
                 run,
             )
-            for known in method.per_model
-            if known.name in self._kinds()
+            for own in method.per_model
+            if own.name in self._kinds()
         }
-        found |= self._own_settings(values, method, model, run)
+        settings |= self._own_settings(values, method, model, run)
         if method.takes("epsilon"):
-            found["epsilon"] = self._setting(lambda group: self._epsilon(values, method, model, group), run)
-        return found
+            settings["epsilon"] = self._setting(lambda group: self._epsilon(values, method, model, group), run)
+        return settings
 
     def _number(self, values: Values, kind: str, model: str, group: str) -> float:
         name = _name(kind, model, group)
@@ -191,7 +207,8 @@ class ParameterSpace:
         return fixed
 
     def _own_settings(self, values: Values, method: Method, model: str | None, run: LayerGroup) -> Parameters:
-        """The method's own numbers that vary by group of tensors: a model's, or those that models share."""
+        """The method's own numbers that vary by group of tensors: those of a model, or without a model those that
+        models share."""
         return {
             own.parameter.name: self._setting(lambda group, own=own: own.value(values, group, model), run)  # type: ignore[misc]
             for own in self._own
@@ -199,12 +216,14 @@ class ParameterSpace:
         }
 
     def _epsilon(self, values: Values, method: Method, model: str, group: str) -> float:
-        """DELLA's epsilon: the gene or mergekit's default, less where density ± epsilon would leave (0, 1)."""
-        found = [own.value(values, group, model) for own in self._own if own.kind == f"{method.name}.epsilon"]
-        return largest_epsilon(self._number(values, "density", model, group), wanted=found[0] if found else 0.15)
+        """DELLA's epsilon: that of the gene or mergekit's default, made smaller where density ± epsilon would leave
+        (0, 1)."""
+        epsilons = [own.value(values, group, model) for own in self._own if own.kind == f"{method.name}.epsilon"]
+        return largest_epsilon(self._number(values, "density", model, group), wanted=epsilons[0] if epsilons else 0.15)
 
     def _setting(self, value: Callable[[str], float], run: LayerGroup) -> Setting:
-        """A plain number, or conditions: embeddings ride on the first slice, norm and head on the last."""
+        """The setting of a parameter in a slice: a plain number, or numbers with filters. The embeddings' numbers are
+        in the first slice, those of the final norm and the head in the last."""
         prefix = f"{run.label}." if self._config.filters else run.label
         conditions = []
         for group, names, owner in (
@@ -213,8 +232,8 @@ class ParameterSpace:
         ):
             if run == owner:
                 conditions += [FilteredValue(filter=name, value=value(group)) for name in names]
-        for part in self._config.filters:
-            conditions.append(FilteredValue(filter=part, value=value(prefix + part)))
+        for name in self._config.filters:
+            conditions.append(FilteredValue(filter=name, value=value(prefix + name)))
         rest = value(prefix + REST if self._config.filters else prefix)
         return [*conditions, FilteredValue(value=rest)] if conditions else rest
 
@@ -233,8 +252,11 @@ class ParameterSpace:
         return shared
 
     def encode(self, weights: Mapping[str, float]) -> Genome:
-        """The genome that gives these weights to every group, and has the models take part that have one, by the first
-        method; what weights say nothing of stands at its start."""
+        """The genome that gives every group of tensors the same weights, by the first method. Models with a weight
+        above 0 take part. Genes that weights do not decide have their start.
+
+        weights: the weight of each model, by name.
+        """
         choices = self._participants.standing_for(weights)
         ends = [weights.get(choices.get(end, ""), 0.0) for end in (FROM, TO)]
         along = max(ends[1], 0.0) / (max(ends[0], 0.0) + max(ends[1], 0.0)) if ends[1] > 0 else 0.0
@@ -256,9 +278,9 @@ class ParameterSpace:
 
 
 def _searchable(config: ParameterSpaceConfig, models: int) -> tuple[Method, ...]:
-    """The methods to search, if they take as many models as there are, or can choose among them."""
-    found = tuple(methods.get(name, "space.method") for name in config.methods)
-    for method in found:
+    """The methods to search. Raises InputError where one does not take so many models and cannot choose among them."""
+    listed = tuple(methods.get(name, "space.method") for name in config.methods)
+    for method in listed:
         if not method.accepts(models) and method.most != 1:
             raise InputError(
                 f"space.method is {method.name}, which takes {method.count} besides the base, but models lists "
@@ -269,7 +291,7 @@ def _searchable(config: ParameterSpaceConfig, models: int) -> tuple[Method, ...]
                 f"space.participate is true, but {method.name} in space.method takes {method.count}, so all of them "
                 "take part; set it to false, or leave the method out."
             )
-    return found
+    return listed
 
 
 def _name(kind: str, model: str, group: str) -> str:
@@ -277,7 +299,13 @@ def _name(kind: str, model: str, group: str) -> str:
 
 
 def layer_groups(config: ParameterSpaceConfig, layers: int) -> list[LayerGroup]:
-    """The runs of layers that share genes: as listed, of `layer_granularity` layers each, or all in one."""
+    """The runs of layers that share genes: as the config lists them, or of `layer_granularity` layers each, or all
+    layers in one.
+
+    config: the `space` block of a search file.
+    layers: how many layers the model has.
+    Raises InputError where the runs do not cover the layers once, in order.
+    """
     if config.layer_groups is not None:
         return _listed_groups(config.layer_groups, layers)
     size = config.layer_granularity or layers
@@ -313,9 +341,9 @@ def _listed_groups(listed: Sequence[str], layers: int) -> list[LayerGroup]:
 
 def _check_filters(filters: Sequence[str], tensors: Sequence[str]) -> None:
     inside = [name for name in tensors if layer_index(name) is not None]
-    for index, part in enumerate(filters):
-        if part == REST or not any(part in name for name in inside):
+    for index, text in enumerate(filters):
+        if text == REST or not any(text in name for name in inside):
             raise InputError(
-                f"space.filters[{index}] is '{part}', which no tensor name in the layers contains; "
+                f"space.filters[{index}] is '{text}', which no tensor name in the layers contains; "
                 f"names look like {inside[0] if inside else '(none)'}."
             )

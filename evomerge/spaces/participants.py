@@ -1,8 +1,8 @@
-"""Which models take part in a merge, and as what: genes of their own where a search leaves it open.
+"""Which models take part in a merge, and in what role: genes of their own where a search leaves it open.
 
-Methods that take any number of models take all of them, or, with `participate`, those that a gene each has in; where
-fewer are in than the method needs, the first of the others join. Methods between two models have a gene for each end:
-`from` is the base or a model, `to` a model; where both name the same one, `from` is the base.
+A method that takes any number of models takes all of them. With `participate`, each model has a gene that says whether
+it takes part; where too few do, the first of the other models join. A method between two models has a gene for each
+end: `from` is the base or a model, and `to` is a model. Where both are the same model, `from` is the base.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _GROUP = "models"
 
 
 def between_two(method: Method) -> bool:
-    """Whether a method takes the base and one model, or just one."""
+    """Whether a method takes the base and one model, or one model alone."""
     return method.most == 1
 
 
@@ -24,11 +24,16 @@ class Participants:
     """The models of a search, by name, for the methods that it uses."""
 
     def __init__(self, models: Sequence[str], methods: Sequence[Method], participate: bool) -> None:
+        """models: the names of the models.
+        methods: the methods that candidates may use.
+        participate: whether the search chooses which models take part.
+        """
         self._models = tuple(models)
         self._methods = tuple(methods)
         self._chosen = participate and len(models) > 1
 
     def genes(self) -> list[Gene]:
+        """The genes that say which models take part; empty where the search does not choose."""
         return [*self._ends(), *self._takes()]
 
     def _ends(self) -> list[Gene]:
@@ -53,12 +58,16 @@ class Participants:
         return [categorical(_take(model), TAKE, _GROUP, (OUT, IN), IN, when) for model in self._models]
 
     def under(self, users: Sequence[Method]) -> tuple[Condition, ...]:
-        """The condition that one of these methods is used: none at all where every method is among them."""
+        """The condition that one of certain methods is used; empty where every method is among them."""
         names = tuple(method.name for method in users)
         return () if len(names) == len(self._methods) else (Condition("method", names),)
 
     def part(self, model: str, users: Sequence[Method]) -> tuple[Condition, ...]:
-        """The conditions under which a model takes part in a merge by one of these methods."""
+        """The conditions under which a model takes part in a merge by one of certain methods.
+
+        model: the model's name.
+        users: the methods.
+        """
         if not all(map(between_two, users)):
             taken = (Condition(_take(model), (IN,)),) if self._chosen else ()
         else:
@@ -66,7 +75,11 @@ class Participants:
         return (*self.under(users), *taken)
 
     def chosen(self, method: Method, choices: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-        """The base (a name, or `base`) and the models, given the names that categorical genes stand at."""
+        """The base (the name of a model, or `base`) and the models of a merge.
+
+        method: the method that merges.
+        choices: the choices of categorical genes, by gene.
+        """
         if between_two(method):
             to = choices.get(TO, self._models[0])
             source = choices.get(FROM, BASE) if method.needs_base else BASE
@@ -76,7 +89,10 @@ class Participants:
         return BASE, tuple(model for model in self._models if model in (*taken, *missing))
 
     def standing_for(self, weights: Mapping[str, float]) -> dict[str, str]:
-        """The choices that come nearest to these weights per model; none where all are 0."""
+        """The choices that come nearest to weights, by gene; empty where all weights are 0.
+
+        weights: the weight of each model, by name.
+        """
         heaviest = sorted(
             (name for name in self._models if weights.get(name, 0.0) > 0), key=lambda name: -weights[name]
         )

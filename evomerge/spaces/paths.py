@@ -1,6 +1,6 @@
-"""Paths as genomes: a row of `hop` genes, each a block of layers or nothing, and a scale for every hop that is there.
+"""Paths as genomes: a row of `hop` genes, each a block of layers or nothing, and a scale for every hop with a block.
 
-Optimizers that move segments read a genome as the list of its steps, and write such a list back from the left.
+Optimizers that move segments read a genome as a list of steps, change the list, and write it back from the left.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,33 @@ _SWITCH, _BACK, _SKIP = 0.15, 0.1, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One hop of a genome: its block, as a number among the choices from 1 on, and its scale."""
+    """One hop of a genome.
+
+    block: the index of its block among the gene's choices, from 1 on.
+    scale: its scale.
+    """
 
     block: int
     scale: float = 1.0
 
 
 def block_name(model: str, first: int, last: int) -> str:
+    """The name of a block of a model's layers, such as `math:0-3`.
+
+    model: the model's name.
+    first: the number of the first layer.
+    last: the number of the last layer.
+    """
     return f"{model}:{first}-{last}" if last > first else f"{model}:{first}"
 
 
 def path_genes(blocks: Sequence[str], length: int, scale: Gene | None) -> list[Gene]:
-    """The genes of up to `length` steps over named blocks; `scale` says how a step's scale may vary."""
+    """The genes of a path.
+
+    blocks: the names of the blocks to choose from.
+    length: how many steps there are at most.
+    scale: how a step's scale may vary; None where it may not.
+    """
     genes = []
     for place in range(length):
         name = f"hop_{place:03d}"
@@ -42,7 +57,13 @@ def path_genes(blocks: Sequence[str], length: int, scale: Gene | None) -> list[G
 
 
 class PathGenes:
-    """Where the steps of a path stand among genes."""
+    """Where the steps of a path are among the genes of a genome.
+
+    hops: the positions of the `hop` genes.
+    model_count: how many models the blocks come from.
+    models: the number of each block's model; blocks count from 1, and entry 0 is -1.
+    layers: the first layer of each block, counted alike.
+    """
 
     def __init__(self, genes: Sequence[Gene]) -> None:
         self._genes = tuple(genes)
@@ -52,7 +73,7 @@ class PathGenes:
         names = genes[self.hops[0]].choices[1:] if self.hops else ()
         models = list(dict.fromkeys(name.partition(":")[0] for name in names))
         self.model_count = len(models)
-        # by block, counted from 1: its model's number, and its first layer
+
         self.models = [-1, *(models.index(name.partition(":")[0]) for name in names)]
         self.layers = [-1, *(int(name.partition(":")[2].partition("-")[0]) for name in names)]
         self._order = sorted(set(self.layers[1:]))
@@ -68,16 +89,24 @@ class PathGenes:
         return self._genes[index] if index is not None else None
 
     def following(self, block: int) -> int:
-        """The first layer of the block that would follow; -1 after the last."""
+        """The first layer of the block that would follow a block; -1 after the last block."""
         place = self._order.index(self.layers[block]) + 1
         return self._order[place] if place < len(self._order) else -1
 
     def at_layer(self, layer: int, model: int) -> int:
-        """The block of a model that begins at a layer; 0 where there is none."""
+        """The block that begins at a layer of a model; 0 where there is none.
+
+        layer: the number of the layer.
+        model: the number of the model.
+        """
         return self._at.get((layer, model), 0)
 
     def in_model(self, block: int, model: int) -> int:
-        """The same layers in another model."""
+        """The block of the same layers in another model.
+
+        block: a block.
+        model: the number of the other model.
+        """
         return self._at[self.layers[block], model]
 
     def blocks_of(self, genome: Genome) -> Genome:
@@ -85,10 +114,10 @@ class PathGenes:
         return genome[self.hops]
 
     def scales_of(self, genome: Genome) -> NDArray[np.bool_]:
-        """Where the scales of a genome's steps stand, shape (dimension,)."""
-        found = np.zeros(len(self._genes), dtype=np.bool_)
-        found[[s for hop, s in zip(self.hops, self._scales, strict=True) if s is not None and genome[hop]]] = True
-        return found
+        """A mask of the genes that are the scales of a genome's steps, shape (dimension,)."""
+        scales = np.zeros(len(self._genes), dtype=np.bool_)
+        scales[[s for hop, s in zip(self.hops, self._scales, strict=True) if s is not None and genome[hop]]] = True
+        return scales
 
     def read(self, genome: Genome) -> list[Step]:
         """The steps of a canonical genome in order, without the places that hold nothing."""
@@ -99,7 +128,11 @@ class PathGenes:
         ]
 
     def write(self, steps: Sequence[Step], genome: Genome) -> Genome:
-        """`genome` with these steps, as far as there are places; other genes stay."""
+        """A genome with other steps, canonical.
+
+        steps: the steps, as many as there are places; later ones are left out.
+        genome: gives the values of all other genes.
+        """
         written = np.array(genome)
         written[self.hops] = 0.0
         for (hop, scale), step in zip(zip(self.hops, self._scales, strict=True), steps, strict=False):
@@ -110,7 +143,12 @@ class PathGenes:
 
 
 def random_scale(gene: Gene | None, random: np.random.Generator, around: float | None = None) -> float:
-    """A scale near another one, by default near the start; 1 where there is no such gene."""
+    """A random scale; 1 where scales do not vary.
+
+    gene: how scales vary; None where they do not.
+    random: where the numbers come from.
+    around: the scale that it is near; by default the gene's start.
+    """
     if gene is None:
         return 1.0
     center = gene.start if around is None else around
@@ -118,7 +156,11 @@ def random_scale(gene: Gene | None, random: np.random.Generator, around: float |
 
 
 def random_steps(places: PathGenes, random: np.random.Generator) -> list[Step]:
-    """A walk from the first blocks to the last that now and then changes models, repeats some blocks or skips some."""
+    """A random walk from the first blocks to the last. Now and then it changes models, repeats blocks or skips some.
+
+    places: the genes of the path.
+    random: where the numbers come from.
+    """
     order = sorted(set(places.layers[1:]))
     model, position, steps = int(random.integers(places.model_count)), 0, list[Step]()
     while position < len(order) and len(steps) < len(places):

@@ -16,8 +16,19 @@ Domain = Literal["continuous", "integer", "categorical"]
 
 @dataclass(frozen=True, slots=True)
 class GeneRow:
-    """A kind of gene. `per` says how many there are, `where` which setting frees, fixes or bounds it; `searched` is
-    false for one that is searched on request only. No `start` means that it depends on the models."""
+    """A kind of gene.
+
+    kind: its name, such as `weight`.
+    domain: what values it can have.
+    per: what there is one gene for, such as `model`.
+    where: the setting that frees, fixes or bounds it.
+    searched: whether it is searched without being asked for.
+    choices: what a categorical gene chooses from, in words.
+    low: its least value.
+    high: its largest value.
+    start: where a search starts; None where that depends on the models.
+    step: the first step of a search.
+    """
 
     kind: str
     domain: Domain
@@ -31,11 +42,16 @@ class GeneRow:
     step: float | None = None
 
     def row(self) -> Row:
+        """The fields that have a value, by name, for JSON and tables."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def space_row(kind: str, space: SpaceRow) -> Row:
-    """A kind of search space with its options and genes, for JSON and tables."""
+    """A kind of search space with its options and genes, for JSON and tables.
+
+    kind: its name.
+    space: its row in the table of spaces.
+    """
     options = {
         field.alias or name: field.get_default(call_default_factory=True)
         for name, field in space.settings.model_fields.items()
@@ -54,7 +70,7 @@ def space_row(kind: str, space: SpaceRow) -> Row:
 
 
 def searchable(method: Method) -> list[GeneRow]:
-    """What can be searched of a method: what it shares with others first, then its own."""
+    """The kinds of genes of a method: first those that it has in common with others, then its own."""
     both = "group of tensors and model"
     usual = ParameterSpaceConfig()
     rows = [
@@ -95,7 +111,7 @@ def searchable(method: Method) -> list[GeneRow]:
 
 def of_parameter_space() -> list[GeneRow]:
     """The kinds of genes of the parameter space."""
-    found = {row.kind: row for method in METHODS.values() for row in searchable(method)}
+    by_kind = {row.kind: row for method in METHODS.values() for row in searchable(method)}
     return [
         GeneRow("method", "categorical", "merge", "space.method, a list", False, choices="the methods listed"),
         GeneRow(
@@ -103,7 +119,7 @@ def of_parameter_space() -> list[GeneRow]:
         ),
         GeneRow("to", "categorical", "merge", "space.method, one between two models", True, choices="the models"),
         GeneRow("take", "categorical", "model", "space.participate", False, choices="out, in"),
-        *found.values(),
+        *by_kind.values(),
     ]
 
 

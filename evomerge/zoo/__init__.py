@@ -16,8 +16,8 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """The folder of a shipped model, as `from_pretrained` takes it."""
-    known = names()
-    if name not in known:
-        raise InputError(f"zoo:{name} is no model of the zoo; {choices(name, known)}.")
+    """The folder of a shipped model, as `from_pretrained` takes it. Raises InputError for an unknown name."""
+    shipped = names()
+    if name not in shipped:
+        raise InputError(f"zoo:{name} is no model of the zoo; {choices(name, shipped)}.")
     return MODELS / name

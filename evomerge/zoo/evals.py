@@ -15,7 +15,12 @@ ITEMS: dict[Split, int] = {"search": 200, "heldout": 400}
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a task asks: skills in equal shares, the language of its questions, the style of its answers."""
+    """What a task asks.
+
+    skills: the skills, in equal shares.
+    language: the language of its questions.
+    style: the style of its answers.
+    """
 
     skills: tuple[Skill, ...]
     language: Language = "a"

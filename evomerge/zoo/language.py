@@ -137,7 +137,13 @@ def draw(skill: Skill, split: Split, language: Language, style: Style, rng: Rand
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One ingredient of what is read: a skill, how often, in which language and house style."""
+    """One ingredient of what a model reads.
+
+    skill: makes the exercises.
+    share: how often they occur, relative to other lessons.
+    language: the language of the questions.
+    style: the style of the answers.
+    """
 
     skill: Skill
     share: float

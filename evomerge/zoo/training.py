@@ -67,12 +67,22 @@ def everyday(share: float, language: Language = "a") -> tuple[Lesson, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stretch of training: what is read, for how long, and which parameters move."""
+    """One period of training.
+
+    lessons: what is read.
+    steps: how many batches are read.
+    learning_rate: the largest learning rate.
+    trains: prefixes of the names of the parameters that move.
+    new_words_only: whether only rows of language B move in the embeddings and the head.
+    warmup: over how many steps the learning rate rises.
+    weight_decay: that of AdamW.
+    layer_drop: the probability with which a layer is left out for a step.
+    """
 
     lessons: tuple[Lesson, ...]
     steps: int
     learning_rate: float
-    trains: tuple[str, ...] = EVERYTHING  # prefixes of parameter names
+    trains: tuple[str, ...] = EVERYTHING
     new_words_only: bool = False
     warmup: int = 50
     weight_decay: float = 0.01

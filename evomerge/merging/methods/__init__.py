@@ -205,7 +205,12 @@ METHODS: dict[str, Method] = {
 
 
 def get(name: str, where: str) -> Method:
-    """The method called `name`; `where` opens the error for an unknown one."""
+    """The method of a name.
+
+    name: as a recipe gives it, such as `ties`.
+    where: the place of the name in a file, which opens an error's message.
+    Raises InputError for an unknown name.
+    """
     if name not in METHODS:
         raise InputError(f"{where} is '{name}', no known merge method; {choices(name, METHODS)}.")
     return METHODS[name]

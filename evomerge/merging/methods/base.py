@@ -24,9 +24,14 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a method; no default means that a recipe must give it, no `search` that none looks for it.
+    """A parameter of a method.
 
-    cuts: whether it is a share of the elements, cut off at a magnitude.
+    name: its name in recipes.
+    kind: the type of its values.
+    default: its value where a recipe gives none; None where a recipe must give one.
+    within: the least and the largest value that recipes may give; None where any value will do.
+    search: where a search looks for it; None where no search does, or where searches have a range of their own.
+    cuts: whether it is a share of the elements that is cut off at a magnitude.
     """
 
     name: str
@@ -37,19 +42,24 @@ class Parameter:
     cuts: bool = False
 
     def written(self, value: float) -> float:
-        """A searched value as recipes have it: a share that is cut off, in steps whose thresholds tables hold."""
+        """A searched value as recipes have it. A share that is cut off is rounded to 1/65536, since the tables of
+        thresholds hold those shares (`order.OrderStatistics`)."""
         return round(value * UNIFORM_STEPS) / UNIFORM_STEPS if self.cuts else value
 
 
 class Once(Protocol):
-    """Keeps what depends on the sources alone, for the candidates to come: `models` are those that it depends on, by
-    index, and -1 for the base."""
+    """Returns what `make` returns, and may keep it for later candidates, since it depends on the sources alone.
+
+    what: the name under which the result is kept.
+    models: the indices of the models that the result depends on; -1 is the base.
+    make: computes the result.
+    """
 
     def __call__(self, what: Hashable, models: tuple[int, ...], make: Callable[[], T], /) -> T: ...
 
 
 def each_time(what: Hashable, models: tuple[int, ...], make: Callable[[], T], /) -> T:
-    """For a merge that no other follows."""
+    """The result of `make`, which is not kept: the `Once` of a single merge, where no later candidate could use it."""
     return make()
 
 
@@ -57,11 +67,15 @@ def each_time(what: Hashable, models: tuple[int, ...], make: Callable[[], T], /)
 class Inputs:
     """One tensor of every model as it is stored, with the parameters that hold for it.
 
-    base: the base model's tensor where the method sets it apart, or None. tensors: the other models', in recipe order
-    (all of one shape). per_model: for each of them its parameters by name. shared: the other parameters. uniforms:
-    gives the fixed uniform field of the i-th model for this tensor, made on first use (`kernels.as_field`). rescale:
-    "density" or "l1". once: keeps what depends on the sources alone. drawn: for each model, what its uniforms depend
-    on (none: nothing that does is kept). planes: whether fields are kept as planes of bytes.
+    base: the base model's tensor; None where the method does not set the base apart.
+    tensors: the other models' tensors, in recipe order, all of one shape.
+    per_model: each model's parameters by name, in the order of `tensors`.
+    shared: the parameters that all models share, by name.
+    uniforms: index of a model -> its uniform field for this tensor, made on first use (`kernels.as_field`).
+    rescale: `density` or `l1`.
+    once: keeps what depends on the sources alone.
+    drawn: for each model, what its uniform field depends on; empty where nothing that depends on fields is kept.
+    planes: whether fields are kept as planes of bytes.
     """
 
     base: torch.Tensor | None
@@ -84,12 +98,13 @@ class Inputs:
         return self.tensors[0].numel()
 
     def each(self, parameter: str) -> list[float]:
-        """A per-model parameter of every model."""
+        """A parameter's value for every model, in the order of `tensors`."""
         return [values[parameter] for values in self.per_model]
 
 
 class MergeFunction(Protocol):
-    """Works out what the elements need to know of each other, and leaves the rest to a pass; or returns the merge."""
+    """Returns the merge, or the pass that makes it. Before a pass it computes only what needs more than one element,
+    such as a norm or a threshold."""
 
     def __call__(self, inputs: Inputs, /) -> Pass | torch.Tensor: ...
 
@@ -98,8 +113,15 @@ class MergeFunction(Protocol):
 class Method:
     """A row of the table: a merge function with its name, source and parameters.
 
-    base: whether the base model must be given, may be given, or is a model like any other ("ignored"). least, most:
-    how many models it takes, besides the base unless that is ignored; no `most` means any number.
+    name: what recipes call it (`merge_method`).
+    paper: where the method was published.
+    function: computes the merge of one tensor.
+    base: whether the base model must be given, may be given, or is a model like any other (`ignored`).
+    per_model: the parameters that each model has a value of.
+    shared: the parameters that have one value for all models.
+    random: whether it draws random numbers.
+    least: how many models it needs; the base counts only where it is ignored.
+    most: how many models it takes at most, counted alike; None for any number.
     """
 
     name: str
@@ -113,13 +135,19 @@ class Method:
     most: int | None = None
 
     def merge(self, inputs: Inputs) -> torch.Tensor:
-        """The merge of one tensor, float32, of the inputs' shape."""
+        """The merge of one tensor, float32, in the shape of the inputs."""
         out = torch.empty(inputs.tensors[0].shape, dtype=torch.float32, device=inputs.device)
         self.merge_into(out, inputs)
         return out
 
     def merge_into(self, out: torch.Tensor, inputs: Inputs, compiled: bool = False, room: int | None = None) -> None:
-        """The same, worked out in float32 and rounded once into the dtype of `out` (`passes.write`)."""
+        """Writes the merge of one tensor into `out`: computed in float32, rounded once into its dtype.
+
+        out: a tensor of the inputs' shape, of any float dtype.
+        inputs: the tensors to merge.
+        compiled: whether large tensors are merged by compiled code.
+        room: how many bytes an eager pass takes at a time; by default what suits the device.
+        """
         write(out, self.function(inputs), compiled, room)
 
     @property
@@ -133,21 +161,24 @@ class Method:
 
     @property
     def count(self) -> str:
-        """How many models it takes, in words."""
+        """How many models the method takes, in words."""
         if self.most is None:
             return f"{self.least} or more models"
         return f"{self.least} model{'s' * (self.least > 1)}"  # no method has a range that ends
 
     def accepts(self, count: int) -> bool:
+        """Whether the method takes so many models."""
         return self.least <= count and (self.most is None or count <= self.most)
 
     @property
     def own(self) -> tuple[Parameter, ...]:
         """The parameters with a range to search: all but weight, density and lambda, which methods have in common."""
-        return tuple(known for known in (*self.per_model, *self.shared) if known.search is not None)
+        return tuple(parameter for parameter in (*self.per_model, *self.shared) if parameter.search is not None)
 
     def takes(self, parameter: str) -> bool:
-        return any(known.name == parameter for known in self.per_model)
+        """Whether each model has a value of the parameter of that name."""
+        return any(own.name == parameter for own in self.per_model)
 
     def shares(self, parameter: str) -> bool:
-        return any(known.name == parameter for known in self.shared)
+        """Whether the parameter of that name has one value for all models."""
+        return any(common.name == parameter for common in self.shared)

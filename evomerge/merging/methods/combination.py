@@ -1,4 +1,4 @@
-"""Linear combinations of models: the pass in which averages, arcs and means on spheres all end."""
+"""Linear combinations of models: the pass that computes averages, arcs and means on spheres."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,14 @@ Coefficient = float | torch.Tensor
 def around(
     anchor: torch.Tensor, tensors: Sequence[torch.Tensor], own: Coefficient, others: Sequence[Coefficient]
 ) -> Pass:
-    """own * anchor + sum_i others_i (x_i - anchor).
+    """The pass that computes own * anchor + sum_i others_i (x_i - anchor).
 
-    Written around one of them so that float32 is enough for equal models to come back bit for bit.
+    Differences from one of the models make float32 enough for equal models to come back bit for bit.
+
+    anchor: the model whose differences from the others are taken.
+    tensors: the other models x_i, each of the anchor's shape.
+    own: the anchor's coefficient.
+    others: the coefficients of the differences, in the order of `tensors`.
     """
     kept = isinstance(own, float) and own == 1
     numbers = numbers_on(anchor.device, own=[] if kept else [own], others=others)
@@ -25,13 +30,19 @@ def around(
 def combination(
     tensors: Sequence[torch.Tensor], coefficients: Sequence[Coefficient], total: Coefficient, anchor: int = 0
 ) -> Pass:
-    """sum_i coefficients_i x_i, where `total` is the sum of the coefficients. A model that has all of the weight comes
-    back bit for bit if it is the anchor."""
+    """The pass that computes sum_i coefficients_i x_i. An anchor that has all of the weight comes back bit for bit.
+
+    tensors: the models x_i, all of one shape.
+    coefficients: one for each model.
+    total: the sum of the coefficients.
+    anchor: the index of the model that `around` takes differences from.
+    """
     others = [index for index in range(len(tensors)) if index != anchor]
     return around(tensors[anchor], [tensors[i] for i in others], total, [coefficients[i] for i in others])
 
 
 def heaviest(weights: Sequence[float]) -> int:
+    """The index of the weight of the largest magnitude, the first one of equals."""
     return max(range(len(weights)), key=lambda index: abs(weights[index]))
 
 
@@ -44,7 +55,7 @@ def _around(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor
     if not away:
         return anchor
     total, *others = away
-    for part in others:
-        total += part
+    for difference in others:
+        total += difference
     anchor -= total  # a difference of two equal zeros would lose the sign of the first as a sum
     return anchor

@@ -1,4 +1,4 @@
-"""Gram matrices: the scalar products of models, which say all about their norms and angles, made once."""
+"""Gram matrices: the scalar products of models, from which their norms and angles follow."""
 
 import torch
 
@@ -7,8 +7,12 @@ from evomerge.merging.methods.kernels import ordered_total
 
 
 def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
-    """Scalar products of the models' tensors, or, where there is a base, of their task vectors; float64, shape
-    (models, models). with_base: the base is one of the models instead, the first."""
+    """The scalar products of the models' tensors, or of their task vectors where there is a base; float64, shape
+    (models, models). They are computed once for all candidates.
+
+    inputs: the tensors of the models.
+    with_base: whether the base counts as the first model, so that products of tensors are taken, not of task vectors.
+    """
     assert not with_base or inputs.base is not None
     models = range(-1 if with_base else 0, len(inputs.tensors))
     origin = None if with_base else inputs.base
@@ -20,16 +24,16 @@ def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
 
 
 def _product(inputs: Inputs, i: int, j: int, origin: torch.Tensor | None) -> torch.Tensor:
-    def flat(tensor: torch.Tensor, part: slice) -> torch.Tensor:
-        return tensor.reshape(-1)[part].to(torch.float64)
+    def flat(tensor: torch.Tensor, piece: slice) -> torch.Tensor:
+        return tensor.reshape(-1)[piece].to(torch.float64)
 
-    def vector(index: int, part: slice) -> torch.Tensor:
+    def vector(index: int, piece: slice) -> torch.Tensor:
         tensor = inputs.base if index < 0 else inputs.tensors[index]
         assert tensor is not None
-        return flat(tensor, part) if origin is None else flat(tensor, part) - flat(origin, part)
+        return flat(tensor, piece) if origin is None else flat(tensor, piece) - flat(origin, piece)
 
-    def products(part: slice) -> torch.Tensor:
-        return vector(i, part) * vector(j, part)
+    def products(piece: slice) -> torch.Tensor:
+        return vector(i, piece) * vector(j, piece)
 
     models = tuple(dict.fromkeys([i, j] if origin is None else [-1, i, j]))
     what = ("product", i == j, origin is None)

@@ -1,6 +1,7 @@
 """Tensor arithmetic that must come out the same on every device, in every order, with any number of threads.
 
-Uniforms, sums that scale a delta, and fingerprints are therefore made of integers, whose sums do not depend on order.
+Uniform numbers, sums that scale a delta, and fingerprints are computed with integers, whose sums do not depend on
+order.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _SPLITMIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _L1_STEPS = float(1 << 30)
 NEGLIGIBLE_WEIGHT = 1e-8
-_PIECE = 1 << 20  # numbers of a sum, whose order it is part of
+_PIECE = 1 << 20  # numbers that are added up at a time; another size would change the order of a sum, and so its bits
 _COLUMNS = 1 << 15
 
 
@@ -36,8 +37,13 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
 
 
 def pieces(count: int, device: torch.device, elements: int = 1) -> Iterator[slice]:
-    """Parts of a vector, or of rows of so many elements, whose copies stay in the cache and fit into the holes that
-    freed memory leaves; on other devices than a CPU parts that need few launches."""
+    """Slices that cover a vector or the rows of a matrix. On a CPU they are so small that copies stay in the cache and
+    fit into the holes that freed memory leaves; on other devices they are larger, so that launches are few.
+
+    count: how many elements the vector has, or how many rows the matrix has.
+    device: where the tensor is.
+    elements: how many elements each row has; 1 for a vector.
+    """
     size = max(1, (1 << (16 if device.type == "cpu" else 20)) // max(1, elements))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -45,53 +51,75 @@ def pieces(count: int, device: torch.device, elements: int = 1) -> Iterator[slic
 def uniform_field(seed: int, position: int, name: str, count: int, device: torch.device | str) -> torch.Tensor:
     """One uniform 16-bit number per element, shape (count,), int16 in [-32768, 32767].
 
-    Drawn by counter from (seed, position of the model in the recipe, tensor name, element), so that an element's draw
-    depends on nothing else.
+    Each number is a hash of the seed, the position, the name and the element's index, so it depends on nothing else.
+
+    seed: the recipe's seed.
+    position: the position of the model in the recipe.
+    name: the name of the output tensor.
+    count: how many elements the tensor has.
+    device: where the field is made.
     """
     key = _key(seed, position, name)
     low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
     field = torch.empty(count, dtype=torch.int16, device=device)
-    for part in pieces(count, field.device):
-        index = torch.arange(part.start, part.stop, dtype=torch.int64, device=device)
+    for piece in pieces(count, field.device):
+        index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=device)
         mixed = _mix32((index & _MASK32) ^ low)
         mixed = _mix32((mixed + (index >> 32) * 0x9E3779B1 + high) & _MASK32)
-        field[part].copy_((mixed >> 16) - 32768)
+        field[piece].copy_((mixed >> 16) - 32768)
     return field
 
 
 def as_field(uniforms: torch.Tensor, planes: bool) -> torch.Tensor:
-    """A field of 16-bit numbers as a pass reads it: as it is, or as two planes of bytes, shape (2, count), high bytes
-    first. torch compiles bytes to vector instructions on CPUs, and 16-bit integers not."""
+    """A field of 16-bit numbers in the form that a pass reads.
+
+    On CPUs torch compiles bytes to vector instructions, but not 16-bit integers.
+
+    uniforms: int16 numbers, shape (count,).
+    planes: whether the field becomes two planes of bytes, shape (2, count), high bytes first; otherwise it stays as
+        it is.
+    """
     if not planes:
         return uniforms
     field = torch.empty((2, uniforms.numel()), dtype=torch.uint8, device=uniforms.device)
-    for part in pieces(uniforms.numel(), uniforms.device):
-        steps = uniforms[part].to(torch.int32) + 32768
-        field[0, part], field[1, part] = steps >> 8, steps & 255
+    for piece in pieces(uniforms.numel(), uniforms.device):
+        steps = uniforms[piece].to(torch.int32) + 32768
+        field[0, piece], field[1, piece] = steps >> 8, steps & 255
     return field
 
 
 def field_steps(field: torch.Tensor) -> torch.Tensor:
-    """The numbers of a field in either form, or of a wider one, as float32 from 0."""
+    """The numbers of a field as float32, counted from 0; shape (count,).
+
+    field: two planes of bytes, int16 numbers, or wider integers that count from 0 already.
+    """
     if field.dtype == torch.uint8:
         return field[0].to(torch.float32) * 256 + field[1].to(torch.float32)
     return field.to(torch.float32) + (32768 if field.dtype == torch.int16 else 0)
 
 
 def below(field: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """1.0 where a number of a field, counted from 0, is less than `steps`, else 0.0."""
+    """1.0 where a number of a field is less than `steps`, else 0.0; float32, shape (count,).
+
+    field: in any form that `field_steps` reads.
+    steps: a scalar from 0 to 65536, or one number per element.
+    """
     if field.dtype == torch.int16 and not torch.compiler.is_compiling():
         return indicator(torch.lt, field, steps - 32768)
     return indicator(torch.lt, field_steps(field), steps)
 
 
 def keep_mask(uniforms: torch.Tensor, density: float | torch.Tensor) -> torch.Tensor:
-    """True where u < density (one for all, or one per element), so that the masks of two densities are nested."""
+    """True where a uniform number is less than the density. The mask of a density contains those of smaller ones.
+
+    uniforms: a uniform field.
+    density: from 0 to 1, one for all elements or one per element.
+    """
     return field_steps(uniforms) < steps_of(density)
 
 
 def steps_of(density: float | torch.Tensor) -> float | torch.Tensor:
-    """How many of the 65536 steps of a uniform lie below a density."""
+    """How many of the 65536 values of a uniform number lie below a density from 0 to 1."""
     if isinstance(density, torch.Tensor):
         return (density * UNIFORM_STEPS).round().to(torch.float32)
     return float(round(density * UNIFORM_STEPS))
@@ -103,10 +131,15 @@ Comparison = Callable[..., torch.Tensor]
 def indicator(
     holds: Comparison, a: torch.Tensor, b: torch.Tensor | float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """1.0 where `holds` (torch.lt and its kin), else 0.0; written to `out`, which may be `a`, if that is given.
+    """1.0 where a comparison holds, else 0.0; float32.
 
-    Outside of compiled code a comparison that writes floats takes a fraction of the time of one that writes truth
-    values, and so does arithmetic with them.
+    Outside of compiled code, a comparison that writes floats takes a fraction of the time of one that writes truth
+    values, and arithmetic with floats is faster, too.
+
+    holds: the comparison, such as `torch.lt`.
+    a: the left side.
+    b: the right side.
+    out: where the result is written, which may be `a`; by default a new tensor. Compiled code ignores it.
     """
     if torch.compiler.is_compiling():
         return holds(a, b).to(torch.float32)
@@ -114,31 +147,40 @@ def indicator(
 
 
 def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """The sum of |delta| as an integer number of `largest` / 2^30; exact, so free of any order of summation."""
+    """The sum of |delta| in whole numbers of `largest` / 2^30: an int64 scalar, the same in any order of summation.
+
+    delta: a task vector, or a piece of one.
+    largest: the largest |delta| of the whole task vector, a scalar.
+    """
     return l1_steps(delta, largest).sum()
 
 
 def l1_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """|delta| in whole numbers of `largest` / 2^30."""
+    """|delta| in whole numbers of `largest` / 2^30, int64 (see `exact_l1`)."""
     return (_of_largest(delta.abs(), largest) * _L1_STEPS).round().to(torch.int64)
 
 
 def square_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """delta^2 in whole numbers of `largest`^2 / 2^30."""
+    """delta^2 in whole numbers of `largest`^2 / 2^30, int64 (see `exact_l1`)."""
     return (_of_largest(delta, largest).square() * _L1_STEPS).round().to(torch.int64)
 
 
 def sum_of_squares(steps: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """A sum of `square_steps` as a number, float64."""
+    """The sum of squares, float64, that a sum of `square_steps` stands for."""
     return steps.to(torch.float64) * (largest.to(torch.float64).square() / _L1_STEPS)
 
 
 def sums_below(field: torch.Tensor, count: int, steps: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """For each number of steps of a field of `count` elements, the sum of what `steps` gives (whole numbers, part by
-    part) for the elements that lie below; int64, shape (65537,)."""
+    """A table of sums, int64, shape (65537,): entry k adds up the values of the elements whose field number, counted
+    from 0, is less than k.
+
+    field: one number per element.
+    count: how many elements there are.
+    steps: slice of the elements -> their values, whole numbers.
+    """
     table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=field.device)
-    for part in pieces(count, field.device):
-        table.index_add_(0, field_steps(field[..., part]).to(torch.int64) + 1, steps(part))
+    for piece in pieces(count, field.device):
+        table.index_add_(0, field_steps(field[..., piece]).to(torch.int64) + 1, steps(piece))
     return table.cumsum(0)
 
 
@@ -147,7 +189,7 @@ def _of_largest(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 
 def ascending(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements in order, flat. NumPy's sort uses vector instructions on CPUs."""
+    """All elements from the least to the largest, flat. On CPUs NumPy sorts them, with vector instructions."""
     flat = tensor.flatten()
     if flat.device.type == "cpu":
         return torch.from_numpy(np.sort(flat.numpy()))
@@ -155,7 +197,7 @@ def ascending(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def kth_smallest(tensor: torch.Tensor, k: int) -> torch.Tensor:
-    """The element at index k of the sorted tensor, as a scalar tensor."""
+    """The element at index k, from 0, of the sorted tensor; a scalar tensor."""
     flat = tensor.flatten()
     if flat.device.type == "cpu":
         return torch.from_numpy(np.partition(flat.numpy(), k))[k]
@@ -163,15 +205,16 @@ def kth_smallest(tensor: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def largest_magnitudes(delta: torch.Tensor, count: int) -> torch.Tensor:
-    """A mask of the `count` largest |delta|; elements tied with the smallest of them are all kept."""
+    """A mask of the `count` largest |delta|. It is larger where more elements are as large as the least of them."""
     magnitude = delta.abs()
     return magnitude >= kth_smallest(magnitude, magnitude.numel() - count)
 
 
 def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over the last dimension (kept, with size 1) in float64, by adding the second half to the first.
+    """The sum over the last dimension, which stays with size 1; float64.
 
-    Element by element in a fixed order: the same bits on every device with any number of threads.
+    The second half is added to the first until one element is left. This order is fixed, so the bits are the same on
+    every device and with any number of threads.
     """
     total = tensor.to(torch.float64)
     while (count := total.shape[-1]) > 1:
@@ -181,22 +224,28 @@ def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total.sum(dim=-1, keepdim=True)  # of one element, or none
 
 
-def ordered_total(part: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
-    """The sum of a long vector that `part` gives piece by piece: float64, shape (1,), in a fixed order, in little
-    memory."""
-    sums = [ordered_sum(part(slice(start, start + _PIECE))) for start in range(0, count, _PIECE)]
-    return ordered_sum(torch.cat(sums)) if sums else ordered_sum(part(slice(0, 0)))
+def ordered_total(values: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
+    """The sum of a long vector, float64, shape (1,), added up in a fixed order and in little memory.
+
+    values: slice of the vector -> its elements.
+    count: how many elements the vector has.
+    """
+    sums = [ordered_sum(values(slice(start, start + _PIECE))) for start in range(0, count, _PIECE)]
+    return ordered_sum(torch.cat(sums)) if sums else ordered_sum(values(slice(0, 0)))
 
 
 def divisor(total: float) -> float:
-    """A sum of weights to divide by; 1 where it is negligible, since it stands for nothing."""
+    """A sum of weights to divide by: `total` itself, or 1 where its magnitude is below 1e-8."""
     return total if abs(total) >= NEGLIGIBLE_WEIGHT else 1.0
 
 
 def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """An int64 scalar of a tensor's bits and their places: the sum over 32-bit words of word x odd number of its place.
+    """A checksum of a tensor's bits, an int64 scalar: each 32-bit word times an odd number for its place, added up.
 
     An odd multiplier is invertible modulo 2^64, so no single changed word goes unnoticed.
+
+    tensor: of any dtype.
+    name: the tensor's name, which is part of the checksum like its shape and its dtype.
     """
     salt = int.from_bytes(_key(name, tuple(tensor.shape), tensor.dtype), "little", signed=True)
     words = _words(tensor)
@@ -226,7 +275,7 @@ def _columns(device: torch.device) -> torch.Tensor:
 
 
 def _multipliers(salt: int, count: int, device: torch.device) -> torch.Tensor:
-    """Odd 64-bit hashes of the places from 0 ("splitmix64", Steele et al. 2014)."""
+    """Odd 64-bit hashes of the numbers 1 to `count`, one for each place ("splitmix64", Steele et al. 2014)."""
     mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN + salt
     for shift, factor in _SPLITMIX:
         mixed = (mixed ^ (mixed >> shift & ((1 << 64 - shift) - 1))) * factor

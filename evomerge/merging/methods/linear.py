@@ -7,7 +7,8 @@ from evomerge.merging.methods.passes import Pass
 
 
 def merge_linear(inputs: Inputs) -> Pass:
-    """sum_i w_i x_i, divided by sum_i w_i unless `normalize` is false (a sum below 1e-8 divides by 1)."""
+    """The pass that computes sum_i w_i x_i, divided by sum_i w_i unless `normalize` is false. A sum of weights below
+    1e-8 divides by 1."""
     weights = inputs.each("weight")
     by = divisor(sum(weights)) if inputs.shared["normalize"] else 1.0
     shares = [weight / by for weight in weights]

@@ -15,9 +15,9 @@ _SINGULAR = 1e-6
 
 
 def merge_model_stock(inputs: Inputs) -> Pass | torch.Tensor:
-    """(1 - t) base + t average with t = N c / (1 + (N - 1) c), c the mean cosine between task vectors.
+    """(1 - t) base + t average, where t = N c / (1 + (N - 1) c) and c is the mean cosine between task vectors.
 
-    By rows with `filter_wise`, else for the whole tensor.
+    With `filter_wise` each row has a t of its own; otherwise the tensor has one t.
     """
     assert inputs.base is not None
     if inputs.shared["filter_wise"] and inputs.base.dim() > 1:
@@ -31,20 +31,20 @@ def _by_rows(inputs: Inputs) -> torch.Tensor:
     assert inputs.base is not None
     count, rows = len(inputs.tensors), inputs.base.shape[0]
     out = torch.empty(inputs.base.shape, dtype=torch.float32, device=inputs.device)
-    for part in pieces(rows, inputs.device, inputs.count // max(1, rows)):
-        base = inputs.base[part].to(torch.float64)
-        deltas = [tensor[part].to(torch.float64) - base for tensor in inputs.tensors]
+    for piece in pieces(rows, inputs.device, inputs.count // max(1, rows)):
+        base = inputs.base[piece].to(torch.float64)
+        deltas = [tensor[piece].to(torch.float64) - base for tensor in inputs.tensors]
         products = {(i, j): ordered_sum(deltas[i] * deltas[j]) for i in range(count) for j in range(i, count)}
         average = deltas[0]
         for delta in deltas[1:]:
             average = average + delta
-        out[part].copy_(base + _ratio(products, count) * (average / count))
+        out[piece].copy_(base + _ratio(products, count) * (average / count))
     return out
 
 
 def _ratio(products: dict[tuple[int, int], torch.Tensor], count: int) -> torch.Tensor:
-    """t, from the scalar products of the task vectors. Where they oppose each other so that the divisor vanishes they
-    say nothing: t = 0."""
+    """t, from the scalar products of the task vectors. Where task vectors oppose each other, the divisor may vanish,
+    and then t = 0."""
     norms = [products[i, i].sqrt() for i in range(count)]
     cosine = torch.zeros_like(norms[0])
     for i, j in combinations(range(count), 2):

@@ -1,4 +1,4 @@
-"""Order statistics of a tensor that many candidates cut at different places, from a table made once."""
+"""Order statistics of a tensor, from a table that is made once and serves many candidates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,16 +7,18 @@ import torch
 
 from evomerge.merging.methods.kernels import UNIFORM_STEPS, ascending, kth_smallest
 
-_BESIDE = (-1, 0, 1)  # two shares that are cut off one after the other are each rounded down
+_BESIDE = (-1, 0, 1)  # where two shares are cut off, each is rounded down, so their sum may be one element off
 
 
 @dataclass(frozen=True, slots=True)
 class OrderStatistics:
-    """Elements of a sorted tensor: all of a small one, else those where a density in steps of 1/65536 can cut it.
+    """Elements of a sorted tensor: all of a small tensor; of a large one those where a density in steps of 1/65536 can
+    cut it.
 
-    beyond: how many of the largest elements are left out before a density counts. values: shape (count,), or (65537, 3)
-    with the elements that have beyond + int(step / 65536 * count) elements, one less and one more, from themselves to
-    the largest.
+    count: how many elements the tensor has.
+    values: the elements. A small tensor has shape (count,). A large one has shape (65537, 3): the columns of row k hold
+        the first of the largest n - 1, n and n + 1 elements, where n = beyond + int(k / 65536 * count).
+    beyond: how many of the largest elements are dropped before the density is counted.
     """
 
     count: int
@@ -24,8 +26,11 @@ class OrderStatistics:
     beyond: int = 0
 
     def at(self, index: int, tensor: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The element at `index` of the sorted tensor, as a scalar tensor; `tensor` is searched where the table lacks
-        it."""
+        """The element at an index of the sorted tensor, as a scalar tensor.
+
+        index: from 0 for the least element.
+        tensor: gives the tensor, which is searched where the table lacks the element.
+        """
         if self.values.dim() == 1:
             return self.values[index]
         kept = self.count - self.beyond - index
@@ -37,7 +42,11 @@ class OrderStatistics:
 
 
 def order_statistics(tensor: torch.Tensor, beyond: int = 0) -> OrderStatistics:
-    """The table of a tensor; takes as long as sorting it."""
+    """The table of a tensor. Making it takes as long as sorting the tensor.
+
+    tensor: of any shape.
+    beyond: how many of the largest elements are dropped before the density is counted.
+    """
     values, count = ascending(tensor), tensor.numel()
     if count > len(_BESIDE) * (UNIFORM_STEPS + 1):
         kept = torch.tensor([_kept(step, count) for step in range(UNIFORM_STEPS + 1)])[:, None] + torch.tensor(_BESIDE)
@@ -46,5 +55,5 @@ def order_statistics(tensor: torch.Tensor, beyond: int = 0) -> OrderStatistics:
 
 
 def _kept(step: int, count: int) -> int:
-    """How many elements a density of so many steps keeps."""
+    """How many of `count` elements a density of step / 65536 keeps."""
     return int(step / UNIFORM_STEPS * count)

@@ -1,8 +1,8 @@
-"""Pass: one walk over the elements of a tensor, in which every merge ends.
+"""Pass: one walk over the elements of a tensor, the last step of nearly every merge.
 
-A pass is a function of chunks, so it may be compiled into one loop, or run eagerly through chunks that stay in the
-cache: the same operations in the same order and precision, so on a CPU the same bits. Compiled code on a GPU may fuse a
-multiplication with an addition, so there it is asked for by name.
+A pass is a function of chunks. It is compiled into one loop, or run eagerly over chunks that stay in the cache. Both
+ways do the same operations in the same order and precision, so on a CPU the bits are the same. On a GPU, compiled code
+may fuse a multiplication with an addition, so it is used there only where the search file asks for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ Tensors = tuple[torch.Tensor, ...]
 T = TypeVar("T")
 Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
 
-ROOM = 1 << 23  # bytes that an eager pass works on: enough that calls cost little, few enough to stay in the cache
+ROOM = 1 << 23  # bytes that an eager pass takes at a time: enough to make calls cheap, few enough for the cache
 _WIDE_ROOM = 1 << 28  # where there are thousands of cores to feed
 _COMPILED_FROM = 1 << 18  # elements; for fewer, chunks cost no more than compiled code does
 _ELEMENT_LIMIT = 64  # compiled variants on each device: methods x numbers of models x flags
@@ -25,12 +25,15 @@ _ELEMENT_LIMIT = 64  # compiled variants on each device: methods x numbers of mo
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What is left to do for one tensor: `element` over the elements of `tensors` (of any float dtype) and `fields`.
+    """The last step of the merge of one tensor: a function of its elements, and what it is applied to.
 
-    element: (tensors, fields, numbers) -> float32 tensor, where each element depends on the same element of the inputs
-    alone; hashable, since compiled code is kept by it. It is given float32 copies of the tensors, whose memory is its
-    own to write over. fields: integer tensors whose last dimension is the elements. numbers: scalar tensors by name.
-    factor: given where all that `element` does is to multiply the one tensor by this.
+    element: (tensors, fields, numbers) -> float32 tensor. Each element of the result depends only on the same element
+        of the tensors and fields. The tensors are float32 copies, which it may overwrite. It is hashable, since
+        compiled code is kept under it.
+    tensors: the models' tensors, of any float dtype.
+    numbers: scalar tensors by name.
+    fields: integer tensors whose last dimension is the elements.
+    factor: the number that the only tensor is multiplied by, where `element` does nothing else; otherwise None.
     """
 
     element: Element
@@ -41,7 +44,11 @@ class Pass:
 
 
 def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -> Numbers:
-    """Numbers as float32 scalars on a device. Plain ones go there together; scalar tensors are there already."""
+    """Numbers as float32 scalar tensors on a device, by name.
+
+    device: where they are to be.
+    values: Python numbers, which are moved all at once, and scalar tensors that are on the device already.
+    """
     plain = [value for group in values.values() for value in group if not isinstance(value, torch.Tensor)]
     moved = iter(torch.tensor(plain, dtype=torch.float32).to(device).unbind())
 
@@ -52,13 +59,18 @@ def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -
 
 
 def room_on(device: torch.device) -> int:
-    """How many bytes of its tensors, widened, and of its fields an eager pass on a device takes at a time."""
+    """How many bytes an eager pass on a device takes at a time, counting float32 copies of tensors, and fields."""
     return ROOM if device.type == "cpu" else _WIDE_ROOM
 
 
 def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, room: int | None = None) -> None:
-    """Carries out a pass into `out`, rounding once into its dtype. A tensor is copied. room: how many bytes to take at
-    a time, by default what suits the device."""
+    """Writes the result of a pass into `out`, rounded once into its dtype.
+
+    out: a tensor of the shape of the merge.
+    work: a pass, or a finished merge, which is copied.
+    compiled: whether a large tensor is merged by compiled code.
+    room: how many bytes to take at a time; by default what suits the device.
+    """
     if isinstance(work, torch.Tensor):
         out.copy_(work.reshape(out.shape))
         return
@@ -80,22 +92,27 @@ def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, 
 
 
 def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass, size: int) -> None:
-    """Every chunk is widened into the same memory, which is in the cache by then."""
+    """Writes the result of a pass chunk by chunk. All chunks are widened into the same memory, which stays in the
+    cache."""
     longest = min(size, flat.numel())
     room = [torch.empty(longest, dtype=torch.float32, device=flat.device) for _ in tensors]
 
     def one(start: int) -> None:
         out = flat[start : start + size]
-        part = slice(start, start + len(out))
-        wide = tuple(own[: len(out)].copy_(tensor[part]) for own, tensor in zip(room, tensors, strict=True))
-        out.copy_(work.element(wide, tuple(each[..., part] for each in work.fields), work.numbers))
+        chunk = slice(start, start + len(out))
+        wide = tuple(own[: len(out)].copy_(tensor[chunk]) for own, tensor in zip(room, tensors, strict=True))
+        out.copy_(work.element(wide, tuple(numbers[..., chunk] for numbers in work.fields), work.numbers))
 
     for_each_chunk(one, range(0, flat.numel(), size), flat.device)
 
 
 def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device) -> list[T]:
-    """Results of `work` at every start, in order. On the meta device, where all chunks are alike, the first stands for
-    all."""
+    """The results of `work` for every chunk, in order.
+
+    work: start of a chunk -> its result.
+    starts: where the chunks start.
+    device: where the tensor is. On the meta device all chunks are alike, so only the first is worked on.
+    """
     return [work(start) for start in (starts[:1] if device.type == "meta" else starts)]
 
 

@@ -1,7 +1,7 @@
 """Methods that select, element by element, which models change the base, and by how much.
 
-SCE (Wan et al. 2024), Reinforced Agent Merging (2026), NearSwap and Arcee Fusion. Elements tied at a threshold are
-treated alike.
+They are SCE (Wan et al. 2024), Reinforced Agent Merging (2026), NearSwap and Arcee Fusion. Elements that equal a
+threshold are treated alike.
 """
 
 import math
@@ -34,7 +34,8 @@ _SMOOTHING = 1e-8
 
 
 def merge_sce(inputs: Inputs) -> Pass:
-    """Select the elements of highest variance, calculate a weight per model from its mean square, erase minorities."""
+    """The pass of SCE, in three steps: select the elements of highest variance, calculate each model's weight from the
+    mean square of its changes, erase the changes whose sign is in the minority."""
     share = max(inputs.shared["select_topk"], 0.0)
     models = (-1, *range(len(inputs.tensors)))
     numbers: dict[str, Sequence[float | torch.Tensor]] = {}
@@ -55,10 +56,10 @@ def merge_sce(inputs: Inputs) -> Pass:
     squares = [total.reshape(1) / inputs.count for total in sums]
     total = reduce(torch.add, squares)
     negligible = total < _NEGLIGIBLE
-    each = 1 / len(squares)
-    shares = [torch.where(negligible, each, square / torch.where(negligible, 1.0, total)) for square in squares]
-    known = numbers_on(inputs.device, share=shares, **numbers)
-    return Pass(_erase_minorities, (_base(inputs), *inputs.tensors), known, fields)
+    equal = 1 / len(squares)
+    shares = [torch.where(negligible, equal, square / torch.where(negligible, 1.0, total)) for square in squares]
+    scalars = numbers_on(inputs.device, share=shares, **numbers)
+    return Pass(_erase_minorities, (_base(inputs), *inputs.tensors), scalars, fields)
 
 
 def _erase_minorities(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
@@ -80,26 +81,28 @@ def _erase_minorities(tensors: Tensors, fields: Tensors, numbers: Numbers) -> to
 
 
 def _most_varied(inputs: Inputs, share: float) -> torch.Tensor:
-    """A flat mask (bytes) of the elements with the highest variance between models, a share of those that vary."""
+    """A flat mask (bytes) of the elements with the highest variance between models; `share` is their share of the
+    elements that vary at all."""
     variance = _variance(inputs)
     mask: torch.Tensor = variance >= _least_variances(variance, [share])
     return mask.to(torch.uint8)
 
 
 def _variance_ranks(inputs: Inputs) -> torch.Tensor:
-    """For each element the least share, in steps of 1/65536 and less one, that it is among the most varied of; as a
-    field. So it is where its rank is below the share's steps."""
+    """The rank of each element by variance, as a field: an element belongs to the most varied share k / 65536 where its
+    rank, counted from 0, is less than k."""
     variance = _variance(inputs)
     least = _least_variances(variance, [step / UNIFORM_STEPS for step in range(UNIFORM_STEPS)]).flip(0).contiguous()
     ranks = torch.empty(variance.shape, dtype=torch.int16, device=variance.device)
-    for part in pieces(inputs.count, inputs.device):
-        reached = torch.searchsorted(least, variance[part], right=True)  # by how many of the shares
-        ranks[part].copy_(UNIFORM_STEPS - 1 - reached - 32768)
+    for piece in pieces(inputs.count, inputs.device):
+        reached = torch.searchsorted(least, variance[piece], right=True)  # how many of the shares have the element
+        ranks[piece].copy_(UNIFORM_STEPS - 1 - reached - 32768)
     return as_field(ranks, inputs.planes)
 
 
 def _least_variances(variance: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
-    """The variance of the last element that belongs to each share of those that vary at all; shape (shares,)."""
+    """For each share, the least variance that an element in it has; shape (shares,). A share counts the elements that
+    vary at all, the most varied first; infinity where it has none."""
     varying = (variance != 0).sum().to(torch.float32)  # a product in float32, as in mergekit
     counts = (varying * torch.tensor(shares, dtype=torch.float32).to(variance.device)).to(torch.int64)
     last = ascending(variance)[(variance.numel() - counts).clamp(max=variance.numel() - 1)]
@@ -115,20 +118,22 @@ def _variance(inputs: Inputs) -> torch.Tensor:
 
 def _masked_square(inputs: Inputs, index: int, mask: torch.Tensor) -> torch.Tensor:
     largest, total = magnitude(inputs, index).amax(), torch.zeros(1, dtype=torch.int64, device=inputs.device)
-    for part in pieces(inputs.count, inputs.device):
-        total += (square_steps(delta_in(inputs, index, part), largest) * mask[part]).sum()
+    for piece in pieces(inputs.count, inputs.device):
+        total += (square_steps(delta_in(inputs, index, piece), largest) * mask[piece]).sum()
     return sum_of_squares(total, largest)
 
 
 def _squares_below(inputs: Inputs, index: int, ranks: torch.Tensor) -> torch.Tensor:
-    """For each number of steps the sum of squares of the elements whose ranks lie below; float64, (65537,)."""
+    """A table of sums, float64, shape (65537,): entry k adds up the squared changes of the elements whose rank is less
+    than k."""
     largest = magnitude(inputs, index).amax()
-    steps = sums_below(ranks, inputs.count, lambda part: square_steps(delta_in(inputs, index, part), largest))
+    steps = sums_below(ranks, inputs.count, lambda piece: square_steps(delta_in(inputs, index, piece), largest))
     return sum_of_squares(steps, largest)
 
 
 def merge_ram(inputs: Inputs) -> Pass:
-    """Changes of one model alone are added in full, changes that models share are averaged over those models."""
+    """The pass that adds a change of one model in full, and the mean of changes that several models make to the same
+    element. A change counts where it is larger than `epsilon`."""
     numbers = numbers_on(inputs.device, epsilon=[inputs.shared["epsilon"]])
     return Pass(_average_changes, (_base(inputs), *inputs.tensors), numbers)
 
@@ -147,14 +152,15 @@ def _average_changes(tensors: Tensors, fields: Tensors, numbers: Numbers) -> tor
 
 
 def merge_nearswap(inputs: Inputs) -> Pass:
-    """The other model where it is within `t` of the base, and ever less of it with the distance."""
+    """The pass that takes the other model's element where it is within `t` of the base's, and a smaller share of the
+    change the farther away it is."""
     t = max(inputs.shared["t"], 0.0)
     numbers = numbers_on(inputs.device, t=[t], least=[max(t, _NEGLIGIBLE)])
     return Pass(_swap_near, (_base(inputs), *inputs.tensors), numbers)
 
 
 def _swap_near(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
-    """base - (base - other) t / max(|base - other|, t): no distance below t can make the weight more than 1."""
+    """base - (base - other) t / max(|base - other|, t); the maximum keeps the weight from exceeding 1."""
     base, other = tensors
     away = torch.sub(base, other, out=other)
     weight = away.abs().clamp_(min=numbers["least"][0])
@@ -164,10 +170,11 @@ def _swap_near(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Ten
 
 
 def merge_arcee_fusion(inputs: Inputs) -> Pass:
-    """The other model where its change matters most: above the median by one and a half interquartile ranges.
+    """The pass that takes the other model's element where its change is important, and the base's elsewhere.
 
-    Importance is |change| times the Kullback-Leibler divergence between softmaxed rows. The quartiles are those of all
-    elements, where mergekit draws a million of a larger tensor.
+    Importance is |change| times the Kullback-Leibler divergence between softmaxed rows. A change is important from the
+    median plus one and a half interquartile ranges on. The quartiles are those of all elements; mergekit draws a
+    million elements of a larger tensor.
     """
     mask = inputs.once("important changes", (-1, 0), lambda: _important(inputs))
     return Pass(_swap_important, (_base(inputs), *inputs.tensors), fields=(mask,))
@@ -183,7 +190,7 @@ def _swap_important(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torc
 
 
 def _important(inputs: Inputs) -> torch.Tensor:
-    """A flat mask of bytes."""
+    """The mask of the important changes: flat, bytes."""
     base, other = (tensor.to(torch.float32) for tensor in (_base(inputs), inputs.tensors[0]))
     importance = (other.to(torch.float64) - base).abs() * _divergence(other, base)
     last = importance.numel() - 1
@@ -192,7 +199,7 @@ def _important(inputs: Inputs) -> torch.Tensor:
 
 
 def _divergence(other: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(other) || softmax(base)) by rows, kept as a last dimension of size 1."""
+    """KL(softmax(other) || softmax(base)) of each row; the last dimension stays with size 1."""
     p, q = (_softmax(tensor.to(torch.float64)) + _SMOOTHING for tensor in (other, base))
     return ordered_sum(p * torch.log(p / q))
 

@@ -1,7 +1,7 @@
-"""Which elements of a task vector are kept: one row and one class per way to choose them.
+"""Which elements of a task vector are kept: one class for each way to choose them.
 
-Each says what must be known of a tensor beforehand (thresholds, probabilities, fields), and which elements are kept
-then. Elements tied at a threshold are treated alike, where mergekit takes those that its sort happens to put first.
+A class computes what the choice depends on (thresholds, probabilities, fields), and then says which elements are kept.
+Elements that equal a threshold are treated alike; mergekit takes those that its sort happens to put first.
 """
 
 import math
@@ -29,23 +29,40 @@ Values = Mapping[str, float | torch.Tensor]
 class Sparsifier(Protocol):
     """A way to choose the elements that are kept.
 
-    A density of 1 or more keeps all of them, one of 0 or less none.
+    A density of 1 or more keeps all elements, and a density of 0 or less keeps none.
     """
 
     def numbers(self, inputs: Inputs, index: int) -> Values:
-        """What the choice depends on for one model, the same names for all."""
+        """The numbers that the choice depends on for one model, by name. All models have the same names.
+
+        inputs: the tensors of all models.
+        index: the model's index in `inputs.tensors`.
+        """
         ...
 
     def fields(self, inputs: Inputs, index: int) -> Tensors:
-        """The fields that it reads for one model, as many for all."""
+        """The fields that the choice reads for one model. All models have the same number of fields.
+
+        inputs: the tensors of all models.
+        index: the model's index in `inputs.tensors`.
+        """
         ...
 
     def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """1.0 for elements that are kept, else 0.0."""
+        """1.0 for elements that are kept, else 0.0; float32, in the shape of `delta`.
+
+        delta: a flat task vector, or a piece of one.
+        fields: the same piece of what `fields` returned.
+        numbers: what `numbers` returned, as scalar tensors.
+        """
         ...
 
     def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """With what probability each element had been kept, where that is not the density."""
+        """The probability with which each element is kept; None where it is the density.
+
+        fields: what `fields` returned, or the same piece of each.
+        numbers: what `numbers` returned, as scalar tensors.
+        """
         ...
 
 
@@ -58,7 +75,7 @@ class _Plain:
 
 
 class Magnitude(_Plain):
-    """The largest |delta|, at least one (TIES: Yadav et al. 2023)."""
+    """Keeps the largest |delta|, at least one element (TIES: Yadav et al. 2023)."""
 
     def numbers(self, inputs: Inputs, index: int) -> Values:
         density: float = inputs.per_model[index]["density"]
@@ -72,9 +89,10 @@ class Magnitude(_Plain):
 
 
 class Outliers(_Plain):
-    """The largest |delta| below the share `gamma` of outliers (Model Breadcrumbs: Davari and Belilovsky 2023).
+    """Drops the share `gamma` of the largest |delta|, the outliers, and keeps the largest of the others (Model
+    Breadcrumbs: Davari and Belilovsky 2023).
 
-    Fewer outliers are left out where the density could not be reached otherwise.
+    Fewer outliers are dropped where the density could not be reached otherwise.
     """
 
     def numbers(self, inputs: Inputs, index: int) -> Values:
@@ -87,10 +105,10 @@ class Outliers(_Plain):
         last = min(below + kept, inputs.count)
         if density <= 0 or below >= last:
             return {"lower": math.inf, "upper": -1.0}
-        known = (
-            inputs.per_model[index]["gamma"] * UNIFORM_STEPS
-        ).is_integer()  # to the table without outliers left out
-        beyond = 0 if known else outliers
+        # A gamma in steps of 1/65536 is one of the shares in the table of all elements; any other needs a table of its
+        # own, which counts from behind the outliers.
+        in_steps = (inputs.per_model[index]["gamma"] * UNIFORM_STEPS).is_integer()
+        beyond = 0 if in_steps else outliers
         lower, upper = (_magnitude_at(inputs, index, rank, beyond) for rank in (below, last - 1))
         return {"lower": lower, "upper": upper}
 
@@ -101,7 +119,7 @@ class Outliers(_Plain):
 
 
 class Uniform(_Plain):
-    """Every element with the same probability (DARE: Yu et al. 2024)."""
+    """Keeps every element with the same probability, the density (DARE: Yu et al. 2024)."""
 
     def numbers(self, inputs: Inputs, index: int) -> Values:
         return {"steps": steps_of(min(max(inputs.per_model[index]["density"], 0.0), 1.0))}
@@ -114,8 +132,10 @@ class Uniform(_Plain):
 
 
 class MagPrune:
-    """Larger |delta| with higher probability, from density - epsilon to density + epsilon by rank in its row (DELLA:
-    Deep et al. 2024). A vector is one row; in a row of one element the probability is the density.
+    """Keeps larger |delta| with higher probability (DELLA: Deep et al. 2024).
+
+    The probability rises with the rank of |delta| in its row, from density - epsilon to density + epsilon. A vector is
+    one row. In a row of one element the probability is the density.
     """
 
     def numbers(self, inputs: Inputs, index: int) -> Values:
@@ -145,16 +165,25 @@ SPARSIFIERS: dict[str, Sparsifier] = {
 
 
 def magnitude(inputs: Inputs, index: int) -> torch.Tensor:
-    """|delta| of one model, float32, of the whole tensor."""
+    """|delta| of one model: float32, in the shape of its tensor.
+
+    inputs: the tensors of all models, and the base.
+    index: the model's index in `inputs.tensors`.
+    """
     assert inputs.base is not None
     return (inputs.tensors[index].to(torch.float32) - inputs.base.to(torch.float32)).abs()
 
 
-def delta_in(inputs: Inputs, index: int, part: slice) -> torch.Tensor:
-    """A part of one model's flattened task vector, float32."""
+def delta_in(inputs: Inputs, index: int, piece: slice) -> torch.Tensor:
+    """A piece of one model's flat task vector, float32.
+
+    inputs: the tensors of all models, and the base.
+    index: the model's index in `inputs.tensors`.
+    piece: which elements.
+    """
     assert inputs.base is not None
     base, tensor = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1)
-    return tensor[part].to(torch.float32) - base[part].to(torch.float32)
+    return tensor[piece].to(torch.float32) - base[piece].to(torch.float32)
 
 
 def _magnitude_at(inputs: Inputs, index: int, rank: int, beyond: int = 0) -> torch.Tensor:
@@ -180,5 +209,9 @@ def _row_ranks(inputs: Inputs, index: int) -> torch.Tensor:
 
 
 def largest_epsilon(density: float, wanted: float) -> float:
-    """`wanted`, or as much of it as keeps density ± epsilon inside (0, 1)."""
+    """The largest epsilon up to `wanted` that keeps density ± epsilon inside (0, 1).
+
+    density: from 0 to 1.
+    wanted: the epsilon to have if possible.
+    """
     return max(0.0, min(wanted, min(density, 1 - density) - 1e-6))

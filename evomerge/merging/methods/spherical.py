@@ -1,7 +1,7 @@
 """Means on a sphere: models as vectors whose direction is interpolated along arcs (SLERP and its kin).
 
-Each is a linear combination of the models whose coefficients follow from the angles between them, so from their Gram
-matrix alone, in float64. The number of threads changes no bit; another device's sine may, in the last place.
+Each mean is a linear combination of the models. Its coefficients follow from the angles between models, so from their
+Gram matrix alone, in float64. The number of threads changes no bit; another device's sine may differ in the last place.
 """
 
 import torch
@@ -17,11 +17,12 @@ _NO_NORM_BY_ROWS = 1e-7
 _NO_WEIGHT = 1e-6
 _NO_LENGTH = 1e-7  # of a mean of unit vectors, whose square has an error of about 1e-16
 _STRAIGHT = 0.9995  # |cosine| above which slerp is a straight line
-_NO_SINE = 1e-16  # its square, below which nuslerp is one
+_NO_SINE = 1e-16  # the squared sine below which nuslerp is a straight line
 
 
 def merge_slerp(inputs: Inputs) -> Pass:
-    """The point at `t` of the arc from the base to the other model; of the line where they are nearly parallel."""
+    """The pass that computes the point at `t` of the arc from the base to the other model. Where the two are nearly
+    parallel, it is the point at `t` of the straight line."""
     assert inputs.base is not None
     t: float = inputs.shared["t"]
     products = gram(inputs, with_base=True)
@@ -34,10 +35,11 @@ def merge_slerp(inputs: Inputs) -> Pass:
 
 
 def merge_nuslerp(inputs: Inputs) -> Pass | torch.Tensor:
-    """The same between two models at the second's share of the weights; between task vectors where there is a base.
+    """The point of the arc between two models, or between their task vectors where there is a base. Its place on the
+    arc is the second model's share of the weights.
 
-    Without `nuslerp_flatten` each row has an angle of its own, or, with what mergekit calls `nuslerp_row_wise`, each
-    column.
+    Without `nuslerp_flatten` each row has an angle of its own; with what mergekit calls `nuslerp_row_wise`, too, each
+    column has.
     """
     first, second = inputs.each("weight")
     t = second / (first + second) if abs(first + second) >= _NO_WEIGHT else 0.5
@@ -61,16 +63,22 @@ def _nuslerp_by_lines(inputs: Inputs, t: float, axis: int) -> torch.Tensor:
 def _nuslerp_cosine(
     product: torch.Tensor, square: torch.Tensor, other: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cosine, and whether the arc is as good as straight."""
+    """The cosine between two vectors, and whether the arc is as good as straight.
+
+    product: the scalar product of the two.
+    square: the scalar product of the first with itself.
+    other: the scalar product of the second with itself.
+    """
     floor = _NO_NORM_BY_ROWS**2
     cosine = (product / (square.clamp(min=floor) * other.clamp(min=floor)).sqrt()).clamp(-1, 1)
     return cosine, 1 - cosine.square() <= _NO_SINE
 
 
 def merge_multislerp(inputs: Inputs) -> Pass:
-    """A weighted mean in the tangent space at the normalized mean direction (Goddard's barycentric interpolation).
+    """The pass that computes a weighted mean in the tangent space at the normalized mean direction (Goddard's
+    barycentric interpolation).
 
-    Where directions cancel out there is no such mean, and the result is the weighted sum.
+    Where directions cancel out, the mean has no direction, and the result is the weighted sum.
     """
     if len(inputs.tensors) == 1:
         return around(inputs.tensors[0], (), 1.0, ())
@@ -80,7 +88,7 @@ def merge_multislerp(inputs: Inputs) -> Pass:
     products = gram(inputs)
     shares = torch.tensor([weight / by for weight in weights], dtype=torch.float64).to(products.device)
     norms = products.diagonal().sqrt()
-    units = 1 / (norms + eps)  # of each model, what makes a unit vector of it
+    units = 1 / (norms + eps)  # a model times its number is a unit vector
 
     mean = shares * units
     length = _length(mean, products)
@@ -95,17 +103,19 @@ def merge_multislerp(inputs: Inputs) -> Pass:
 
 
 def merge_karcher(inputs: Inputs) -> Pass:
-    """The Riemannian centre of mass on the sphere, times the mean norm (gradient descent, `max_iter` steps at most).
+    """The pass that computes the Riemannian center of mass on the sphere, times the mean norm, by gradient descent in
+    at most `max_iter` steps.
 
-    A step shorter than `tol` is the last; later ones are computed and dropped, since to look would wait for the device.
+    A step shorter than `tol` is the last. Later steps are computed but change nothing: to stop early, the host would
+    have to wait for the device.
     """
     if len(inputs.tensors) == 1:
         return around(inputs.tensors[0], (), 1.0, ())
     tol: float = inputs.shared["tol"]
     products = gram(inputs)
     norms = products.diagonal().sqrt()
-    known = torch.where(norms == 0, 1.0, norms)
-    cosines = products / known / known.unsqueeze(1)
+    divisors = torch.where(norms == 0, 1.0, norms)
+    cosines = products / divisors / divisors.unsqueeze(1)
     counted = norms > tol
     shares = counted / counted.sum().clamp(min=1)
     first = (counted & (counted.cumsum(0) == 1)).to(torch.float64)
@@ -121,12 +131,16 @@ def merge_karcher(inputs: Inputs) -> Pass:
         arrived = arrived | (length < tol)
         step = torch.cos(length) * mean + torch.sin(length) * tangent / torch.where(arrived, 1.0, length)
         mean = torch.where(arrived, mean, _unit(step, cosines, tol, step))
-    coefficients = mean / known * (ordered_sum(norms) / len(norms))
+    coefficients = mean / divisors * (ordered_sum(norms) / len(norms))
     return combination(inputs.tensors, tuple(coefficients), ordered_sum(coefficients))
 
 
 def _length(coefficients: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """The norm of a combination of vectors with the given scalar products, shape (1,)."""
+    """The norm of a linear combination of vectors, shape (1,).
+
+    coefficients: one for each vector.
+    products: the scalar products of the vectors.
+    """
     squared = ordered_sum(coefficients * ordered_sum(products * coefficients).flatten())
     return squared.clamp(min=0).sqrt()
 
@@ -137,7 +151,7 @@ def _unit(coefficients: torch.Tensor, cosines: torch.Tensor, tol: float, otherwi
 
 
 def _from_origin(inputs: Inputs, coefficients: tuple[Coefficient, ...], anchor: int) -> Pass:
-    """A combination of the models, or of their task vectors on top of the base."""
+    """A linear combination of the models, or of their task vectors, which are then added to the base."""
     if inputs.base is not None:
         return around(inputs.base, inputs.tensors, 1.0, coefficients)
     total = ordered_sum(torch.stack([torch.as_tensor(value).reshape(()) for value in coefficients]))

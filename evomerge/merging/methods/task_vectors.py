@@ -1,8 +1,11 @@
 """Methods on task vectors, the differences between fine-tunes and their base.
 
-delta_i = x_i - base is sparsified (sparsify.py), weighted, optionally reduced to the elements that agree with the
-elected sign (the sign of the weighted sum, TIES), summed, optionally normalized by the weights that took part, scaled
-by lambda and added to the base: mergekit 0.1.5's order of operations, in float32.
+The steps are those of mergekit 0.1.5, in its order, in float32:
+
+1. delta_i = x_i - base is sparsified (sparsify.py) and weighted.
+2. With a consensus, elements whose sign differs from the elected one, the sign of the weighted sum, are dropped (TIES).
+3. The deltas are added up and, with `normalize`, divided by the weights that took piece.
+4. The sum is multiplied by lambda and added to the base.
 """
 
 from collections.abc import Sequence
@@ -16,12 +19,16 @@ from evomerge.merging.methods.passes import Numbers, Pass, Tensors, numbers_on
 from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, delta_in, magnitude
 
 _NEGLIGIBLE_L1 = 1e-7
-_FINEST = 1.0 / UNIFORM_STEPS  # no mask is finer than that
+_FINEST = 1.0 / UNIFORM_STEPS  # the least density above 0 that a mask can have
 
 
 @dataclass(frozen=True, slots=True)
 class TaskVectorMerge:
-    """One member of the family: how deltas are sparsified, and whether a sign is elected."""
+    """A merge function on task vectors.
+
+    sparsify: the name of the way in which deltas are sparsified (`sparsify.SPARSIFIERS`); None where they are not.
+    consensus: whether a sign is elected.
+    """
 
     sparsify: str | None
     consensus: bool
@@ -40,11 +47,11 @@ class TaskVectorMerge:
         fields: tuple[torch.Tensor, ...] = ()
         if chosen is not None:
             sparsifier, models = SPARSIFIERS[chosen], range(len(inputs.tensors))
-            known = [sparsifier.numbers(inputs, index) for index in models]
+            choices = [sparsifier.numbers(inputs, index) for index in models]
             fields = tuple(field for index in models for field in sparsifier.fields(inputs, index))
-            numbers |= {name: [values[name] for values in known] for name in known[0]}
+            numbers |= {name: [values[name] for values in choices] for name in choices[0]}
             if inputs.shared["rescale"]:
-                numbers["scale"] = [_scale(inputs, index, chosen, known[index]) for index in models]
+                numbers["scale"] = [_scale(inputs, index, chosen, choices[index]) for index in models]
         element = TaskVectorPass(
             sparsify=chosen,
             consensus=self.consensus,
@@ -57,8 +64,14 @@ class TaskVectorMerge:
 
 @dataclass(frozen=True, slots=True)
 class TaskVectorPass:
-    """What happens to each element. scaled: lambda is not 1. per_element: divides what is kept by each element's own
-    probability."""
+    """What happens to each element.
+
+    sparsify: the name of the way in which deltas are sparsified; None where they are not.
+    consensus: whether a sign is elected.
+    normalize: whether the sum is divided by the weights that took piece.
+    scaled: whether lambda is other than 1.
+    per_element: whether each element that is kept is divided by the probability of keeping it.
+    """
 
     sparsify: str | None
     consensus: bool
@@ -79,15 +92,15 @@ class TaskVectorPass:
         return base
 
     def _sparsify(self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers) -> None:
-        """Makes a task vector that of a sparsified and weighted model."""
+        """Sparsifies, rescales and weights a task vector in place."""
         if self.sparsify is not None:
             sparsifier = SPARSIFIERS[self.sparsify]
-            each = len(fields) // models
-            own = fields[index * each : (index + 1) * each]
-            known = {name: values[index] for name, values in numbers.items() if len(values) == models}
-            delta *= sparsifier.keep(delta, own, known)
+            per_model = len(fields) // models
+            own = fields[index * per_model : (index + 1) * per_model]
+            values = {name: scalars[index] for name, scalars in numbers.items() if len(scalars) == models}
+            delta *= sparsifier.keep(delta, own, values)
             if self.per_element:
-                probability = sparsifier.probability(own, known)
+                probability = sparsifier.probability(own, values)
                 assert probability is not None
                 delta *= 1.0 / probability.clamp(min=_FINEST)
             elif "scale" in numbers:
@@ -95,8 +108,8 @@ class TaskVectorPass:
         delta *= numbers["weight"][index]
 
     def _agreeing(self, deltas: Sequence[torch.Tensor], weights: Tensors) -> torch.Tensor:
-        """The sum, element by element, over those deltas alone that have the sign of the sum of all (TIES), and divided
-        by their weights to `normalize`."""
+        """The sum of the deltas, element by element, without those whose sign differs from that of the sum of all
+        (TIES). With `normalize` it is divided by the weights of the deltas that agree."""
         elected = sign_of(sum_of(deltas))
         for delta in deltas:
             delta *= elected
@@ -105,7 +118,7 @@ class TaskVectorPass:
             return total_of(deltas).mul_(elected)
         merged = sum_of(deltas).mul_(elected)
         divisors = total_of(
-            [indicator(torch.gt, delta, 0.0, out=delta).mul_(each) for delta, each in zip(deltas, weights, strict=True)]
+            [indicator(torch.gt, delta, 0.0, out=delta).mul_(own) for delta, own in zip(deltas, weights, strict=True)]
         )
         divisors += indicator(torch.eq, divisors, 0.0, out=elected)
         merged /= divisors
@@ -113,34 +126,38 @@ class TaskVectorPass:
 
 
 def deltas_of(tensors: Tensors) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The base, which is the first of the tensors, and the others' differences from it, in their memory."""
+    """The base and the task vectors.
+
+    tensors: the base, then the models, whose memory the task vectors take.
+    """
     base, *others = tensors
     for tensor in others:
         tensor -= base
     return base, others
 
 
-def sum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors in their order, in memory of its own."""
-    first, *others = parts
+def sum_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors, added up in their order, in new memory."""
+    first, *others = tensors
     return total_of([first + others[0], *others[1:]]) if others else first.clone()
 
 
-def total_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors in their order, in the memory of the first."""
-    total, *others = parts
-    for part in others:
-        total += part
+def total_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors, added up in their order, in the memory of the first."""
+    total, *others = tensors
+    for tensor in others:
+        total += tensor
     return total
 
 
 def sign_of(total: torch.Tensor) -> torch.Tensor:
-    """1 where a vote is 0 or more, else -1, in its memory."""
+    """1 where an element is 0 or more, else -1; in the memory of `total`."""
     return indicator(torch.ge, total, 0.0, out=total).mul_(2).sub_(1)
 
 
-def _scale(inputs: Inputs, index: int, how: str, known: Values) -> float | torch.Tensor:
-    """What restores a sparsified delta: 1 / density (DARE, eq. 4) or the ratio of L1 norms (mergekit)."""
+def _scale(inputs: Inputs, index: int, how: str, numbers: Values) -> float | torch.Tensor:
+    """The factor that a sparsified delta is multiplied by: 1 / density (DARE, eq. 4), or the ratio of its L1 norms
+    before and after (mergekit)."""
     density: float = inputs.per_model[index]["density"]
     if density >= 1:
         return 1.0
@@ -149,7 +166,7 @@ def _scale(inputs: Inputs, index: int, how: str, known: Values) -> float | torch
     if inputs.rescale == "density":
         return 1.0 / max(density, _FINEST)
     largest = inputs.once("largest magnitude", (-1, index), lambda: magnitude(inputs, index).amax())
-    before, after = _l1(inputs, index, how, known, largest)
+    before, after = _l1(inputs, index, how, numbers, largest)
     unit = largest.to(torch.float64) / (1 << 30)
     negligible = (before * unit < _NEGLIGIBLE_L1) | (after * unit < _NEGLIGIBLE_L1)
     ratio = before.to(torch.float64) / after.to(torch.float64).clamp(min=1.0)
@@ -157,29 +174,29 @@ def _scale(inputs: Inputs, index: int, how: str, known: Values) -> float | torch
 
 
 def _l1(
-    inputs: Inputs, index: int, how: str, known: Values, largest: torch.Tensor
+    inputs: Inputs, index: int, how: str, values: Values, largest: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact L1 norms of a delta and of what is kept of it, in units of `largest` / 2^30."""
     if how == "random" and inputs.drawn and inputs.count > UNIFORM_STEPS:
         table = inputs.once(("l1 below", inputs.drawn[index]), (-1, index), lambda: _l1_below(inputs, index, largest))
-        steps = known["steps"]
+        steps = values["steps"]
         assert isinstance(steps, float)
         return table[-1], table[int(steps)]
     sparsifier = SPARSIFIERS[how]
     fields = sparsifier.fields(inputs, index)
-    numbers = {
-        name: values[0] for name, values in numbers_on(inputs.device, **{k: [v] for k, v in known.items()}).items()
-    }
+    moved = numbers_on(inputs.device, **{name: [value] for name, value in values.items()})
+    numbers = {name: scalars[0] for name, scalars in moved.items()}
     before, after = [], []
-    for part in pieces(inputs.count, inputs.device):
-        delta = delta_in(inputs, index, part)
-        kept = sparsifier.keep(delta, tuple(field[..., part] for field in fields), numbers)
+    for piece in pieces(inputs.count, inputs.device):
+        delta = delta_in(inputs, index, piece)
+        kept = sparsifier.keep(delta, tuple(field[..., piece] for field in fields), numbers)
         before.append(exact_l1(delta, largest))
         after.append(exact_l1(delta * kept, largest))
     return torch.stack(before).sum(), torch.stack(after).sum()
 
 
 def _l1_below(inputs: Inputs, index: int, largest: torch.Tensor) -> torch.Tensor:
-    """For each number of steps of a uniform field, the L1 norm of the elements that lie below; int64, (65537,)."""
+    """A table of L1 norms, int64, shape (65537,): entry k adds up |delta| over the elements whose uniform number is
+    less than k, in units of `largest` / 2^30."""
     field = inputs.uniforms(index)
-    return sums_below(field, inputs.count, lambda part: l1_steps(delta_in(inputs, index, part), largest))
+    return sums_below(field, inputs.count, lambda piece: l1_steps(delta_in(inputs, index, piece), largest))

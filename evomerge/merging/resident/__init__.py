@@ -1,1 +1,1 @@
-"""Merging in memory: the models of a search, and the one that every candidate is written into."""
+"""Merging in memory: the models of a search, and the model that every candidate is written into."""

@@ -1,6 +1,6 @@
-"""ResidentModels: the sources in memory, and one model into whose parameters every candidate is written in place.
+"""ResidentModels: the sources in memory, and one model whose parameters every candidate overwrites.
 
-Sources are loaded once; a candidate costs one pass over each tensor, in float32, rounded once into the model's dtype,
+Sources are loaded once. A candidate costs one pass over each tensor, in float32, rounded once into the model's dtype,
 and never touches the disk. A candidate of other layers is a view, which shares the tensors that it leaves unchanged.
 What candidates have in common (uniform fields, thresholds, scalar products) is made on first use and kept.
 """
@@ -31,11 +31,17 @@ from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
-_LARGE = 1 << 16  # bytes of what is worth pages of its own
+_LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own
 
 
 class ResidentModels:
-    """The models of a search on one device, or on several that share the work layer by layer."""
+    """The models of a search on one device, or on several that share the work layer by layer.
+
+    devices: where they are.
+    compiled: whether large tensors are merged by compiled code.
+    model: the transformers model that candidates are written into.
+    candidate: the last candidate; `model` itself, or a view.
+    """
 
     def __init__(
         self,
@@ -47,10 +53,16 @@ class ResidentModels:
         count: int = 1,
         head_apart: bool = False,
     ) -> None:
-        """models: those that recipes may name; the base's config is that of every merge. compiled:
-        whether large tensors are merged by compiled code. rehearsal: everything is made on the meta device, without any
-        data, as it would be on `device`. count: of the devices, the first ones of that kind. head_apart: whether the
-        head is a tensor of its own even where all of the sources tie it to their embedding; where some do not it is."""
+        """models: the models that recipes may name. Every merge has the base's config.
+        device: where they are, such as `cpu` or `cuda`.
+        dtype: the dtype of merges, such as `bfloat16`.
+        compiled: whether large tensors are merged by compiled code.
+        rehearsal: whether everything is made on the meta device, without data, but otherwise as on `device`.
+        count: how many devices to use, the first ones of that kind.
+        head_apart: whether the head is a tensor of its own even where all sources tie it to their embedding. Where one
+            source does not tie it, the head is a tensor of its own in any case.
+        Raises InputError for models that cannot be loaded, or do not fit.
+        """
         self.devices = [torch.device(device)] if count == 1 else [torch.device(device, n) for n in range(count)]
         self.devices = [torch.device("meta")] if rehearsal else self.devices
         self.compiled = compiled and not rehearsal
@@ -71,27 +83,27 @@ class ResidentModels:
         self._naming = naming_of(config, skeleton)
         self._parameters = self._naming.weights(self.model)
         self._sources = {reference: self._resident(source) for reference, source in weights.items()}
-        self._known: dict[Hashable, Any] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
 
     def _resident(self, weights: Weights) -> dict[str, torch.Tensor]:
-        source, found_all = weights.source, {}
+        source, infos = weights.source, {}
         for name, parameter in self._parameters.items():
-            found = weights.find(name)
-            if found is None:
+            info = weights.find(name)
+            if info is None:
                 raise InputError(
                     f"{source}: the weights lack {name}, which {type(self.model).__name__} needs; "
                     f"{choices(name, weights.table)}."
                 )
-            if found.shape != parameter.shape:
+            if info.shape != parameter.shape:
                 raise InputError(
-                    f"{source}: {name} has shape {list(found.shape)}, expected {list(parameter.shape)} "
+                    f"{source}: {name} has shape {list(info.shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
-            found_all[name] = found
+            infos[name] = info
         if self.model.device.type == "meta":
-            return {name: _empty(info) for name, info in found_all.items()}
+            return {name: _empty(info) for name, info in infos.items()}
         resident = {name: weights.read(name).to(served.device) for name, served in self._parameters.items()}
         finite = _gathered(torch.isfinite(tensor).all() for tensor in resident.values()).tolist()
         for name, good in zip(resident, finite, strict=True):
@@ -100,13 +112,14 @@ class ResidentModels:
         return resident
 
     def plan(self, recipe: Recipe) -> MergePlan:
+        """The plan of a recipe for these models. Raises InputError for what cannot be merged."""
         return make_plan(recipe, self._parameters)
 
     @torch.no_grad()
     def materialize(self, recipe: Recipe) -> str:
-        """Makes a recipe's merge `candidate`, which lasts until the next one, and returns its fingerprint.
+        """The fingerprint of a recipe's merge, which becomes `candidate` until the next one is made.
 
-        Raises CandidateFailed where a weight is not finite.
+        Raises CandidateFailed where a weight is not finite, and InputError for what cannot be merged.
         """
         plan = self.plan(recipe)
         _check_tokenizer(recipe)
@@ -118,14 +131,14 @@ class ResidentModels:
 
     @torch.no_grad()
     def rehearse(self, recipe: Recipe) -> None:
-        """Does all that a candidate makes the device do, without asking it for anything."""
+        """Does everything that a candidate makes the device do, but reads no result back."""
         parameters, made = self._make(self.plan(recipe))
         if made:
             _extremes(made)
         checksums(parameters)
 
     def _make(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
-        """Makes a merge `candidate`. Returns its parameters, and those of them that had to be worked out."""
+        """Makes a merge and sets `candidate` to it. Returns its parameters, and those that had to be computed."""
         if not self._in_place(plan):
             return self._make_view(plan)
         for tensor in plan.tensors:
@@ -162,14 +175,14 @@ class ResidentModels:
         plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._room)
 
     def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
-        """A source's tensor itself; where it has another dtype or device, one copy for all candidates."""
+        """A source's tensor. Where it has to change its dtype or device, one copy serves all candidates."""
         tensor = self._sources[reference][name]
         if (tensor.dtype, tensor.device) == (self._dtype, device):
             return tensor
         return self._converted.setdefault((reference, name, device), tensor.to(device, self._dtype))
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge, device: torch.device) -> Inputs:
-        """On one device, where most of them are: only layers that change places may have sources elsewhere."""
+        """A tensor's inputs, all on one device. Only layers that change places may have sources on another one."""
         given = list(zip(tensor.models, tensor.sources, strict=True))
         base = (tensor.base, tensor.base_source) if tensor.base is not None else None
         return Inputs(
@@ -187,12 +200,15 @@ class ResidentModels:
     def _once(
         self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
     ) -> T:
-        """given: the device, and the tensors that are merged into `name`, the base's first."""
+        """A `base.Once` for the output tensor `name`.
+
+        given: the device, then the tensors that are merged, the base's first.
+        """
         key = (name, what, given[0], *(given[index + 2] for index in models))
-        if key not in self._known:
-            self._known[key] = tree_map_only(torch.Tensor, _lasting, make())
-        known: T = self._known[key]
-        return known
+        if key not in self._kept:
+            self._kept[key] = tree_map_only(torch.Tensor, _lasting, make())
+        kept: T = self._kept[key]
+        return kept
 
     def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> torch.Tensor:
         position, name = tensor.positions[index], tensor.name
@@ -205,8 +221,8 @@ class ResidentModels:
 
 
 def _lasting(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of what is kept for all candidates, where it is large, in memory of its own: in malloc's it would stand
-    between what candidates free, and leave holes there."""
+    """A tensor that is kept for all candidates; a large one is copied into memory pages of its own. In malloc's memory
+    it would lie between blocks that candidates free, and leave holes there."""
     if tensor.nbytes < _LARGE or tensor.device.type not in ("cpu", "meta"):
         return tensor
     if tensor.is_meta:  # a rehearsal, which counts the copy
@@ -216,13 +232,13 @@ def _lasting(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _template(name: str, templates: Sequence[int]) -> str:
-    """The resident model's parameter in whose place a view's is."""
+    """The name of the resident model's parameter that a view's parameter takes the place of."""
     layer = layer_index(name)
     return name if layer is None else with_layer(name, templates[layer])
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
-    """A model in memory has the base's tokens, like all of its sources."""
+    """Raises InputError where a recipe builds a tokenizer: a model in memory has the base's tokens."""
     base = [TokenizerSettings(source=source) for source in ("base", recipe.base_model) if source]
     if recipe.vocabulary is not None and recipe.vocabulary not in base:
         raise InputError(
@@ -236,24 +252,26 @@ def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:
 
 
 def _extremes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The least and the largest element of each tensor, shape (tensors, 2), which show whatever is not finite."""
+    """The least and the largest element of each tensor, shape (tensors, 2); one is not finite where any element is
+    not."""
     return _gathered(torch.stack(tensor.aminmax()).to(torch.float32) for tensor in tensors.values())
 
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
-    """16 hexadecimal digits over all weights: a sum of per-tensor checksums, so independent of order and device."""
+    """The fingerprint of weights, 16 hexadecimal digits: the sum of the tensors' checksums, the same in any order and
+    on any device."""
     return f"{sum(checksums(parameters).tolist()) % (1 << 64):016x}"
 
 
 def checksums(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The checksum of every tensor; int64, shape (tensors,)."""
+    """The checksum of each tensor; int64, shape (tensors,)."""
     return _gathered(checksum(tensor, name) for name, tensor in parameters.items())
 
 
 def _gathered(results: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Small results from all devices, stacked on the first one's."""
-    each = list(results)
-    return torch.stack([result.to(each[0].device) for result in each])
+    """Small results from all devices, stacked on the first result's device."""
+    scalars = list(results)
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 
 def _empty(info: TensorInfo) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Placement: which part of a model is on which of a worker's devices.
 
-accelerate divides the model; what flows from one part to the next is carried by hooks of torch's own. (accelerate's
-hooks replace a module's `forward` by one that is bound to it, and a view copies modules.) Whatever serves a parameter,
-such as the sources' tensors, is to be where the parameter is.
+accelerate decides how the model is divided, and torch's own hooks carry data from one part to the next. (accelerate's
+hooks bind a new `forward` to a module, and a view copies modules, so its hooks would run the wrong one.) The sources'
+tensors of a parameter are on the parameter's device.
 """
 
 import math
@@ -17,14 +17,17 @@ from evomerge.errors import InputError
 from evomerge.layers import layer_index
 from evomerge.quiet import quiet
 
-_KEPT = 0.9  # of a device's free memory, for a model and its sources; candidates take some too
-_STAYS = "past_key_values"  # the cache keeps each layer's part where the layer is
+_KEPT = 0.9  # the share of a device's free memory for a model and its sources; candidates take some, too
+_STAYS = "past_key_values"  # the cache is not moved: it keeps each layer's keys and values where the layer is
 
 
 def place(model: nn.Module, devices: Sequence[torch.device], copies: int) -> None:
-    """Moves a model to devices, layer by layer where there are several, the embeddings to the first.
+    """Moves a model to devices, layer by layer where there are several; the embeddings go to the first.
 
-    copies: how many tensors of its size will serve each parameter, itself among them.
+    model: on the CPU, or on the meta device.
+    devices: where it goes.
+    copies: how many tensors of a parameter's size there will be, the parameter and those of the sources.
+    Raises InputError where the devices have too little memory.
     """
     if len(devices) == 1:
         model.to(devices[0])
@@ -36,22 +39,26 @@ def place(model: nn.Module, devices: Sequence[torch.device], copies: int) -> Non
 
 
 def divide(model: nn.Module, room: Sequence[float], copies: int) -> dict[str, int]:
-    """For each part of a model the number of its device: in the model's order, about as much on each.
+    """The number of the device of each part of a model, by the part's name. Parts stay in the model's order, and each
+    device gets about as much.
 
-    room: bytes that each device has. Raises InputError where they do not suffice.
+    model: the model to divide.
+    room: how many bytes each device has.
+    copies: how many tensors of a parameter's size there will be.
+    Raises InputError where the devices have too little memory.
     """
     from accelerate import infer_auto_device_map
 
-    found = parts(model)
-    sizes = [_size(part) for part in found.values()]
+    by_name = parts(model)
+    sizes = [_size(part) for part in by_name.values()]
     whole, share = _size(model), _size(model) / len(room) + max(sizes)
-    limits = [min(each / copies, share) for each in room[:-1]] + [min(room[-1] / copies, whole)]
-    layers = {type(part).__name__ for name, part in found.items() if _is_layer(name)}
+    limits = [min(space / copies, share) for space in room[:-1]] + [min(room[-1] / copies, whole)]
+    layers = {type(part).__name__ for name, part in by_name.items() if _is_layer(name)}
     with quiet():
         decided = infer_auto_device_map(
             model, {number: int(limit) for number, limit in enumerate(limits)}, sorted(layers), clean_result=False
         )
-    numbers = {name: decided[_longest_prefix(name, decided)] if _size(part) else 0 for name, part in found.items()}
+    numbers = {name: decided[_longest_prefix(name, decided)] if _size(part) else 0 for name, part in by_name.items()}
     if not all(isinstance(number, int) for number in numbers.values()):
         raise InputError(
             f"workers.num_gpus is {len(room)}, but {copies} times {whole / 2**30:.1f} GiB of weights (the sources and "
@@ -62,14 +69,14 @@ def divide(model: nn.Module, room: Sequence[float], copies: int) -> dict[str, in
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """What stays on one device: each layer, and each other module that has tensors of its own."""
-    found: dict[str, nn.Module] = {}
+    """The modules that each stay on one device, by name: layers, and other modules that have tensors of their own."""
+    by_name: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{part}.") for part in found):
+        if any(name.startswith(f"{part}.") for part in by_name):
             continue
         if _is_layer(name) or any(True for _ in chain(module.parameters(recurse=False), module.buffers(recurse=False))):
-            found[name] = module
-    return found
+            by_name[name] = module
+    return by_name
 
 
 def _is_layer(name: str) -> bool:
@@ -77,12 +84,12 @@ def _is_layer(name: str) -> bool:
 
 
 def _size(module: nn.Module) -> int:
-    """Bytes of its parameters; buffers are small, and some of them are shared by all layers."""
+    """How many bytes a module's parameters have. Buffers are small, and layers share some of them."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _longest_prefix(name: str, known: dict[str, Any]) -> str:
-    return max((key for key in known if key in ("", name) or name.startswith(f"{key}.")), key=len)
+def _longest_prefix(name: str, keys: dict[str, Any]) -> str:
+    return max((key for key in keys if key in ("", name) or name.startswith(f"{key}.")), key=len)
 
 
 def _room(device: torch.device) -> float:
@@ -90,7 +97,7 @@ def _room(device: torch.device) -> float:
 
 
 def _fetch(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """A part's inputs, brought to where it is."""
+    """A part's inputs, moved to its device."""
     from accelerate.utils import send_to_device
 
     device = next(chain(module.parameters(), module.buffers())).device

@@ -1,8 +1,8 @@
-"""View: a model of other layers than its own, made of modules and weights that are in memory already.
+"""View: a model with the layers of another one in a new order, made of modules and weights that are in memory already.
 
-A layer that stands in two places must be two modules, because each keeps its keys and values under its own number in
-the cache; and a config that says another depth would cut the layers off. So a view copies the modules, which weigh
-nothing, numbers them, and gives them the parameters that it is told to, shared or new.
+A layer in two places must be two modules, because each keeps its keys and values under its own number in the cache. And
+a config with another depth would cut layers off. So a view copies the modules, which need little memory, numbers them,
+and gives them parameters, which may be shared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,11 @@ _Parameters = Mapping[int, nn.Parameter]
 
 
 def make_view(skeleton: Any, parameters: Mapping[str, nn.Parameter], templates: Sequence[int]) -> Any:
-    """A copy of `skeleton` with len(templates) layers, layer k built like its layer templates[k].
+    """A copy of a model with other layers.
 
-    parameters: every parameter of the view by name, tied ones once; no copies are made of them.
+    skeleton: the model to copy.
+    parameters: every parameter of the view by name, tied parameters once. They are shared, not copied.
+    templates: for each layer of the view, the number of the model's layer whose modules it copies.
     """
     layers = _layers_of(skeleton)
     config = with_layers(skeleton.config, [(skeleton.config, template) for template in templates])
@@ -38,12 +40,12 @@ def make_view(skeleton: Any, parameters: Mapping[str, nn.Parameter], templates: 
 
 
 def _by_layer(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:
-    found: list[dict[str, nn.Parameter]] = [{} for _ in range(count)]
+    by_layer: list[dict[str, nn.Parameter]] = [{} for _ in range(count)]
     for name, parameter in parameters.items():
         layer = layer_index(name)
         if layer is not None:
-            found[layer][name] = parameter
-    return found
+            by_layer[layer][name] = parameter
+    return by_layer
 
 
 def _layers_of(skeleton: Any) -> nn.ModuleList:
@@ -56,9 +58,11 @@ def _layers_of(skeleton: Any) -> nn.ModuleList:
 def _copy(
     module: nn.Module, parameters: _Parameters, place: int | None, instead: Mapping[int, nn.Module] | None = None
 ) -> Any:
-    """A module tree with other parameters (by the id of its own), and `layer_idx` set to `place` where there is one.
+    """A copy of a module and of the modules in it. Everything that is not replaced is shared.
 
-    instead: modules by the id of those that they replace. Everything else is shared.
+    parameters: new parameters, by the id of the parameter that they replace.
+    place: the new `layer_idx`; None where it stays.
+    instead: new modules, by the id of the module that they replace.
     """
     if instead and id(module) in instead:
         return instead[id(module)]

@@ -1,8 +1,8 @@
 """Adapter: a LoRA (Hu et al. 2021, arXiv 2106.09685) in a PEFT folder, merged into tensors as they are read.
 
-A changed weight is W + scale * B A: product, scaling and sum in float32, rounded once into the dtype that W is stored
-in, which is what PEFT's `merge_and_unload` makes of a model loaded in that dtype. The scale is alpha / r, or
-alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732). Tensors that the adapter stores whole
+A changed weight is W + scale * B A. Product, scaling and sum are float32, rounded once into the dtype that W is stored
+in. The result is that of PEFT's `merge_and_unload` on a model that was loaded in this dtype. The scale is alpha / r,
+or alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732). Tensors that the adapter stores whole
 (`modules_to_save`, trained biases) replace the base's.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# variants of LoRA whose merge is another formula, or which were trained against a changed base
+# keys of variants of LoRA that have another formula for the merge, or that were trained on a changed base
 REFUSED = (
     "use_dora",
     "use_qalora",
@@ -55,7 +55,7 @@ _Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Config(BaseModel):
-    """What decides a LoRA's merge in adapter_config.json; PEFT writes many more keys."""
+    """The keys of adapter_config.json that a LoRA's merge depends on; PEFT writes many more."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -70,9 +70,11 @@ class _Config(BaseModel):
     base_model_name_or_path: str | None = None
 
     def rank(self, module: str) -> int:
+        """The rank of a module's LoRA."""
         return int(_by_pattern(self.rank_pattern, module, self.r))
 
     def scale(self, module: str) -> float:
+        """The factor of a module's LoRA."""
         alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -87,7 +89,13 @@ def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: floa
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What is added to one weight: scale * B A, transposed where the weight is stored (in, out)."""
+    """What is added to one weight: scale * B A.
+
+    a: the matrix A, shape (rank, in).
+    b: the matrix B, shape (out, rank).
+    scale: the factor of the product.
+    transposed: whether the weight is stored as (in, out), so that the product has to be transposed.
+    """
 
     a: TensorInfo
     b: TensorInfo
@@ -97,7 +105,11 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What is added to one bias: scale times a vector (`lora_bias`)."""
+    """What is added to one bias (`lora_bias`): scale * vector.
+
+    vector: in the shape of the bias.
+    scale: its factor.
+    """
 
     vector: TensorInfo
     scale: float
@@ -105,8 +117,13 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter does to each tensor of its base, by the tensor's name. head: the head that it unties from the
-    base's embedding, if it does."""
+    """What an adapter does to each tensor of its base, by the tensor's name.
+
+    replaced: tensors that it stores whole.
+    low_rank: what it adds to weights.
+    shifts: what it adds to biases.
+    head: the name of the head that it unties from the base's embedding; None where it unties none.
+    """
 
     replaced: Mapping[str, TensorInfo]
     low_rank: Mapping[str, tuple[LowRank, ...]]
@@ -114,7 +131,12 @@ class Adapter:
     head: str | None = None
 
     def adapt(self, name: str, tensor: "torch.Tensor", read: "Callable[[TensorInfo], torch.Tensor]") -> "torch.Tensor":
-        """One tensor of the base with the adapter merged in, in the tensor's dtype."""
+        """One tensor of the base with the adapter merged in, in the tensor's dtype.
+
+        name: the tensor's name.
+        tensor: its values in the base.
+        read: reads a tensor of the adapter.
+        """
         if name in self.replaced:
             tensor = read(self.replaced[name])
         for change in self.low_rank.get(name, ()):
@@ -126,7 +148,7 @@ class Adapter:
         return tensor
 
     def adapt_table(self, table: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The table of a base with what the adapter replaces."""
+        """The table of a base, with dtypes and shapes of the tensors that the adapter replaces."""
         return {
             name: replace(info, dtype=self.replaced[name].dtype, shape=self.replaced[name].shape)
             if name in self.replaced
@@ -147,12 +169,15 @@ def load_adapter(
     turned: bool,
     tied: tuple[str, str] | None = None,
 ) -> Adapter:
-    """Reads an adapter's config and header, and fits them to the tensors of a base. No weight is read.
+    """An adapter that fits the tensors of a base. Its config and header are read, but no weights.
 
-    renamed: tensors that transformers calls otherwise than the base's files. turned: whether the base stores its square
-    weights as (in, out); `fan_in_fan_out` does not decide it, since PEFT goes by the layer, too. tied: the base's head
-    and the embedding that stands for it, where the base ties them. Raises InputError for what cannot be merged, naming
-    the key or tensor.
+    folder: the adapter's folder.
+    table: the base's tensors by name.
+    renamed: the base's names of tensors that have another name in memory, by the name in memory.
+    turned: whether the base stores square weights as (in, out). `fan_in_fan_out` does not decide this, since PEFT goes
+        by the layer, too.
+    tied: the base's head and the embedding that it is tied to; None where the base does not tie them.
+    Raises InputError, with the key or the tensor, for what cannot be merged.
     """
     config = _read_config(folder)
     if tied is None:
@@ -189,7 +214,7 @@ def _read_config(folder: Path) -> _Config:
 
 
 def _check_type(path: Path, document: Any) -> None:
-    """Refuses other kinds of adapters by name, before any key of a LoRA is missed in their configs."""
+    """Raises InputError for other kinds of adapters, before a key of a LoRA would be reported as missing."""
     kind = document.get("peft_type", "LORA") if isinstance(document, dict) else "LORA"
     if kind != "LORA":
         raise InputError(
@@ -200,7 +225,7 @@ def _check_type(path: Path, document: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """An adapter on its way onto the tensors of a base."""
+    """An adapter that is being fitted to the tensors of a base; the fields are those of `load_adapter`."""
 
     folder: Path
     config: _Config
@@ -217,7 +242,7 @@ class _Fitting:
                 )
             raise InputError(f"{self.folder}: holds no {WEIGHTS}; expected a LoRA as PEFT saves it.")
         replaced: dict[str, TensorInfo] = {}
-        parts: dict[str, dict[str, TensorInfo]] = {}
+        matrices: dict[str, dict[str, TensorInfo]] = {}
         for key, info in read_header(self.folder / WEIGHTS).items():
             if info.dtype not in FLOATS:
                 raise InputError(
@@ -226,26 +251,29 @@ class _Fitting:
             name = key.removeprefix("base_model.model.")
             match = _KEY.fullmatch(name)
             if match:
-                module, part, kind = match.groups()
-                parts.setdefault(module, {})[f"{part}.bias" if kind == "bias" else part] = info
+                module, matrix, kind = match.groups()
+                matrices.setdefault(module, {})[f"{matrix}.bias" if kind == "bias" else matrix] = info
             else:
                 plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
                 replaced[self._target(plain, key)] = info
         low_rank = {
-            self._target(f"{module}.weight", module): (self._low_rank(module, parts[module]),) for module in parts
+            self._target(f"{module}.weight", module): (self._low_rank(module, own),) for module, own in matrices.items()
         }
         shifts = {
-            self._target(f"{module}.bias", module): self._shift(module, found["lora_B.bias"])
-            for module, found in parts.items()
-            if "lora_B.bias" in found
+            self._target(f"{module}.bias", module): self._shift(module, own["lora_B.bias"])
+            for module, own in matrices.items()
+            if "lora_B.bias" in own
         }
         return Adapter(replaced, low_rank, shifts)
 
     def tied_adapter(self, head: str, embedding: str) -> Adapter:
         """The adapter of a base that ties its head to its embedding, as PEFT merges it.
 
-        An end that was trained as a whole, by itself, makes the two differ. A LoRA on either end, or on both, is added
-        to the one tensor that they are; and where PEFT tied what it trained, it stored it at both ends.
+        Where one of the two was trained whole, without the other, they differ from then on. A LoRA on either, or on
+        both, is added to the tensor that they share. Where PEFT tied what it trained, it stored the result twice.
+
+        head: the name of the head.
+        embedding: the name of the embedding.
         """
         fitted = self.adapter()
         trained = any(self._trained_whole(name, fitted) for name in (head, embedding))
@@ -259,27 +287,28 @@ class _Fitting:
         return Adapter(whole, low_rank, fitted.shifts)
 
     def _trained_whole(self, name: str, fitted: Adapter) -> bool:
-        """Whether a tensor was trained as a whole: PEFT may store embeddings that were not."""
+        """Whether a tensor was trained whole; PEFT may also store embeddings that were not trained."""
         modules = tuple(self.config.modules_to_save or ())
         return name in fitted.replaced and name.removesuffix(".weight").endswith(modules)
 
     def _target(self, name: str, key: str) -> str:
-        """The base's name for a tensor of the adapter, which may have been tuned without the model's head."""
+        """The base's name for a tensor of the adapter. An adapter that was tuned without the model's head has names
+        that lack the prefix of the base's."""
         name = self.renamed.get(name, name)
         if name in self.table:
             return name
-        ends = [known for known in self.table if known.endswith(f".{name}")]
+        ends = [tensor for tensor in self.table if tensor.endswith(f".{name}")]
         if len(ends) == 1:
             return ends[0]
         raise InputError(f"{self.folder}: {key} fits no tensor of the base{self._origin}; {choices(name, self.table)}.")
 
-    def _low_rank(self, module: str, found: Mapping[str, TensorInfo]) -> LowRank:
-        embedding = "lora_embedding_A" in found
+    def _low_rank(self, module: str, matrices: Mapping[str, TensorInfo]) -> LowRank:
+        embedding = "lora_embedding_A" in matrices
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         for name in names:
-            if name not in found:
+            if name not in matrices:
                 raise InputError(f"{self.folder}: {module} lacks {name}; save the adapter again with PEFT.")
-        a, b = (found[name] for name in names)
+        a, b = (matrices[name] for name in names)
         target = self._target(f"{module}.weight", module)
         if len(a.shape) != 2 or len(b.shape) != 2:
             raise InputError(f"{self.folder}: {module} is no linear layer or embedding; only these can be merged.")

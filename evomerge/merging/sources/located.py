@@ -1,4 +1,4 @@
-"""A recipe read on another machine than the one that exported it: its models are found again."""
+"""Recipes read on another machine than the one that exported them: their models are found by other references."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,8 @@ from evomerge.recipe import Recipe, single
 
 
 def located(recipe: Recipe) -> Recipe:
-    """A recipe whose missing paths are replaced by what they stood for where it was exported."""
+    """A copy of a recipe in which paths that do not exist here are replaced by the references that they stood for where
+    the recipe was exported."""
     aliases = recipe.evomerge.aliases
     missing = {path: aliases[path] for path in recipe.references if path in aliases and not _is_here(path)}
     return recipe.renamed(missing)
@@ -21,17 +22,27 @@ def _is_here(path: str) -> bool:
 
 
 def read(target: str, warn: Callable[[str], None] = lambda _: None) -> Recipe:
-    """The recipe in a YAML file, or the recipe that is a model unchanged. warn: is told of what a file says in vain."""
+    """The recipe in a YAML file, or the recipe of one unchanged model.
+
+    target: a path that ends in .yaml or .yml, or the reference of a model.
+    warn: called with a sentence for each key or parameter that is ignored.
+    Raises InputError for a file that is no recipe.
+    """
     if target.endswith((".yaml", ".yml")):
         return located(load(Path(target), warn))
     return single(target)
 
 
 def load(path: Path, warn: Callable[[str], None] = lambda _: None) -> Recipe:
-    """The recipe in a file. warn: is told of keys and parameters that are ignored."""
+    """The recipe in a file.
+
+    path: a YAML file.
+    warn: called with a sentence for each key or parameter that is ignored.
+    Raises InputError for a file that is no recipe.
+    """
     from evomerge import recipe
 
-    found = recipe.load(path, warn)
-    for warning in unread_parameters(found):
+    loaded = recipe.load(path, warn)
+    for warning in unread_parameters(loaded):
         warn(f"{path}: {warning}")
-    return found
+    return loaded

@@ -1,7 +1,7 @@
 """Settings: what a config says of the model besides the shapes of its tensors.
 
-Under other settings the same weights compute another function, so merging models that differ in them is a mistake, or
-at least worth a word.
+With other settings the same weights compute another function. So merging models that differ in a setting is a mistake,
+or at least deserves a warning.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,10 +42,16 @@ _LONGEST = 60  # characters of a value in a message
 
 
 def check_settings(label: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> str | None:
-    """A warning about a model whose config differs from the base's, or None where they say the same.
+    """A warning about a model whose config differs from the base's; None where the two say the same.
 
-    Raises InputError where tensors of one shape mean different things: under other numbers of heads, or another
-    activation. There a key that only one config has is no difference; elsewhere the architecture's default stands in.
+    Numbers of heads and activations are compared where both configs have them. For other settings, the architecture's
+    default counts where a config has no value.
+
+    label: what to call the model in a message.
+    config: the model's config.json.
+    base: what to call the base in a message.
+    base_config: the base's config.json.
+    Raises InputError where tensors of one shape mean different things: with another number of heads or activation.
     """
     for key in (*_HEADS, *_ACTIVATIONS):
         mine, theirs = config.get(key), base_config.get(key)
@@ -69,15 +75,15 @@ def check_settings(label: str, config: Mapping[str, Any], base: str, base_config
 
 
 def _shifting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that shift what a model computes, with defaults, in the names that transformers has for them now."""
+    """The settings that shift what a model computes, with defaults, by the present names in transformers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config["model_type"]
     try:
-        known = CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config().to_dict()
-    except Exception:  # a config is checked by several libraries, and told of where the model is built
-        known = dict(config)
-    return dict(_flat("", {key: known.get(key) for key in _SHIFTING}))
+        settings = CONFIG_MAPPING[kind].from_dict(dict(config)).get_text_config().to_dict()
+    except Exception:  # several libraries check a config; their errors are reported where the model is built
+        settings = dict(config)
+    return dict(_flat("", {key: settings.get(key) for key in _SHIFTING}))
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -85,7 +91,7 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         name = key.removeprefix("rope_parameters") if not prefix else f"{prefix}.{key}"
         if isinstance(value, Mapping):
             yield from _flat(name, value)
-        elif value is not None and key != "type":  # what rope_type was called once
+        elif value is not None and key != "type":  # the old name of rope_type
             yield name.removeprefix("."), value
 
 

@@ -16,7 +16,7 @@ from evomerge.seen import Digests
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model, found and with its headers read.
+    """A model whose files have been located and whose headers have been read.
 
     reference: what it is called in a search file or a recipe.
     source: its folder, and that of an adapter.
@@ -55,7 +55,7 @@ class Model:
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that change when its files do."""
+        """16 hexadecimal digits that change when the model's files do."""
         return identity(self.source)
 
 
@@ -86,8 +86,8 @@ class Models(Mapping[str, Model]):
 
     @property
     def head_apart(self) -> bool:
-        """Whether some models tie their head and others do not. In memory it is then a tensor of its own, also where
-        a recipe names only models that tie it."""
+        """Whether some models tie their head and others do not. Then the head in memory is a tensor of its own, even
+        for a recipe whose models all tie it."""
         return self.head is not None and any(model.weights.own_head is None for model in self.values())
 
     @property
@@ -102,11 +102,11 @@ class Models(Mapping[str, Model]):
 
 
 def find_models(base: str, references: Iterable[str], keys: Mapping[str, str] | None = None) -> Models:
-    """Finds a base and the models that recipes may name, and reads their headers.
+    """A base and the models that recipes may name, located and with their headers read.
 
     base: a reference; an adapter that is named by itself is taken to change this model.
-    references: of the models that recipes may name, the base among them where they may name it.
-    keys: where a reference stands in a file, told with what is wrong with it.
+    references: the models that recipes may name. The base is one of them only if recipes may name it.
+    keys: the key in a file that holds a reference, by reference; it opens an error's message.
     Raises InputError for a model that is missing, is no model, or has weights that are not read.
     """
 
@@ -121,6 +121,6 @@ def find_models(base: str, references: Iterable[str], keys: Mapping[str, str] | 
 
 
 def models_of(config: SearchConfig) -> Models:
-    """The base and the models of a search. Raises InputError, opened by its key, for one that cannot be read."""
+    """The base and the models of a search. Raises InputError, with the key in the file, for one that cannot be read."""
     keys = {reference: f"models.{name}" for name, reference in config.models.items()} | {config.base: "base"}
     return find_models(config.base, (config.base, *config.models.values()), keys)

@@ -13,7 +13,7 @@ def preflight(models: Models, labels: Mapping[str, str] | None = None, same_tens
     """Warnings about models whose configs differ from the base's.
 
     models: the base, and the models that are merged with it.
-    labels: what to call a model in a message, by its reference; by default its reference.
+    labels: what to call a model in a message, by reference; by default the reference.
     same_tensors: whether names and shapes have to be the base's too.
     Raises InputError at the first difference that makes models unmergeable.
     """
@@ -45,7 +45,7 @@ def preflight(models: Models, labels: Mapping[str, str] | None = None, same_tens
 
 
 def _check_rows(label: str, weights: Weights, base: str, base_table: Mapping[str, TensorInfo]) -> None:
-    """Tells an adapter that resized the vocabulary as that."""
+    """Raises InputError for an adapter that resized the vocabulary, with a message of its own."""
     for name in weights.replaced:
         there, here = weights.table[name].shape, base_table[name].shape if name in base_table else ()
         if len(there) == len(here) == 2 and there[0] != here[0] and there[1:] == here[1:]:

@@ -13,7 +13,11 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.m
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model folder, and the folder of an adapter that is merged into it on reading."""
+    """Where a model's files are.
+
+    folder: the model's folder.
+    adapter: the folder of an adapter that is merged into the model on reading; None where there is none.
+    """
 
     folder: Path
     adapter: Path | None = None
@@ -23,9 +27,11 @@ class ModelSource:
 
 
 def find_source(reference: str, base: str) -> ModelSource:
-    """The source of a model reference. Raises InputError where there is none.
+    """The source of a model reference.
 
-    base: the reference that an adapter named by itself is taken to change.
+    reference: of a model, of a model with an adapter, or of an adapter.
+    base: the reference of the model that an adapter named by itself changes.
+    Raises InputError where there is no such model.
     """
     model, adapter = split_adapter(reference)
     folder = locate(model)
@@ -44,7 +50,10 @@ def find_source(reference: str, base: str) -> ModelSource:
 
 
 def split_adapter(reference: str) -> tuple[str, str | None]:
-    """`MODEL+ADAPTER` taken apart; a folder that has a plus in its name is one model."""
+    """The model and the adapter of a reference `MODEL+ADAPTER`; None for an adapter where it names none.
+
+    A folder that has a plus in its name is one model. Raises InputError for more than one plus, or an empty name.
+    """
     if "+" not in reference or Path(reference).expanduser().is_dir():
         return reference, None
     model, _, adapter = reference.partition("+")
@@ -54,7 +63,7 @@ def split_adapter(reference: str) -> tuple[str, str | None]:
 
 
 def pinned(reference: str) -> str:
-    """The reference, with the commit that a Hugging Face id stands for now in place of its revision."""
+    """The reference with the commit that each Hugging Face id in it stands for now, instead of a revision."""
     model, adapter = split_adapter(reference)
     if adapter:
         return f"{pinned(model)}+{pinned(adapter)}"
@@ -73,7 +82,7 @@ def _adapter_folder(reference: str) -> Path:
 
 
 def locate(reference: str) -> Path:
-    """The folder of one model or adapter. Raises InputError where there is none."""
+    """The folder of a model or an adapter, downloaded if necessary. Raises InputError where there is none."""
     if reference.startswith("zoo:"):
         return zoo.path(reference.removeprefix("zoo:"))
     folder = Path(reference).expanduser()

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: what the header says of them, and one of them at a time."""
+"""Tensors in safetensors files: what the header says of them, and their values, read one tensor at a time."""
 
 import json
 import struct
@@ -16,10 +16,13 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where a tensor lies in another one: strides over the elements of that.
+    """Where a tensor lies in another one.
 
-    tensor: the name of the other.
-    whole: whether it is all of it, as it is.
+    tensor: the name of the other tensor.
+    shape: the shape of the piece.
+    strides: its strides, counted in elements of the other tensor.
+    offset: where its first element lies in the other tensor.
+    whole: whether it is the other tensor itself.
     """
 
     tensor: str
@@ -29,7 +32,7 @@ class Piece:
     whole: bool
 
     def of(self, tensor: "torch.Tensor") -> "torch.Tensor":
-        """The piece as a view of a contiguous tensor; the tensor itself where it is the whole of it."""
+        """The piece as a view of a contiguous tensor; the tensor itself where the piece is the whole of it."""
         if self.whole:
             return tensor
         return tensor.detach().as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
@@ -37,9 +40,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, without its values; `stored` is its name in the file.
+    """Where a tensor lies and what it is, without its values.
 
-    piece: which part of what is stored it is; None where it is all of that.
+    file: the safetensors file.
+    dtype: as safetensors writes it, such as `BF16`.
+    shape: the tensor's shape.
+    stored: the name in the file.
+    piece: which piece of the stored tensor it is; None where it is all of it.
     """
 
     file: Path
@@ -50,7 +57,10 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The safetensors header: 8 bytes of length, then JSON; checked against the file's size."""
+    """The tensors of a safetensors file by name, from its header: 8 bytes of length, then JSON.
+
+    Raises InputError where the file is invalid, or has another size than its header says.
+    """
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -75,7 +85,7 @@ class TensorFiles:
         self._open: dict[Path, Any] = {}
 
     def read(self, info: TensorInfo) -> "torch.Tensor":
-        """One tensor in its storage dtype; not to be written to."""
+        """One tensor in its storage dtype. Nothing may be written into it. Raises InputError for a broken file."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -88,4 +98,5 @@ class TensorFiles:
         return tensor
 
     def close(self) -> None:
+        """Closes the files; tensors that were read stay valid."""
         self._open.clear()

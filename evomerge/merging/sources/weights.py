@@ -1,10 +1,10 @@
-"""Source: a model taken into a search, read from safetensors only.
+"""Weights: the tensors of a model, read from safetensors only.
 
 `Weights` reads names, shapes and dtypes from the file headers when it is made, and then one tensor at a time. Pickled
 weights are never opened.
 
-Tensors go by the names that transformers would write for the whole model (`naming`), whatever a checkpoint calls them;
-buffers that old checkpoints hold, and heads that are stored though the config ties them to the embedding, are left out.
+Tensors have the names that transformers would write for the whole model (`naming`), whatever a checkpoint calls them.
+Buffers of old checkpoints are left out, and so are heads that are stored though the config ties them to the embedding.
 """
 
 import hashlib
@@ -44,14 +44,15 @@ _BUFFER = re.compile(r"\.(?:attn|attention)\.(?:bias|masked_bias)$|\.rotary_emb\
 
 
 def seen_by(source: ModelSource) -> Digests:
-    """What the search saw that made a model, as the recipe beside its weights says; nothing where there is none."""
+    """The items that the search saw that made a model, as the recipe beside its weights says; empty where there is no
+    recipe."""
     folders = [source.folder] if source.adapter is None else [source.folder, source.adapter]
     recipes = [load_recipe(folder / RECIPE) for folder in folders if (folder / RECIPE).is_file()]
     return frozenset().union(*(recipe.evomerge.digests for recipe in recipes))
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder."""
+    """The config.json of a model folder. Raises InputError where it is missing, no JSON, or lacks a model type."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -72,11 +73,16 @@ def tensor_table(source: ModelSource | Path) -> dict[str, TensorInfo]:
 class Weights:
     """The tensors of a source, read one at a time, adapters merged in.
 
-    table: every tensor's name, with the dtype and shape that `read` gives it.
+    source: where the files are.
+    table: by name, every tensor with the dtype and shape that `read` gives it.
     """
 
     def __init__(self, source: ModelSource | Path) -> None:
-        """Reads the headers, no values."""
+        """Reads the headers, but no values.
+
+        source: a model folder, or one with an adapter.
+        Raises InputError for files that cannot be read or merged.
+        """
         self.source = source if isinstance(source, ModelSource) else ModelSource(source)
         self._files = TensorFiles()
         self._stored = self.table = _model_table(self.source.folder)
@@ -93,47 +99,49 @@ class Weights:
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """The tensors that an adapter stores whole."""
+        """The names of the tensors that an adapter stores whole."""
         return () if self._adapter is None else tuple(self._adapter.replaced)
 
     def find(self, name: str) -> TensorInfo | None:
-        """A tensor's entry in the table; for the head of a model that ties it, that of its embedding."""
+        """A tensor's entry in the table; None where there is none. The head of a model that ties it has the entry of
+        the embedding."""
         return self.table.get(self._name(name))
 
     def read(self, name: str) -> "torch.Tensor":
-        """One tensor that `find` finds, on the CPU in its storage dtype; not to be written to.
+        """One tensor that `find` finds, on the CPU in its storage dtype. Nothing may be written into it.
 
-        It is memory-mapped where no adapter changes it.
+        It is memory-mapped where no adapter changes it. Raises InputError where there is no such tensor.
         """
-        found = self._name(name)
-        if found not in self._stored:
+        own = self._name(name)
+        if own not in self._stored:
             raise InputError(f"{self.source}: the weights lack {name}; {choices(name, self._stored)}.")
-        tensor = self._files.read(self._stored[found])
-        return tensor if self._adapter is None else self._adapter.adapt(found, tensor, self._files.read)
+        tensor = self._files.read(self._stored[own])
+        return tensor if self._adapter is None else self._adapter.adapt(own, tensor, self._files.read)
 
     def close(self) -> None:
-        """Gives back the memory that reading has mapped, as soon as no tensor needs it."""
+        """Gives back the memory that reading has mapped, once no tensor needs it."""
         self._files.close()
 
     def _name(self, name: str) -> str:
         if name in self.table or name not in HEAD_NAMES:
             return name
-        embeddings = [known for known in self.table if _EMBEDDING.search(known)]
+        embeddings = [tensor for tensor in self.table if _EMBEDDING.search(tensor)]
         return embeddings[0] if len(embeddings) == 1 and _ties(self.source.folder) else name
 
     def _tied(self, head: str) -> tuple[str, str] | None:
-        """The head and the embedding that stands for it, of a model that ties them."""
+        """The names of the head and of the embedding that it is tied to; None where the model does not tie them."""
         embedding = self._name(head)
         return (head, embedding) if embedding != head else None
 
     @property
     def own_head(self) -> str | None:
-        """The name of the head, where it is a tensor of its own."""
+        """The name of the head; None where it is not a tensor of its own."""
         return next((name for name in HEAD_NAMES if name in self.table), None)
 
 
 def _ties(folder: Path) -> bool:
-    """Whether a model's head is its embedding: as transformers makes the model, or else as its config says."""
+    """Whether a model ties its head to its embedding: as transformers builds the model, or as the config says where
+    transformers cannot build it."""
     naming = _naming(folder)
     if naming is not None:
         return any(head in naming.tied for head in HEAD_NAMES)
@@ -141,13 +149,16 @@ def _ties(folder: Path) -> bool:
 
 
 def untied_head(sources: Iterable[Weights]) -> str | None:
-    """The name of the head in a merge of sources of which one has a head of its own: then the merge has, too, and in
-    sources that tie it the embedding stands for it. None where all of them tie it."""
+    """The name of the head in a merge of sources; None where all sources tie it to their embedding.
+
+    Where one source has a head of its own, the merge has one, too. The embedding then serves as the head of the sources
+    that tie it.
+    """
     return next((source.own_head for source in sources if source.own_head is not None), None)
 
 
 def _model_table(folder: Path) -> dict[str, TensorInfo]:
-    """A model's tensors by the names that transformers would write, whatever the names in its files are."""
+    """A model's tensors by the names that transformers would write, whatever its files call them."""
     table: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
         table |= read_header(file)
@@ -168,8 +179,8 @@ def _cut(info: TensorInfo, piece: "Piece | None") -> TensorInfo:
 
 
 def _naming(folder: Path) -> "Naming | None":
-    """How transformers calls the tensors of a folder's model; None where it cannot build the model, which is told when
-    the model is wanted."""
+    """The naming of a folder's model. None where transformers cannot build the model, which is reported when the model
+    is needed."""
     from evomerge.merging.naming import naming_in
 
     try:
@@ -203,21 +214,32 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def with_head(weights: Weights, head: str | None) -> dict[str, TensorInfo]:
-    """A model's table, with its embedding for a head where only others have one of their own."""
+    """A model's table, with an entry for the head of a merge.
+
+    weights: the model's tensors.
+    head: the name of the head in the merge (`untied_head`); None where it has none of its own. A model that ties its
+        head has the embedding's entry under this name.
+    """
     info = weights.find(head) if head is not None else None
     return weights.table | ({head: info} if head is not None and info is not None else {})
 
 
 def load_tensors(source: ModelSource | Path, names: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
-    """The named tensors of a source, or all of them, in their storage dtypes."""
+    """Tensors of a source by name, in their storage dtypes.
+
+    source: a model folder, or one with an adapter.
+    names: which tensors; all of them by default.
+    Raises InputError for files that cannot be read, and for unknown names.
+    """
     weights = Weights(source)
     return {name: weights.read(name) for name in (weights.table if names is None else names)}
 
 
 def identity(source: ModelSource) -> str:
-    """16 hexadecimal digits that change when a source's files do: config, sizes, headers, the first and last MiB.
+    """16 hexadecimal digits that change when a source's files do.
 
-    Reads a few MiB of each file, so that terabytes take no longer than seconds.
+    They are a hash of the config and of each file's size, header, first MiB and last MiB. So little of each file is
+    read that terabytes take seconds.
     """
     digest = hashlib.sha256()
     files = [source.folder / "config.json", *_weight_files(source.folder)]

@@ -1,7 +1,7 @@
-"""Chat templates by name: what a recipe's `chat_template` may call for without writing it out.
+"""Chat templates by name, for recipes whose `chat_template` names a format.
 
-Each renders what the format's publisher documents, and differs from mergekit's template of that name where that does
-not. `eos_token` and `bos_token` are the tokenizer's own.
+A template renders what the format's publisher documents, also where mergekit's template of the same name does not.
+`eos_token` and `bos_token` are the tokenizer's.
 """
 
 _CHATML = (  # github.com/openai/openai-python, chatml.md

@@ -1,7 +1,7 @@
-"""StreamedMerge: a merge of any structure, one tensor at a time from the files of its models to those of a checkpoint.
+"""StreamedMerge: a merge of any structure, one tensor at a time from the models' files to those of a checkpoint.
 
 Memory holds the sources of one tensor and its merge, whatever the size of the models. The weights are bit for bit those
-that ResidentModels has in memory for the same recipe.
+that ResidentModels makes in memory for the same recipe.
 """
 
 import json
@@ -32,14 +32,21 @@ GENERATION = "generation_config.json"
 
 
 class StreamedMerge:
-    """A recipe worked out down to the shapes of its tensors; what can be wrong with it has been checked by then.
+    """A recipe that has been worked out down to the shapes of its tensors, and checked.
 
     The output takes config, generation config and tokenizer from the base, or from the first model where there is none.
+
+    plan: how each tensor is made.
     """
 
     def __init__(self, recipe: Recipe, models: Models, where: str, device: str, dtype: str) -> None:
-        """models: those of the recipe, its first one as the base. dtype: of the output. Raises InputError for what
-        cannot be merged."""
+        """recipe: what to merge.
+        models: the recipe's models; their base is the first model that the recipe names.
+        where: what the recipe is called, which opens an error's message.
+        device: where tensors are merged, such as `cpu` or `cuda:0`.
+        dtype: the dtype of the output, such as `bfloat16`.
+        Raises InputError for what cannot be merged.
+        """
         self._recipe, self._where = recipe, where
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -57,7 +64,7 @@ class StreamedMerge:
 
     @property
     def unknown_tokens(self) -> list[str]:
-        """Tokens of the output that no model has, so that their embeddings are zeros."""
+        """The tokens of the output that no model has; their embeddings are zeros."""
         return self._vocabulary.unknown if self._vocabulary else []
 
     def _planned(self, configs: dict[str, Any]) -> MergePlan:
@@ -87,14 +94,15 @@ class StreamedMerge:
         if self._vocabulary is not None:
             text = config.get_text_config()
             text.vocab_size = self._vocabulary.size
-            for part in [config] if text is config else [config, text]:
-                for key, value in self._vocabulary.moved(self._first, part.to_dict()).items():
-                    setattr(part, key, value)
+            for section in [config] if text is config else [config, text]:
+                for key, value in self._vocabulary.moved(self._first, section.to_dict()).items():
+                    setattr(section, key, value)
         config.dtype = self._dtype
         return skeleton_of(config, self._folders[self._first])
 
     def _check_tensors(self) -> None:
-        """Every tensor is one of the output's model, and every source of it is there with its shape."""
+        """Raises InputError where the plan and the output's model have different tensors, or where a source of a tensor
+        is missing or has another shape."""
         planned = {tensor.name for tensor in self.plan.tensors}
         different = sorted(planned ^ set(self._skeleton.parameters))
         if different:
@@ -122,21 +130,27 @@ class StreamedMerge:
         info = weights.find(name)
         if info is None:
             raise InputError(f"{weights.source}: the weights lack {name}; {choices(name, weights.table)}.")
-        found = info.shape
+        shape = info.shape
         rows = output in self._skeleton.vocabulary
-        if (found[1:] == expected[1:]) if rows and self._vocabulary else (found == expected):
+        if (shape[1:] == expected[1:]) if rows and self._vocabulary else (shape == expected):
             return
         advice = "only models of one shape can be merged"
         if rows and not self._vocabulary:
             advice = "say whose tokens the merge has (tokenizer_source: union, base or a model)"
         raise InputError(
-            f"{self._where}: {name} of {model} has shape {list(found)}, but the merge ({self._first}) has "
+            f"{self._where}: {name} of {model} has shape {list(shape)}, but the merge ({self._first}) has "
             f"{list(expected)}; {advice}."
         )
 
     @torch.no_grad()
     def write(self, folder: Path, shard_size: int, tokenizer: bool = True) -> str:
-        """Writes weights, configs and, if wished, a tokenizer into a folder; returns the weights' fingerprint."""
+        """The fingerprint of the weights, which are written into a folder with configs and a tokenizer.
+
+        folder: an empty folder.
+        shard_size: the largest size of a file of weights, in bytes.
+        tokenizer: whether a tokenizer is written, too. A recipe that builds one gets it in any case.
+        Raises WorkFailed where a merged weight is not finite, and InputError where a source's weight is not.
+        """
         layout = self._layout()
         sums: list[int] = []
         write_weights(folder, layout, self._tensors(layout, sums), shard_size)
@@ -147,13 +161,14 @@ class StreamedMerge:
         return f"{sum(sums) % (1 << 64):016x}"
 
     def _layout(self) -> Layout:
-        """Shape and dtype of all that is written, wider elements first, so that every tensor is aligned."""
+        """The shape and dtype of each tensor to write, wider elements first, so that every tensor is aligned."""
         layout = {name: (shape, self._dtype) for name, shape in self._skeleton.parameters.items()}
         layout |= {name: buffer for name, buffer in self._skeleton.buffers.items() if self._origin(name) is not None}
         return dict(sorted(layout.items(), key=lambda item: -item[1][1].itemsize))
 
     def _origin(self, buffer: str) -> tuple[str, str] | None:
-        """Where a tensor that is no parameter is copied from: where its layer comes from; None where that lacks it."""
+        """The model and the name that a tensor that is no parameter is copied from: those of its layer's first source.
+        None where the model lacks the tensor."""
         layer = layer_index(buffer)
         model, name = self._first, buffer
         if layer is not None:
@@ -162,7 +177,8 @@ class StreamedMerge:
         return (model, name) if name in self._weights[model].table else None
 
     def _tensors(self, layout: Layout, sums: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors in the layout's order, made as they are asked for; the checksums of the merged ones."""
+        """The tensors in the layout's order, each made when it is asked for. The checksums of merged tensors are added
+        to `sums`."""
         merges = {tensor.name: tensor for tensor in self.plan.tensors}
         for name, (_, dtype) in layout.items():
             if name in merges:
@@ -235,13 +251,13 @@ class StreamedMerge:
 
 
 def _sources(tensor: TensorMerge) -> list[tuple[str, str]]:
-    """Each model with its tensor, the base among them."""
+    """The models of a tensor, the base among them, each with the name of its tensor."""
     base = [(tensor.base, tensor.base_source)] if tensor.base is not None else []
     return [*base, *zip(tensor.models, tensor.sources, strict=True)]
 
 
 def stored_fingerprint(folder: Path) -> str:
-    """The fingerprint of a checkpoint, read one tensor at a time."""
+    """The fingerprint of the checkpoint in a folder, 16 hexadecimal digits, read one tensor at a time."""
     weights = Weights(folder)
     total = 0
     for name in skeleton_of(load_config(folder), folder).parameters:

@@ -1,8 +1,8 @@
 """Checkpoint: a plain Hugging Face folder, written whole or not at all.
 
-The folder is filled under a temporary name beside its place and only renamed when all is in it and verified. Weights
-are written one tensor at a time: a safetensors file is a header, which shapes and dtypes suffice for, and then the
-tensors' bytes.
+The folder is filled under a temporary name beside its place, and renamed when it is complete and verified. Weights are
+written one tensor at a time. This works because a safetensors file is a header, for which shapes and dtypes suffice,
+followed by the tensors' bytes.
 """
 
 import json
@@ -50,7 +50,10 @@ def check_writable(out: Path) -> None:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends; nothing is left where it fails."""
+    """A folder to fill, which becomes `out` when the block ends. Where the block fails, nothing is left.
+
+    Raises InputError where `out` cannot be made, and WorkFailed where writing fails.
+    """
     check_writable(out)
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,13 +74,18 @@ def staged(out: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # somebody else may have begun to use them
+        with suppress(OSError):  # another process may use the folders by now
             for parent in [] if done else made:
                 parent.rmdir()
 
 
 def parse_size(text: str, itemsize: int) -> int:
-    """Bytes of a size such as 5GB, or of a number of parameters such as 5B, each of `itemsize` bytes."""
+    """A size in bytes.
+
+    text: a size such as `5GB`, or a number of parameters such as `5B`.
+    itemsize: bytes of one parameter.
+    Raises InputError for any other text.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|TB|K|M|B)", text.strip().upper())
     size = float(match[1]) * SIZES[match[2]] * (1 if len(match[2]) == 2 else itemsize) if match else 0
     if size < 1:
@@ -86,9 +94,12 @@ def parse_size(text: str, itemsize: int) -> int:
 
 
 def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int) -> None:
-    """Writes tensors in the layout's order, in files of at most `shard_size` bytes unless one tensor has more.
+    """Writes tensors into the safetensors files of a checkpoint, with an index where there are several files.
 
-    tensors: name and values, in the layout's order, each asked for when the one before it has been written.
+    folder: where the files are written.
+    layout: the shape and dtype of each tensor, by name.
+    tensors: names and values, in the layout's order. A tensor is asked for when the one before it has been written.
+    shard_size: the largest size of a file in bytes; a larger tensor has a file of its own.
     """
     shards = _shards(layout, shard_size)
     width = max(5, len(str(len(shards))))
@@ -116,7 +127,7 @@ def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def _shards(layout: Layout, shard_size: int) -> list[list[str]]:
-    """The tensors of each file, in order."""
+    """The names of the tensors in each file, in order."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in layout.items():
@@ -130,7 +141,8 @@ def _shards(layout: Layout, shard_size: int) -> list[list[str]]:
 
 
 def _write_header(stream: IO[bytes], layout: Layout) -> None:
-    """8 bytes of length, then JSON, padded so that the tensors begin at a multiple of 8."""
+    """Writes a safetensors header: 8 bytes of length, then JSON, padded so that the tensors begin at a multiple of
+    8."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in layout.items():

@@ -1,8 +1,13 @@
 """Vocabulary: the output's tokenizer, and every model's embeddings in its order before they are merged.
 
-The rules are mergekit 0.1.5's. A token that a model lacks takes its sole owner's embedding, or else the base's if that
-has it, or else the average of those that have it; one that none has takes zeros. A recipe's `tokenizer.tokens` may name
-another source. Rows beyond the tokens are padding: the average of all tokens.
+The rules are those of mergekit 0.1.5. A model that lacks a token gets an embedding for it:
+
+- of the only model that has the token, or
+- of the base, if it has the token, or
+- the average over the models that have it, or
+- zeros, if no model has it.
+
+A recipe's `tokenizer.tokens` may name another source. Rows beyond the tokens are padding: the average of all tokens.
 """
 
 import tempfile
@@ -23,10 +28,13 @@ from evomerge.recipe import ModelToken, Recipe, TokenizerSettings, TokenSettings
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer with what it means for the models.
+    """The output's tokenizer, and where its tokens are in each model.
 
-    size: rows of the output's embeddings. rows: per model, int64 of shape (tokens,): its row of each token, or -1.
-    own: per model, its rows by text. settings: what the recipe says about single tokens, by id.
+    tokenizer: the transformers tokenizer of the output.
+    size: how many rows the output's embeddings have.
+    rows: each model's row of every token, int64, shape (tokens,); -1 where the model lacks the token.
+    own: each model's rows by the text of the token.
+    settings: what the recipe says about single tokens, by id.
     """
 
     tokenizer: Any
@@ -36,9 +44,11 @@ class Vocabulary:
     settings: Mapping[int, TokenSettings]
 
     def aligned(self, tensors: Mapping[str, torch.Tensor], base: str | None) -> dict[str, torch.Tensor]:
-        """The embeddings of the models that are merged, each with one row per token of the output.
+        """The embeddings of the models that are merged, each with one row per row of the output's embeddings.
 
-        tensors: by model, float32 with one row per token of its own. base: the model asked first, if it is one of them.
+        tensors: the embeddings by model, float32, with one row per token of the model.
+        base: the model whose embeddings are preferred where others lack a token, if it is among `tensors`.
+        Raises InputError where a token's source is not among them.
         """
         device = next(iter(tensors.values())).device
         rows = {model: self.rows[model].to(device) for model in tensors}
@@ -52,12 +62,12 @@ class Vocabulary:
         self, tensor: torch.Tensor, rows: torch.Tensor, instead: torch.Tensor, forced: torch.Tensor
     ) -> torch.Tensor:
         kept = (rows >= 0) & ~forced
-        found = tensor.new_empty((self.size, *tensor.shape[1:]))
-        tokens = found[: len(rows)]
+        aligned = tensor.new_empty((self.size, *tensor.shape[1:]))
+        tokens = aligned[: len(rows)]
         tokens[kept] = tensor[rows[kept]]
         tokens[~kept] = instead[~kept]
-        found[len(rows) :] = tokens.mean(dim=0)
-        return found
+        aligned[len(rows) :] = tokens.mean(dim=0)
+        return aligned
 
     def _defaults(
         self,
@@ -67,22 +77,22 @@ class Vocabulary:
         forced: torch.Tensor,
         base: str | None,
     ) -> torch.Tensor:
-        """The row that stands in for each token where a model lacks it."""
+        """The embedding of each token for models that lack the token."""
         some = next(iter(tensors.values()))
         owners = has.sum(dim=0)
-        found = some.new_zeros((has.shape[1], *some.shape[1:]))
+        defaults = some.new_zeros((has.shape[1], *some.shape[1:]))
         wanted = (owners < len(tensors)) | forced
         for model, tensor in tensors.items():
             mine = wanted & (rows[model] >= 0)
-            found[mine] += tensor[rows[model][mine]]
-        found /= owners.clamp(min=1).reshape(-1, *[1] * (some.dim() - 1))
+            defaults[mine] += tensor[rows[model][mine]]
+        defaults /= owners.clamp(min=1).reshape(-1, *[1] * (some.dim() - 1))
         if base is not None and base in tensors:
             mine = wanted & (rows[base] >= 0)
-            found[mine] = tensors[base][rows[base][mine]]
+            defaults[mine] = tensors[base][rows[base][mine]]
         for token, settings in self.settings.items():
             if wanted[token] and settings.source is not None:
-                found[token] = self._configured(tensors, token, settings)
-        return found
+                defaults[token] = self._configured(tensors, token, settings)
+        return defaults
 
     def _configured(self, tensors: Mapping[str, torch.Tensor], token: int, settings: TokenSettings) -> torch.Tensor:
         source, some = settings.source, next(iter(tensors.values()))
@@ -101,7 +111,12 @@ class Vocabulary:
         return tensors[model][row]
 
     def source(self, token: int, settings: TokenSettings) -> tuple[str, int]:
-        """The model and its row that a token's embedding is taken from. Raises InputError where there is none."""
+        """The model, and its row, that a token's embedding is taken from.
+
+        token: the token's id in the output.
+        settings: what the recipe says about it; its source is a model or a token of a model.
+        Raises InputError for an unknown model, and for a token that the model lacks.
+        """
         text, source = self.tokenizer.convert_ids_to_tokens(token), settings.source
         if isinstance(source, ModelToken):
             model, wanted = source.model, source.token
@@ -120,19 +135,24 @@ class Vocabulary:
         return model, self.own[model][str(wanted)]
 
     def moved(self, reference: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The `bos_token_id` and the like of a model's config, as ids of this vocabulary; None where it lacks them."""
+        """The `bos_token_id` and similar keys of a model's config, with ids of this vocabulary. A token that it lacks
+        is None, or is left out of a list.
+
+        reference: the model.
+        content: its config, or its generation config.
+        """
         new = {old: token for token, old in enumerate(self.rows[reference].tolist()) if old >= 0}
-        found: dict[str, Any] = {}
+        moved: dict[str, Any] = {}
         for key, value in content.items():
             if key.endswith("_token_id") and isinstance(value, list):
-                found[key] = [new[old] for old in value if old in new]
+                moved[key] = [new[old] for old in value if old in new]
             elif key.endswith("_token_id") and value is not None:
-                found[key] = new.get(value)
-        return found
+                moved[key] = new.get(value)
+        return moved
 
     @property
     def unknown(self) -> list[str]:
-        """Tokens without a source that no model has."""
+        """The tokens that no model has and that the recipe names no source for."""
         nowhere = torch.stack(list(self.rows.values())).amax(dim=0) < 0
         return [
             str(self.tokenizer.convert_ids_to_tokens(token))
@@ -144,9 +164,13 @@ class Vocabulary:
 def build_vocabulary(
     recipe: Recipe, settings: TokenizerSettings, folders: Mapping[str, Path], sizes: Mapping[str, int]
 ) -> Vocabulary:
-    """The output's vocabulary. sizes: how many rows each model's embeddings have.
+    """The vocabulary of a merge's output.
 
-    The first reference, which is the base if there is one, stands for `base`.
+    recipe: the recipe. The first model that it names counts as `base`; it is the base where there is one.
+    settings: how the recipe builds the tokenizer.
+    folders: the models' folders, by reference.
+    sizes: how many rows each model's embeddings have, by reference.
+    Raises InputError where a tokenizer cannot be read, or a source of a token does not exist.
     """
     tokenizers = {reference: read_tokenizer(folders[reference]) for reference in recipe.references}
     own = {
@@ -154,9 +178,9 @@ def build_vocabulary(
         for reference, tokenizer in tokenizers.items()
     }
     tokenizer = _output(settings.source, folders, tokenizers, own)
-    known = tokenizer.get_vocab()
+    present = tokenizer.get_vocab()
     for text in settings.tokens or {}:
-        if text not in known:
+        if text not in present:
             tokenizer.add_tokens(text)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     count = max(vocabulary.values()) + 1
@@ -166,17 +190,17 @@ def build_vocabulary(
         new, old = torch.tensor(shared, dtype=torch.int64).reshape(-1, 2).T
         rows[reference][new] = old
     multiple = settings.pad_to_multiple_of or 1
-    found = Vocabulary(
+    built = Vocabulary(
         tokenizer=tokenizer,
         size=-(-count // multiple) * multiple,
         rows=rows,
         own=own,
         settings={vocabulary[text]: token for text, token in (settings.tokens or {}).items()},
     )
-    for token, wanted in found.settings.items():
+    for token, wanted in built.settings.items():
         if isinstance(wanted.source, str | ModelToken):
-            found.source(token, wanted)
-    return found
+            built.source(token, wanted)
+    return built
 
 
 def _output(
@@ -203,7 +227,7 @@ def _output(
 
 
 def _union(tokenizers: Mapping[str, Any], own: Mapping[str, Mapping[str, int]]) -> Any:
-    """The first tokenizer with the tokens of the others added, model by model, in the order of their rows."""
+    """The first tokenizer, with the tokens of the others added, model by model, in the order of their rows."""
     base = next(iter(tokenizers))
     with tempfile.TemporaryDirectory() as folder, quiet():
         tokenizers[base].save_pretrained(folder)
@@ -221,15 +245,19 @@ def _union(tokenizers: Mapping[str, Any], own: Mapping[str, Mapping[str, int]]) 
 
 
 def chat_template(recipe: Recipe, folders: Mapping[str, Path], where: str) -> str | None:
-    """The Jinja text that a recipe's `chat_template` stands for; None for an `auto` that finds none.
+    """The Jinja text that a recipe's `chat_template` stands for; None for `auto` where no model has a template.
 
-    `auto` is the one that most of the models have; a name is that of a model, or of a format (chat_templates.py).
-    Raises InputError for any other name.
+    `auto` is the template that most models have. A name is that of a model, or of a format (chat_templates.py).
+
+    recipe: the recipe.
+    folders: the models' folders, by reference.
+    where: what the recipe is called, which opens an error's message.
+    Raises InputError for any other name, and for a model without a template.
     """
     wanted = recipe.chat_template or ""
     if wanted == "auto":
-        found = [text for text in map(_template, folders.values()) if text]
-        return Counter(found).most_common(1)[0][0] if found else None
+        templates = [text for text in map(_template, folders.values()) if text]
+        return Counter(templates).most_common(1)[0][0] if templates else None
     if wanted in folders:
         text = _template(folders[wanted])
         if text is None:
@@ -239,9 +267,9 @@ def chat_template(recipe: Recipe, folders: Mapping[str, Path], where: str) -> st
         return wanted
     if wanted in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[wanted]
-    known = choices(wanted, ["auto", *CHAT_TEMPLATES])
+    options = choices(wanted, ["auto", *CHAT_TEMPLATES])
     raise InputError(
-        f"{where}: chat_template is '{wanted}', no known format; {known}, or write a model of the recipe, or the "
+        f"{where}: chat_template is '{wanted}', no known format; {options}, or write a model of the recipe, or the "
         "template itself (Jinja)."
     )
 
