@@ -219,3 +219,8 @@ def test_every_file_that_security_points_at_exists() -> None:
     assert len(proofs) >= len(rows) - 1
     for path in [*(REPOSITORY / "evomerge" / name for name in guards), *(REPOSITORY / name for name in proofs)]:
         assert path.exists(), path
+
+
+def test_the_readme_is_short() -> None:
+    """It says what evomerge is; the pages say the rest."""
+    assert len((REPOSITORY / "README.md").read_text().split()) <= 1000

@@ -44,7 +44,7 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
 def _license_lines(warnings: Sequence[str]) -> list[str]:
     if not warnings:
         return []
-    return ["## Licence", "", *(f"- {warning[0].upper()}{warning[1:]}" for warning in warnings), ""]
+    return ["## License", "", *(f"- {warning[0].upper()}{warning[1:]}" for warning in warnings), ""]
 
 
 def _score_lines(title: str, scores: Mapping[str, float | None] | None) -> list[str]:

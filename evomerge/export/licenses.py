@@ -27,8 +27,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "its owner's terms on use, size of business and naming have to be handed on",
         ("gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "deepfloyd-if-license"),
     ),
-    "asks for the same licence": (
-        "what is made of it may only be shared under the same licence, without further terms",
+    "asks for the same license": (
+        "what is made of it may only be shared under the same license, without further terms",
         ("lgpl-3.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "agpl-3.0"),
     ),
     "forbids commerce": (
@@ -91,7 +91,7 @@ def combined(licenses: Mapping[str, str | None]) -> Verdict:
     licenses: the hub's id of each parent's license, by the parent's name; None where its card states none.
     """
     warnings = [
-        f"the licence of {model} is unknown "
+        f"the license of {model} is unknown "
         f"({f'its card says {stated}' if stated else 'its card states none'}); look it up before you share the merge."
         for model, stated in licenses.items()
         if stated not in _KIND
@@ -100,10 +100,10 @@ def combined(licenses: Mapping[str, str | None]) -> Verdict:
     terms = {stated: model for model, stated in recognized.items() if _KIND[stated] not in _COMPATIBLE}
     if len(terms) > 1:
         listed = ", ".join(f"{stated} ({model}: {KINDS[_KIND[stated]][0]})" for stated, model in terms.items())
-        warnings.append(f"the licences of the models may contradict each other, since all hold at once: {listed}.")
+        warnings.append(f"the licenses of the models may contradict each other, since all hold at once: {listed}.")
     for model, stated in recognized.items():
         if _KIND[stated] == "forbids derivatives":
-            warnings.append(f"the licence of {model}, {stated}, forbids to share what is made of it, as a merge is.")
+            warnings.append(f"the license of {model}, {stated}, forbids to share what is made of it, as a merge is.")
     if len(recognized) < len(licenses) or not recognized:
         return Verdict(OTHER, tuple(warnings))
     return Verdict(max(recognized.values(), key=_RANK.__getitem__), tuple(warnings))

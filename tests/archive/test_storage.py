@@ -81,6 +81,7 @@ def await_server(url: str) -> None:
     wait_until(answers, pause=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_shared_storage_is_read_from_its_url_alone_and_its_password_is_written_nowhere(
     postgres: str, search_file: WriteSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def administration(url: str) -> Iterator[Callable[[str], object]]:
         yield connection.execute
 
 
+@pytest.mark.slow
 def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
     postgres: str, guest: str, search_file: WriteSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,7 @@ def test_many_drawn_tasks_do_so_too(model, tmp_path_factory, drawn):
     check(drawn, tmp_path_factory.mktemp("drawn"), model)
 
 
+@pytest.mark.slow
 def test_enough_drawn_tasks_can_be_searched_on(model, tmp_path_factory):
     """Or else the claims above would be about few."""
     found = []

@@ -23,6 +23,7 @@ from tests.searches import EVALS, small_search
 
 PRETENDED = Path(__file__).parent / "pretended_vllm"
 MERGE = linear({"zoo:math": 0.7, "zoo:lang": 0.3})
+pytestmark = pytest.mark.slow  # an engine starts in a process of its own, which imports torch
 
 
 @pytest.fixture(scope="module")

@@ -651,7 +651,7 @@ def test_the_merge_command_takes_mergekit_s_options(paths, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert not stopped.value.code
-    assert "licence of" in capsys.readouterr().err
+    assert "license of" in capsys.readouterr().err
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors.index.json", "evomerge_recipe.yaml"} <= names
     assert not [name for name in names if name.startswith(("README", "tokenizer", "chat_template"))]

@@ -1,4 +1,4 @@
-"""The licence that a merge's card carries, and what its user is warned of."""
+"""The license that a merge's card carries, and what its user is warned of."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def card(folder: Path, text: str) -> Path:
         ("", None),
     ],
 )
-def test_the_licence_is_read_from_the_front_matter(text, license, tmp_path):
+def test_the_license_is_read_from_the_front_matter(text, license, tmp_path):
     assert stated_license([card(tmp_path / "model", text)]) == license
 
 
@@ -59,17 +59,17 @@ def test_a_model_with_an_adapter_has_the_terms_of_both(tmp_path):
         (["openrail", "cc0-1.0"], "openrail"),
     ],
 )
-def test_the_most_restrictive_licence_is_taken_without_a_word_where_the_others_allow_it(licenses, license):
+def test_the_most_restrictive_license_is_taken_without_a_word_where_the_others_allow_it(licenses, license):
     verdict = combined({f"model {index}": each for index, each in enumerate(licenses)})
     assert (verdict.license, verdict.warnings) == (license, ())
 
 
-@pytest.mark.parametrize("unknown", [None, "other", "my-own-licence"])
-def test_one_unknown_licence_makes_the_merge_s_unknown(unknown):
+@pytest.mark.parametrize("unknown", [None, "other", "my-own-license"])
+def test_one_unknown_license_makes_the_merge_s_unknown(unknown):
     verdict = combined({"a": "mit", "b": unknown})
     assert verdict.license == "other"
     assert len(verdict.warnings) == 1
-    assert verdict.warnings[0].startswith("the licence of b is unknown")
+    assert verdict.warnings[0].startswith("the license of b is unknown")
 
 
 def test_terms_that_all_hold_at_once_are_told():
@@ -82,13 +82,13 @@ def test_terms_that_all_hold_at_once_are_told():
     assert not combined({"a": "gemma", "b": "gemma"}).warnings
 
 
-def test_a_licence_that_forbids_derivatives_is_told():
+def test_a_license_that_forbids_derivatives_is_told():
     verdict = combined({"a": "cc-by-nc-nd-4.0", "b": "mit"})
     assert verdict.license == "cc-by-nc-nd-4.0"
     assert "forbids to share what is made of it" in verdict.warnings[0]
 
 
-def test_every_licence_is_of_one_kind():
+def test_every_license_is_of_one_kind():
     identifiers = [identifier for _, kind in KINDS.values() for identifier in kind]
     assert len(identifiers) == len(set(identifiers))
 
@@ -110,7 +110,7 @@ def test_the_card_of_a_merge_carries_it_with_its_warnings(tiny_models, tmp_path)
         "license": "apache-2.0",
         "tags": ["merge", "mergekit", "evomerge"],
     }
-    assert "## Licence" not in bodies["known"]
+    assert "## License" not in bodies["known"]
     assert fronts["unknown"]["license"] == "other"
     assert len(told) == 1
     assert told[0][1:] in bodies["unknown"]

@@ -60,6 +60,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_killed_three_times_a_search_resumes_to_the_archive_of_the_undisturbed_one(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_one_and_two_ray_workers_and_a_kill_among_them_give_the_archive_of_the_i
     assert max(Counter(evaluated(directory)).values()) == 1
 
 
+@pytest.mark.slow
 def test_interrupted_it_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     directory = tmp_path / "interrupted"
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -106,6 +108,7 @@ def test_interrupted_it_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> N
     assert len(evaluated(directory)) == len(set(evaluated(directory)))
 
 
+@pytest.mark.slow
 def test_a_finished_search_reports_itself_finished_and_can_be_extended(undisturbed: Path, tmp_path: Path) -> None:
     status = json.loads(evomerge("status", undisturbed, "--json"))
     assert (status["state"], status["evaluations"], status["budget"]) == ("finished", 24, 24)

@@ -129,6 +129,7 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(REAL))
 def test_a_search_on_the_zoo_is_interrupted_resumed_exported_and_merged(name, search_file, tmp_path):
     path = search_file(

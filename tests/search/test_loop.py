@@ -75,6 +75,7 @@ def test_the_archive_depends_neither_on_the_number_of_workers_nor_on_who_finishe
     assert content(together, prepared) == content(alone, prepared)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_archive_and_repeats_no_finished_evaluation(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_the_archive_depends_neither_on_the_number_of_workers_nor_on_who_finishe
         assert content(together, prepared) == content(alone, prepared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [1, 9, 40])
 def test_killed_at_any_moment_it_resumes_to_the_same_archive_and_repeats_no_finished_evaluation(
     prepared, tmp_path, kill

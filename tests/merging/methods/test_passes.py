@@ -36,6 +36,7 @@ def inputs_of(method: str, planes: bool = False, dtype: torch.dtype = torch.bflo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della"])
