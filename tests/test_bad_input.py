@@ -4,9 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
 from evomerge.runs.lock import run_lock
 from tests.bad_input import check_process, without_tokenizer
 from tests.searches import WriteSearch
+
+pytestmark = pytest.mark.slow  # every case is a process of its own
 
 
 def test_a_process_refuses_a_wrong_value(search: WriteSearch, tmp_path: Path) -> None:

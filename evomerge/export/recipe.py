@@ -4,11 +4,13 @@ Model references become paths that mergekit can read. `evomerge.aliases` keeps t
 merged again on another machine.
 """
 
+import tempfile
 from pathlib import Path
 
 from evomerge.archive.archive import Record
 from evomerge.errors import InputError
 from evomerge.evidence.comparison import against, sentence
+from evomerge.files import write_text
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.references import split_adapter
 from evomerge.recipe import Recipe
@@ -57,12 +59,12 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     path: the file; missing folders are made.
     Raises InputError where it cannot be written.
     """
-    from evomerge.files import write_text
-
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give -o the name of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, recipe.to_yaml())
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another -o.") from None
+    write_text(path, recipe.to_yaml())

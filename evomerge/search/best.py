@@ -60,7 +60,10 @@ def front_of(records: Sequence[Record], criteria: Criteria) -> list[Record]:
     ordered = sorted(records, key=lambda record: place(record.candidate))
     mask = front_mask(criteria.eligible([record.evaluation for record in ordered]))
     kept = [record for record, on_front in zip(ordered, mask, strict=True) if on_front]
-    distinct = list({record.evaluation.fingerprint: record for record in reversed(kept)}.values())[::-1]
+    first: dict[str | None, Record] = {}
+    for record in kept:
+        first.setdefault(record.evaluation.fingerprint, record)
+    distinct = list(first.values())
     values = means(distinct, criteria)
     return [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -values[i])]
 

@@ -22,6 +22,8 @@ from evomerge.evaluation.generation import SAMPLING_SEED
 from evomerge.evaluation.harness import Harness
 from evomerge.zoo.language import DIGITS, NAMES, NUMBERS, OBJECTS, VERBS
 
+pytestmark = pytest.mark.slow  # lm-eval scores every case too
+
 WORDS = (*DIGITS, *NAMES, *NUMBERS, *OBJECTS, *VERBS)
 TEMPLATE = (
     "{% for m in messages %}{{ '<bos> Q ' + m['content'] + ' ' if m['role'] != 'assistant' else '= ' + m['content'] + "

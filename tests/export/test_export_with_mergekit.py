@@ -36,6 +36,8 @@ from evomerge.merging.streamed.shards import write_weights
 from evomerge.recipe import Provenance, Recipe, Source
 from evomerge.spaces.parameter import ParameterSpace
 
+pytestmark = pytest.mark.slow  # mergekit merges every case too
+
 ALIKE = [name for name, method in METHODS.items() if method.takes("weight") and not method.random and not method.most]
 WEIGHTLESS = [name for name, method in METHODS.items() if not method.takes("weight")]
 RANDOM = [name for name, method in METHODS.items() if method.random]

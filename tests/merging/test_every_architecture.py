@@ -6,6 +6,8 @@ import pytest
 
 from tests.every_architecture import Unbuilt, architectures, try_merges
 
+pytestmark = pytest.mark.slow  # a dozen architectures are made, merged and reloaded
+
 ALWAYS = (
     "deepseek_v3",
     "ernie4_5_moe",

@@ -65,6 +65,7 @@ def test_failures_are_counted_by_their_reasons_in_the_status(directory: Path) ->
         assert f"{count} failed: {reason}" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 80, 160])
 @pytest.mark.parametrize("command", ["candidates", "front", "status"])
 def test_no_table_is_wider_than_the_terminal_and_none_cuts_a_number_or_an_id(

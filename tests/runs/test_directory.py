@@ -22,6 +22,8 @@ from tests.conftest import REPOSITORY
 from tests.searches import WriteSearch
 from tests.waiting import PATIENCE, wait_until
 
+pytestmark = pytest.mark.slow  # searches from end to end, in processes of their own
+
 SMOKE = REPOSITORY / "search_spaces" / "smoke.yaml"
 
 

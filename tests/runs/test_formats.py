@@ -18,6 +18,8 @@ from tests import commands
 from tests.commands import evomerge
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow  # every command reads every format
+
 DATA = REPOSITORY / "tests" / "data"
 FORMATS = ["format_1"]
 

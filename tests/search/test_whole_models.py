@@ -17,6 +17,8 @@ from tests.commands import evomerge
 from tests.every_architecture import architectures, tiny_config
 from tests.searches import WriteSearch
 
+pytestmark = pytest.mark.slow  # searches from end to end
+
 
 def family(kind: str, root: Path, count: int = 2) -> list[Path]:
     """Tiny models of one architecture, with the zoo's tokenizer."""

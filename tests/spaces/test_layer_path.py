@@ -97,6 +97,7 @@ def by_mergekit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, torc
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 def test_view_checkpoint_and_mergekit_s_model_think_and_write_alike(scaled, models, by_mergekit, tmp_path):
     architecture, resident, references = models

@@ -59,6 +59,7 @@ def test_a_rehearsal_holds_the_sources_as_they_are_stored_and_one_model(tiny_mod
     assert expected + model <= live.now <= expected + model + 2 * buffers + 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_whole_merge_runs_without_data_and_leaves_nothing_behind(method, tiny_models):
     """A tensor on another device would raise, and so would waiting for a value. What a second candidate makes beyond

@@ -48,6 +48,7 @@ def test_compiled_code_gives_the_bits_of_eager_code(method):
     assert torch.equal(eager.view(torch.int16), compiled.view(torch.int16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_size_of_chunks_changes_no_bit(method):
     whole, parts = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)

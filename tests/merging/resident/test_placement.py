@@ -27,6 +27,8 @@ from tests.architectures import ARCHITECTURES, TIED, build
 from tests.models import load_models
 from tests.workers.test_memory import recipe
 
+pytestmark = pytest.mark.slow  # every method on two pretended devices
+
 LAYERS = 6
 PRETENDED = "lazy"  # a kind of device that torch knows on any machine, and that may have numbers
 GPUS = [torch.device(PRETENDED, 0), torch.device(PRETENDED, 1)]
