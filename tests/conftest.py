@@ -32,13 +32,8 @@ settings.register_profile("suite", deadline=None, derandomize=True)  # the machi
 settings.load_profile("suite")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what takes minutes to hours, unless -m asks for it. Side by side, tests of one file stay together,
-    and so do all that start a Ray: there is one at a time."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Leaves out what takes minutes to hours, unless -m asks for it."""
     if "exhaustive" in str(config.getoption("-m")):
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
