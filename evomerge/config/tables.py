@@ -132,6 +132,10 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
         check="evomerge.optimizers.path_evolution:check",
     ),
     "group_evolution": OptimizerRow("evomerge.optimizers.group_evolution:GroupEvolution", lambda _: 2),
+    "tpe": OptimizerRow("evomerge.optimizers.samplers:tpe", lambda _: 4),
+    "gp": OptimizerRow("evomerge.optimizers.samplers:gp", lambda _: 4),
+    "nsga_ii": OptimizerRow("evomerge.optimizers.samplers:nsga_ii", lambda _: 16, smallest=2),
+    "nsga_iii": OptimizerRow("evomerge.optimizers.samplers:nsga_iii", lambda _: 16, smallest=2),
     "random_search": OptimizerRow("evomerge.optimizers.random_search:RandomSearch", lambda _: 16),
     "greedy_soup": OptimizerRow(
         "evomerge.optimizers.greedy_soup:GreedySoup",
