@@ -152,10 +152,12 @@ class _Interruption:
 @app.command()
 def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
     """Where a run stands, while it runs or after."""
+    from dataclasses import replace
+
     from evomerge.reports import progress, terminal, views
 
     results, running = _read(directory)
-    content = views.status(results, running)
+    content = replace(views.status(results, running), evidence=views.evidence(results))
     if running:
         left = content.budget + content.controls.total - content.evaluations - content.controls.done
         content = content.at(progress.pace(Path(directory), left))

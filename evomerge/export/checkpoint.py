@@ -71,13 +71,18 @@ def merge(
             raise WorkFailed(
                 f"{folder}: the written weights have fingerprint {read}, expected {fingerprint}; not kept."
             )
-        seen = recipe.evomerge.digests | models.seen
-        noted = {"fingerprint": fingerprint, "seen": encoded(seen) if seen else None}
-        kept = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
+        kept = _noted(recipe, fingerprint, models)
         (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
         if card:
             (folder / "README.md").write_text(model_card(kept, fingerprint, verdict), encoding="utf-8")
     return fingerprint, recorded is not None
+
+
+def _noted(recipe: Recipe, fingerprint: str, models: Models) -> Recipe:
+    """The recipe as it lies beside the weights: with their fingerprint, and all items that a search saw on the way."""
+    seen = recipe.evomerge.digests | models.seen
+    noted = {"fingerprint": fingerprint, "seen": encoded(seen) if seen else None}
+    return recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
 
 
 def _licenses(models: Models, aliases: Mapping[str, str]) -> dict[str, str | None]:

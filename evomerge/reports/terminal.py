@@ -418,7 +418,8 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
     for table in progress_tables(status, config, output.width):
         output.print(table)
     show_failures(output, status.failures)
-    show_evidence(output, status.evidence)
+    if status.evidence is not None:
+        show_evidence(output, status.evidence)
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:

@@ -5,15 +5,16 @@ Nothing in a view of candidates depends on when or where a candidate ran.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
-from evomerge.archive.archive import Archive, Record
+from evomerge.archive.archive import Record
 from evomerge.candidate import Evaluation
 from evomerge.config.base import SPLITS, Split
 from evomerge.evidence.comparison import Comparison, Kept, against, retention
 from evomerge.reports.progress import Pace
 from evomerge.search import failures
-from evomerge.search.best import HELDOUT_FRONT, best_of, front_of, means, reported
+from evomerge.search.best import HELDOUT_FRONT, best_of, means
 from evomerge.search.controls import ESSENTIAL, count_controls, family
 from evomerge.search.criteria import Criteria
 from evomerge.search.results import Results
@@ -149,7 +150,7 @@ class StatusView:
     best_per_objective: dict[str, Leader | None]
     mean: str
     best: CandidateView | None
-    evidence: EvidenceView
+    evidence: EvidenceView | None = None
     rate: float | None = None
     seconds_left: int | None = None
     pace: str = ""
@@ -197,7 +198,7 @@ class _Look:
     def __init__(self, results: Results) -> None:
         self._archive = results.archive
         self._criteria: Mapping[Split, Criteria] = {split: results.criteria(split) for split in SPLITS}
-        self.why = _HeldoutReasons(results.archive, self._criteria["search"])
+        self.why = _HeldoutReasons(results, self._criteria["search"])
 
     def at(self, record: Record) -> CandidateView:
         candidate, evaluation = record.candidate, record.evaluation
@@ -237,13 +238,24 @@ def _mean(record: Record | None, criteria: Criteria) -> float | None:
 class _HeldoutReasons:
     """Says why a candidate has no held-out scores; None where it has them."""
 
-    def __init__(self, archive: Archive, criteria: Criteria) -> None:
-        records = archive.records()
-        self._archive, self._criteria = archive, criteria
-        self.front = front_of(records, criteria)
-        self._on_front = {record.candidate.id for record in self.front}
-        self._first = {record.evaluation.fingerprint: record.candidate.id for record in self.front}
-        self._chosen = {candidate.id for candidate in reported(records, criteria)}
+    def __init__(self, results: Results, criteria: Criteria) -> None:
+        self._results, self._archive, self._criteria = results, results.archive, criteria
+
+    @cached_property
+    def front(self) -> list[Record]:
+        return self._results.front()
+
+    @cached_property
+    def _on_front(self) -> set[str]:
+        return {record.candidate.id for record in self.front}
+
+    @cached_property
+    def _first(self) -> dict[str | None, str]:
+        return {record.evaluation.fingerprint: record.candidate.id for record in self.front}
+
+    @cached_property
+    def _chosen(self) -> set[str]:
+        return {candidate.id for candidate in self._results.reported()}
 
     def __call__(self, record: Record) -> str | None:
         name, evaluation = record.candidate.id, record.evaluation
@@ -270,13 +282,14 @@ class _HeldoutReasons:
 
 
 def status(results: Results, running: bool) -> StatusView:
-    """Where a run stands.
+    """Where a run stands, without its evidence, whose tests take longer than everything else here.
 
     results: the run's.
     running: whether a process is at work on the run.
     """
     archive, config, criteria = results.archive, results.config, results.criteria()
     records, tried, best = archive.records(), archive.tried(), results.best()
+    looked = _Look(results)
     searched = [record for record in tried if record.candidate.kind == "search"]
     controls = Count(len(tried) - len(searched), count_controls(config))
     return StatusView(
@@ -288,11 +301,10 @@ def status(results: Results, running: bool) -> StatusView:
         failed=sum(record.evaluation.failed for record in tried),
         failures=failures.counted(record.evaluation for record in tried),
         infeasible=sum(not record.evaluation.failed and not criteria.feasible(record.evaluation) for record in records),
-        front_size=len(results.front()),
+        front_size=len(looked.why.front),
         best_per_objective=_best_per_objective(records, criteria),
         mean=criteria.mean_name,
-        best=_Look(results).at(best) if best else None,
-        evidence=evidence(results),
+        best=looked.at(best) if best else None,
     )
 
 

@@ -17,7 +17,6 @@ from evomerge.devices import resolve_compile, resolve_dtype
 from evomerge.errors import InputError, choices, naming
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
-from evomerge.merging.sources.references import pinned
 from evomerge.optimizers.make import resolve
 from evomerge.search.controls import check_controls, count_controls
 from evomerge.seen import encoded
@@ -83,8 +82,8 @@ def prepare(config: SearchConfig) -> Prepared:
     from evomerge.evaluation.packing_probe import takes_packed_rows
     from evomerge.workers.worker import base_tokenizer
 
-    config = _pinned(config)
-    prepared = reopen(config)
+    config, models = _pinned(config)
+    prepared = _with_models(config, models)
     check_controls(config)
     base, space = prepared.models.base, prepared.space
     base_tokenizer(config, base)
@@ -135,16 +134,11 @@ def _passed_over(left_out: Mapping[Any, int]) -> Iterator[str]:
             )
 
 
-def _pinned(config: SearchConfig) -> SearchConfig:
-    """The config with every Hugging Face id at its commit, so that a resumed search finds the same weights."""
-
-    def pin(key: str, reference: str) -> str:
-        with naming(key):
-            return pinned(reference)
-
-    base = pin("base", config.base)
-    models = {name: pin(f"models.{name}", reference) for name, reference in config.models.items()}
-    return config.model_copy(update={"base": base, "models": models})
+def _pinned(config: SearchConfig) -> tuple[SearchConfig, Models]:
+    """The config with every Hugging Face id at its commit, and its models."""
+    models = models_of(config)
+    named = {name: models[reference].pinned for name, reference in config.models.items()}
+    return config.model_copy(update={"base": models.base.pinned, "models": named}), models.pinned()
 
 
 def _device(config: SearchConfig) -> str:
@@ -175,7 +169,10 @@ def reopen(config: SearchConfig) -> Prepared:
 
     Raises InputError where models are missing or do not fit together. Tasks and settings are not checked again.
     """
-    models = models_of(config)
+    return _with_models(config, models_of(config))
+
+
+def _with_models(config: SearchConfig, models: Models) -> Prepared:
     labels = {reference: f"models.{name} ({reference})" for name, reference in config.models.items()}
     warnings = tuple(preflight(models, labels))
     return Prepared(config, make_space(config, models), models, warnings)

@@ -6,6 +6,7 @@ from pathlib import Path
 from evomerge.merging.plan import unread_parameters
 from evomerge.merging.sources.references import split_adapter
 from evomerge.recipe import Recipe, single
+from evomerge.recipe import load as load_recipe
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -40,9 +41,7 @@ def load(path: Path, warn: Callable[[str], None] = lambda _: None) -> Recipe:
     warn: called with a sentence for each key or parameter that is ignored.
     Raises InputError for a file that is no recipe.
     """
-    from evomerge import recipe
-
-    loaded = recipe.load(path, warn)
+    loaded = load_recipe(path, warn)
     for warning in unread_parameters(loaded):
         warn(f"{path}: {warning}")
     return loaded

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evomerge.config.search import SearchConfig
 from evomerge.errors import naming
-from evomerge.merging.sources.references import ModelSource, find_source
+from evomerge.merging.sources.references import ModelSource, find_source, pinned
 from evomerge.merging.sources.tensor_files import TensorInfo
 from evomerge.merging.sources.weights import Weights, identity, model_config, seen_by, untied_head, with_head
 from evomerge.seen import Digests
@@ -54,6 +54,11 @@ class Model:
         return seen_by(self.source)
 
     @property
+    def pinned(self) -> str:
+        """The reference, with the commits that its Hugging Face ids stand for now."""
+        return pinned(self.reference, self.source)
+
+    @property
     def identity(self) -> str:
         """16 hexadecimal digits that change when the model's files do."""
         return identity(self.source)
@@ -78,6 +83,12 @@ class Models(Mapping[str, Model]):
 
     def __len__(self) -> int:
         return len(self.by_reference)
+
+    def pinned(self) -> "Models":
+        """The same models by references that name commits, so that a resumed search finds the same weights."""
+        base = replace(self.base, reference=self.base.pinned)
+        models = [base if model is self.base else replace(model, reference=model.pinned) for model in self.values()]
+        return Models(base, {model.reference: model for model in models})
 
     @property
     def head(self) -> str | None:

@@ -62,14 +62,21 @@ def split_adapter(reference: str) -> tuple[str, str | None]:
     return model, adapter
 
 
-def pinned(reference: str) -> str:
-    """The reference with the commit that each Hugging Face id in it stands for now, instead of a revision."""
+def pinned(reference: str, source: ModelSource) -> str:
+    """The reference, with the commits that its Hugging Face ids stand for now in place of their revisions.
+
+    reference: of a model.
+    source: where it was found.
+    """
     model, adapter = split_adapter(reference)
-    if adapter:
-        return f"{pinned(model)}+{pinned(adapter)}"
-    folder = locate(model)
-    downloaded = folder.parent.name == "snapshots" and not Path(model).expanduser().exists()
-    return f"{model.partition('@')[0]}@{folder.name}" if downloaded else reference
+    if adapter is not None and source.adapter is not None:
+        return f"{_pin(model, source.folder)}+{_pin(adapter, source.adapter)}"
+    return _pin(reference, source.adapter or source.folder)
+
+
+def _pin(reference: str, folder: Path) -> str:
+    downloaded = folder.parent.name == "snapshots" and not Path(reference).expanduser().exists()
+    return f"{reference.partition('@')[0]}@{folder.name}" if downloaded else reference
 
 
 def _adapter_folder(reference: str) -> Path:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from evomerge import zoo
 from evomerge.errors import InputError
 from evomerge.merging.sources import tensor_files
-from evomerge.merging.sources.references import locate, pinned
+from evomerge.merging.sources.references import ModelSource, locate, pinned
 from evomerge.merging.sources.weights import load_tensors, model_config, tensor_table
 from evomerge.recipe import single
 from evomerge.search.preparation import prepare_file
@@ -128,19 +128,22 @@ def test_a_search_is_resolved_to_the_commits_of_its_models(monkeypatch, tmp_path
     for commit, name in {(commit, name) for (_, name), commit in commits.items()}:
         shutil.copytree(zoo.path(name), tmp_path / "hub" / name / "snapshots" / commit)
 
+    asked = []
+
     def download(identifier: str, revision: str | None, **_: Any) -> str:
         name = identifier.removeprefix("owner/")
+        asked.append((name, revision))
         return str(tmp_path / "hub" / name / "snapshots" / commits.get((revision, name), revision or ""))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert [pinned(each) for each in ("zoo:base", "owner/math+owner/lang@v2")] == [
-        "zoo:base",
-        "owner/math@a1+owner/lang@b2",
-    ]
-    folder = str(tmp_path / "hub" / "math" / "snapshots" / "a1")
-    assert pinned(folder) == folder
+    both = ModelSource(locate("owner/math"), locate("owner/lang@v2"))
+    assert pinned("owner/math+owner/lang@v2", both) == "owner/math@a1+owner/lang@b2"
+    assert pinned("zoo:base", ModelSource(locate("zoo:base"))) == "zoo:base"
+    assert pinned(str(both.folder), ModelSource(both.folder)) == str(both.folder)
+    asked.clear()
     config = prepare_file(search_file(models={"math": "owner/math", "lang": "owner/lang@v2"})).config
     assert (config.base, config.models) == ("zoo:base", {"math": "owner/math@a1", "lang": "owner/lang@b2"})
+    assert asked == [("math", None), ("lang", "v2")]  # once each
     with pytest.raises(InputError, match=r"models\.two is owner/math@a1, which is models\.one too"):
         prepare_file(search_file(models={"one": "owner/math", "two": "owner/math@main"}))
 
