@@ -17,6 +17,11 @@ def layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def is_layer(module: str) -> bool:
+    """Whether the module of that name is a layer."""
+    return module.rpartition(".")[2].isdigit() and layer_index(f"{module}.weight") is not None
+
+
 def with_layer(name: str, layer: int) -> str:
     """The name of the same tensor in another layer; a name outside the layers stays as it is.
 

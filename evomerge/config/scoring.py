@@ -1,7 +1,7 @@
 """What candidates are scored on: objectives, constraints, tasks, items, and everything that changes a score."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -119,15 +119,15 @@ class ItemsConfig(Settings):
     other task are divided at random.
 
     search: how many items of a task the search sees; None for all of its side.
-    selection: how many of the items that the search leaves decide which candidate of the front is the best; None where
-        the search items decide.
+    selection: how many of the items that the search leaves decide which candidate of the front is the best; false where
+        the search items decide. By default a search that follows gradients takes a few, and any other none.
     heldout: how many items of a task the report sees; None for all of its side.
     search_fraction: the share of a divided task's items that is for the search.
     seed: of the division.
     """
 
     search: int | None = Field(default=None, ge=1)
-    selection: int | None = Field(default=None, ge=1)
+    selection: Annotated[int, Field(ge=1)] | Literal[False] | None = None
     heldout: int | None = Field(default=None, ge=1)
     search_fraction: float = Field(default=0.5, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)

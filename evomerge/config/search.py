@@ -148,16 +148,24 @@ class SearchConfig(Settings):
 
     @property
     def budget(self) -> int:
-        """How many search candidates there will be. Some optimizers end before `optimizer.evaluations`."""
+        """How many search candidates there can be, and how many random search has. Some optimizers end before
+        `optimizer.evaluations`."""
         row = self.optimizer.row
-        asked = self.optimizer.evaluations
+        equivalents = self.optimizer.equivalents
+        asked = self.optimizer.evaluations if equivalents is None else max(1, int(equivalents))
         return asked if row is None or row.most is None else min(asked, row.most(len(self.models)))
+
+    @property
+    def limit(self) -> float:
+        """How much the search may cost: candidates, or forward passes over all search items."""
+        return float(self.budget) if self.optimizer.equivalents is None else self.optimizer.equivalents
 
     def digest(self) -> str:
         """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
         the budget, the storage, and the places of vLLM and of the tasks' data files."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
-        content["optimizer"].pop("evaluations")
+        for budget in ("evaluations", "equivalents"):
+            content["optimizer"].pop(budget)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,11 +8,12 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from evomerge.candidate import Subset
+from evomerge.candidate import Descent, Subset
 from evomerge.config.base import Split
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
@@ -22,7 +23,9 @@ from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, Tran
 from evomerge.evaluation.items import Division, part
 from evomerge.evaluation.likelihoods import PreparedRequests, Request, Response, tolerance
 from evomerge.evaluation.loading import Target, cause, distinct_tasks, forked, load_targets
+from evomerge.evaluation.losses import Losses
 from evomerge.evaluation.margins import Choices, choices_of
+from evomerge.evaluation.metrics import task_metrics
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 from evomerge.seen import Digests
@@ -128,6 +131,19 @@ class Harness:
         with quiet():
             return self._splits[split].run(self._lm._model, subset, self._writer or TransformersWriter(self._lm))
 
+    def descend(self, model: Any, descent: Descent) -> dict[str, float]:
+        """The share of one shard in the mean loss of each metric, on search items. Runs the backward passes of their
+        weighted sum where derivatives are wanted.
+
+        model: the candidate.
+        descent: the mini-batch, and which shard of it.
+        Raises CandidateFailed where a loss is not finite.
+        """
+        self.prepare("search")
+        self._lm._model = model
+        with quiet(), torch.set_grad_enabled(bool(descent.wanted)):
+            return self._splits["search"].descend(model, descent)
+
 
 class _PreparedSplit:
     """Every task of a split with its instances, their tokens, and lm-eval's code to score them."""
@@ -149,6 +165,19 @@ class _PreparedSplit:
         }
         self.whole = self._batches([range(len(task.documents)) for task in self._tasks])
         self._subsets: OrderedDict[Subset, _Batches] = OrderedDict()
+
+    @cached_property
+    def _losses(self) -> Losses:
+        """Made for the first gradient that is asked for."""
+        measured = [metric for metric in self._config.measured if metric.cost is None]
+        documents = {id(task.task): task.documents for task in self._tasks}
+        encode = partial(_encode_answer, self._lm)
+        return Losses(measured, self._targets, documents, encode, self._config.items.seed)
+
+    def descend(self, model: Any, descent: Descent) -> dict[str, float]:
+        learning, evaluation = self._config.optimizer.learning, self._config.evaluation
+        batch_size = learning.batch_size or evaluation.batch_size
+        return self._losses.follow(model, descent, batch_size, self._lm.max_length, torch.device(self._lm.device))
 
     def _batches(self, chosen: "Sequence[Sequence[int]]") -> "_Batches":
         return _Batches(self._config, self._lm, self._tasks, chosen, self._encoded)
@@ -325,7 +354,7 @@ class _PreparedTask:
         chosen: the places of the documents; the results are in this order.
         answers: the responses to log-likelihood requests, by the `id()` of the instance.
         """
-        values = _task_metrics(self.task, [self.documents[place] for place in chosen])
+        values = task_metrics(self.task, [self.documents[place] for place in chosen])
         kept = set(chosen)
         return _Results(values, self._margins(chosen, answers), [place in kept for place in range(len(self.documents))])
 
@@ -366,11 +395,20 @@ def _by_document(instances: Sequence[Any]) -> list[list[Any]]:
     return list(by_document.values())
 
 
-def _encode(lm: Any, instance: Any, document: int) -> list[Request]:
+def _encode(lm: Any, instance: Any, document: int | None) -> list[Request]:
     """The log-likelihood requests of an instance: one, or for a rolling log-likelihood one per window."""
     if instance.request_type == "loglikelihood_rolling":
         return _windows(lm, instance.args[0])
-    context, continuation = instance.args
+    return _encode_answer(lm, instance, instance.args[1], document)
+
+
+def _encode_answer(
+    lm: Any, instance: Any, continuation: str | None = None, document: int | None = None
+) -> list[Request]:
+    """The requests for the log-likelihood of an answer after an instance's prompt; by default of its own."""
+    if continuation is None:
+        return _encode(lm, instance, document)
+    context = instance.args[0]
     if context:
         before, after = lm._encode_pair(context, continuation)
     else:
@@ -403,19 +441,6 @@ def _respond(instance: Any, responses: Sequence[Response]) -> None:
     rolling = instance.request_type == "loglikelihood_rolling"
     value: Any = likelihood if rolling else (likelihood, responses[0].greedy)
     instance.resps, instance.filtered_resps = [value] * instance.repeats, {}
-
-
-def _task_metrics(task: Any, by_document: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
-    """One value per document, by metric and filter, in the order of the documents; computed by lm-eval's own code."""
-    task._instances = [instance for instances in by_document for instance in instances]
-    task.apply_filters()
-    values: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    for filter_name in task._instances[0].filtered_resps:
-        for instances in by_document:
-            responses = [instance.filtered_resps[filter_name] for instance in instances]
-            for metric, value in task.process_results(instances[0].doc, responses).items():
-                values[metric, filter_name].append(value)
-    return values
 
 
 def _finite(name: str, aggregate: Callable[[list[Any]], float], values: list[Any]) -> float:

@@ -25,6 +25,7 @@ from evomerge.seen import Digests
 
 Side = Literal["validation", "test"]
 _NOTHING: Digests = frozenset()
+_SPARE, _FEWEST_SELECTED = 0.2, 20
 
 
 def both_splits(task: Any) -> bool:
@@ -83,6 +84,10 @@ class Division:
         """
         return self._chosen[split][task]
 
+    def documents(self, task: Any, split: Split) -> list[Any]:
+        """The documents of a split of a task, in the order of `of`, which takes the same parameters."""
+        return self._divisions[task].documents(self._chosen[split][task], split)
+
     def items(self, task: Any, split: Split) -> list[Item]:
         """The rendered items of a split of a task, in the order of `of`, which takes the same parameters."""
         return self._divisions[task].items(self._chosen[split][task], split)
@@ -117,6 +122,12 @@ class _TaskDivision:
     def items(self, numbers: Sequence[int], split: Split) -> list[Item]:
         source = self._last if split == "heldout" else self._first
         return [source[number] for number in numbers]
+
+    def documents(self, numbers: Sequence[int], split: Split) -> list[Any]:
+        last = split == "heldout" and self._both
+        test = last or (not self._both and self.task.has_test_docs())
+        there = list(self.task.test_docs() if test else self.task.validation_docs())
+        return [there[number] for number in numbers]
 
     def search(self) -> list[int]:
         config, count = self.config, len(self._first)
@@ -161,6 +172,26 @@ class _TaskDivision:
             f"items.{key} asks for {wanted or 'some'} items, but task '{_name(self.task)}' has only {available} left "
             f"for it{same}; ask for fewer."
         )
+
+
+def spare_for_selection(tasks: Sequence[Any], items: ItemsConfig) -> int | None:
+    """How many items of every task can be selection items where a config does not say: a fifth of those that search
+    items come from, or half as many as there are search items; None where these would be too few.
+
+    tasks: lm-eval's.
+    items: how many items the other splits get.
+    """
+    counts = []
+    for task in tasks:
+        both = both_splits(task)
+        there = len(items_of(task, "validation" if both or not task.has_test_docs() else "test"))
+        taken = (items.search or 0) + (0 if both else items.heldout or 0)
+        if items.search is None and not both:
+            taken += round(there * items.search_fraction)
+        wanted = there * _SPARE if items.search is None else items.search / 2
+        counts.append(min(there - taken, round(wanted)))
+    least = min(counts, default=0)
+    return least if least >= _FEWEST_SELECTED else None
 
 
 def _fresh(order: NDArray[np.int64], items: Sequence[Item], excluded: Digests) -> NDArray[np.int64]:

@@ -77,7 +77,7 @@ def test_an_exception_inside_scoring_is_that_candidate_s_failure(worker, monkeyp
         raise RuntimeError("out of memory\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evomerge.evaluation.harness._task_metrics", broken)
+        patch.setattr("evomerge.evaluation.harness.task_metrics", broken)
         failed = worker.evaluate(merge(0.6), "search")
     assert failed.failed
     assert failed.error == "RuntimeError: out of memory"

@@ -86,7 +86,7 @@ def merge_multislerp(inputs: Inputs) -> Pass:
     weights = inputs.each("weight")
     by = divisor(sum(weights)) if inputs.shared["normalize_weights"] else 1.0
     products = gram(inputs)
-    shares = torch.tensor([weight / by for weight in weights], dtype=torch.float64).to(products.device)
+    shares = torch.stack([torch.as_tensor(weight / by, dtype=torch.float64) for weight in weights]).to(products.device)
     norms = products.diagonal().sqrt()
     units = 1 / (norms + eps)  # a model times its number is a unit vector
 
