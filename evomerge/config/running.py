@@ -31,7 +31,7 @@ class StageConfig(Settings):
 class LearningConfig(Settings):
     """How the optimizer `learned` follows the gradient of a loss on search items.
 
-    steps: how many steps there are at most.
+    steps: how many steps there are at most; with 0, `auto` follows no gradients.
     share: the share of the search items that a step reads.
     rate: how far a gene moves in the first steps, in its own units; it falls to a tenth. By default what suits the
         number of genes.
@@ -43,7 +43,7 @@ class LearningConfig(Settings):
         and takes a third more time.
     """
 
-    steps: int = Field(default=60, ge=1)
+    steps: int = Field(default=60, ge=0)
     share: float = Field(default=0.25, gt=0, le=1)
     rate: float | None = Field(default=None, gt=0)
     every: int = Field(default=10, ge=1)

@@ -1,9 +1,9 @@
 """Losses on search items that gradients can follow, in mini-batches that are packed anew.
 
 The loss of an item is the negative log-likelihood of its reference. Where the item has options, it is the cross-entropy
-over them, by the likelihoods that the task's metric compares. A log-likelihood is divided by the mean number of tokens of
-the objective's references, so that long answers do not count more than short ones. The loss of an objective is
-the mean over its items.
+over them, by the likelihoods that the task's metric compares. A log-likelihood is divided by the mean number of tokens
+of the objective's references, so that long answers do not count more than short ones. The loss of an objective is the
+mean over its items.
 """
 
 import math

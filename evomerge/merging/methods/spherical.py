@@ -142,7 +142,8 @@ def _length(coefficients: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
     products: the scalar products of the vectors.
     """
     squared = ordered_sum(coefficients * ordered_sum(products * coefficients).flatten())
-    return squared.clamp(min=0).sqrt()
+    positive = squared > 0  # the root has no derivative at 0, and a NaN there would spread
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
 def _unit(coefficients: torch.Tensor, cosines: torch.Tensor, tol: float, otherwise: torch.Tensor) -> torch.Tensor:
