@@ -18,6 +18,7 @@ from evomerge.config.scoring import ConstraintConfig, EvaluationConfig, ItemsCon
 from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, choices
 from evomerge.evaluation.items import Division, both_splits
+from evomerge.evaluation.rendering import selection_split
 from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks
 from evomerge.quiet import quiet
 
@@ -332,6 +333,12 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
             raise
         except Exception as error:
             raise InputError(f"{file.path}: {_unloadable(file.name, error)}.") from None
+    own = selection_split(task)
+    if own is not None and own not in task.dataset:
+        raise InputError(
+            f"{file.path}: metadata.selection_split of task '{file.name}' is '{own}', which its data does not have; "
+            f"{choices(own, map(str, task.dataset))}."
+        )
     if task.OUTPUT_TYPE not in OUTPUT_TYPES:
         raise InputError(f"{file.path}: output_type {task.OUTPUT_TYPE} of task '{file.name}' is not supported.")
     return task
