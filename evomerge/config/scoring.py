@@ -98,6 +98,32 @@ class ConstraintConfig(Settings):
         return self.guard.name
 
 
+class ReportConfig(Settings):
+    """A score that is only reported: it is measured on held-out items, and decides nothing.
+
+    task: the task's name.
+    metric: the task's metric.
+    filter: the task's filter that the metric is taken after; by default its first.
+    """
+
+    task: str
+    metric: str = "acc"
+    filter: str | None = None
+    _names_filter: bool = PrivateAttr(default=False)
+
+    @property
+    def measured(self) -> ObjectiveConfig:
+        """The metric as an objective, which says how it is measured."""
+        measured = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter)
+        measured._names_filter = self._names_filter
+        return measured
+
+    @property
+    def name(self) -> str:
+        """The name of the metric in scores, as an objective would have it."""
+        return self.measured.name
+
+
 class TasksConfig(Settings):
     """Where tasks are found, and which tasks may run code.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from evomerge.config.base import Split
+from evomerge.config.base import SPLITS, Split
 from evomerge.errors import InputError
 from evomerge.evaluation.items import Division, both_splits, examples_are_items
 from evomerge.evaluation.rendering import Side, document_digest, items_of, selection_documents, selection_split
@@ -62,11 +62,12 @@ def shown(task: Any, division: Division) -> Digests:
 
 
 def _asked(task: Any, division: Division) -> dict[Split, set[int]]:
-    """The numbers of the documents of search and selection, by the split that the documents are built for."""
-    search, selection = (set(division.of(task, split)) for split in ("search", "selection"))
+    """The numbers of the documents of search and selection, by the split that their requests are built for."""
+    search, selection = (set(division.of(task, split)) for split in SPLITS[:2])
     if selection_split(task) is None:
-        return {"search": search | selection}
-    return {"search": search, "selection": selection}
+        search, selection = search | selection, set()
+    asked: dict[Split, set[int]] = {"search": search, "selection": selection}
+    return {split: numbers for split, numbers in asked.items() if numbers}
 
 
 def _drawn(task: Any, count: int, document: Any) -> Sequence[Any]:

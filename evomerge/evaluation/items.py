@@ -66,7 +66,8 @@ class Division:
         """
         self._items = items
         searched = {task: _TaskDivision(task, items) for task in sorted(tasks, key=_name)}
-        self._searched, self._divisions = searched, dict(searched)
+        self._searched = searched
+        self._divisions: dict[Any, _TaskDivision] = dict(searched)
         self._chosen: dict[Split, dict[Any, list[int]]] = {split: {} for split in SPLITS}
         self.left_out = dict.fromkeys(searched, 0)
         self._chosen["search"] |= {task: task_division.search() for task, task_division in searched.items()}

@@ -77,6 +77,8 @@ def prepare(config: SearchConfig) -> Prepared:
         fewest_items,
         forked,
         load_targets,
+        of_metrics,
+        only_reported,
         without_items,
     )
     from evomerge.evaluation.packing_probe import takes_packed_rows
@@ -87,14 +89,16 @@ def prepare(config: SearchConfig) -> Prepared:
     check_controls(config)
     base, space = prepared.models.base, prepared.space
     base_tokenizer(config, base)
-    loaded = load_targets(config.measured, config.tasks, config.evaluation)
+    loaded = load_targets(config.reported, config.tasks, config.evaluation)
     targets = forked(loaded)
     config = check_metrics(config, targets)
     if config.evaluation.backend == "vllm":
         check_greedy(targets, base.folder)
         _check_engine(config)
     tasks = distinct_tasks(targets)
-    division = Division(tasks, config.items, prepared.models.seen)
+    searched = of_metrics(config.measured, targets)
+    reported = only_reported(config, targets)
+    division = Division(distinct_tasks(searched), config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
@@ -119,7 +123,7 @@ def prepare(config: SearchConfig) -> Prepared:
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
     resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
-    warnings = (*prepared.warnings, *exam_warnings(targets), *_passed_over(division.left_out), *doubts)
+    warnings = (*prepared.warnings, *exam_warnings(searched), *_passed_over(division.left_out), *doubts)
     seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
     return Prepared(resolved, space, prepared.models, warnings, loaded, encoded(seen))
 
@@ -287,6 +291,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
             f"{constraint.name} of {constraint.of or 'the best parent'}": constraint.retain
             for constraint in config.constraints
         },
+        "report": [metric.name for metric in config.report],
         "items_per_task": {split: getattr(config.items, split) for split in config.splits},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,
