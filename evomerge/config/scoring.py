@@ -145,8 +145,8 @@ class ItemsConfig(Settings):
     other task are divided at random.
 
     search: how many items of a task the search sees; None for all of its side.
-    selection: how many of the items that the search leaves decide which candidate of the front is the best; None where
-        the search items decide.
+    selection: how many items of a task decide which candidate of the front is the best; None where the search items
+        decide. They are those that the search leaves, or come from the split that the task keeps for them.
     heldout: how many items of a task the report sees; None for all of its side.
     search_fraction: the share of a divided task's items that is for the search.
     seed: of the division.
