@@ -98,6 +98,32 @@ class ConstraintConfig(Settings):
         return self.guard.name
 
 
+class ReportConfig(Settings):
+    """A score that is only reported: it is measured on held-out items, and decides nothing.
+
+    task: the task's name.
+    metric: the task's metric.
+    filter: the task's filter that the metric is taken after; by default its first.
+    """
+
+    task: str
+    metric: str = "acc"
+    filter: str | None = None
+    _names_filter: bool = PrivateAttr(default=False)
+
+    @property
+    def measured(self) -> ObjectiveConfig:
+        """The metric as an objective, which says how it is measured."""
+        measured = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter)
+        measured._names_filter = self._names_filter
+        return measured
+
+    @property
+    def name(self) -> str:
+        """The name of the metric in scores, as an objective would have it."""
+        return self.measured.name
+
+
 class TasksConfig(Settings):
     """Where tasks are found, and which tasks may run code.
 
@@ -119,8 +145,9 @@ class ItemsConfig(Settings):
     other task are divided at random.
 
     search: how many items of a task the search sees; None for all of its side.
-    selection: how many of the items that the search leaves decide which candidate of the front is the best; false where
-        the search items decide. By default a search that follows gradients takes a few, and any other none.
+    selection: how many items of a task decide which candidate of the front is the best; false where the search items
+        decide. They are those that the search leaves, or come from the split that the task keeps for them. By default a
+        search that follows gradients takes some, and any other search none.
     heldout: how many items of a task the report sees; None for all of its side.
     search_fraction: the share of a divided task's items that is for the search.
     seed: of the division.

@@ -22,7 +22,15 @@ from evomerge.evaluation import few_shots
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
 from evomerge.evaluation.likelihoods import PreparedRequests, Request, Response, tolerance
-from evomerge.evaluation.loading import Target, cause, distinct_tasks, forked, load_targets
+from evomerge.evaluation.loading import (
+    Target,
+    cause,
+    distinct_tasks,
+    forked,
+    load_targets,
+    of_metrics,
+    only_reported,
+)
 from evomerge.evaluation.losses import Losses
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.metrics import task_metrics
@@ -72,7 +80,7 @@ class Harness:
         Raises InputError for a task that cannot be loaded.
         """
         self._config, self._model, self._writer, self._seen = config, model, writer, seen
-        self._targets = targets or load_targets(config.measured, config.tasks, config.evaluation)
+        self._targets = targets or load_targets(config.reported, config.tasks, config.evaluation)
         with quiet():
             from lm_eval.models.huggingface import HFLM
 
@@ -85,16 +93,34 @@ class Harness:
         Raises InputError for a task whose requests cannot be built, and where packed rows get other log-likelihoods
         than full rows.
         """
-        if split not in self._splits:
-            with quiet():
-                self._splits[split] = _PreparedSplit(self._config, self._lm, split, self._seen, forked(self._targets))
-                if self._model.device.type != "meta":
-                    self._splits[split].check_packing(self._model)
+        for name, metrics in self._parts(split).items():
+            if name not in self._splits:
+                with quiet():
+                    targets = forked(self._targets)
+                    self._splits[name] = _PreparedSplit(self._config, self._lm, split, self._seen, targets, metrics)
+                    if self._model.device.type != "meta":
+                        self._splits[name].check_packing(self._model)
+
+    def _parts(self, split: Split) -> dict[str, list[ObjectiveConfig]]:
+        """The metrics that a split measures. Those of tasks that are only reported are a part of their own, so that the
+        batches of all others are the same with and without them."""
+        measured = list(self._config.measured)
+        if split != "heldout":
+            return {split: measured}
+        apart = only_reported(self._config, self._targets)
+        parts = {split: measured, "report": list[ObjectiveConfig]()}
+        for metric in self._config.reported[len(measured) :]:
+            own = any(task in apart for task in self._targets[metric.task].tasks)
+            parts["report" if own else split].append(metric)
+        return {name: metrics for name, metrics in parts.items() if metrics}
+
+    def _prepared(self, split: Split) -> "list[_PreparedSplit]":
+        self.prepare(split)
+        return [self._splits[name] for name in self._parts(split)]
 
     def left_out(self, split: Split) -> int:
         """How many items of a split were left out because a search has seen them."""
-        self.prepare(split)
-        return self._splits[split].left_out
+        return sum(prepared.left_out for prepared in self._prepared(split))
 
     @property
     def texts(self) -> list[GenerationBatch]:
@@ -107,10 +133,11 @@ class Harness:
         split: the split whose batches are run.
         model: a model on the meta device, where nothing is computed.
         """
-        self.prepare(split)
+        parts = self._prepared(split)
         self._lm._model = model
         with quiet():
-            self._splits[split].whole.rehearse(model, writes=self._config.evaluation.backend == "hf")
+            for prepared in parts:
+                prepared.whole.rehearse(model, writes=self._config.evaluation.backend == "hf")
 
     def evaluate(self, split: Split, model: Any = None, subset: Subset | None = None) -> SplitScores:
         """The scores of a model on a split, or on a subset of its items.
@@ -126,10 +153,11 @@ class Harness:
                 "evaluation.backend is vllm, whose engine has the base's layers in their order, and this recipe has "
                 "others; use hf."
             )
-        self.prepare(split)
+        parts = self._prepared(split)
         self._lm._model = self._model if model is None else model
         with quiet():
-            return self._splits[split].run(self._lm._model, subset, self._writer or TransformersWriter(self._lm))
+            writer = self._writer or TransformersWriter(self._lm)
+            return _joined([prepared.run(self._lm._model, subset, writer) for prepared in parts])
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         """The share of one shard in the mean loss of each metric, on search items. Runs the backward passes of their
@@ -145,16 +173,32 @@ class Harness:
             return self._splits["search"].descend(model, descent)
 
 
+def _joined(parts: Sequence[SplitScores]) -> SplitScores:
+    """The scores of a split's parts as one."""
+    return SplitScores(
+        {name: score for scores in parts for name, score in scores.scores.items()},
+        {name: outcomes for scores in parts for name, outcomes in scores.outcomes.items()},
+        sum(scores.items for scores in parts),
+        sum(scores.truncated for scores in parts),
+    )
+
+
 class _PreparedSplit:
-    """Every task of a split with its instances, their tokens, and lm-eval's code to score them."""
+    """The tasks of some metrics on a split, with their instances, their tokens, and lm-eval's code to score them."""
 
     def __init__(
-        self, config: SearchConfig, lm: Any, split: Split, seen: Digests, targets: Mapping[str, Target]
+        self,
+        config: SearchConfig,
+        lm: Any,
+        split: Split,
+        seen: Digests,
+        targets: Mapping[str, Target],
+        metrics: Sequence[ObjectiveConfig],
     ) -> None:
-        self._config, self._lm, self._targets = config, lm, targets
-        tasks = distinct_tasks(self._targets)
-        division = Division(tasks, config.items, seen)
-        self.left_out = sum(division.left_out.values()) if split == "heldout" else 0
+        self._config, self._lm, self._targets, self._metrics = config, lm, targets, metrics
+        tasks, searched = (distinct_tasks(of_metrics(named, targets)) for named in (metrics, config.measured))
+        division = Division(searched, config.items, seen, only_reported(config, targets))
+        self.left_out = sum(division.left_out[task] for task in tasks) if split == "heldout" else 0
         self._tasks = [_PreparedTask(task, config, lm, split, division) for task in tasks]
         documents = [instances for task in self._tasks for instances in task.documents]
         self._encoded = {
@@ -224,7 +268,7 @@ class _PreparedSplit:
             for task, chosen in zip(self._tasks, batches.chosen, strict=True)
         }
         scores, outcomes = {}, {}
-        for objective in self._config.measured:
+        for objective in self._metrics:
             if objective.cost is not None:
                 continue
             scores[objective.name], by_item = self._score(objective, results)

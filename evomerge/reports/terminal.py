@@ -254,18 +254,23 @@ def show_scores(
     output: where it is printed.
     title: the table's.
     rows: for each a name, its scores by metric, and their mean.
-    config: the search's; its metrics are the columns.
+    config: the search's; its metrics are the columns, and those that are only reported come last.
     mean: what the mean is called.
     """
     columns = [Column("", [name for name, _, _ in rows], left=True)]
     columns += [
         Column(metric.name, [_score(scores, metric.name) for _, scores, _ in rows]) for metric in config.measured
     ]
-    show_table(output, title, [*columns, Column(mean, [_mean(value) for *_, value in rows])])
+    columns.append(Column(mean, [_mean(value) for *_, value in rows]))
+    beside = [metric.name for metric in config.report if any(metric.name in (scores or {}) for _, scores, _ in rows)]
+    columns += [Column(name, [_score(scores, name) for _, scores, _ in rows]) for name in beside]
+    show_table(output, title, columns)
+    if beside:
+        output.print(f"only reported, so neither searched on nor in the {mean}: {', '.join(beside)}", markup=False)
 
 
 def _score(scores: views.ScoresByName | None, name: str) -> str:
-    return number(scores[name]) if scores else "–"
+    return number(scores[name]) if scores and name in scores else "–"
 
 
 def number(value: float) -> str:

@@ -79,6 +79,8 @@ def prepare(config: SearchConfig) -> Prepared:
         fewest_items,
         forked,
         load_targets,
+        of_metrics,
+        only_reported,
         without_items,
     )
     from evomerge.evaluation.packing_probe import takes_packed_rows
@@ -89,18 +91,20 @@ def prepare(config: SearchConfig) -> Prepared:
     check_controls(config)
     base, space = prepared.models.base, prepared.space
     base_tokenizer(config, base)
-    loaded = load_targets(config.measured, config.tasks, config.evaluation)
+    loaded = load_targets(config.reported, config.tasks, config.evaluation)
     targets = forked(loaded)
     config = check_metrics(config, targets)
     if config.evaluation.backend == "vllm":
         check_greedy(targets, base.folder)
         _check_engine(config)
     tasks = distinct_tasks(targets)
+    searched = of_metrics(config.measured, targets)
     doubt = None
     if learns(config.optimizer, config.limit):
-        config, prepared, doubt = _learning(config, prepared, targets)
+        config, prepared, doubt = _learning(config, prepared, searched)
         space = prepared.space
-    division = Division(tasks, config.items, prepared.models.seen)
+    reported = only_reported(config, targets)
+    division = Division(distinct_tasks(searched), config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
@@ -128,7 +132,7 @@ def prepare(config: SearchConfig) -> Prepared:
     warnings = (
         *prepared.warnings,
         *filter(None, [doubt]),
-        *exam_warnings(targets),
+        *exam_warnings(searched),
         *_passed_over(division.left_out),
         *doubts,
     )
@@ -360,6 +364,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
             f"{constraint.name} of {constraint.of or 'the best parent'}": constraint.retain
             for constraint in config.constraints
         },
+        "report": [metric.name for metric in config.report],
         "items_per_task": {split: getattr(config.items, split) for split in config.splits},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,

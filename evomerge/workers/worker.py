@@ -66,6 +66,7 @@ class Worker:
         self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         self._checkpointing = config.optimizer.learning.checkpointing
+        self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
         for split in config.splits:  # all of them now, so that an item that cannot be scored shows before the search
             self._harness.prepare(split)
@@ -79,7 +80,7 @@ class Worker:
     def rehearse(self, recipe: Recipe) -> None:
         """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted."""
         self.models.rehearse(recipe)
-        self._harness.rehearse("search", self.models.candidate)
+        self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
 
     def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         """The evaluation of a recipe. Failures of the candidate are recorded in it, not raised.
