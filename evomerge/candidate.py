@@ -32,6 +32,16 @@ class Candidate:
     genome: tuple[float, ...] | None = None
 
 
+def learned_id(step: int) -> str:
+    """The id of the candidate that is scored after a step along gradients."""
+    return f"l{step:04d}"
+
+
+def is_learned(candidate: Candidate) -> bool:
+    """Whether a candidate lies on the path of gradients."""
+    return candidate.kind == "search" and candidate.id.startswith("l")
+
+
 @dataclass(frozen=True, slots=True)
 class Subset:
     """A subset of the search items of every task.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.archive.gradients import GradientRecord, digest_of, rounded
-from evomerge.candidate import Candidate, Descent, Evaluation, Gradient
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, learned_id
 from evomerge.config.search import SearchConfig
 from evomerge.events import Listener, Stepped, Warned
 from evomerge.optimizers.base import Problem
@@ -85,16 +85,6 @@ class _Step:
         for _, record in sorted(self.records.items()):
             total = total + record.slopes
         return total
-
-
-def learned_id(step: int) -> str:
-    """The id of the candidate that is scored after a step."""
-    return f"l{step:04d}"
-
-
-def is_learned(candidate: Candidate) -> bool:
-    """Whether a candidate lies on the path of gradients."""
-    return candidate.kind == "search" and candidate.id.startswith("l")
 
 
 class Learning:
