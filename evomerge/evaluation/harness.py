@@ -127,6 +127,13 @@ class Harness:
         """The texts to be written for all prepared splits, as batches."""
         return [batch for split in self._splits.values() for batch in split.whole.texts.batches]
 
+    def rehearse_descent(self, model: Any) -> None:
+        """Has a model on the meta device run the pass forward and back that takes the most memory."""
+        self.prepare("search")
+        self._lm._model = model
+        with quiet(), torch.enable_grad():
+            self._splits["search"].rehearse_descent(model)
+
     def rehearse(self, split: Split, model: Any) -> None:
         """Has a model run the batches of a split that take the most memory.
 
@@ -219,9 +226,16 @@ class _PreparedSplit:
         return Losses(measured, self._targets, documents, encode, self._config.items.seed)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
-        learning, evaluation = self._config.optimizer.learning, self._config.evaluation
-        batch_size = learning.batch_size or evaluation.batch_size
-        return self._losses.follow(model, descent, batch_size, self._lm.max_length, torch.device(self._lm.device))
+        return self._losses.follow(model, descent, *self._limits)
+
+    def rehearse_descent(self, model: Any) -> None:
+        self._losses.rehearse(model, *self._limits)
+
+    @property
+    def _limits(self) -> tuple[int, int, torch.device]:
+        """Rows at a time, the model's context, and where batches are kept."""
+        batch_size = self._config.optimizer.learning.batch_size or self._config.evaluation.batch_size
+        return batch_size, self._lm.max_length, torch.device(self._lm.device)
 
     def _batches(self, chosen: "Sequence[Sequence[int]]") -> "_Batches":
         return _Batches(self._config, self._lm, self._tasks, chosen, self._encoded)

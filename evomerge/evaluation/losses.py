@@ -141,6 +141,18 @@ class Losses:
         return totals
 
 
+    def rehearse(self, model: Any, batch_size: int, max_length: int, device: torch.device) -> None:
+        """Runs the pass forward and back that takes the most memory, and drops the result.
+
+        model: the candidate, on the meta device.
+        batch_size, max_length, device: as in `follow`.
+        """
+        items = [item for by_task in self._items.values() for _, own in by_task for item in own if item is not None]
+        batches = _batches(items, batch_size)
+        largest = max(batches, key=lambda batch: batch[0].longest * sum(len(item.requests) for item in batch))
+        _losses(model, largest, max_length, device).sum().backward()  # type: ignore[no-untyped-call]
+
+
 def _items(
     task: Any, objective: ObjectiveConfig, filter_name: str, documents: TaskDocuments, encode: Encode
 ) -> list[Item | None]:

@@ -358,6 +358,8 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "optimizer": config.optimizer.name,
         "population": config.optimizer.population,
         "candidates": config.budget,
+        "equivalents": config.optimizer.equivalents,
+        "steps": config.optimizer.learning.steps if config.optimizer.follows_gradients else 0,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
         "constraints": {
