@@ -8,23 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from evomerge.zoo.training import RECORD
+from evomerge.zoo.training import RECORD, SHIPPED
 
 
-def trained(number: int, folder: Path) -> Path:
-    """The folder of a zoo, which is trained now (in a minute or two) unless it is there.
+def models_of(number: int, folder: Path) -> list[str]:
+    """The settings (`--set`) that make the demo's search one of a zoo's models; none for the shipped zoo.
 
-    number: the zoo's.
+    number: the zoo's. It is trained now (in a minute or two) unless it is there.
     folder: where zoos are kept, each in a folder of its own.
     """
+    if number == SHIPPED:
+        return []
     zoo = (folder / str(number)).resolve()
     if not (zoo / RECORD).exists():
         command = [sys.executable, "-m", "evomerge.zoo.training", "--seed", str(number), "--models", str(zoo)]
         subprocess.run(command, check=True, stdout=sys.stderr)
-    return zoo
-
-
-def models_of(zoo: Path) -> list[str]:
-    """The settings (`--set`) that make the demo's search one of a zoo's models."""
     keys = {"base": "base", "models.math": "math", "models.lang": "lang"}
     return [f"{key}={json.dumps(str(zoo / name))}" for key, name in keys.items()]
