@@ -216,7 +216,8 @@ class _PreparedSplit:
         measured = [metric for metric in self._config.measured if metric.cost is None]
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
-        return Losses(measured, self._targets, documents, encode, self._config.items.seed)
+        chat = self._config.evaluation.apply_chat_template
+        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         learning, evaluation = self._config.optimizer.learning, self._config.evaluation
