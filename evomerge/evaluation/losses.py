@@ -28,7 +28,8 @@ class Encode(Protocol):
     """Makes requests of lm-eval's instances."""
 
     def __call__(self, instance: Any, continuation: str | None = None) -> list[Request]:
-        """The requests for the log-likelihood of an instance's continuation, or of another one after its prompt."""
+        """The requests for the log-likelihood of an instance's own continuation, or of a text that follows its prompt;
+        none where that has no tokens."""
         ...
 
 
