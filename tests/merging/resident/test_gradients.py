@@ -189,6 +189,20 @@ def test_a_table_that_is_also_the_head_gets_the_gradient_of_both(architecture, t
     assert models.model.get_output_embeddings().weight is models.model.get_input_embeddings().weight
     for merge in (recipe("ties"), stacked(("first", 1, 0.9), ("second", 0, 1.0), ("second", 0, 0.8))):
         assert_alike(measure(models, merge), by_autograd(merge, folders["base"], weights))
+        model = models.candidate
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_the_gradients_of_a_tied_table_do_not_wait_for_one_another(tmp_path):
+    folders = architectures.family("llama", tmp_path, NAMES, layers=2, tie_word_embeddings=True)
+    models, seen = load_models(folders, folders["base"], "cpu", "float32"), []
+    models.materialize(recipe("linear"))
+    with models.following(["weight"]) as followed:
+        add = followed.add
+        followed.add = lambda merge, gradient: (seen.append(merge.name), add(merge, gradient))[1]
+        backward(models.candidate)
+    table = "model.embed_tokens.weight"
+    assert [place for place, name in enumerate(seen) if name == table] == [0, len(seen) - 1]
 
 
 def test_a_head_that_is_set_apart_gets_its_own_gradient(tmp_path):
