@@ -61,7 +61,7 @@ class Item:
         """
         if not self.right:
             return -(log_likelihoods / log_likelihoods.new_tensor(self.lengths)).sum()
-        given, alone = log_likelihoods.split([len(self.right), len(self.requests) - len(self.right)])
+        given, alone = log_likelihoods[: len(self.right)], log_likelihoods[len(self.right) :]
         scores = (given - alone if len(alone) else given) / given.new_tensor(self.lengths)
         right = torch.tensor(self.right, device=scores.device)
         return scores.logsumexp(0) - scores[right].logsumexp(0)

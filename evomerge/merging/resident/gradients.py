@@ -79,7 +79,8 @@ def followed(
                     use.requires_grad_(True)
             for name in parts.keys() & parameters.keys():
                 for use in uses[id(parameters[name])]:
-                    stack.callback(use.register_post_accumulate_grad_hook(_hook(sums, parts[name])).remove)
+                    handle = use.register_post_accumulate_grad_hook(_hook(sums, parts[name]))  # type: ignore[no-untyped-call]
+                    stack.callback(handle.remove)
             yield sums
             if made:  # tensors in memory of which checkpoint tensors are made, such as the experts of a layer
                 held = {name: _gradient(uses[id(parameters[name])]) for name in waiting}
