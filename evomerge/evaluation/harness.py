@@ -223,7 +223,8 @@ class _PreparedSplit:
         measured = [metric for metric in self._config.measured if metric.cost is None]
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
-        return Losses(measured, self._targets, documents, encode, self._config.items.seed)
+        chat = self._config.evaluation.apply_chat_template
+        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         return self._losses.follow(model, descent, *self._limits)
@@ -457,16 +458,26 @@ def _encode(lm: Any, instance: Any, document: int | None) -> list[Request]:
     """The log-likelihood requests of an instance: one, or for a rolling log-likelihood one per window."""
     if instance.request_type == "loglikelihood_rolling":
         return _windows(lm, instance.args[0])
-    return _encode_answer(lm, instance, instance.args[1], document)
+    return _encode_pair(lm, instance, document)
 
 
-def _encode_answer(
-    lm: Any, instance: Any, continuation: str | None = None, document: int | None = None
-) -> list[Request]:
-    """The requests for the log-likelihood of an answer after an instance's prompt; by default of its own."""
+def _encode_answer(lm: Any, instance: Any, continuation: str | None = None) -> list[Request]:
+    """The requests for the log-likelihood of an instance's own answer, or of a text that a model might write.
+
+    Such a text follows the tokens of the prompt alone, as when it is written. There is no request where it has no
+    tokens.
+    """
     if continuation is None:
-        return _encode(lm, instance, document)
-    context = instance.args[0]
+        return _encode(lm, instance, None)
+    prompt, whole = lm.tok_encode(instance.args[0]), lm.tok_encode(instance.args[0] + continuation)
+    written = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
+    written = written or lm.tok_encode(continuation, add_special_tokens=False)
+    return [Request(tuple(prompt or [lm.prefix_token_id]), tuple(written))] if written else []
+
+
+def _encode_pair(lm: Any, instance: Any, document: int | None) -> list[Request]:
+    """The request for the log-likelihood of an instance's own answer."""
+    context, continuation = instance.args
     if context:
         before, after = lm._encode_pair(context, continuation)
     else:

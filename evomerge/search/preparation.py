@@ -162,7 +162,8 @@ def _learning(
     reason = None if moved else "none of its genes has a derivative by the first method"
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
-        reason = without_references(config.measured, targets, lambda task: division.documents(task, "search"))
+        chat = config.evaluation.apply_chat_template
+        reason = without_references(config.measured, targets, lambda task: division.documents(task, "search"), chat)
     if reason is not None and explicit:
         raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
     if reason is not None:
