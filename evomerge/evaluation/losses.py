@@ -145,7 +145,6 @@ class Losses:
                 raise CandidateFailed(f"the loss of {name} is {total}")
         return totals
 
-
     def rehearse(self, model: Any, batch_size: int, max_length: int, device: torch.device) -> None:
         """Runs the pass forward and back that takes the most memory, and drops the result.
 

@@ -80,8 +80,10 @@ class Worker:
         return self._harness.left_out(split)
 
     def rehearse(self, recipe: Recipe) -> None:
-        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted. Where
-        the search follows gradients, one is computed, too."""
+        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
+
+        Where the search follows gradients, one is computed, too.
+        """
         self.models.rehearse(recipe)
         self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
         wanted = METHODS[recipe.merge_method].slopes
