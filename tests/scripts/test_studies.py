@@ -64,7 +64,7 @@ def test_every_skill_that_is_scored_is_trained_by_one_specialist() -> None:
     assert {skill for case in study.CASES.values() for skill in case.tasks} <= {*trained, study.RETAINED}
 
 
-@pytest.mark.parametrize("settings", [study.EVOLVED, study.RANDOM], ids=["evolved", "random"])
+@pytest.mark.parametrize("settings", [study.evolving(9, seed=1), study.controlling(9)], ids=["evolved", "random"])
 @pytest.mark.parametrize("case", study.CASES)
 def test_search_files_are_ones_that_evomerge_reads(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
     config = load(study.write_search(tmp_path, case, "some", settings), [])
