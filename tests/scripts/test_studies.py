@@ -1,6 +1,7 @@
 """The study of a real language model, as far as that goes without the model."""
 
 import importlib.util
+import json
 import sys
 from importlib.machinery import SourceFileLoader
 from itertools import combinations, islice
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from evomerge import zoo
 from evomerge.config.files import load
 from evomerge.search.preparation import prepare_file
 from tests.conftest import REPOSITORY
@@ -125,3 +127,38 @@ def test_searches_are_compared_with_a_control_item_by_item() -> None:
     assert found["difference"] == pytest.approx(0.125)
     assert found["interval"][0] > 0
     assert found["p_value"] < 0.05
+
+
+@pytest.mark.slow
+def test_the_study_goes_from_models_to_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the zoo in the place of the models and tasks that it makes itself."""
+    (tmp_path / "models").symlink_to(zoo.path("base").parent)
+    (tmp_path / "tasks").symlink_to(REPOSITORY / "evals")
+    changes = {"SPECIALISTS": {"math": ("math_a",), "lang": ("lang_b",)}, "RETAINED": "base_qa", "WEIGHTS": (1.0,)}
+    changes |= {"SEARCHED": 12, "SELECTED": 8, "HELD_OUT": 20, "CASES": {"zoo": study.Case(("math", "lang"), 3)}}
+    for name, value in changes.items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study, "controlling", lambda budget: in_few_groups(controlling(budget)))
+    monkeypatch.setattr(study, "evolving", lambda budget, seed: in_few_groups(evolving(budget, seed)))
+    study.main([f"--output={tmp_path}", "--cases=zoo", "--seeds", "1", "2", "--", "skills", "controls", "evolved"])
+    assert json.loads((tmp_path / "skills.json").read_text())["lang"]["lang_b"] > 0.9
+    capsys.readouterr()
+    study.main([f"--output={tmp_path}", "--cases=zoo", "--seeds", "1", "2", "--", "report"])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["study"] == "smollm2"
+    assert len(found["evolved"]) == len(found["margins"]) == 2
+    pooled = np.mean([margin["difference"] for margin in found["margins"]])
+    assert found["margin_of_all"]["difference"] == pytest.approx(pooled, abs=2e-4)
+    assert found["margins"][0]["difference"] == pytest.approx(found["evolved"][0] - found["best_control"], abs=2e-4)
+    assert "best per-model weights" in printed.err
+
+
+evolving, controlling = study.evolving, study.controlling
+
+
+def in_few_groups(settings: dict[str, Any]) -> dict[str, Any]:
+    """A search over a model of six layers."""
+    return settings | {"space": settings["space"] | {"layer_granularity": 3}}
