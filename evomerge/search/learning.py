@@ -186,9 +186,8 @@ class Learning:
         self._step = None
         if step.failed is not None:
             self._ending = True
-            self._listener(
-                Warned(f"step {step.descent.step} along gradients failed ({step.failed}), so it is the last.")
-            )
+            what = f"step {step.descent.step}" if step.descent.step > 0 else f"the loss of {step.candidate.id}"
+            self._listener(Warned(f"{what} failed ({step.failed}), so no more steps along gradients are taken."))
         elif step.descent.step < 0:
             self._multipliers.bound(step.losses)
         else:

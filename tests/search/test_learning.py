@@ -266,7 +266,7 @@ def test_a_step_that_fails_ends_the_stage_and_the_search_goes_on_even_after_a_re
     assert max(record.step for record in whole.gradients()) == fails
     assert [record.error for record in whole.gradients()][-3:] == [None, "out of memory", None]
     warnings = [event.message for event in heard if isinstance(event, Warned) and "gradients" in event.message]
-    assert warnings == [f"step {fails} along gradients failed (out of memory), so it is the last."]
+    assert warnings == [f"step {fails} failed (out of memory), so no more steps along gradients are taken."]
     assert any(name.startswith("g") for name in ids(whole))
     assert commands.status(whole, prepared.config)["state"] == "finished"
     for kill in (5, len(undisturbed.evaluated) - 1):
