@@ -416,3 +416,10 @@ def test_bfloat16_models_have_about_the_same_gradients(method, resident, tiny_mo
     pairs = torch.tensor([[narrow[place], wide[place]] for place in wide], dtype=torch.float64).T
     assert float(torch.corrcoef(pairs)[0, 1]) > 0.99
     assert float((pairs[0] - pairs[1]).norm() / pairs[1].norm()) < 0.1
+
+
+@pytest.mark.parametrize("method", ["linear", "dare_ties", "slerp"])
+def test_a_model_that_is_divided_over_devices_has_the_same_gradients(method, resident, tiny_models):
+    divided = load_models(tiny_models, tiny_models["base"], "cpu", "float32", count=2)
+    assert len(divided.devices) == 2
+    assert measure(divided, recipe(method)) == measure(resident, recipe(method))
