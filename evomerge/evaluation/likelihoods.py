@@ -112,6 +112,7 @@ class PreparedRequests:
         max_length: int,
         device: torch.device,
         packed: bool = False,
+        alike: float = 0.0,
     ) -> None:
         """Divides the requests into batches.
 
@@ -120,6 +121,7 @@ class PreparedRequests:
         max_length: the model's context in tokens; longer requests lose tokens on the left, as in lm-eval.
         device: where the batches are kept.
         packed: whether the requests of a document may share a row.
+        alike: how long the shortest row of a batch is at least, as a share of the longest.
         """
         self.requests, self._max_length, self._device = requests, max_length, device
         self.truncated = sum(len(request.context) + len(request.continuation) > max_length + 1 for request in requests)
@@ -128,7 +130,7 @@ class PreparedRequests:
         self.batches = [
             _batch(members, device)
             for kind in (False, True)
-            for members in _divide([row for row in rows if (len(row.packed.rows) > 1) == kind], batch_size)
+            for members in _divide([row for row in rows if (len(row.packed.rows) > 1) == kind], batch_size, alike)
         ]
 
     def _rows(self, packed: bool) -> list[_Row]:
@@ -194,13 +196,19 @@ def _scored(packed: PackedRow, owners: dict[Tokens, list[tuple[int, Tokens]]]) -
     return _Row(packed, tuple(scored))
 
 
-def _divide(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Rows in their order, in batches of at most `batch_size` single rows and `MOST_READS` columns that are read."""
+def _divide(rows: Sequence[_Row], batch_size: int, alike: float) -> Iterator[list[_Row]]:
+    """Rows in their order, in batches of at most `batch_size` single rows and `MOST_READS` columns that are read.
+
+    rows: the longest first.
+    batch_size: see above.
+    alike: how long the shortest row of a batch is at least, as a share of the longest.
+    """
     batch: list[_Row] = []
     singles = reads = 0
     for row in rows:
         wanted = len({column for column, _, _ in row.scored})
-        if batch and (singles + len(row.packed.rows) > batch_size or reads + wanted > MOST_READS):
+        full = singles + len(row.packed.rows) > batch_size or reads + wanted > MOST_READS
+        if batch and (full or row.length < alike * batch[0].length):
             yield batch
             batch, singles, reads = [], 0, 0
         batch.append(row)

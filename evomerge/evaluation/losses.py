@@ -21,6 +21,7 @@ from evomerge.evaluation.likelihoods import PreparedRequests, Request, likelihoo
 from evomerge.evaluation.loading import Target
 from evomerge.evaluation.references import Reference, references
 
+_ALIKE = 0.7  # rows that are shorter are read apart, since padding costs as much as text
 TaskDocuments = Sequence[Sequence[Any]]  # lm-eval's instances of each document
 
 
@@ -209,6 +210,7 @@ def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
 def _losses(model: Any, items: Sequence[Item], max_length: int, device: torch.device) -> torch.Tensor:
     """The loss of each item, float32, shape (items,)."""
     requests = [request for item in items for request in item.requests]
-    values = likelihoods(model, PreparedRequests(requests, len(requests), max_length, device))
+    prepared = PreparedRequests(requests, len(requests), max_length, device, alike=_ALIKE)
+    values = likelihoods(model, prepared)
     pieces = torch.split(values, [len(item.requests) for item in items])
     return torch.stack([item.loss(piece) for item, piece in zip(items, pieces, strict=True)])
