@@ -268,6 +268,28 @@ def merge(
 
 
 @app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A merged folder.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch, made where it is missing [default: main].")] = None,
+    message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
+) -> None:
+    """Upload a merged checkpoint with its card and recipe to the Hugging Face hub, private unless --public."""
+    from evomerge.export import push as pushing
+    from evomerge.reports import terminal
+
+    pushing.check_name(repository)
+    parcel = pushing.pack(checkpoint)
+    output = terminal.console()
+    output.print("\n".join(["uploading:", *pushing.listed(parcel.files, checkpoint)]), markup=False)
+    if parcel.left:
+        output.print(f"not part of the checkpoint, and not uploaded: {', '.join(parcel.left)}", markup=False)
+    done = pushing.push(parcel, repository, public=public, revision=revision, message=message)
+    output.print(f"{repository}: fingerprint {done.fingerprint} (that of the recipe), {done.url}", markup=False)
+
+
+@app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="MODEL_OR_RECIPE", show_default=False)],
     config: Annotated[Path, typer.Option(metavar="SEARCH.yaml", help="Says which tasks, items and device.")],
@@ -329,7 +351,7 @@ def convert(
     strategy: Annotated[str | None, typer.Option(help="pool, buffered or serial.")] = None,
     random_seed: Annotated[int | None, typer.Option(help="Of the search.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
-    task_search_path: Annotated[list[str] | None, typer.Option(help="A folder with tasks.")] = None,
+    task_search_path: Annotated[list[str] | None, typer.Option(metavar="FOLDER", help="Where tasks are found.")] = None,
     num_gpus: Annotated[int | None, typer.Option(help="How many GPUs, with a worker on each.")] = None,
     timeout: Annotated[float | None, typer.Option(hidden=True)] = None,
     in_memory: Annotated[bool, typer.Option("--in-memory/--no-in-memory", hidden=True)] = False,

@@ -25,8 +25,8 @@ from evomerge.config.base import GeneConfig
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError, WorkFailed
 from evomerge.export import checkpoint
-from evomerge.export.names import public_recipe
 from evomerge.export import recipe as export
+from evomerge.export.names import public_recipe
 from evomerge.merging.building import load_model
 from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import fingerprint
