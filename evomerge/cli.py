@@ -348,7 +348,7 @@ def convert(
     ] = None,
     sigma: Annotated[float | None, typer.Option("--sigma", "--sigma0", help="The first step.")] = None,
     force_population_size: Annotated[int | None, typer.Option(help="Candidates in a generation.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="pool, buffered or serial.")] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", "-s", help="pool, buffered or serial.")] = None,
     random_seed: Annotated[int | None, typer.Option(help="Of the search.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
     task_search_path: Annotated[list[str] | None, typer.Option(metavar="FOLDER", help="Where tasks are found.")] = None,

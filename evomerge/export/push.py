@@ -68,7 +68,7 @@ class Parcel:
         if name == CARD:
             return _card(self).encode()
         if name in REPORTS:
-            return without_paths((self.folder / name).read_text(encoding="utf-8"), self.recipe).encode()
+            return without_paths(_text(self.folder / name), self.recipe).encode()
         return self.folder / name
 
 
@@ -130,7 +130,7 @@ def _card(parcel: Parcel) -> str:
     """The card in the folder, or a new one, as the hub takes it: `base_model` has ids of models on the hub only."""
     path = parcel.folder / CARD
     made = model_card(parcel.recipe, parcel.fingerprint, Verdict(OTHER, ()))
-    text = without_paths(path.read_text(encoding="utf-8"), parcel.recipe) if path.is_file() else made
+    text = without_paths(_text(path), parcel.recipe) if path.is_file() else made
     opening, front, body = _divided(text)
     parents = front.get("base_model")
     if not isinstance(parents, list):
@@ -140,6 +140,13 @@ def _card(parcel: Parcel) -> str:
     if not ids:
         changed = {key: value for key, value in front.items() if not key.startswith("base_model")}
     return f"{opening}---\n{yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text in UTF-8 (at byte {error.start}); write it again.") from None
 
 
 def _divided(text: str) -> tuple[str, dict[str, Any], str]:
@@ -170,15 +177,13 @@ def push(parcel: Parcel, repository: str, *, public: bool, revision: str | None,
     if get_token() is None:
         raise InputError("the hub knows nobody here; log in with `hf auth login`, or set HF_TOKEN.")
     api = HfApi()
+    added = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content))
+        for name in parcel.files
+        for content in [parcel.content(name)]
+    ]
     with _sentences(repository):
         _make(api, repository, public, revision)
-        added = [
-            CommitOperationAdd(
-                path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
-            )
-            for name in parcel.files
-            for content in [parcel.content(name)]
-        ]
         title = message or f"Upload merge {parcel.fingerprint}"
         commit = api.create_commit(repository, added, commit_message=title, revision=revision)
         there = set(api.list_repo_files(repository, revision=commit.oid))

@@ -9,12 +9,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.evo.config import EvolMergeConfiguration
-from mergekit.evo.genome import METHOD_PARAM_MAPS
+from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenome, ModelGenomeDefinition
 
+from evomerge import zoo
 from evomerge.config.files import load
 from evomerge.conversion import mergekit_evolve
 from evomerge.conversion.convert import Converted, convert
 from evomerge.conversion.options import Options
+from evomerge.recipe import resolve_setting
 from evomerge.search.preparation import prepare
 from tests.bad_input import Refuses
 from tests.commands import evomerge
@@ -207,8 +209,44 @@ def test_a_config_over_models_that_are_here_can_start(tmp_path: Path) -> None:
     assert {"layers_0-1.self_attn", "layers_2-3.mlp", "layers_4-5.rest"} <= groups
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_a_search_starts_at_the_merge_at_which_mergekit_evolve_starts(method: str, tmp_path: Path) -> None:
+    genome = {**ZOO["genome"], "merge_method": method}
+    paths = {f"zoo:{name}": str(zoo.path(name)) for name in ("base", "math", "lang")}
+    definition = ModelGenomeDefinition.model_validate(
+        {**genome, "base_model": paths["zoo:base"], "models": [paths[model] for model in genome["models"]]}
+    )
+    theirs = ModelGenome(definition)
+    expected = theirs.genotype_merge_config(theirs.initial_genotype())
+    _, made = converted({**ZOO, "genome": genome}, tmp_path, task_paths=(str(EVALS),))
+    space = prepare(made.config).space
+    ours = space.decode([gene.start for gene in space.genes])
+    assert (ours.merge_method, len(ours.slices or ())) == (expected.merge_method, len(expected.slices))
+    assert ours.parameters["normalize"] is expected.parameters["normalize"]
+    for own, other in zip(ours.slices or (), expected.slices, strict=True):
+        for model in genome["models"]:
+            (source,) = [each for each in own.sources if each.model == model]
+            (their_source,) = [each for each in other.sources if each.model.model.path == paths[model]]
+            assert source.layer_range == their_source.layer_range
+            for name, conditions in their_source.parameters.items():
+                for tensor in ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight", "x.norm"):
+                    value = next(each.value for each in conditions if each.filter is None or each.filter in tensor)
+                    assert resolve_setting(source.parameters[name], tensor, 0.0, float) == pytest.approx(value)
+
+
+def test_without_an_output_the_file_is_printed_and_what_is_not_kept_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "evolve.yml"
+    path.write_text(yaml.safe_dump(SPARSE))
+    printed = evomerge("convert", path)
+    assert yaml.safe_load(printed)["base"] == "lab/seed-3b"
+    assert "random_init: a search starts at" in capfd.readouterr().err
+    assert "# Not kept: random_init" in printed
+
+
 NAMES = st.text("abcXYZ019_-.é \"'#:", min_size=1, max_size=8)
-REFERENCES = st.builds(lambda owner, name: f"{owner}/{name}".strip(), NAMES, NAMES)
+REFERENCES = st.builds(lambda owner, name: f"lab{owner}/{name}".strip(), NAMES, NAMES)
 FINITE = st.floats(-5, 5).filter(bool)
 
 
@@ -242,7 +280,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(document=documents())
 def test_whatever_mergekit_takes_becomes_a_search(document: dict[str, Any], tmp_path_factory: Any) -> None:
     try:

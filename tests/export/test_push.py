@@ -220,6 +220,12 @@ def test_nothing_from_outside_the_folder_is_uploaded(merged: Path, tmp_path: Pat
         refuses("push", merged, NAME, says=(f"{index}: {name} is no file of safetensors in the folder",))
 
 
+def test_a_card_that_is_no_text_is_refused_before_anything_is_made(merged: Path, hub: FakeHub) -> None:
+    (merged / "README.md").write_bytes(b"\xff\xfe")
+    refused(merged, f"{merged / 'README.md'}: not text in UTF-8")
+    assert not hub.requests
+
+
 @pytest.mark.parametrize("name", ["merged", "a/b/c", "a/", "../b", "a b/c", "a/b..c", "a/b--c"])
 def test_a_name_that_no_repository_can_have_is_refused(name: str, refuses: Refuses) -> None:
     refuses("push", "folder", name, says=(f"'{name}' is no name of a repository; write OWNER/NAME",))
