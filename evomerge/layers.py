@@ -18,8 +18,9 @@ def layer_index(name: str) -> int | None:
 
 
 def is_layer(module: str) -> bool:
-    """Whether the module of that name is a layer."""
-    return module.rpartition(".")[2].isdigit() and layer_index(f"{module}.weight") is not None
+    """Whether the module of that name is a layer, and not a numbered module inside of one, such as an expert."""
+    match = _in_layer(f"{module}.")
+    return match is not None and match.end() == len(module) + 1
 
 
 def with_layer(name: str, layer: int) -> str:

@@ -251,9 +251,10 @@ class Archive:
         Raises WorkFailed as `record` does.
         """
         self._patiently(
-            f"{record.step}/{record.shard}",
+            f"{record.step}, shard {record.shard}",
             lambda: self._gradients.add(record),
             lambda: self._gradients.holds(record),
+            "step",
         )
 
     def find_gradient(self, step: int, shard: int) -> GradientRecord | None:
@@ -264,12 +265,15 @@ class Archive:
         """Every record of a shard of a step, by step and shard."""
         return self._gradients.all()
 
-    def _patiently(self, identity: str, write: Callable[[], None], written: Callable[[], bool]) -> None:
+    def _patiently(
+        self, identity: str, write: Callable[[], None], written: Callable[[], bool], kind: str = "evaluation"
+    ) -> None:
         """Writes exactly once, and waits for a storage that cannot be reached for a short time.
 
-        identity: what is written, for messages.
+        identity: which one is written, for messages.
         write: writes it.
         written: whether it is there already, since a commit may have come through.
+        kind: what is written, in a word, for messages.
         """
         pause, deadline, tried = _PAUSE, time.monotonic() + _PATIENCE, False
         while True:
@@ -281,7 +285,7 @@ class Archive:
                 passing, reason = refusal(error)
                 if not passing or time.monotonic() + pause > deadline:
                     raise WorkFailed(
-                        f"the archive refused evaluation {identity} ({reason}); nothing was lost: free some "
+                        f"the archive refused {kind} {identity} ({reason}); nothing was lost: free some "
                         "space or restore the storage, then resume."
                     ) from None
             tried = True

@@ -103,6 +103,8 @@ class OptimizerConfig(Settings):
             raise ValueError(".schedule is async, but gradients are followed step by step; use pipelined")
         if self.name == LEARNED and self.stages:
             raise ValueError(".stages are given, but learned has none; make learned the first of the stages")
+        if self.follows_gradients and self.learning.steps == 0:
+            raise ValueError(".learning.steps is 0, but learned takes at least 1; set it, or use another optimizer")
         return self
 
     @property

@@ -1,15 +1,17 @@
 """What candidates are scored on: objectives, constraints, tasks, items, and everything that changes a score."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
     PrivateAttr,
+    field_validator,
     model_validator,
 )
 
 from evomerge.config.base import Settings
+from evomerge.config.documents import shown
 from evomerge.config.tables import CostName
 
 
@@ -154,10 +156,18 @@ class ItemsConfig(Settings):
     """
 
     search: int | None = Field(default=None, ge=1)
-    selection: Annotated[int, Field(ge=1)] | Literal[False] | None = None
+    selection: int | Literal[False] | None = None
     heldout: int | None = Field(default=None, ge=1)
     search_fraction: float = Field(default=0.5, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("selection", mode="before")
+    @classmethod
+    def _some_or_false(cls, value: Any) -> Any:
+        """Tells false from 0, and true from 1."""
+        if value is None or value is False or (isinstance(value, int) and value is not True and value > 0):
+            return value
+        raise ValueError(f"it is {shown(value)}; use a whole number of at least 1, or false")
 
 
 class VllmConfig(Settings):

@@ -166,7 +166,7 @@ class SearchConfig(Settings):
     @property
     def splits(self) -> tuple[Split, ...]:
         """The splits that items are divided into, in the order in which they are scored."""
-        return SPLITS if self.items.selection is not None else ("search", "heldout")
+        return SPLITS if self.items.selection else ("search", "heldout")
 
     @property
     def budget(self) -> int:

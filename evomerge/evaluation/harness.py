@@ -127,6 +127,13 @@ class Harness:
         """The texts to be written for all prepared splits, as batches."""
         return [batch for split in self._splits.values() for batch in split.whole.texts.batches]
 
+    def rehearse_descent(self, model: Any) -> None:
+        """Has a model on the meta device run the pass forward and back that takes the most memory."""
+        self.prepare("search")
+        self._lm._model = model
+        with quiet(), torch.enable_grad():
+            self._splits["search"].rehearse_descent(model)
+
     def rehearse(self, split: Split, model: Any) -> None:
         """Has a model run the batches of a split that take the most memory.
 
@@ -216,12 +223,20 @@ class _PreparedSplit:
         measured = [metric for metric in self._config.measured if metric.cost is None]
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
-        return Losses(measured, self._targets, documents, encode, self._config.items.seed)
+        chat = self._config.evaluation.apply_chat_template
+        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
-        learning, evaluation = self._config.optimizer.learning, self._config.evaluation
-        batch_size = learning.batch_size or evaluation.batch_size
-        return self._losses.follow(model, descent, batch_size, self._lm.max_length, torch.device(self._lm.device))
+        return self._losses.follow(model, descent, *self._limits)
+
+    def rehearse_descent(self, model: Any) -> None:
+        self._losses.rehearse(model, *self._limits)
+
+    @property
+    def _limits(self) -> tuple[int, int, torch.device]:
+        """Rows at a time, the model's context, and where batches are kept."""
+        batch_size = self._config.optimizer.learning.batch_size or self._config.evaluation.batch_size
+        return batch_size, self._lm.max_length, torch.device(self._lm.device)
 
     def _batches(self, chosen: "Sequence[Sequence[int]]") -> "_Batches":
         return _Batches(self._config, self._lm, self._tasks, chosen, self._encoded)
@@ -443,16 +458,26 @@ def _encode(lm: Any, instance: Any, document: int | None) -> list[Request]:
     """The log-likelihood requests of an instance: one, or for a rolling log-likelihood one per window."""
     if instance.request_type == "loglikelihood_rolling":
         return _windows(lm, instance.args[0])
-    return _encode_answer(lm, instance, instance.args[1], document)
+    return _encode_pair(lm, instance, document)
 
 
-def _encode_answer(
-    lm: Any, instance: Any, continuation: str | None = None, document: int | None = None
-) -> list[Request]:
-    """The requests for the log-likelihood of an answer after an instance's prompt; by default of its own."""
+def _encode_answer(lm: Any, instance: Any, continuation: str | None = None) -> list[Request]:
+    """The requests for the log-likelihood of an instance's own answer, or of a text that a model might write.
+
+    Such a text follows the tokens of the prompt alone, as when it is written. There is no request where it has no
+    tokens.
+    """
     if continuation is None:
-        return _encode(lm, instance, document)
-    context = instance.args[0]
+        return _encode(lm, instance, None)
+    prompt, whole = lm.tok_encode(instance.args[0]), lm.tok_encode(instance.args[0] + continuation)
+    written = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
+    written = written or lm.tok_encode(continuation, add_special_tokens=False)
+    return [Request(tuple(prompt or [lm.prefix_token_id]), tuple(written))] if written else []
+
+
+def _encode_pair(lm: Any, instance: Any, document: int | None) -> list[Request]:
+    """The request for the log-likelihood of an instance's own answer."""
+    context, continuation = instance.args
     if context:
         before, after = lm._encode_pair(context, continuation)
     else:

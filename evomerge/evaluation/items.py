@@ -73,11 +73,11 @@ class Division:
         self._chosen: dict[Split, dict[Any, list[int]]] = {split: {} for split in SPLITS}
         self.left_out = dict.fromkeys(searched, 0)
         self._chosen["search"] |= {task: task_division.search() for task, task_division in searched.items()}
-        excluded = seen | self.digests("search").union(*(_examples(task) for task in searched))
-        self._hold_out(searched, excluded)
+        excluded = self.digests("search").union(*(_examples(task) for task in searched))
+        self._hold_out(searched, seen | excluded)
         excluded |= self.digests("heldout")
         self._chosen["selection"] |= {
-            task: task_division.selection(excluded) for task, task_division in searched.items()
+            task: task_division.selection(excluded, seen) for task, task_division in searched.items()
         }
         self._report(sorted(reported, key=_name), seen)
 
@@ -193,14 +193,21 @@ class _TaskDivision:
         passed = int(np.flatnonzero(np.isin(order, chosen)).max(initial=-1)) + 1 - len(chosen)
         return _sorted(chosen), passed if config.heldout is not None else len(order) - len(fresh)
 
-    def selection(self, excluded: Digests) -> list[int]:
-        if self.config.selection is None:
+    def selection(self, excluded: Digests, seen: Digests) -> list[int]:
+        """The numbers of the selection items. Items that an earlier search has seen come last: a model that a search
+        made is scored on that search's selection items, too.
+
+        excluded: digests of items that cannot be chosen.
+        seen: those of items that an earlier search has seen.
+        """
+        if not self.config.selection:
             return []
         order, items = self._rest, self._candidates
         if self._own_selection:
             order = counter_rng(self.config.seed, "items", _name(self.task), "selection").permutation(len(items))
         fresh = _fresh(order, items, excluded)
-        chosen = fresh[: self.config.selection]
+        unseen = _fresh(fresh, items, seen)
+        chosen = np.concatenate([unseen, fresh[~np.isin(fresh, unseen)]])[: self.config.selection]
         self._check("selection", self.config.selection, len(chosen), len(order) - len(fresh))
         return _sorted(chosen)
 

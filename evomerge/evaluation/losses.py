@@ -28,7 +28,8 @@ class Encode(Protocol):
     """Makes requests of lm-eval's instances."""
 
     def __call__(self, instance: Any, continuation: str | None = None) -> list[Request]:
-        """The requests for the log-likelihood of an instance's continuation, or of another one after its prompt."""
+        """The requests for the log-likelihood of an instance's own continuation, or of a text that follows its prompt;
+        none where that has no tokens."""
         ...
 
 
@@ -37,8 +38,9 @@ class Item:
     """A document of an objective with what its loss is made of.
 
     objective: the objective's name.
-    requests: the requests for log-likelihoods.
-    right: for each request, whether its option is right; empty where all requests are the reference.
+    requests: the requests for log-likelihoods: one for each option, or two where those without the question are
+        subtracted, which come last.
+    right: for each option, whether it is right; empty where all requests are the reference.
     lengths: for each request, what its log-likelihood is divided by.
     """
 
@@ -59,7 +61,8 @@ class Item:
         """
         if not self.right:
             return -(log_likelihoods / log_likelihoods.new_tensor(self.lengths)).sum()
-        scores = log_likelihoods / log_likelihoods.new_tensor(self.lengths)
+        given, alone = log_likelihoods[: len(self.right)], log_likelihoods[len(self.right) :]
+        scores = (given - alone if len(alone) else given) / given.new_tensor(self.lengths)
         right = torch.tensor(self.right, device=scores.device)
         return scores.logsumexp(0) - scores[right].logsumexp(0)
 
@@ -74,6 +77,7 @@ class Losses:
         documents: Mapping[int, TaskDocuments],
         encode: Encode,
         seed: int,
+        chat: bool = False,
     ) -> None:
         """Makes the references, and drops items that have none.
 
@@ -82,6 +86,7 @@ class Losses:
         documents: each task's search documents, by the task's `id()`.
         encode: makes requests of lm-eval's instances.
         seed: of the division of items.
+        chat: whether prompts follow the model's chat template.
         """
         self._seed = seed
         self._items: dict[str, list[tuple[str, list[Item | None]]]] = {}
@@ -89,7 +94,7 @@ class Losses:
             target = targets[objective.task]
             filter_name = objective.filter or target.filters()[0]
             made = [
-                (task.config.task, _items(task, objective, filter_name, documents[id(task)], encode))
+                (task.config.task, _items(task, objective, filter_name, documents[id(task)], encode, chat))
                 for task in target.tasks
             ]
             self._items[objective.name] = _normalized(made)
@@ -133,29 +138,41 @@ class Losses:
             for item, loss in zip(batch, losses.tolist(), strict=True):
                 totals[item.objective] += loss / counts[item.objective]
             factors = losses.new_tensor([weights[item.objective] / counts[item.objective] for item in batch])
-            if factors.any():
+            if factors.any() and losses.requires_grad:
                 (losses * factors).sum().backward()  # type: ignore[no-untyped-call]
         for name, total in totals.items():
             if not math.isfinite(total):
                 raise CandidateFailed(f"the loss of {name} is {total}")
         return totals
 
+    def rehearse(self, model: Any, batch_size: int, max_length: int, device: torch.device) -> None:
+        """Runs the pass forward and back that takes the most memory, and drops the result.
+
+        model: the candidate, on the meta device.
+        batch_size, max_length, device: as in `follow`.
+        """
+        items = [item for by_task in self._items.values() for _, own in by_task for item in own if item is not None]
+        batches = _batches(items, batch_size)
+        largest = max(batches, key=lambda batch: batch[0].longest * sum(len(item.requests) for item in batch))
+        _losses(model, largest, max_length, device).sum().backward()  # type: ignore[no-untyped-call]
+
 
 def _items(
-    task: Any, objective: ObjectiveConfig, filter_name: str, documents: TaskDocuments, encode: Encode
+    task: Any, objective: ObjectiveConfig, filter_name: str, documents: TaskDocuments, encode: Encode, chat: bool
 ) -> list[Item | None]:
-    made = references(task, objective, filter_name, [instances[0].doc for instances in documents])
-    return [
+    made = references(task, objective, filter_name, [instances[0].doc for instances in documents], chat)
+    items = [
         None if reference is None else _item(objective.name, reference, instances, encode)
         for reference, instances in zip(made, documents, strict=True)
     ]
+    return [item if item is not None and item.requests else None for item in items]  # an empty text has no windows
 
 
 def _item(objective: str, reference: Reference, instances: Sequence[Any], encode: Encode) -> Item:
     if reference.text is not None:
         requests = encode(instances[0], reference.text)
         return Item(objective, tuple(requests), (), (1.0,) * len(requests))
-    given = instances[: len(reference.right)] if reference.right else instances
+    given = instances[: len(reference.right)] if reference.right and not reference.mutual else instances
     requests = [request for instance in given for request in encode(instance)]
     return Item(objective, tuple(requests), reference.right, reference.lengths or (1.0,) * len(requests))
 

@@ -6,6 +6,7 @@ A reference is used only where it scores better than other answers do, by the ta
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from evomerge.config.scoring import ObjectiveConfig
@@ -26,16 +27,18 @@ class Reference:
     answer: the text as filters and metrics see it, without the stop.
     right: for each option whether it is right; empty where there are no options.
     lengths: for each option, the length that the task divides log-likelihoods by.
+    mutual: whether the task subtracts the log-likelihood that an option has without the question.
     """
 
     text: str | None = None
     answer: str = ""
     right: tuple[bool, ...] = ()
     lengths: tuple[float, ...] = ()
+    mutual: bool = False
 
 
 def references(
-    task: Any, objective: ObjectiveConfig, filter_name: str, documents: Sequence[Any]
+    task: Any, objective: ObjectiveConfig, filter_name: str, documents: Sequence[Any], chat: bool = False
 ) -> list[Reference | None]:
     """The reference of each document; None for documents that have none.
 
@@ -43,8 +46,9 @@ def references(
     objective: the metric that is optimized.
     filter_name: the filter that it is measured after.
     documents: the task's documents.
+    chat: whether prompts follow the model's chat template.
     """
-    made = [_reference(task, objective.metric, document) for document in documents]
+    made = [_reference(task, objective.metric, document, chat) for document in documents]
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return made  # its metrics are the likelihood of the text itself
     known = [place for place, reference in enumerate(made) if reference is not None]
@@ -54,29 +58,34 @@ def references(
 
 
 def without_references(
-    objectives: Sequence[ObjectiveConfig], targets: Mapping[str, Target], documents: Callable[[Any], Sequence[Any]]
+    objectives: Sequence[ObjectiveConfig],
+    targets: Mapping[str, Target],
+    documents: Callable[[Any], Sequence[Any]],
+    chat: bool = False,
 ) -> str | None:
     """A clause about the first objective for which no document has a reference; None where all objectives have some.
 
     objectives: the metrics that are optimized; costs are passed over.
     targets: their tasks.
     documents: a task -> its search documents.
+    chat: whether prompts follow the model's chat template.
     """
     for objective in objectives:
         if objective.cost is not None:
             continue
         target = targets[objective.task]
         name = objective.filter or target.filters()[0]
-        if not any(any(references(task, objective, name, documents(task))) for task in target.tasks):
+        if not any(any(references(task, objective, name, documents(task), chat)) for task in target.tasks):
             return f"{objective.name} has no answer that its own metric would score best"
     return None
 
 
-def _reference(task: Any, metric: str, document: Any) -> Reference | None:
+def _reference(task: Any, metric: str, document: Any, chat: bool) -> Reference | None:
     try:
+        _instances(task, document)
         if task.OUTPUT_TYPE == "multiple_choice":
             return _options(task, metric, document)
-        return _written(task, document) if task.OUTPUT_TYPE == "generate_until" else Reference()
+        return _written(task, document, chat) if task.OUTPUT_TYPE == "generate_until" else Reference()
     except Exception:  # templates and functions of tasks may raise anything
         return None
 
@@ -92,7 +101,8 @@ def _options(task: Any, metric: str, document: Any) -> Reference | None:
     if not 0 < sum(right) < len(right):
         return None
     lengths = _LENGTHS.get(metric, "none")
-    return Reference(right=right, lengths=tuple(_length(option, lengths) for option in options))
+    divisors = tuple(_length(option, lengths) for option in options)
+    return Reference(right=right, lengths=divisors, mutual=metric == "acc_mutual_info")
 
 
 def _length(option: str, lengths: Lengths) -> float:
@@ -102,7 +112,7 @@ def _length(option: str, lengths: Lengths) -> float:
     return max(1.0, float(len(option) if lengths == "characters" else len(option.encode())))
 
 
-def _written(task: Any, document: Any) -> Reference | None:
+def _written(task: Any, document: Any, chat: bool) -> Reference | None:
     gold = task.doc_to_target(document)
     if task.config.doc_to_choice is not None and isinstance(gold, int):
         gold = task.doc_to_choice(document)[gold]
@@ -111,8 +121,24 @@ def _written(task: Any, document: Any) -> Reference | None:
     if not str(gold).strip():
         return None
     until = (task.config.generation_kwargs or {}).get("until") or [""]
-    answer = f"{task.config.target_delimiter}{gold}"
-    return Reference(text=answer + (until if isinstance(until, str) else until[0]), answer=answer)
+    stops = [until] if isinstance(until, str) else until
+    answer = f"{_delimiter(task, document, chat)}{gold}"
+    return Reference(text=answer + stops[0], answer=_cut(answer, stops))
+
+
+def _delimiter(task: Any, document: Any, chat: bool) -> str:
+    """What stands between a prompt and its answer, as in lm-eval's few-shot examples."""
+    prefix = task.doc_to_prefix(document)
+    if prefix:
+        return "" if prefix[-1].isspace() else " "
+    return "" if chat else str(task.config.target_delimiter)
+
+
+def _cut(answer: str, stops: Sequence[str]) -> str:
+    """What is left of an answer that holds a stop, at which writing ends."""
+    for stop in filter(None, stops):
+        answer = answer.split(stop)[0]
+    return answer
 
 
 def _best(
@@ -131,7 +157,7 @@ def _best(
             for instance, response in zip(members, of(number), strict=True):
                 instance.resps, instance.filtered_resps = [response], {}
         try:
-            return task_metrics(copy(task), instances)[key]
+            return _single(task, objective.metric, task_metrics(copy(task), instances)[key])
         except Exception:  # metrics are code of the task
             return []
 
@@ -151,12 +177,20 @@ def _best(
     columns = [own, *others]
     if any(len(column) != len(documents) for column in columns):
         return [False] * len(documents)
-    if not all(isinstance(value, int | float) for column in columns for value in column):
+    if not all(isinstance(value, Real) for column in columns for value in column):
         return _best_together(task, objective.metric, sign, columns)
     return [
         all(sign * mine >= sign * other for other in rest) and any(mine != other for other in rest)
         for mine, *rest in zip(*columns, strict=True)
     ]
+
+
+def _single(task: Any, metric: str, values: list[Any]) -> list[Any]:
+    """The metric of each document alone, where documents have numbers. They may be something else than the metric, such
+    as the log-likelihoods of a perplexity."""
+    if not all(isinstance(value, Real) for value in values):
+        return values
+    return [float(task.aggregation()[metric]([value])) for value in values]
 
 
 def _best_together(task: Any, metric: str, sign: float, columns: Sequence[list[Any]]) -> list[bool]:

@@ -314,7 +314,7 @@ def show_result(output: Console, run: OpenRun) -> None:
     """
     show_front(output, run.results, _FRONT_ROWS)
     rows = [(title, row.heldout, row.heldout_mean) for title, row in views.comparison(run.results)]
-    chosen_on = "search items" if run.config.items.selection is None else "other items"
+    chosen_on = "other items" if run.config.items.selection else "search items"
     mean = run.results.criteria().mean_name
     show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, mean)
     _explain(output, mean)

@@ -26,10 +26,9 @@ from evomerge.optimizers.base import Problem
 from evomerge.optimizers.learned import Learner
 from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.optimizers.ranking import Incumbent
-from evomerge.search.controls import BASE, PARENT
-from evomerge.search.criteria import Criteria
+from evomerge.search.criteria import Criteria, references, sign_of
 from evomerge.spaces import Genome, SearchSpace
-from evomerge.spaces.sensitivity import sensitivity
+from evomerge.spaces.sensitivity import Sensitivity, sensitivity
 from evomerge.workers import Job, Result
 
 _ASCENT = 2.0  # by how much a multiplier rises per step and unit of loss
@@ -113,6 +112,7 @@ class Learning:
         listener: is told of steps.
         """
         self._config, self._space, self._criteria, self._listener = config, space, criteria, listener
+        self._names = names
         self._problem, self._limits = problem, deque(limits)
         self._settings = config.optimizer.learning
         stage = config.optimizer.stages[0] if config.optimizer.stages else None
@@ -120,21 +120,24 @@ class Learning:
         self._sensitivity = sensitivity(space, problem.start, names, allowed)
         self._learner = Learner(self._settings, space.genes, problem.start, self._sensitivity.moves)
         self._multipliers = Multipliers(limits)
-        self._best = Incumbent(problem.start)
-        if problem.known is not None:
-            self._best.offer(problem.known[0], problem.ranking.means(problem.known[1]))
         self._queue: deque[Job] = deque()
         self._step: _Step | None = None
-        self._scored: dict[int, Evaluation | None] = {}  # by step
-        self._results: list[tuple[Candidate, Evaluation]] = []
+        self._candidates: dict[int, Candidate] = {}  # by step
+        self._scored: dict[int, Evaluation | None] = {}
         self._ending = not self._sensitivity.moves.any()
         self.cost, self.finished = 0.0, False
         self._go_on()
 
     @property
     def outcome(self) -> Genome:
-        """The best genome so far by the weighted mean on search items, controls among them; shape (dimension,)."""
-        return self._best.genome
+        """The best genome so far by the weighted mean on search items, controls among them; shape (dimension,). Where
+        means are equal, the latest step counts, in whatever order scores came."""
+        best, ranking = Incumbent(self._problem.start), self._problem.ranking
+        if self._problem.known is not None:
+            best.offer(self._problem.known[0], ranking.means(self._problem.known[1]))
+        for candidate, evaluation in self.scored:
+            best.offer(np.array(candidate.genome)[np.newaxis], ranking.means(self._criteria.told([evaluation])))
+        return best.genome
 
     @property
     def candidates(self) -> int:
@@ -143,8 +146,9 @@ class Learning:
 
     @property
     def scored(self) -> list[tuple[Candidate, Evaluation]]:
-        """The candidates that have been scored, with their evaluations."""
-        return self._results
+        """The candidates that have been scored, with their evaluations, by step."""
+        scored = [(self._candidates[step], evaluation) for step, evaluation in self._scored.items()]
+        return [(candidate, evaluation) for candidate, evaluation in scored if evaluation is not None]
 
     def next(self) -> Job | None:
         """The next job; None while jobs that run must finish first, and at the end."""
@@ -160,7 +164,7 @@ class Learning:
         result: what the worker said.
         """
         assert job.descent is not None
-        slopes = self._sensitivity.by_gene(result.slopes if isinstance(result, Gradient) else {})
+        slopes = self._sensitivity_at(job.candidate).by_gene(result.slopes if isinstance(result, Gradient) else {})
         return GradientRecord(
             step=job.descent.step,
             shard=job.descent.shard,
@@ -182,9 +186,8 @@ class Learning:
         self._step = None
         if step.failed is not None:
             self._ending = True
-            self._listener(
-                Warned(f"step {step.descent.step} along gradients failed ({step.failed}), so it is the last.")
-            )
+            what = f"step {step.descent.step}" if step.descent.step > 0 else f"the loss of {step.candidate.id}"
+            self._listener(Warned(f"{what} failed ({step.failed}), so no more steps along gradients are taken."))
         elif step.descent.step < 0:
             self._multipliers.bound(step.losses)
         else:
@@ -194,11 +197,14 @@ class Learning:
     def receive(self, job: Job, evaluation: Evaluation) -> None:
         """Takes the scores of a candidate."""
         self._scored[_step_of(job.candidate)] = evaluation
-        self._results.append((job.candidate, evaluation))
-        told = self._criteria.told([evaluation])
-        self._best.offer(np.array(job.candidate.genome)[np.newaxis], self._problem.ranking.means(told))
-        self._problem.ranking.observe(told)
+        self._problem.ranking.observe(self._criteria.told([evaluation]))
         self._go_on()
+
+    def _sensitivity_at(self, candidate: Candidate) -> Sensitivity:
+        """The sensitivity at a candidate's genome. It is not that at the start only where there are scales."""
+        if not self._sensitivity.bends or candidate.genome is None:
+            return self._sensitivity
+        return sensitivity(self._space, np.array(candidate.genome), self._names, self._sensitivity.moves)
 
     def _follow(self, step: _Step) -> None:
         self._learner.follow(step.gradient)
@@ -218,6 +224,7 @@ class Learning:
             recipe=self._space.decode(genome),
             genome=tuple(genome.tolist()),
         )
+        self._candidates[self._learner.step] = candidate
         self._scored[self._learner.step] = None
         self._queue.append(Job(candidate, "search"))
         self.cost += 1.0
@@ -299,10 +306,7 @@ def loss_limits(
     ]
     limits: dict[str, LossLimit] = {}
     for constraint in sorted(config.constraints, key=lambda constraint: constraint.retain):
-        sign = -1.0 if constraint.goal == "minimize" else 1.0
-        named = {BASE, *(f"{PARENT}-{name}" for name in config.models)}
-        if constraint.of is not None:
-            named = {BASE if constraint.of == BASE else f"{PARENT}-{constraint.of}"}
+        sign, named = sign_of(constraint), references(constraint, config)
         among = [(sign * scores[constraint.name], candidate) for candidate, scores in scored if candidate.id in named]
         if among:
             parent = max(among, key=lambda pair: pair[0])[1]

@@ -257,7 +257,7 @@ class Search:
         controls = list(essential.evaluations.values())
         subsets = Subsets(criteria, controls) if self.config.subsets is True else None
         after, watch = self.config.optimizer.stop_after, None
-        if after is not None and self.config.items.selection is not None:
+        if after is not None and self.config.items.selection:
             watch = Watch(criteria, after)
             for candidate, evaluation in learning.scored if learning is not None else ():
                 watch.learn([candidate], [evaluation], counted=False)

@@ -162,7 +162,8 @@ def _learning(
     reason = None if moved else "none of its genes has a derivative by the first method"
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
-        reason = without_references(config.measured, targets, lambda task: division.documents(task, "search"))
+        chat = config.evaluation.apply_chat_template
+        reason = without_references(config.measured, targets, lambda task: division.documents(task, "search"), chat)
     if reason is not None and explicit:
         raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
     if reason is not None:
@@ -358,6 +359,8 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "optimizer": config.optimizer.name,
         "population": config.optimizer.population,
         "candidates": config.budget,
+        "equivalents": config.optimizer.equivalents,
+        "steps": config.optimizer.learning.steps if config.optimizer.follows_gradients else 0,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
         "constraints": {

@@ -49,7 +49,7 @@ class Results:
 
         None where the config asks for no selection items, and until all reported candidates have such a record.
         """
-        if self.config.items.selection is None:
+        if not self.config.items.selection:
             return None
         chosen = [self.archive.find(candidate.id, "selection") for candidate in self.reported()]
         scored = [record for record in chosen if record is not None]

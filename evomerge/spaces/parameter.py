@@ -273,12 +273,12 @@ class ParameterSpace:
         return [*conditions, FilteredValue(value=rest)] if conditions else rest
 
     def _tensors_in(self, run: LayerGroup) -> list[str]:
-        """The names of the tensors that read the slice of a run of layers. A filter with a tensor's whole name matches
-        that tensor alone."""
+        """The names of the tensors that read the slice of a run of layers, the longest first. A filter takes every
+        tensor whose name holds it, and the first filter that does so counts."""
         before = self._tensors.get(EMBEDDINGS, []) if run == self._layers[0] else []
         after = self._tensors.get(HEAD, []) if run == self._layers[-1] else []
         inside = [names for group, names in self._tensors.items() if group.partition(".")[0] == run.label]
-        return [*before, *after, *(name for names in inside for name in names)]
+        return sorted([*before, *after, *(name for names in inside for name in names)], key=len, reverse=True)
 
     def _shared(self, values: Values, method: Method) -> dict[str, Any]:
         shared: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from evomerge.spaces import Gene, Genome, SearchSpace, active
 from evomerge.spaces.paths import SCALE
 
 _STEP = 1e-4  # for a central difference; scales enter as products and quotients
+_UNLIKE = (5**0.5 - 1) / 2  # so that no mark is a number that recipes hold anyway, such as a weight of 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,13 @@ class Sensitivity:
     rates: for each parameter the genes that it follows, and the derivative by each of them.
     moves: the genes that some parameter follows, shape (dimension,).
     wanted: the names of the parameters that follow genes.
+    bends: whether derivatives are others at another genome, since some genes are scales.
     """
 
     rates: Mapping[Place, Sequence[tuple[int, float]]]
     moves: NDArray[np.bool_]
     wanted: tuple[str, ...]
+    bends: bool = False
 
     def by_gene(self, slopes: Mapping[Place, float]) -> NDArray[np.float64]:
         """The derivative of a loss by each gene, shape (dimension,).
@@ -56,7 +59,8 @@ def sensitivity(
         rates.setdefault(place, []).append((index, rate))
     moves = np.zeros(len(space.genes), dtype=np.bool_)
     moves[[index for rate in rates.values() for index, _ in rate]] = True
-    return Sensitivity(rates, moves, tuple(dict.fromkeys(name for _, _, name in rates)))
+    bends = any(gene.kind == SCALE for gene, moves_it in zip(space.genes, moves, strict=True) if moves_it)
+    return Sensitivity(rates, moves, tuple(dict.fromkeys(name for _, _, name in rates)), bends)
 
 
 def _parameters(plan: MergePlan) -> dict[Place, float]:
@@ -83,7 +87,7 @@ def _written(
     marked = genome.copy()
     for place, index in enumerate(indices):
         gene = space.genes[index]
-        marked[index] = gene.low + (gene.high - gene.low) * (place + 1) / (len(indices) + 1)
+        marked[index] = gene.low + (gene.high - gene.low) * (place + _UNLIKE) / (len(indices) + 1)
     owners = {(_parameter(space.genes[index]), float(marked[index])): index for index in indices}
     for key, value in _parameters(make_plan(space.decode(marked), names)).items():
         index = owners.get((key[2], float(value)), -1)

@@ -17,6 +17,7 @@ from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_l
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.loading import Target
+from evomerge.merging.methods import METHODS
 from evomerge.merging.naming import named_weights
 from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
@@ -65,6 +66,7 @@ class Worker:
         tokenizer = base_tokenizer(config, models.base)
         self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
+        self._learns = config.optimizer.follows_gradients
         self._checkpointing = config.optimizer.learning.checkpointing
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
@@ -78,9 +80,16 @@ class Worker:
         return self._harness.left_out(split)
 
     def rehearse(self, recipe: Recipe) -> None:
-        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted."""
+        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
+
+        Where the search follows gradients, one is computed, too.
+        """
         self.models.rehearse(recipe)
         self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
+        wanted = METHODS[recipe.merge_method].slopes
+        if self._learns and wanted:
+            with self.models.following(wanted), self._layers_again():
+                self._harness.rehearse_descent(self.models.candidate)
 
     def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         """The evaluation of a recipe. Failures of the candidate are recorded in it, not raised.

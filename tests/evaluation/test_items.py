@@ -400,3 +400,26 @@ def test_examples_shown_with_a_split_kept_for_selection_count_as_seen(source, wr
     shown = {example for examples, _ in asked for example in examples}
     known = {row["question"]: document_digest(row) for row in splits[source]}
     assert {known[question] for question in shown} == counted & set(known.values())
+
+
+def test_selection_items_that_an_earlier_search_has_seen_come_last_and_are_still_taken(write_task, search_config):
+    """So a model that a search has made can be scored with that search's file."""
+    own = {"metadata": {"selection_split": "kept"}}
+    splits = {"one": rows(*range(12)), "kept": rows(*range(20, 30))}
+    write_task("t", splits, **{**SHOTS, "num_fewshot": 0}, **own, test_split="one")
+    config = search_config("t", items={"search": 4, "selection": 6, "heldout": 4})
+    (task,) = distinct_tasks(load_targets(config.objectives, config.tasks, config.evaluation))
+    alone = Division([task], config.items)
+    seen = alone.digests("search", "selection")
+    again = Division([task], config.items, seen)
+    assert (again.of(task, "search"), again.of(task, "heldout")) == (
+        alone.of(task, "search"),
+        alone.of(task, "heldout"),
+    )
+    fresh = [number for number in range(10) if number not in alone.of(task, "selection")]
+    assert set(fresh) < set(again.of(task, "selection"))
+    assert len(again.of(task, "selection")) == 6
+    everything = config.items.model_copy(update={"selection": 10})
+    whole = Division([task], everything)
+    repeated = Division([task], everything, whole.digests("search", "selection"))
+    assert repeated.of(task, "selection") == whole.of(task, "selection")

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from evomerge.layers import is_layer
@@ -72,14 +73,17 @@ def followed(
         try:
             for parameter, _ in before:
                 parameter.requires_grad_(False)
+            uses = stack.enter_context(_apart(model))
             for name in [*(name for name in parts if name in parameters), *waiting]:
-                parameters[name].requires_grad_(True)
+                for use in uses[id(parameters[name])]:
+                    use.requires_grad_(True)
             for name in parts.keys() & parameters.keys():
-                handle = parameters[name].register_post_accumulate_grad_hook(_hook(sums, parts[name]))
-                stack.callback(handle.remove)
+                for use in uses[id(parameters[name])]:
+                    handle = use.register_post_accumulate_grad_hook(_hook(sums, parts[name]))  # type: ignore[no-untyped-call]
+                    stack.callback(handle.remove)
             yield sums
             if made:  # tensors in memory of which checkpoint tensors are made, such as the experts of a layer
-                held = {name: _gradient(parameters[name]) for name in waiting}
+                held = {name: _gradient(uses[id(parameters[name])]) for name in waiting}
                 for name, gradient in naming.made_of(held).items():
                     if name in made:
                         sums.add(made[name], gradient)
@@ -89,8 +93,31 @@ def followed(
                 parameter.grad = None
 
 
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+@contextmanager
+def _apart(model: Any) -> Iterator[Mapping[int, list[nn.Parameter]]]:
+    """A context in which a tied parameter is a parameter of its own wherever it is used, in the same memory. So the
+    gradients of its uses need not wait for one another, and a table that is also the head costs no more than one
+    gradient at a time. Yields the uses of each parameter, by its id."""
+    uses: dict[int, list[nn.Parameter]] = {}
+    replaced = []
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None and id(own) in uses:
+                replaced.append((module, name, own))
+                uses[id(own)].append(nn.Parameter(own.detach(), requires_grad=False))
+                module._parameters[name] = uses[id(own)][-1]
+            elif own is not None:
+                uses[id(own)] = [own]
+    try:
+        yield uses
+    finally:
+        for module, name, own in replaced:
+            module._parameters[name] = own
+
+
+def _gradient(uses: Sequence[nn.Parameter]) -> torch.Tensor:
+    gradients = [use.grad for use in uses if use.grad is not None]
+    return torch.stack(gradients).sum(0) if gradients else torch.zeros_like(uses[0])
 
 
 def _hook(sums: Followed, members: Sequence[tuple[TensorMerge, Piece | None]]) -> Callable[[torch.Tensor], None]:

@@ -10,12 +10,10 @@ from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs, Method
 from evomerge.merging.methods.kernels import as_field, uniform_field
 from evomerge.merging.methods.slopes import slopes, smooth_parameters
-from evomerge.merging.methods.sparsify import SPARSIFIERS
-from evomerge.merging.methods.task_vectors import TaskVectorMerge, _scale
+from tests.merging.methods.autograd import leaves_of, merged
 
 SMOOTH = [name for name, method in METHODS.items() if method.slopes]
 SHAPE = (24, 17)
-Leaves = Mapping[tuple[str, int | None], torch.Tensor]
 OWN = {"weight": (0.7, 0.4, -0.3), "density": (0.6, 0.5, 0.9), "epsilon": (0.1,) * 3, "gamma": (0.05,) * 3}
 SHARED = {"lambda": 1.3, "t": 0.35}
 
@@ -47,117 +45,8 @@ def inputs_of(method: Method, changes: Mapping[str, Any], dtype: torch.dtype, pl
     )
 
 
-def masks(method: Method, inputs: Inputs) -> list[torch.Tensor]:
-    """What each task vector is multiplied by before its weight: the mask, and the factor that makes up for it."""
-    function = method.function
-    assert isinstance(function, TaskVectorMerge)
-    assert inputs.base is not None
-    kept = []
-    for index, tensor in enumerate(inputs.tensors):
-        delta = (tensor.float() - inputs.base.float()).flatten()
-        if function.sparsify is None:
-            kept.append(torch.ones(SHAPE, dtype=torch.float64))
-            continue
-        sparsifier = SPARSIFIERS[function.sparsify]
-        values = sparsifier.numbers(inputs, index)
-        numbers = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
-        fields = sparsifier.fields(inputs, index)
-        mask = sparsifier.keep(delta.clone(), fields, numbers).double()
-        if inputs.shared["rescale"]:
-            probability = sparsifier.probability(fields, numbers) if inputs.rescale == "density" else None
-            factor = _scale(inputs, index, function.sparsify, values) if probability is None else 1 / probability
-            mask = mask * torch.as_tensor(factor).double()
-        kept.append(mask.reshape(SHAPE))
-    return kept
-
-
-def merged(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
-    """The merge in float64, as papers write it."""
-    base = inputs.base.double() if inputs.base is not None else None
-    models = [tensor.double() for tensor in inputs.tensors]
-    if method.name == "linear":
-        weights = [leaves["weight", index] for index in range(len(models))]
-        total = sum(weight * model for weight, model in zip(weights, models, strict=True))
-        return total / sum(weights) if inputs.shared["normalize"] else total  # type: ignore[operator, return-value]
-    if method.name == "passthrough":
-        return models[0] * leaves["scale", 0]
-    if method.name in ("slerp", "nuslerp"):
-        return arc(method, inputs, leaves)
-    if method.name == "multislerp":
-        return barycenter(inputs, leaves)
-    assert base is not None
-    if method.name == "nearswap":
-        away = base - models[0]
-        return base - away * torch.clamp(leaves["t", None] / away.abs().clamp(min=1e-9), max=1.0)
-    weights = [leaves["weight", index] for index in range(len(models))]
-    kept = masks(method, inputs)
-    deltas = [(model - base) * mask for model, mask in zip(models, kept, strict=True)]
-    weighted = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
-    function = method.function
-    assert isinstance(function, TaskVectorMerge)
-    total = torch.stack(weighted).sum(0)
-    if function.consensus:
-        elected = torch.where(total.detach() >= 0, 1.0, -1.0)
-        agree = [
-            ((delta if weight == 0 else own).detach() * elected > 0).double()
-            for own, delta, weight in zip(weighted, deltas, weights, strict=True)
-        ]
-        total = sum(own * mine for own, mine in zip(weighted, agree, strict=True))  # type: ignore[assignment]
-        if inputs.shared["normalize"]:
-            by = sum(weight * mine for weight, mine in zip(weights, agree, strict=True))
-            total = total / torch.where(by.detach() == 0, 1.0, by)  # type: ignore[union-attr, arg-type]
-    elif inputs.shared["normalize"]:
-        total = total / sum(weights)
-    return base + leaves["lambda", None] * total
-
-
-def arc(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
-    """The point of the arc between two models, or between two task vectors."""
-    models = [tensor.double() for tensor in inputs.tensors]
-    origin: Any = 0.0
-    if method.name == "slerp":
-        assert inputs.base is not None
-        t, ends = leaves["t", None], [inputs.base.double(), models[0]]
-    else:
-        t, ends = leaves["weight", 1] / (leaves["weight", 0] + leaves["weight", 1]), models
-        if inputs.base is not None:
-            origin = inputs.base.double()
-            ends = [end - origin for end in ends]
-    cosine = (ends[0] * ends[1]).sum() / (ends[0].norm() * ends[1].norm())
-    angle = torch.acos(cosine)
-    point = torch.sin((1 - t) * angle) * ends[0] + torch.sin(t * angle) * ends[1]
-    return origin + point / torch.sin(angle)
-
-
-def barycenter(inputs: Inputs, leaves: Leaves) -> torch.Tensor:
-    """The weighted mean in the tangent space at the normalized mean direction."""
-    weights = torch.stack([leaves["weight", index] for index in range(len(inputs.tensors))])
-    shares = weights / weights.sum() if inputs.shared["normalize_weights"] else weights
-    origin = inputs.base.double() if inputs.base is not None else torch.zeros(SHAPE, dtype=torch.float64)
-    vectors = torch.stack([(tensor.double() - origin).flatten() for tensor in inputs.tensors])
-    eps = inputs.shared["eps"]
-    norms = vectors.norm(dim=1)
-    units = vectors / (norms + eps)[:, None]
-    mean = (shares[:, None] * units).sum(0)
-    mean = mean / mean.norm()
-    tangents = units - (units @ mean)[:, None] * mean
-    step = (shares[:, None] * tangents).sum(0)
-    angle = step.norm() + eps
-    point = torch.cos(angle) * mean + torch.sin(angle) * step / angle
-    return origin + (point * (shares * norms).sum()).reshape(SHAPE)
-
-
 def expected(method: Method, inputs: Inputs, gradient: torch.Tensor) -> dict[tuple[str, int | None], float]:
-    def leaf(value: float) -> torch.Tensor:
-        return torch.tensor(value, dtype=torch.float64, requires_grad=True)
-
-    leaves: dict[tuple[str, int | None], torch.Tensor] = {
-        (name, index): leaf(values[name])
-        for name in method.slopes
-        for index, values in enumerate(inputs.per_model)
-        if method.takes(name)
-    }
-    leaves |= {(name, None): leaf(inputs.shared[name]) for name in method.slopes if method.shares(name)}
+    leaves = leaves_of(method, inputs)
     (merged(method, inputs, leaves) * gradient.double()).sum().backward()  # type: ignore[no-untyped-call]
     return {key: float(value.grad) for key, value in leaves.items() if value.grad is not None}
 
