@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from evomerge.archive.archive import Record
-from evomerge.evidence.statistics import interval
+from evomerge.evidence.statistics import Floats, interval, wilson
 from evomerge.randomness import counter_rng
 from evomerge.recipe import HeldoutRow, HeldoutTable
 from evomerge.search.best import best_of, means
@@ -88,10 +88,16 @@ def _row(title: str, record: Record, results: Results) -> HeldoutRow:
 
 def _intervals(record: Record, results: Results) -> dict[str, tuple[float, float]]:
     """The 95 % interval of each score that is a mean over items."""
+    seed, name = results.config.seed, record.candidate.id
     return {
-        name: interval(
-            [outcomes.values], np.ones(1), counter_rng(results.config.seed, "items", name, record.candidate.id)
-        )
-        for name, outcomes in record.evaluation.outcomes.items()
+        objective: _interval(outcomes.values, counter_rng(seed, "items", objective, name))
+        for objective, outcomes in record.evaluation.outcomes.items()
         if outcomes.count
     }
+
+
+def _interval(values: Floats, random: np.random.Generator) -> tuple[float, float]:
+    """The interval of a mean: Wilson's for right and wrong answers, else a bootstrap's."""
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson(int(values.sum()), len(values))
+    return interval([values], np.ones(1), random)
