@@ -268,6 +268,28 @@ def merge(
 
 
 @app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A merged folder.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch, made where it is missing [default: main].")] = None,
+    message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
+) -> None:
+    """Upload a merged checkpoint with its card and recipe to the Hugging Face hub, private unless --public."""
+    from evomerge.export import push as pushing
+    from evomerge.reports import terminal
+
+    pushing.check_name(repository)
+    parcel = pushing.pack(checkpoint)
+    output = terminal.console()
+    output.print("\n".join(["uploading:", *pushing.listed(parcel.files, checkpoint)]), markup=False)
+    if parcel.left:
+        output.print(f"not part of the checkpoint, and not uploaded: {', '.join(parcel.left)}", markup=False)
+    done = pushing.push(parcel, repository, public=public, revision=revision, message=message)
+    output.print(f"{repository}: fingerprint {done.fingerprint} (that of the recipe), {done.url}", markup=False)
+
+
+@app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="MODEL_OR_RECIPE", show_default=False)],
     config: Annotated[Path, typer.Option(metavar="SEARCH.yaml", help="Says which tasks, items and device.")],
@@ -307,6 +329,95 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
         shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
         terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)
     return None
+
+
+@app.command()
+def convert(
+    config: Annotated[
+        Path, typer.Argument(metavar="FILE.yml", help="A mergekit-evolve config, or a recipe.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The search file to write [default: standard output].")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where the file names none.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="TASK[:METRIC[:FILTER]]", help="A task, for a recipe, which has none.")
+    ] = None,
+    max_fevals: Annotated[
+        int | None, typer.Option(help="How many candidates [default: 100 as in mergekit-evolve].")
+    ] = None,
+    sigma: Annotated[float | None, typer.Option("--sigma", "--sigma0", help="The first step.")] = None,
+    force_population_size: Annotated[int | None, typer.Option(help="Candidates in a generation.")] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", "-s", help="pool, buffered or serial.")] = None,
+    random_seed: Annotated[int | None, typer.Option(help="Of the search.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
+    task_search_path: Annotated[list[str] | None, typer.Option(metavar="FOLDER", help="Where tasks are found.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="How many GPUs, with a worker on each.")] = None,
+    timeout: Annotated[float | None, typer.Option(hidden=True)] = None,
+    in_memory: Annotated[bool, typer.Option("--in-memory/--no-in-memory", hidden=True)] = False,
+    vllm: Annotated[bool, typer.Option("--vllm/--no-vllm", hidden=True)] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", hidden=True)] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", hidden=True)] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code/--no-trust-remote-code", hidden=True)] = False,
+    allow_crimes: Annotated[bool, typer.Option("--allow-crimes/--no-allow-crimes", hidden=True)] = False,
+    storage_path: Annotated[str | None, typer.Option(hidden=True)] = None,
+    merge_cuda: Annotated[bool | None, typer.Option("--merge-cuda/--no-merge-cuda", hidden=True)] = None,
+    reshard: Annotated[bool | None, typer.Option("--reshard/--no-reshard", hidden=True)] = None,
+    save_final_model: Annotated[
+        bool | None, typer.Option("--save-final-model/--no-save-final-model", hidden=True)
+    ] = None,
+    wandb: Annotated[bool | None, typer.Option("--wandb/--no-wandb", hidden=True)] = None,
+    wandb_project: Annotated[str | None, typer.Option(hidden=True)] = None,
+    wandb_entity: Annotated[str | None, typer.Option(hidden=True)] = None,
+    benchmarks: Annotated[
+        bool, typer.Option("--i-understand-the-depths-of-the-evils-i-am-unleashing", hidden=True)
+    ] = False,
+) -> None:
+    """Make a search file of a mergekit-evolve config, or of a recipe. Takes the options of mergekit-evolve too."""
+    from evomerge.conversion import convert as conversion
+    from evomerge.conversion.options import Options
+    from evomerge.reports import terminal
+
+    unneeded = {
+        "--storage-path": storage_path,
+        "--merge-cuda": merge_cuda,
+        "--reshard": reshard,
+        "--save-final-model": save_final_model,
+        "--wandb": wandb,
+        "--wandb-project": wandb_project,
+        "--wandb-entity": wandb_entity,
+        "--i-understand-the-depths-of-the-evils-i-am-unleashing": benchmarks or None,
+    }
+    options = Options(
+        base=base,
+        tasks=tuple(task or ()),
+        max_fevals=max_fevals,
+        sigma=sigma,
+        population=force_population_size,
+        strategy=strategy,
+        seed=random_seed,
+        batch_size=batch_size,
+        task_paths=tuple(task_search_path or ()),
+        num_gpus=num_gpus,
+        timeout=timeout,
+        in_memory=in_memory,
+        vllm=vllm,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        trust_remote_code=trust_remote_code,
+        allow_crimes=allow_crimes,
+        unneeded=tuple(name for name, value in unneeded.items() if value is not None),
+    )
+    converted = conversion.convert(config, output.parent if output else Path(), options)
+    if output is None:
+        sys.stdout.write(converted.text)
+    else:
+        conversion.write_new(output, converted.text)
+        terminal.console().print(
+            f"{output} written; look at its comments, then `evomerge check {output}`", markup=False
+        )
+    for sentence in converted.lost:
+        terminal.warn(f"not kept: {sentence}")
 
 
 @app.command()

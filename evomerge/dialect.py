@@ -27,11 +27,11 @@ def plain(document: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
     return content
 
 
-def _as_it_is(value: Any, _key: str, _warn: Warn) -> Any:
+def as_it_is(value: Any, _key: str, _warn: Warn) -> Any:
     return value
 
 
-def _block(readers: Mapping[str, Reader], reasons: Mapping[str, str] | None = None) -> Reader:
+def block(readers: Mapping[str, Reader], reasons: Mapping[str, str] | None = None) -> Reader:
     """A reader of a mapping.
 
     readers: what reads the values, by key.
@@ -59,7 +59,7 @@ def _ignored(path: str, name: str, known: Mapping[str, Reader], reason: str | No
     return f"{path} is ignored, {reason}." if reason else f"{path} is ignored, as mergekit ignores it{hint}"
 
 
-def _each(reader: Reader) -> Reader:
+def each(reader: Reader) -> Reader:
     """A reader of a list, whose items `reader` reads."""
 
     def read(value: Any, key: str, warn: Warn) -> Any:
@@ -88,7 +88,7 @@ def _named(reader: Reader) -> Reader:
 
 def _setting(value: Any, key: str, warn: Warn) -> Any:
     """A parameter's value, or values with filters."""
-    return _each(_CONDITION)(value, key, warn) if isinstance(value, list) else _CONDITION(value, key, warn)
+    return each(_CONDITION)(value, key, warn) if isinstance(value, list) else _CONDITION(value, key, warn)
 
 
 def _dtype(value: Any, _key: str, _warn: Warn) -> Any:
@@ -109,7 +109,7 @@ def _architecture(value: Any, key: str, _warn: Warn) -> None:
         )
 
 
-def _reference(value: Any, key: str, warn: Warn) -> Any:
+def reference(value: Any, key: str, warn: Warn) -> Any:
     """A model, by name or as a mapping of model, adapter and their revisions."""
     if isinstance(value, str):
         parts = [value] if _is_folder(value) else value.split("+")
@@ -149,35 +149,35 @@ def _is_folder(name: str) -> bool:
 def _token_source(value: Any, key: str, warn: Warn) -> Any:
     """Where a token's embedding comes from: a mapping with a `kind` names no model by itself."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    return _reference(value, key, warn) if kind is None else _TOKEN_SOURCES.get(kind, _as_it_is)(value, key, warn)
+    return reference(value, key, warn) if kind is None else _TOKEN_SOURCES.get(kind, as_it_is)(value, key, warn)
 
 
-_CONDITION = _block({"value": _as_it_is, "filter": _as_it_is})
-_PATH = _block({"path": _as_it_is, "revision": _as_it_is})
-_REFERENCE = _block({"model": _path, "lora": _path, "override_architecture": _architecture})
+_CONDITION = block({"value": as_it_is, "filter": as_it_is})
+_PATH = block({"path": as_it_is, "revision": as_it_is})
+_REFERENCE = block({"model": _path, "lora": _path, "override_architecture": _architecture})
 _PARAMETERS = _named(_setting)
-_MODEL = _block({"model": _reference, "parameters": _PARAMETERS}, {"layer_range": _WHOLE})
-_SOURCE = _block({"model": _reference, "layer_range": _as_it_is, "parameters": _PARAMETERS})
-_SLICE = _block({"sources": _each(_SOURCE), "base_model": _reference, "parameters": _PARAMETERS})
+_MODEL = block({"model": reference, "parameters": _PARAMETERS}, {"layer_range": _WHOLE})
+_SOURCE = block({"model": reference, "layer_range": as_it_is, "parameters": _PARAMETERS})
+_SLICE = block({"sources": each(_SOURCE), "base_model": reference, "parameters": _PARAMETERS})
 _TOKEN_SOURCES = {
-    "model_token": _block({"kind": _as_it_is, "model": _reference, "token_id": _as_it_is, "token": _as_it_is}),
-    "zero": _block({"kind": _as_it_is}),
+    "model_token": block({"kind": as_it_is, "model": reference, "token_id": as_it_is, "token": as_it_is}),
+    "zero": block({"kind": as_it_is}),
 }
-_TOKEN = _block({"source": _token_source, "force": _as_it_is})
-_TOKENIZER = _block({"source": _reference, "tokens": _named(_TOKEN), "pad_to_multiple_of": _as_it_is})
-_RECIPE = _block(
+_TOKEN = block({"source": _token_source, "force": as_it_is})
+_TOKENIZER = block({"source": reference, "tokens": _named(_TOKEN), "pad_to_multiple_of": as_it_is})
+_RECIPE = block(
     {
-        "merge_method": _as_it_is,
-        "base_model": _reference,
-        "models": _form(_each(_MODEL)),
-        "slices": _form(_each(_SLICE)),
+        "merge_method": as_it_is,
+        "base_model": reference,
+        "models": _form(each(_MODEL)),
+        "slices": _form(each(_SLICE)),
         "modules": _modules,
         "parameters": _PARAMETERS,
         "dtype": _dtype,
         "out_dtype": _dtype,
-        "tokenizer_source": _reference,
+        "tokenizer_source": reference,
         "tokenizer": _TOKENIZER,
-        "chat_template": _as_it_is,
-        "evomerge": _as_it_is,
+        "chat_template": as_it_is,
+        "evomerge": as_it_is,
     }
 )

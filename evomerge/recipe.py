@@ -137,6 +137,34 @@ class TokenizerSettings(Settings):
     pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 
+class HeldoutRow(Settings):
+    """What a control or a merge scores on held-out items.
+
+    title: what it is, in a phrase.
+    mean: the weighted mean of its scores; None where it failed.
+    scores: by objective.
+    intervals: the 95 % intervals of the scores that are means over items.
+    """
+
+    title: str
+    mean: float | None = None
+    scores: dict[str, float | None] = Field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+
+
+class HeldoutTable(Settings):
+    """A merge beside the controls of its search on held-out items.
+
+    mean_name: what the mean is called.
+    items: on how many items each score was measured, where it is a mean over items.
+    rows: the controls, then the merge.
+    """
+
+    mean_name: str = "mean"
+    items: dict[str, int] = Field(default_factory=dict)
+    rows: tuple[HeldoutRow, ...] = ()
+
+
 class Provenance(Settings):
     """What mergekit has no keys for: the seed of the masks, and where the recipe comes from.
 
@@ -147,6 +175,7 @@ class Provenance(Settings):
     fingerprint: that of the merged weights.
     scores: the candidate's scores on search items, by objective.
     heldout: its scores on held-out items, by objective.
+    table: those of the controls beside them, with intervals.
     verdicts: sentences that compare it with the best parent and the best control on held-out items.
     aliases: the references that stand elsewhere for the paths in the recipe, by path.
     versions: the versions that made it, by package.
@@ -161,6 +190,7 @@ class Provenance(Settings):
     fingerprint: str | None = None
     scores: dict[str, float | None] | None = None
     heldout: dict[str, float | None] | None = None
+    table: HeldoutTable | None = None
     verdicts: tuple[str, ...] = ()
     aliases: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)

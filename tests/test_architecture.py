@@ -45,6 +45,7 @@ FLOORS = (
     "archive",
     "optimizers",
     "evaluation",
+    "conversion",
     "spaces",
     "devices",
     "merging",

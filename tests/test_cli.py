@@ -36,8 +36,10 @@ def test_help_imports_nothing_heavy() -> None:
         "candidates",
         "export",
         "merge",
+        "push",
         "evaluate",
         "check",
+        "convert",
         "methods",
         "spaces",
     ):

@@ -1,8 +1,9 @@
 """Reading a search file: overrides are applied, the result is checked, and its paths are made absolute."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evomerge.config.documents import read_yaml, set_value, shown, validate
 from evomerge.config.scoring import EvaluationConfig
@@ -18,11 +19,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     Raises InputError, with the file and the key path, for the first problem.
     """
     document = read_yaml(path)
+    _check_kind(document, path)
     for override in overrides:
         set_value(document, override)
     config = validate(SearchConfig, document, path)
     with naming(path):
         return _anchored(config, path.parent)
+
+
+def _check_kind(document: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError for the files of other programs that can be converted."""
+    kinds = {"genome": "a config of mergekit-evolve", "merge_method": "a merge recipe"}
+    kind = next((what for key, what in kinds.items() if key in document and "objectives" not in document), None)
+    if kind is not None:
+        raise InputError(f"{path}: this is {kind}, not a search file; `evomerge convert {path}` makes one of it.")
 
 
 def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:

@@ -5,6 +5,7 @@ Differences are one array per task, shape (items,); larger is better. Tasks are 
 separately.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ _DRAWS = range(2000, 20001)  # within it, as many draws as _NUMBERS allows
 _NUMBERS = 1_000_000  # drawn for a task in all
 _BLOCK = 500_000  # of these, drawn at once
 _ROUNDING = 1e-12
+_NORMAL = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
 def weighted_difference(differences: Sequence[Floats], weights: Floats) -> float:
@@ -50,6 +52,18 @@ def interval(differences: Sequence[Floats], weights: Floats, random: np.random.G
     drawn = _joint(differences, weights, lambda task, draws: _resampled(task, draws, random))
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953), which has a width at 0 and 1 too.
+
+    successes: how many there are.
+    count: out of how many, at least 1.
+    """
+    share, z = successes / count, _NORMAL
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
 
 
 def _joint(differences: Sequence[Floats], weights: Floats, draw: Callable[[Floats, int], Floats]) -> Floats:

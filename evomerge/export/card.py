@@ -1,23 +1,26 @@
 """The card of a merged checkpoint: README.md with the front matter that the Hugging Face hub reads."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from evomerge.export.licenses import Verdict
-from evomerge.recipe import Recipe
+from evomerge.export.names import public_names, public_recipe
+from evomerge.recipe import HeldoutRow, HeldoutTable, Recipe
 
 
 def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
-    """The text of a merge's README.md: parents, license, scores, and the recipe that makes the weights again.
+    """The text of a merge's README.md: parents, license, scores, and the recipe that makes the weights again. It names
+    no path of this machine.
 
     recipe: the merge's, with the scores and aliases of its search.
     fingerprint: the weights'.
     verdict: the merge's license and the warnings about it.
     """
-    aliases = recipe.evomerge.aliases
-    parents = [aliases.get(reference, reference) for reference in recipe.references]
+    names = public_names(recipe)
+    parents = [names[reference] for reference in recipe.references]
     front: dict[str, Any] = {
         "base_model": parents,
         "base_model_relation": "merge",
@@ -29,8 +32,9 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
     lines += [f"Merged by evomerge with `{recipe.merge_method}` from:", "", *(f"- `{name}`" for name in parents), ""]
     lines += [f"Fingerprint of the weights: `{fingerprint}`", ""]
     lines += _license_lines(verdict.warnings)
-    for title, scores in (("Search items", recipe.evomerge.scores), ("Held-out items", recipe.evomerge.heldout)):
-        lines += _score_lines(title, scores)
+    lines += _score_lines("Search items", recipe.evomerge.scores)
+    table = recipe.evomerge.table
+    lines += _score_lines("Held-out items", recipe.evomerge.heldout) if table is None else _table_lines(table)
     if recipe.evomerge.verdicts:
         lines += [
             "## Beside its parents and controls",
@@ -38,7 +42,9 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
             *(f"- {verdict}" for verdict in recipe.evomerge.verdicts),
             "",
         ]
-    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])
+    written = public_recipe(recipe).to_yaml().strip()
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", written))])
+    return "\n".join([*lines, "## Recipe", "", f"{fence}yaml", written, fence, ""])
 
 
 def _license_lines(warnings: Sequence[str]) -> list[str]:
@@ -50,5 +56,30 @@ def _license_lines(warnings: Sequence[str]) -> list[str]:
 def _score_lines(title: str, scores: Mapping[str, float | None] | None) -> list[str]:
     if not scores:
         return []
-    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items() if value is not None]
+    rows = [f"| {_cell(name)} | {value:.4f} |" for name, value in scores.items() if value is not None]
     return [f"## {title}", "", "| objective | score |", "|---|---|", *rows, ""]
+
+
+def _table_lines(table: HeldoutTable) -> list[str]:
+    """The scores of the merge beside those of the controls, with intervals."""
+    names = list(dict.fromkeys(name for row in table.rows for name in row.scores))
+    titles = ["model", *names, table.mean_name]
+    counts = ["items", *(str(table.items.get(name, "")) for name in names), ""]
+    rows = [titles, ["---"] * len(titles), counts, *(_cells(row, names) for row in table.rows)]
+    note = "In parentheses: the 95 % interval of the score over items. The search saw none of these items."
+    return ["## Held-out items", "", *("| " + " | ".join(map(_cell, row)) + " |" for row in rows), "", note, ""]
+
+
+def _cells(row: HeldoutRow, names: Sequence[str]) -> list[str]:
+    """A row of the table, in which a score that is missing is a dash."""
+    cells = [row.title]
+    for name in names:
+        value, between = row.scores.get(name), row.intervals.get(name)
+        score = "-" if value is None else f"{value:.3f}"
+        cells.append(score if value is None or between is None else f"{score} ({between[0]:.3f} to {between[1]:.3f})")
+    return [*cells, "-" if row.mean is None else f"{row.mean:.3f}"]
+
+
+def _cell(text: str) -> str:
+    """A text that ends no cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())

@@ -7,6 +7,7 @@ from evomerge.devices import resolve_dtype
 from evomerge.errors import WorkFailed
 from evomerge.export.card import model_card
 from evomerge.export.licenses import combined, stated_license
+from evomerge.export.names import public_names
 from evomerge.merging.sources.located import located
 from evomerge.merging.sources.models import Models, find_models
 from evomerge.merging.sources.preflight import preflight
@@ -58,7 +59,7 @@ def merge(
     if merged.unknown_tokens:
         shown = ", ".join(merged.unknown_tokens[:8])
         warn(f"{where}: no model has an embedding for {shown}; zeros are taken (tokenizer.tokens can name a source).")
-    verdict = combined(_licenses(models, recipe.evomerge.aliases))
+    verdict = combined(_licenses(models, public_names(recipe)))
     for warning in verdict.warnings:
         warn(warning)
     recorded = recipe.evomerge.fingerprint
@@ -85,9 +86,9 @@ def _noted(recipe: Recipe, fingerprint: str, models: Models) -> Recipe:
     return recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
 
 
-def _licenses(models: Models, aliases: Mapping[str, str]) -> dict[str, str | None]:
+def _licenses(models: Models, names: Mapping[str, str]) -> dict[str, str | None]:
     """The license that the card of each parent states, by the parent's name on the merge's card."""
-    return {aliases.get(reference, reference): stated_license(model.folders) for reference, model in models.items()}
+    return {names.get(reference, reference): stated_license(model.folders) for reference, model in models.items()}
 
 
 def _mismatch(where: str, recorded: str, fingerprint: str, provenance: Provenance) -> str:

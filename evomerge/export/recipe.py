@@ -10,6 +10,7 @@ from pathlib import Path
 from evomerge.archive.archive import Record
 from evomerge.errors import InputError
 from evomerge.evidence.comparison import against, sentence
+from evomerge.evidence.table import heldout_table
 from evomerge.files import write_text
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.references import split_adapter
@@ -37,6 +38,7 @@ def shared_recipe(record: Record, results: Results, models: Models) -> Recipe:
             "fingerprint": record.evaluation.fingerprint,
             "scores": _scores(record),
             "heldout": _scores(heldout) if heldout else None,
+            "table": heldout_table(results, record.candidate.id),
             "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},
             "versions": dict(archive.recorded_versions()),
             "seen": archive.seen,

@@ -12,10 +12,11 @@ from evomerge.archive.archive import Record
 from evomerge.candidate import Evaluation
 from evomerge.config.base import SPLITS, Split
 from evomerge.evidence.comparison import Comparison, Kept, against, retention
+from evomerge.evidence.table import compared
 from evomerge.reports.progress import Pace
 from evomerge.search import failures
 from evomerge.search.best import HELDOUT_FRONT, best_of, means
-from evomerge.search.controls import ESSENTIAL, count_controls, family
+from evomerge.search.controls import count_controls
 from evomerge.search.criteria import Criteria
 from evomerge.search.results import Results
 
@@ -325,38 +326,7 @@ def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> dict[s
     return leaders
 
 
-def _winners(name: str, members: Sequence[Record], results: Results) -> list[Record]:
-    """The best candidate of a family of controls, or of the search; empty where all of its members break constraints.
-
-    name: the family's.
-    members: its records.
-    """
-    best = results.best() if name == "search" else best_of(members, results.criteria())
-    return [best] if best is not None and family(best.candidate) == name else []
-
-
-TITLES: Mapping[str, str] = {
-    "base": "base",
-    "uniform": "uniform merge",
-    "one_knob": "best one-knob grid",
-    "per_model": "best per-model weights",
-    "random": "random search",
-    "search": "evolved best",
-}
-
-
 def comparison(results: Results) -> list[tuple[str, CandidateView]]:
-    """The title and the view of every control worth comparing with, and of the evolved best, which is last.
-
-    Of a family of controls, the best on search items is shown; of the essential controls, all are.
-    """
-    records, looked = results.archive.records(), _Look(results)
-    rows = []
-    for name in dict.fromkeys(family(record.candidate) for record in records):
-        members = [record for record in records if family(record.candidate) == name]
-        for record in members if name in ESSENTIAL else _winners(name, members, results):
-            title = TITLES.get(name, f"parent {record.candidate.id.removeprefix('parent-')}")
-            if name == "one_knob":
-                title += f" ({record.candidate.recipe.merge_method})"
-            rows.append((title, looked.at(record)))
-    return rows
+    """The title and the view of every control worth comparing with, and of the evolved best, which is last."""
+    looked = _Look(results)
+    return [(title, looked.at(record)) for title, record in compared(results)]

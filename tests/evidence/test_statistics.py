@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evomerge.evidence.statistics import holm, interval, mcnemar, sign_flip, weighted_difference
+from evomerge.evidence.statistics import holm, interval, mcnemar, sign_flip, weighted_difference, wilson
 from evomerge.randomness import counter_rng
 
 answers = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), max_size=14)
@@ -70,3 +70,12 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(values):
                 break
             rejected.add(index)
         assert {i for i, value in enumerate(corrected) if value < level} == rejected
+
+
+@given(st.integers(1, 500).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
+def test_the_interval_of_a_share_is_scipys(share):
+    expected = stats.binomtest(*share).proportion_ci(0.95, method="wilson")
+    assert wilson(*share) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    low, high = wilson(*share)
+    assert low <= share[0] / share[1] <= high
+    assert low < high

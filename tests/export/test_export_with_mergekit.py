@@ -26,6 +26,7 @@ from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError, WorkFailed
 from evomerge.export import checkpoint
 from evomerge.export import recipe as export
+from evomerge.export.names import public_recipe
 from evomerge.merging.building import load_model
 from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import fingerprint
@@ -519,11 +520,12 @@ def test_the_recipe_beside_a_checkpoint_makes_it_again(written, tmp_path):
 def test_the_card_names_models_scores_fingerprint_and_recipe(written, paths):
     card = (written / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front)["base_model"] == [paths["base"], "zoo:math", paths["second"], paths["third"]]
+    last = {name: Path(path).name for name, path in paths.items()}
+    assert yaml.safe_load(front)["base_model"] == [last["base"], "zoo:math", last["second"], last["third"]]
     assert fingerprint(load_file(written / "model.safetensors")) in body
     assert "| task | 0.6250 |" in body
     assert "| task | 0.5000 |" in body
-    assert (written / "evomerge_recipe.yaml").read_text().strip() in body
+    assert public_recipe(recipes.load(written / "evomerge_recipe.yaml")).to_yaml().strip() in body
 
 
 def test_everyone_may_read_what_was_written(written):
