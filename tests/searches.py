@@ -34,7 +34,9 @@ def small_search(**changes: Any) -> dict[str, Any]:
         "workers": {"pool": "local"},
     }
     search = {key: value for key, value in (document | changes).items() if value is not None}
-    if "name" not in search.get("optimizer", {}):  # `auto` without gradients, which few tests are about
+    optimizer = search.get("optimizer", {})
+    learned = any(stage.get("name") == "learned" for stage in optimizer.get("stages", ()))
+    if "name" not in optimizer and not learned:  # `auto` without gradients, which few tests are about
         search["optimizer"] = {"learning": {"steps": 0}, **search.get("optimizer", {})}
     return search
 

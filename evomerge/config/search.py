@@ -7,6 +7,7 @@ copy in a run directory says everything that the archive depends on. Paths are r
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from evomerge.config.base import RESERVED_NAMES, SPLITS, Name, Settings, Split
-from evomerge.config.running import ControlsConfig, OptimizerConfig, WorkersConfig
+from evomerge.config.running import ControlsConfig, LearningConfig, OptimizerConfig, WorkersConfig
 from evomerge.config.scoring import (
     ConstraintConfig,
     EvaluationConfig,
@@ -188,8 +189,7 @@ class SearchConfig(Settings):
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
         for budget in ("evaluations", "equivalents"):
             content["optimizer"].pop(budget)
-        if not self.report:  # as in the searches of versions that had no such key
-            content.pop("report")
+        _drop_later_keys(content)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -197,3 +197,34 @@ class SearchConfig(Settings):
     def to_yaml(self) -> str:
         """The config as a search file."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+_LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
+    "report": [],
+    "optimizer.stop_after": None,
+    "optimizer.learning": LearningConfig().model_dump(mode="json"),
+    "optimizer.stages.scaled": False,
+    "space.tensor_weights": "auto",
+    "space.parameter.tensor_weights": "auto",
+}
+
+
+def _drop_later_keys(content: dict[str, Any]) -> None:
+    """Takes out keys that came later and are not used, so that a search has the digest that it had before."""
+    for path, unused in _LATER.items():
+        *parents, last = path.split(".")
+        for place in _places(content, parents):
+            if place.get(last, unused) == unused:
+                place.pop(last, None)
+
+
+def _places(content: Any, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The blocks at a path of keys, in every entry of the lists on the way."""
+    if isinstance(content, list):
+        for entry in content:
+            yield from _places(entry, keys)
+    elif isinstance(content, dict):
+        if keys:
+            yield from _places(content.get(keys[0]), keys[1:])
+        else:
+            yield content
