@@ -96,7 +96,7 @@ def test_steps_shrink_to_a_tenth() -> None:
 
 def test_the_more_genes_move_the_smaller_are_the_steps() -> None:
     rates = [learner(count, rate=None).rate for count in (1, 60, 120, 480, 1920)]
-    assert rates == pytest.approx([0.15, 0.15, 0.15 * 60 / 120, 0.15 * 60 / 480, 0.15 * 60 / 1920])
+    assert rates == pytest.approx([0.15, 0.15, 0.15, 0.15 * 120 / 480, 0.15 * 120 / 1920])  # of two models
     assert learner(480, [True] * 60 + [False] * 420, rate=None).rate == pytest.approx(0.15)
 
 
