@@ -356,7 +356,7 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "models": {"base": config.base, **config.models},
         "parameters": sum(math.prod(info.shape) for info in prepared.models.table.values()),
         "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
-        "optimizer": config.optimizer.name,
+        "optimizer": ", then ".join(config.optimizer.names),
         "population": config.optimizer.population,
         "candidates": config.budget,
         "equivalents": config.optimizer.equivalents,
