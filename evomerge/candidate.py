@@ -32,6 +32,16 @@ class Candidate:
     genome: tuple[float, ...] | None = None
 
 
+def learned_id(step: int) -> str:
+    """The id of the candidate that is scored after a step along gradients."""
+    return f"l{step:04d}"
+
+
+def is_learned(candidate: Candidate) -> bool:
+    """Whether a candidate lies on the path of gradients."""
+    return candidate.kind == "search" and candidate.id.startswith("l")
+
+
 @dataclass(frozen=True, slots=True)
 class Subset:
     """A subset of the search items of every task.
@@ -42,6 +52,53 @@ class Subset:
 
     number: int
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """A request for the gradient of a candidate's loss on one shard of a mini-batch of search items.
+
+    step: the number of the step, which also decides which items are drawn.
+    share: the share of the search items in the mini-batch; 1 for all of them.
+    shard: the number of the shard.
+    shards: into how many shards the mini-batch is divided.
+    weights: the metrics whose losses are summed up, by name, with the weight of each in the sum.
+    wanted: the names of the parameters by which derivatives are taken; empty where only losses are asked for.
+    """
+
+    step: int
+    share: float
+    shard: int
+    shards: int
+    weights: tuple[tuple[str, float], ...]
+    wanted: tuple[str, ...]
+
+    @property
+    def subset(self) -> Subset | None:
+        """The mini-batch as a subset of the search items; None for all of them."""
+        return Subset(self.step, self.share) if self.share < 1 else None
+
+    @property
+    def weights_by_name(self) -> dict[str, float]:
+        """The weight of each metric's loss in the sum, by name."""
+        return dict(self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """What a worker says to a `Descent`.
+
+    losses: the shard's share of the mean loss of each metric, by name.
+    slopes: the derivative of the weighted sum of losses by each parameter of the merge: by the name of the tensor, the
+        reference of the model (None where models share the parameter), and the name of the parameter.
+    fingerprint: that of the merged weights.
+    seconds: how long it took.
+    """
+
+    losses: Mapping[str, float]
+    slopes: Mapping[tuple[str, str | None, str], float]
+    fingerprint: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
     results, running = _read(directory)
     content = replace(views.status(results, running), evidence=views.evidence(results))
     if running:
-        left = content.budget + content.controls.total - content.evaluations - content.controls.done
+        left = round(content.budget - content.equivalents) + content.controls.total - content.controls.done
         content = content.at(progress.pace(Path(directory), left))
     if as_json:
         return _print_json(views.as_json(content))

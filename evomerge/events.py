@@ -115,6 +115,21 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Stepped(Event):
+    """A step along a gradient was taken.
+
+    step: its number, from 1.
+    losses: the mean loss of each metric on the step's items, by name.
+    seconds: that workers needed for it.
+    """
+
+    name: ClassVar[str] = "stepped"
+    step: int
+    losses: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Finished(Event):
     """The search is at its end, with so many evaluations on all search items."""
 

@@ -17,6 +17,12 @@ def layer_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def is_layer(module: str) -> bool:
+    """Whether the module of that name is a layer, and not a numbered module inside of one, such as an expert."""
+    match = _in_layer(f"{module}.")
+    return match is not None and match.end() == len(module) + 1
+
+
 def with_layer(name: str, layer: int) -> str:
     """The name of the same tensor in another layer; a name outside the layers stays as it is.
 

@@ -4,18 +4,21 @@ import inspect
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import sin
 
 import numpy as np
 
-from evomerge.candidate import Evaluation, Subset, failure
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Subset, failure
 from evomerge.config.base import Split
 from evomerge.errors import WorkerPoisoned
 from evomerge.events import Listener, unheard
+from evomerge.merging.plan import make_plan
 from evomerge.recipe import Recipe
-from evomerge.workers import Job
+from evomerge.workers import Job, Result
 
 Scorer = Callable[..., Sequence[float] | str]  # of a candidate, or of a candidate and a split
+Follower = Callable[[Candidate, Descent], Gradient | str]
 
 
 class Killed(BaseException):
@@ -33,14 +36,18 @@ class FakePool:
         seed: int = 0,
         dies_after: int | None = None,
         order: Sequence[str] = (),
+        follower: Follower | None = None,
     ) -> None:
-        """order: ids of candidates that finish one after the other, before chance decides."""
+        """order: ids of candidates that finish one after the other, before chance decides.
+        follower: answers jobs that ask for gradients.
+        """
+        self._follower = follower
         self._names, self._scorer, self._size, self._order = names, scorer, size, deque(order)
         self._random = np.random.default_rng(seed)
         self._jobs: list[Job] = []
         self.listener: Listener = unheard
         self._dies_after = dies_after
-        self.evaluated: list[tuple[str, Split]] = []
+        self.evaluated: list[tuple[str, str]] = []  # ids with their splits, or with the shards of gradients
 
     @property
     def size(self) -> int:
@@ -49,10 +56,12 @@ class FakePool:
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def wait(self) -> tuple[Job, Evaluation]:
+    def wait(self) -> tuple[Job, Result]:
         if self._dies_after is not None and len(self.evaluated) >= self._dies_after:
             raise Killed
         job = self._jobs.pop(self._next())
+        if job.descent is not None:
+            return job, self._followed(job.candidate, job.descent)
         self.evaluated.append((job.candidate.id, job.split))
         takes_split = len(inspect.signature(self._scorer).parameters) > 1
         result = self._scorer(job.candidate, job.split) if takes_split else self._scorer(job.candidate)
@@ -60,6 +69,12 @@ class FakePool:
             return job, failure(result)
         scores = dict(zip(self._names, result, strict=True))
         return job, Evaluation(scores=scores, items=10, fingerprint=job.candidate.recipe.content_id())
+
+    def _followed(self, candidate: Candidate, descent: Descent) -> Result:
+        self.evaluated.append((candidate.id, f"shard {descent.shard} of step {descent.step}"))
+        assert self._follower is not None, "nobody expected gradients"
+        gradient = self._follower(candidate, descent)
+        return failure(gradient) if isinstance(gradient, str) else gradient
 
     def _next(self) -> int:
         ids = [job.candidate.id for job in self._jobs]
@@ -69,6 +84,38 @@ class FakePool:
 
     def close(self) -> None:
         self._jobs.clear()
+
+
+class Quadratics:
+    """Losses of a merge by its weights: for each metric, the mean over tensors and models of the squared distance from
+    the weights that the metric wants, which differ a little between mini-batches. A shard has some of the tensors."""
+
+    def __init__(self, names: Sequence[str], wanted: Mapping[str, Mapping[str, float]], noise: float = 0.0) -> None:
+        """names: the tensors.
+        wanted: for each metric, the weights that it wants, by the references of models.
+        noise: by how much these vary from step to step.
+        """
+        self._names, self._wanted, self._noise = names, wanted, noise
+
+    def __call__(self, candidate: Candidate, descent: Descent) -> Gradient:
+        weights = {
+            (merge.name, model): own.get("weight", 1.0)
+            for merge in make_plan(candidate.recipe, self._names).tensors
+            for model, own in zip(merge.models, merge.per_model, strict=True)
+        }
+        losses = dict.fromkeys(descent.weights_by_name, 0.0)
+        slopes: dict[tuple[str, str | None, str], float] = {}
+        for name, factor in descent.weights:
+            for tensor in self._names[descent.shard :: descent.shards]:
+                for model, best in self._wanted[name].items():
+                    noise = self._noise * sin(7 * descent.step + len(tensor))
+                    distance = weights.get((tensor, model), 0.0) - best - noise
+                    count = len(self._names) * len(self._wanted[name])
+                    losses[name] += distance**2 / count
+                    if "weight" in descent.wanted:
+                        place = tensor, model, "weight"
+                        slopes[place] = slopes.get(place, 0.0) + factor * 2 * distance / count
+        return Gradient(losses, slopes, candidate.recipe.content_id())
 
 
 class FakeWorker:
@@ -90,6 +137,13 @@ class FakeWorker:
         fingerprint = split if weight != 5 else "x" * (150 * 2**20)
         return Evaluation(scores={"score": weight}, items=1, fingerprint=fingerprint)
 
+    def descend(self, recipe: Recipe, descent: Descent) -> Gradient:
+        scored = self.evaluate(recipe, "search")
+        assert scored.scores is not None
+        assert scored.fingerprint is not None
+        slopes = {("tensor", "model", name): scored.scores["score"] / descent.shards for name in descent.wanted}
+        return Gradient({name: float(descent.shard) for name, _ in descent.weights}, slopes, scored.fingerprint)
+
 
 def make_fake_worker() -> FakeWorker:
     return FakeWorker()
@@ -100,6 +154,9 @@ class WorkerThatNamesItsGpus:
 
     def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         return Evaluation(scores={"score": 0.0}, items=1, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
+
+    def descend(self, recipe: Recipe, descent: Descent) -> Gradient:
+        return Gradient({}, {}, os.environ["CUDA_VISIBLE_DEVICES"])
 
 
 def make_worker_that_names_its_gpus() -> WorkerThatNamesItsGpus:

@@ -16,7 +16,7 @@ MODULES = {
 OWNERS = {
     "ray": {"workers/ray_pool.py", "runs/cluster.py"},
     "grpc": {"workers/ray_address.py"},
-    "sqlalchemy": {"archive/storage.py", "archive/trials.py"},
+    "sqlalchemy": {"archive/gradients.py", "archive/storage.py", "archive/trials.py"},
     "lm_eval": {"evaluation/harness.py", "evaluation/loading.py", "evaluation/generation.py"},
     "vllm": {"evaluation/vllm_server.py"},
     "optuna": {

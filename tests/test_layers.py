@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from evomerge.layers import embedding_names, head_names, is_embedding, layer_count, layer_index
+from evomerge.layers import embedding_names, head_names, is_embedding, is_layer, layer_count, layer_index
 
 
 def causal_language_models() -> dict[str, dict[str, Any]]:
@@ -58,3 +58,9 @@ def test_experts_and_other_numbers_are_no_layers():
 def test_a_head_called_embed_out_is_no_embedding():
     assert not is_embedding("embed_out.weight")
     assert is_embedding("gpt_neox.embed_in.weight")
+
+
+def test_a_layer_is_a_module_and_not_what_is_numbered_inside_of_it():
+    names = ("model.layers.3", "transformer.h.11", "model.layers.3.mlp", "model.layers.3.mlp.experts.2", "model.layers")
+    assert [is_layer(name) for name in names] == [True, True, False, False, False]
+    assert not is_layer("vision_tower.layers.3")

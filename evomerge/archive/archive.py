@@ -11,7 +11,7 @@ An evaluation is one transaction, written by `trials`.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from evomerge.archive.gradients import GradientRecord, Gradients
 from evomerge.archive.storage import brief, open_storage, refusal, storage_url, study_prefix
 from evomerge.archive.trials import Trials
 from evomerge.candidate import Candidate, Evaluation, Kind, Study, Subset
@@ -35,7 +36,7 @@ from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
-_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "tasks.data_root")
+_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "optimizer.equivalents", "tasks.data_root")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class Archive:
                 storage = open_storage(storage_url(directory, config))
                 self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
                 self._trials = Trials(storage.engine)
+                learns = any(name == "learned" for name in config.optimizer.names)
+                self._gradients = Gradients(storage.engine, self._prefix, writing=learns)
             self._check_format(directory)
             self._check_config(directory)
             self._genes = self._recorded_genes()
@@ -234,23 +237,55 @@ class Archive:
             distributions=distributions,
             user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
         )
-        self._add(trial, study)
+        self._patiently(
+            candidate.id,
+            lambda: self._trials.add(self._prefix + study, trial),
+            lambda: self._holds(candidate.id, study),
+        )
         self._records[study][candidate.id] = Record(candidate, evaluation, arrival)
 
-    def _add(self, trial: Any, study: Study) -> None:
-        """Adds a trial exactly once, and waits for a storage that cannot be reached for a short time."""
-        identity, pause, deadline = trial.user_attrs["id"], _PAUSE, time.monotonic() + _PATIENCE
-        tried = False
+    def record_gradient(self, record: GradientRecord) -> None:
+        """Writes what a worker said to one shard of one step, in one transaction.
+
+        record: what is kept of it.
+        Raises WorkFailed as `record` does.
+        """
+        self._patiently(
+            f"{record.step}, shard {record.shard}",
+            lambda: self._gradients.add(record),
+            lambda: self._gradients.holds(record),
+            "step",
+        )
+
+    def find_gradient(self, step: int, shard: int) -> GradientRecord | None:
+        """The record of a shard of a step; None where there is none."""
+        return self._gradients.find(step, shard)
+
+    def gradients(self) -> list[GradientRecord]:
+        """Every record of a shard of a step, by step and shard."""
+        return self._gradients.all()
+
+    def _patiently(
+        self, identity: str, write: Callable[[], None], written: Callable[[], bool], kind: str = "evaluation"
+    ) -> None:
+        """Writes exactly once, and waits for a storage that cannot be reached for a short time.
+
+        identity: which one is written, for messages.
+        write: writes it.
+        written: whether it is there already, since a commit may have come through.
+        kind: what is written, in a word, for messages.
+        """
+        pause, deadline, tried = _PAUSE, time.monotonic() + _PATIENCE, False
         while True:
             try:
-                if not (tried and self._holds(identity, study)):  # its commit may have come through
-                    self._trials.add(self._prefix + study, trial)
+                if not (tried and written()):
+                    write()
                 return
             except Exception as error:
                 passing, reason = refusal(error)
                 if not passing or time.monotonic() + pause > deadline:
                     raise WorkFailed(
-                        f"the archive refused evaluation {identity} ({reason}); nothing was lost: free some "
+                        f"the archive refused {kind} {identity} ({reason}); nothing was lost: free some "
                         "space or restore the storage, then resume."
                     ) from None
             tried = True
@@ -295,6 +330,16 @@ class Archive:
         """The search candidates of an asynchronous search in the order in which their evaluations came."""
         recorded = [(record.arrival.number, record) for record in self._records["search"].values() if record.arrival]
         return [record for _, record in sorted(recorded, key=lambda pair: pair[0])]
+
+    def record_end(self, budget: float) -> None:
+        """Records that the search has come to its end with a budget."""
+        self._studies["search"].set_user_attr("ended", budget)
+
+    @property
+    def ended(self) -> float | None:
+        """The budget with which the search has come to its end; None where it has not, or did not record it."""
+        ended: float | None = self._studies["search"].user_attrs.get("ended")
+        return ended
 
     def check_sources(self, sources: Mapping[str, str]) -> None:
         """Raises InputError where a source model has changed since the archive was made.

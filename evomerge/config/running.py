@@ -8,7 +8,7 @@ from pydantic import (
 )
 
 from evomerge.config.base import Settings
-from evomerge.config.tables import OPTIMIZERS, POOLS, OptimizerName, OptimizerRow, PoolName, StageName
+from evomerge.config.tables import LEARNED, OPTIMIZERS, POOLS, OptimizerName, OptimizerRow, PoolName, StageName
 
 
 class StageConfig(Settings):
@@ -16,21 +16,55 @@ class StageConfig(Settings):
 
     genes: the kinds of genes that move.
     evaluations: how many candidates the stage proposes; the last stage may leave it out and takes the rest.
-    name: the stage's optimizer; by default that of the search.
+    name: the stage's optimizer; by default that of the search. Only the first stage can be `learned`.
     population: how many candidates a generation has; by default that of the search.
+    scaled: whether the weights of a group's tensors move together, as multiples of those at which the stage starts.
     """
 
     genes: tuple[str, ...] = Field(min_length=1)
     evaluations: int | None = Field(default=None, ge=1)
     name: StageName | None = None
     population: int | None = Field(default=None, ge=1)
+    scaled: bool = False
+
+
+class LearningConfig(Settings):
+    """How the optimizer `learned` follows the gradient of a loss on search items.
+
+    steps: how many steps there are at most; with 0, `auto` follows no gradients.
+    share: the share of the search items that a step reads.
+    rate: how far a gene moves in the first steps, in its own units; it falls to a tenth. By default what suits the
+        number of genes.
+    every: after how many steps the candidate is scored on all search items.
+    patience: the stage ends when so many of these scores in a row have not risen.
+    shards: into how many parts a step is divided, so that so many workers can share it.
+    batch_size: how many rows a model reads at a time in a step; by default as in evaluations.
+    checkpointing: whether the outputs of layers are computed again on the way back instead of kept, which saves memory
+        and takes a third more time.
+    """
+
+    steps: int = Field(default=60, ge=0)
+    share: float = Field(default=0.25, gt=0, le=1)
+    rate: float | None = Field(default=None, gt=0)
+    every: int = Field(default=10, ge=1)
+    patience: int = Field(default=2, ge=1)
+    shards: int = Field(default=1, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    checkpointing: bool = False
 
 
 class OptimizerConfig(Settings):
     """How genomes are proposed.
 
-    name: the optimizer; `auto` chooses by the kinds of genes.
-    evaluations: how many search candidates there are; controls come on top.
+    name: the optimizer. `auto` follows gradients first (`learned`) and then evolves, where the objectives have
+        reference answers and the method has derivatives. Elsewhere it only evolves, by an optimizer that suits the
+        kinds of genes.
+    evaluations: how many search candidates there are; controls come on top. A step along a gradient counts as three
+        times the share of the search items that it reads.
+    equivalents: how much a search may cost in the place of `evaluations`: an evaluation on all search items counts 1,
+        one on some of them as much as their share, and a step along a gradient three times that.
+    stop_after: the search ends when the best score on selection items has not risen for so many candidates; None where
+        only the budget ends it.
     population: how many candidates a generation has; by default what suits the optimizer.
     schedule: `pipelined` proposes the same candidates with any number of workers. `async` never lets a worker wait, but
         its proposals depend on the order in which evaluations finish; a resumed search keeps to the recorded order.
@@ -39,10 +73,13 @@ class OptimizerConfig(Settings):
     covariance: the covariance of CMA-ES; `auto` is `diagonal` for many genes or few evaluations.
     restarts: whether CMA-ES starts again when it has stalled.
     stages: periods in which only some kinds of genes move, in order.
+    learning: how `learned` follows gradients.
     """
 
     name: OptimizerName = "auto"
     evaluations: int = Field(default=300, ge=1)
+    equivalents: float | None = Field(default=None, gt=0)
+    stop_after: int | None = Field(default=None, ge=1)
     population: int | None = Field(default=None, ge=1)
     schedule: Literal["pipelined", "async"] = "pipelined"
     lag: int = Field(default=1, ge=0, le=16)
@@ -50,13 +87,41 @@ class OptimizerConfig(Settings):
     covariance: Literal["auto", "full", "diagonal"] = "auto"
     restarts: bool = True
     stages: tuple[StageConfig, ...] = ()
+    learning: LearningConfig = LearningConfig()
 
     @model_validator(mode="after")
     def _stages(self) -> Self:
         for index, stage in enumerate(self.stages[:-1]):
-            if stage.evaluations is None:
+            if stage.evaluations is None and stage.name != LEARNED:
                 raise ValueError(f".stages[{index}].evaluations is missing; every stage but the last needs a number")
+        for index, stage in enumerate(self.stages):
+            if stage.name == LEARNED and index > 0:
+                raise ValueError(f".stages[{index}].name is learned, which can only come first; move it")
+            if stage.name == LEARNED and stage.evaluations is not None:
+                raise ValueError(f".stages[{index}].evaluations belongs to no learned stage; set learning.steps")
+        if self.follows_gradients and self.schedule == "async":
+            raise ValueError(".schedule is async, but gradients are followed step by step; use pipelined")
+        if self.name == LEARNED and self.stages:
+            raise ValueError(".stages are given, but learned has none; make learned the first of the stages")
+        if self.follows_gradients and self.learning.steps == 0:
+            raise ValueError(".learning.steps is 0, but learned takes at least 1; set it, or use another optimizer")
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the optimizers that take part."""
+        own = [stage.name for stage in self.stages if stage.name is not None]
+        return tuple(dict.fromkeys(own if own and len(own) == len(self.stages) else [self.name, *own]))
+
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether the search begins with steps along gradients."""
+        return self.name == LEARNED or bool(self.stages and self.stages[0].name == LEARNED)
+
+    @property
+    def evolving(self) -> "OptimizerConfig":
+        """The config without the steps along gradients."""
+        return self.model_copy(update={"stages": self.stages[1:]}) if self.follows_gradients else self
 
     @property
     def row(self) -> OptimizerRow | None:

@@ -6,10 +6,12 @@ from typing import Any, Literal, Self
 from pydantic import (
     Field,
     PrivateAttr,
+    field_validator,
     model_validator,
 )
 
 from evomerge.config.base import Settings
+from evomerge.config.documents import shown
 from evomerge.config.tables import CostName
 
 
@@ -98,6 +100,32 @@ class ConstraintConfig(Settings):
         return self.guard.name
 
 
+class ReportConfig(Settings):
+    """A score that is only reported: it is measured on held-out items, and decides nothing.
+
+    task: the task's name.
+    metric: the task's metric.
+    filter: the task's filter that the metric is taken after; by default its first.
+    """
+
+    task: str
+    metric: str = "acc"
+    filter: str | None = None
+    _names_filter: bool = PrivateAttr(default=False)
+
+    @property
+    def measured(self) -> ObjectiveConfig:
+        """The metric as an objective, which says how it is measured."""
+        measured = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter)
+        measured._names_filter = self._names_filter
+        return measured
+
+    @property
+    def name(self) -> str:
+        """The name of the metric in scores, as an objective would have it."""
+        return self.measured.name
+
+
 class TasksConfig(Settings):
     """Where tasks are found, and which tasks may run code.
 
@@ -119,18 +147,27 @@ class ItemsConfig(Settings):
     other task are divided at random.
 
     search: how many items of a task the search sees; None for all of its side.
-    selection: how many of the items that the search leaves decide which candidate of the front is the best; None where
-        the search items decide.
+    selection: how many items of a task decide which candidate of the front is the best; false where the search items
+        decide. They are those that the search leaves, or come from the split that the task keeps for them. By default a
+        search that follows gradients takes some, and any other search none.
     heldout: how many items of a task the report sees; None for all of its side.
     search_fraction: the share of a divided task's items that is for the search.
     seed: of the division.
     """
 
     search: int | None = Field(default=None, ge=1)
-    selection: int | None = Field(default=None, ge=1)
+    selection: int | Literal[False] | None = None
     heldout: int | None = Field(default=None, ge=1)
     search_fraction: float = Field(default=0.5, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("selection", mode="before")
+    @classmethod
+    def _some_or_false(cls, value: Any) -> Any:
+        """Tells false from 0, and true from 1."""
+        if value is None or value is False or (isinstance(value, int) and value is not True and value > 0):
+            return value
+        raise ValueError(f"it is {shown(value)}; use a whole number of at least 1, or false")
 
 
 class VllmConfig(Settings):

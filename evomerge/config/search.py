@@ -19,7 +19,14 @@ from pydantic import (
 
 from evomerge.config.base import RESERVED_NAMES, SPLITS, Name, Settings, Split
 from evomerge.config.running import ControlsConfig, OptimizerConfig, WorkersConfig
-from evomerge.config.scoring import ConstraintConfig, EvaluationConfig, ItemsConfig, ObjectiveConfig, TasksConfig
+from evomerge.config.scoring import (
+    ConstraintConfig,
+    EvaluationConfig,
+    ItemsConfig,
+    ObjectiveConfig,
+    ReportConfig,
+    TasksConfig,
+)
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.config.storage_url import refuse_password
 from evomerge.config.tables import AnySpaceConfig
@@ -33,6 +40,7 @@ class SearchConfig(Settings):
     models: the references of the models to merge, by name.
     objectives: the scores to be optimized, at least one.
     constraints: the scores to be kept.
+    report: the scores to be shown beside the others at the end; the search does not see them.
     tasks: where tasks are found.
     items: how many items the search and the report see.
     space: what may vary.
@@ -51,6 +59,7 @@ class SearchConfig(Settings):
     models: dict[Name, str]
     objectives: tuple[ObjectiveConfig, ...] = Field(min_length=1)
     constraints: tuple[ConstraintConfig, ...] = ()
+    report: tuple[ReportConfig, ...] = ()
     tasks: TasksConfig = TasksConfig()
     items: ItemsConfig = ItemsConfig()
     space: AnySpaceConfig = ParameterSpaceConfig()
@@ -111,6 +120,10 @@ class SearchConfig(Settings):
             filters.setdefault((metric.task, metric.metric), set()).add(metric.filter)
         for metric in measured:
             metric._names_filter = len(filters[metric.task, metric.metric]) > 1
+        for shown in self.report:  # which must not change the names of the others
+            filters.setdefault((shown.task, shown.metric), set()).add(shown.filter)
+        for shown in self.report:
+            shown._names_filter = len(filters[shown.task, shown.metric]) > 1
         return self
 
     @model_validator(mode="after")
@@ -119,6 +132,10 @@ class SearchConfig(Settings):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ValueError(f".objectives[{index}] is {name} again; name each objective once")
+        names = [metric.name for metric in self.reported]
+        for index, name in enumerate(names[len(self.measured) :]):
+            if name in names[: len(self.measured) + index]:
+                raise ValueError(f".report[{index}] is {name}, which is reported anyway; remove it")
         for name in sorted(RESERVED_NAMES & set(self.models)):
             raise ValueError(f".models.{name}: this name is kept for a control; choose another")
         return self
@@ -142,22 +159,37 @@ class SearchConfig(Settings):
         return tuple(by_name.values())
 
     @property
+    def reported(self) -> tuple[ObjectiveConfig, ...]:
+        """Every metric that is measured on held-out items: those of `measured`, then those that are only reported."""
+        return (*self.measured, *(metric.measured for metric in self.report))
+
+    @property
     def splits(self) -> tuple[Split, ...]:
         """The splits that items are divided into, in the order in which they are scored."""
-        return SPLITS if self.items.selection is not None else ("search", "heldout")
+        return SPLITS if self.items.selection else ("search", "heldout")
 
     @property
     def budget(self) -> int:
-        """How many search candidates there will be. Some optimizers end before `optimizer.evaluations`."""
+        """How many search candidates there can be, and how many random search has. Some optimizers end before
+        `optimizer.evaluations`."""
         row = self.optimizer.row
-        asked = self.optimizer.evaluations
+        equivalents = self.optimizer.equivalents
+        asked = self.optimizer.evaluations if equivalents is None else max(1, int(equivalents))
         return asked if row is None or row.most is None else min(asked, row.most(len(self.models)))
+
+    @property
+    def limit(self) -> float:
+        """How much the search may cost: candidates, or forward passes over all search items."""
+        return float(self.budget) if self.optimizer.equivalents is None else self.optimizer.equivalents
 
     def digest(self) -> str:
         """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
         the budget, the storage, and the places of vLLM and of the tasks' data files."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
-        content["optimizer"].pop("evaluations")
+        for budget in ("evaluations", "equivalents"):
+            content["optimizer"].pop(budget)
+        if not self.report:  # as in the searches of versions that had no such key
+            content.pop("report")
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """What may vary: the parameter space, the data-flow space, and both at once."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -36,8 +36,11 @@ class ParameterSpaceConfig(SpaceSettings):
     parameters: genes for the methods' own parameters, as METHOD: {PARAMETER: bounds}. Those of methods without weights
         are searched in any case.
     layer_groups: runs of layers that share genes, such as `0-3`, which cover all layers in order.
-    layer_granularity: how many layers share genes; by default all layers do.
+    layer_granularity: how many layers share genes; by default all layers do. `tensor` stands for 1 layer, and
+        `tensor_weights`.
     filters: parts of tensor names that divide the tensors of a run of layers into groups.
+    tensor_weights: whether every tensor has weights of its own. They start equal within a group, and random search
+        draws them equal. `auto` gives tensors their own weights where a search follows gradients.
     weight: the genes of models' weights.
     density: the genes of models' densities.
     lambda_: the gene of the method's lambda; fixed at 1 by default.
@@ -50,8 +53,9 @@ class ParameterSpaceConfig(SpaceSettings):
     participate: bool = False
     parameters: dict[str, dict[str, GeneChange]] = Field(default_factory=dict)
     layer_groups: tuple[str, ...] | None = Field(default=None, min_length=1)
-    layer_granularity: int | None = Field(default=None, ge=1)
+    layer_granularity: Annotated[int, Field(ge=1)] | Literal["tensor"] | None = None
     filters: tuple[str, ...] = ()
+    tensor_weights: bool | Literal["auto"] = "auto"
     weight: GeneConfig = GeneConfig(low=0.0, high=1.5, step=0.3)
     density: GeneConfig = GeneConfig(low=0.1, high=1.0, start=1.0, step=0.03)
     lambda_: GeneConfig = Field(default=GeneConfig(low=0.5, high=1.5, start=1.0, step=0.1, fixed=1.0), alias="lambda")
@@ -114,7 +118,16 @@ class ParameterSpaceConfig(SpaceSettings):
     def _groups(self) -> Self:
         if self.layer_groups is not None and self.layer_granularity is not None:
             raise ValueError("give either layer_groups or layer_granularity, not both")
+        if self.layer_granularity == "tensor" and self.tensor_weights is False:
+            raise ValueError(
+                "layer_granularity is tensor, but tensor_weights is false; set it to true, or leave it out"
+            )
         return self
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether every tensor has weights of its own; `auto` must have been resolved before."""
+        return self.tensor_weights is True or self.layer_granularity == "tensor"
 
 
 class PinnedConfig(Settings):

@@ -59,6 +59,7 @@ class OptimizerRow:
     smallest: the least size of a generation.
     learns_ranks: whether it learns from the ranks in a generation, so that subsets of items pay.
     sequential: whether a generation is built on the scores of the one before: no lag, no stages, no async schedule.
+    gradients: whether it follows gradients instead of scores, so that `make` makes a `Learner`.
     most: the most candidates that it can try, given the number of models; None where there is no end.
     check: raises InputError where it cannot search a set of kinds of genes; it is given that set.
     """
@@ -68,6 +69,7 @@ class OptimizerRow:
     smallest: int = 1
     learns_ranks: bool = False
     sequential: bool = False
+    gradients: bool = False
     most: Callable[[int], int] | None = None
     check: Maker | None = None
 
@@ -123,7 +125,9 @@ SPACES: dict[str, SpaceRow] = {
         genes="evomerge.spaces.table:of_both",
     ),
 }
+LEARNED = "learned"
 OPTIMIZERS: dict[str, OptimizerRow] = {
+    LEARNED: OptimizerRow("evomerge.optimizers.learned:Learner", lambda _: 1, gradients=True),
     "cma_es": OptimizerRow("evomerge.optimizers.cma_es:CmaEs", _covariance_population, smallest=4, learns_ranks=True),
     "cat_cma": OptimizerRow("evomerge.optimizers.cat_cma:make", _covariance_population, smallest=4, learns_ranks=True),
     "path_evolution": OptimizerRow(

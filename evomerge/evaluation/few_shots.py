@@ -4,13 +4,15 @@ Where no example is the same as any of these items, the examples are exactly tho
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from evomerge.config.base import Split
+from evomerge.config.base import SPLITS, Split
 from evomerge.errors import InputError
 from evomerge.evaluation.items import Division, both_splits, examples_are_items
-from evomerge.evaluation.rendering import Side, document_digest, items_of
+from evomerge.evaluation.rendering import Side, document_digest, items_of, selection_documents, selection_split
 from evomerge.seen import Digests
 
 SEED = 1234
@@ -25,7 +27,9 @@ def prepare(task: Any, division: Division, split: Split) -> None:
     Raises InputError where too few examples are left.
     """
     _leave_own_answer_out(task, split)
-    if split != "heldout" and both_splits(task):
+    if split == "selection" and selection_split(task) is not None:
+        task.test_docs = task.validation_docs = partial(selection_documents, task)
+    elif split != "heldout" and both_splits(task):
         task.test_docs = task.validation_docs
     task.set_fewshot_seed(SEED)
     if task.config.num_fewshot and hasattr(task, "sampler"):
@@ -43,16 +47,27 @@ def shown(task: Any, division: Division) -> Digests:
     count = task.config.num_fewshot
     if not count or not hasattr(task, "sampler"):
         return frozenset()
-    prepare(task, division, "search")
-    asked = {*division.of(task, "search"), *division.of(task, "selection")}
     example_digests: set[bytes] = set()
     digests = _by_document(task)
-    for number, document in enumerate(task.eval_docs):
-        task.sampler.guard.own = digests.get(document_digest(document), frozenset())
-        drawn = _drawn(task, count, document if _draws_evaluated(task) else None)
-        if number in asked:
-            example_digests.update(*(digests[document_digest(example)] for example in drawn))
+    sampler, settings = task.sampler, task.fewshot_cfg
+    for split, asked in _asked(task, division).items():
+        task.sampler, task.fewshot_cfg = copy(sampler), copy(settings)
+        prepare(task, division, split)
+        for number, document in enumerate(task.eval_docs):
+            task.sampler.guard.own = digests.get(document_digest(document), frozenset())
+            drawn = _drawn(task, count, document if _draws_evaluated(task) else None)
+            if number in asked:
+                example_digests.update(*(digests[document_digest(example)] for example in drawn))
     return frozenset(example_digests)
+
+
+def _asked(task: Any, division: Division) -> dict[Split, set[int]]:
+    """The numbers of the documents of search and selection, by the split that their requests are built for."""
+    search, selection = (set(division.of(task, split)) for split in SPLITS[:2])
+    if selection_split(task) is None:
+        search, selection = search | selection, set()
+    asked: dict[Split, set[int]] = {"search": search, "selection": selection}
+    return {split: numbers for split, numbers in asked.items() if numbers}
 
 
 def _drawn(task: Any, count: int, document: Any) -> Sequence[Any]:
@@ -76,7 +91,8 @@ def _leave_own_answer_out(task: Any, split: Split) -> None:
     if fewshot is None or fewshot.samples is not None:
         return
     splits = [config.validation_split, config.test_split]
-    evaluated = next(filter(None, splits[::-1] if split == "heldout" else splits), None)
+    own = selection_split(task) if split == "selection" else None
+    evaluated = own or next(filter(None, splits[::-1] if split == "heldout" else splits), None)
     if evaluated == next(filter(None, [fewshot.split, config.training_split, *splits]), None):
         fewshot.split = config.test_split
 
@@ -90,7 +106,7 @@ def _withhold(task: Any, division: Division) -> None:
     """Removes the items of heldout and selection from the examples that a task can draw."""
     if not examples_are_items(task):
         return
-    withheld, digests = division.digests("heldout", "selection"), _by_document(task)
+    withheld, digests = division.withheld(task), _by_document(task)
     pool = task.sampler.df
     kept = [document for document in pool if not digests[document_digest(document)] & withheld]
     if len(kept) < len(pool):
@@ -109,7 +125,7 @@ def _check_enough(task: Any, left: int) -> None:
 
 def _by_document(task: Any) -> Mapping[bytes, Digests]:
     """The digests of every item of a task, by the digest of its document."""
-    sides: tuple[Side, ...] = ("validation", "test", "fewshot")
+    sides: tuple[Side, ...] = ("validation", "selection", "test", "fewshot")
     return {item.document: item.digests for side in sides for item in items_of(task, side)}
 
 

@@ -8,11 +8,12 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from evomerge.candidate import Subset
+from evomerge.candidate import Descent, Subset
 from evomerge.config.base import Split
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
@@ -21,8 +22,18 @@ from evomerge.evaluation import few_shots
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
 from evomerge.evaluation.likelihoods import PreparedRequests, Request, Response, tolerance
-from evomerge.evaluation.loading import Target, cause, distinct_tasks, forked, load_targets
+from evomerge.evaluation.loading import (
+    Target,
+    cause,
+    distinct_tasks,
+    forked,
+    load_targets,
+    of_metrics,
+    only_reported,
+)
+from evomerge.evaluation.losses import Losses
 from evomerge.evaluation.margins import Choices, choices_of
+from evomerge.evaluation.metrics import task_metrics
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 from evomerge.seen import Digests
@@ -69,7 +80,7 @@ class Harness:
         Raises InputError for a task that cannot be loaded.
         """
         self._config, self._model, self._writer, self._seen = config, model, writer, seen
-        self._targets = targets or load_targets(config.measured, config.tasks, config.evaluation)
+        self._targets = targets or load_targets(config.reported, config.tasks, config.evaluation)
         with quiet():
             from lm_eval.models.huggingface import HFLM
 
@@ -82,21 +93,46 @@ class Harness:
         Raises InputError for a task whose requests cannot be built, and where packed rows get other log-likelihoods
         than full rows.
         """
-        if split not in self._splits:
-            with quiet():
-                self._splits[split] = _PreparedSplit(self._config, self._lm, split, self._seen, forked(self._targets))
-                if self._model.device.type != "meta":
-                    self._splits[split].check_packing(self._model)
+        for name, metrics in self._parts(split).items():
+            if name not in self._splits:
+                with quiet():
+                    targets = forked(self._targets)
+                    self._splits[name] = _PreparedSplit(self._config, self._lm, split, self._seen, targets, metrics)
+                    if self._model.device.type != "meta":
+                        self._splits[name].check_packing(self._model)
+
+    def _parts(self, split: Split) -> dict[str, list[ObjectiveConfig]]:
+        """The metrics that a split measures. Those of tasks that are only reported are a part of their own, so that the
+        batches of all others are the same with and without them."""
+        measured = list(self._config.measured)
+        if split != "heldout":
+            return {split: measured}
+        apart = only_reported(self._config, self._targets)
+        parts = {split: measured, "report": list[ObjectiveConfig]()}
+        for metric in self._config.reported[len(measured) :]:
+            own = any(task in apart for task in self._targets[metric.task].tasks)
+            parts["report" if own else split].append(metric)
+        return {name: metrics for name, metrics in parts.items() if metrics}
+
+    def _prepared(self, split: Split) -> "list[_PreparedSplit]":
+        self.prepare(split)
+        return [self._splits[name] for name in self._parts(split)]
 
     def left_out(self, split: Split) -> int:
         """How many items of a split were left out because a search has seen them."""
-        self.prepare(split)
-        return self._splits[split].left_out
+        return sum(prepared.left_out for prepared in self._prepared(split))
 
     @property
     def texts(self) -> list[GenerationBatch]:
         """The texts to be written for all prepared splits, as batches."""
         return [batch for split in self._splits.values() for batch in split.whole.texts.batches]
+
+    def rehearse_descent(self, model: Any) -> None:
+        """Has a model on the meta device run the pass forward and back that takes the most memory."""
+        self.prepare("search")
+        self._lm._model = model
+        with quiet(), torch.enable_grad():
+            self._splits["search"].rehearse_descent(model)
 
     def rehearse(self, split: Split, model: Any) -> None:
         """Has a model run the batches of a split that take the most memory.
@@ -104,10 +140,11 @@ class Harness:
         split: the split whose batches are run.
         model: a model on the meta device, where nothing is computed.
         """
-        self.prepare(split)
+        parts = self._prepared(split)
         self._lm._model = model
         with quiet():
-            self._splits[split].whole.rehearse(model, writes=self._config.evaluation.backend == "hf")
+            for prepared in parts:
+                prepared.whole.rehearse(model, writes=self._config.evaluation.backend == "hf")
 
     def evaluate(self, split: Split, model: Any = None, subset: Subset | None = None) -> SplitScores:
         """The scores of a model on a split, or on a subset of its items.
@@ -123,22 +160,52 @@ class Harness:
                 "evaluation.backend is vllm, whose engine has the base's layers in their order, and this recipe has "
                 "others; use hf."
             )
-        self.prepare(split)
+        parts = self._prepared(split)
         self._lm._model = self._model if model is None else model
         with quiet():
-            return self._splits[split].run(self._lm._model, subset, self._writer or TransformersWriter(self._lm))
+            writer = self._writer or TransformersWriter(self._lm)
+            return _joined([prepared.run(self._lm._model, subset, writer) for prepared in parts])
+
+    def descend(self, model: Any, descent: Descent) -> dict[str, float]:
+        """The share of one shard in the mean loss of each metric, on search items. Runs the backward passes of their
+        weighted sum where derivatives are wanted.
+
+        model: the candidate.
+        descent: the mini-batch, and which shard of it.
+        Raises CandidateFailed where a loss is not finite.
+        """
+        self.prepare("search")
+        self._lm._model = model
+        with quiet(), torch.set_grad_enabled(bool(descent.wanted)):
+            return self._splits["search"].descend(model, descent)
+
+
+def _joined(parts: Sequence[SplitScores]) -> SplitScores:
+    """The scores of a split's parts as one."""
+    return SplitScores(
+        {name: score for scores in parts for name, score in scores.scores.items()},
+        {name: outcomes for scores in parts for name, outcomes in scores.outcomes.items()},
+        sum(scores.items for scores in parts),
+        sum(scores.truncated for scores in parts),
+    )
 
 
 class _PreparedSplit:
-    """Every task of a split with its instances, their tokens, and lm-eval's code to score them."""
+    """The tasks of some metrics on a split, with their instances, their tokens, and lm-eval's code to score them."""
 
     def __init__(
-        self, config: SearchConfig, lm: Any, split: Split, seen: Digests, targets: Mapping[str, Target]
+        self,
+        config: SearchConfig,
+        lm: Any,
+        split: Split,
+        seen: Digests,
+        targets: Mapping[str, Target],
+        metrics: Sequence[ObjectiveConfig],
     ) -> None:
-        self._config, self._lm, self._targets = config, lm, targets
-        tasks = distinct_tasks(self._targets)
-        division = Division(tasks, config.items, seen)
-        self.left_out = sum(division.left_out.values()) if split == "heldout" else 0
+        self._config, self._lm, self._targets, self._metrics = config, lm, targets, metrics
+        tasks, searched = (distinct_tasks(of_metrics(named, targets)) for named in (metrics, config.measured))
+        division = Division(searched, config.items, seen, only_reported(config, targets))
+        self.left_out = sum(division.left_out[task] for task in tasks) if split == "heldout" else 0
         self._tasks = [_PreparedTask(task, config, lm, split, division) for task in tasks]
         documents = [instances for task in self._tasks for instances in task.documents]
         self._encoded = {
@@ -149,6 +216,27 @@ class _PreparedSplit:
         }
         self.whole = self._batches([range(len(task.documents)) for task in self._tasks])
         self._subsets: OrderedDict[Subset, _Batches] = OrderedDict()
+
+    @cached_property
+    def _losses(self) -> Losses:
+        """Made for the first gradient that is asked for."""
+        measured = [metric for metric in self._config.measured if metric.cost is None]
+        documents = {id(task.task): task.documents for task in self._tasks}
+        encode = partial(_encode_answer, self._lm)
+        chat = self._config.evaluation.apply_chat_template
+        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat)
+
+    def descend(self, model: Any, descent: Descent) -> dict[str, float]:
+        return self._losses.follow(model, descent, *self._limits)
+
+    def rehearse_descent(self, model: Any) -> None:
+        self._losses.rehearse(model, *self._limits)
+
+    @property
+    def _limits(self) -> tuple[int, int, torch.device]:
+        """Rows at a time, the model's context, and where batches are kept."""
+        batch_size = self._config.optimizer.learning.batch_size or self._config.evaluation.batch_size
+        return batch_size, self._lm.max_length, torch.device(self._lm.device)
 
     def _batches(self, chosen: "Sequence[Sequence[int]]") -> "_Batches":
         return _Batches(self._config, self._lm, self._tasks, chosen, self._encoded)
@@ -195,7 +283,7 @@ class _PreparedSplit:
             for task, chosen in zip(self._tasks, batches.chosen, strict=True)
         }
         scores, outcomes = {}, {}
-        for objective in self._config.measured:
+        for objective in self._metrics:
             if objective.cost is not None:
                 continue
             scores[objective.name], by_item = self._score(objective, results)
@@ -325,7 +413,7 @@ class _PreparedTask:
         chosen: the places of the documents; the results are in this order.
         answers: the responses to log-likelihood requests, by the `id()` of the instance.
         """
-        values = _task_metrics(self.task, [self.documents[place] for place in chosen])
+        values = task_metrics(self.task, [self.documents[place] for place in chosen])
         kept = set(chosen)
         return _Results(values, self._margins(chosen, answers), [place in kept for place in range(len(self.documents))])
 
@@ -366,10 +454,29 @@ def _by_document(instances: Sequence[Any]) -> list[list[Any]]:
     return list(by_document.values())
 
 
-def _encode(lm: Any, instance: Any, document: int) -> list[Request]:
+def _encode(lm: Any, instance: Any, document: int | None) -> list[Request]:
     """The log-likelihood requests of an instance: one, or for a rolling log-likelihood one per window."""
     if instance.request_type == "loglikelihood_rolling":
         return _windows(lm, instance.args[0])
+    return _encode_pair(lm, instance, document)
+
+
+def _encode_answer(lm: Any, instance: Any, continuation: str | None = None) -> list[Request]:
+    """The requests for the log-likelihood of an instance's own answer, or of a text that a model might write.
+
+    Such a text follows the tokens of the prompt alone, as when it is written. There is no request where it has no
+    tokens.
+    """
+    if continuation is None:
+        return _encode(lm, instance, None)
+    prompt, whole = lm.tok_encode(instance.args[0]), lm.tok_encode(instance.args[0] + continuation)
+    written = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
+    written = written or lm.tok_encode(continuation, add_special_tokens=False)
+    return [Request(tuple(prompt or [lm.prefix_token_id]), tuple(written))] if written else []
+
+
+def _encode_pair(lm: Any, instance: Any, document: int | None) -> list[Request]:
+    """The request for the log-likelihood of an instance's own answer."""
     context, continuation = instance.args
     if context:
         before, after = lm._encode_pair(context, continuation)
@@ -403,19 +510,6 @@ def _respond(instance: Any, responses: Sequence[Response]) -> None:
     rolling = instance.request_type == "loglikelihood_rolling"
     value: Any = likelihood if rolling else (likelihood, responses[0].greedy)
     instance.resps, instance.filtered_resps = [value] * instance.repeats, {}
-
-
-def _task_metrics(task: Any, by_document: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
-    """One value per document, by metric and filter, in the order of the documents; computed by lm-eval's own code."""
-    task._instances = [instance for instances in by_document for instance in instances]
-    task.apply_filters()
-    values: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    for filter_name in task._instances[0].filtered_resps:
-        for instances in by_document:
-            responses = [instance.filtered_resps[filter_name] for instance in instances]
-            for metric, value in task.process_results(instances[0].doc, responses).items():
-                values[metric, filter_name].append(value)
-    return values
 
 
 def _finite(name: str, aggregate: Callable[[list[Any]], float], values: list[Any]) -> float:

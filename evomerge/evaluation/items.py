@@ -5,10 +5,12 @@ kept for the end.
 
 Items are the same where their content is the same. No item that the search sees is held out, whatever its name and
 its task. In all tasks together, search items are chosen first, then held-out items, then selection items. Every time,
-items that are the same as an item chosen earlier are left out.
+items that are the same as an item chosen earlier are left out. Tasks that are only reported come last and have held-out
+items alone, so that they change nothing for the others.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.candidate import Subset
-from evomerge.config.base import Split
+from evomerge.config.base import SPLITS, Split
 from evomerge.config.scoring import ItemsConfig
 from evomerge.errors import InputError
-from evomerge.evaluation.rendering import Item, items_of
+from evomerge.evaluation.rendering import Item, items_of, selection_split
 from evomerge.randomness import counter_rng
 from evomerge.seen import Digests
 
-Side = Literal["validation", "test"]
+Side = Literal["validation", "selection", "test"]
 _NOTHING: Digests = frozenset()
+_SPARE, _FEWEST_SELECTED = 0.2, 20
 
 
 def both_splits(task: Any) -> bool:
@@ -52,45 +55,70 @@ class Division:
     left_out: by task, how many items are not held out because a search has seen them.
     """
 
-    def __init__(self, tasks: Sequence[Any], items: ItemsConfig, seen: Digests = _NOTHING) -> None:
+    def __init__(
+        self, tasks: Sequence[Any], items: ItemsConfig, seen: Digests = _NOTHING, reported: Sequence[Any] = ()
+    ) -> None:
         """Divides the items.
 
         tasks: lm-eval's.
         items: how many items each split gets.
         seen: digests of items that must not be held out, besides those that this search sees.
+        reported: further tasks, which have held-out items only.
         Raises InputError where a task has too few items.
         """
         self._items = items
-        self._divisions = {task: _TaskDivision(task, items) for task in sorted(tasks, key=_name)}
-        self._chosen: dict[Split, dict[Any, list[int]]] = {}
-        self.left_out = dict.fromkeys(self._divisions, 0)
-        self._chosen["search"] = {task: task_division.search() for task, task_division in self._divisions.items()}
-        excluded = seen | self.digests("search").union(*(_examples(task) for task in self._divisions))
-        self._chosen["heldout"] = {}
-        for task, task_division in self._divisions.items():
-            self._chosen["heldout"][task], self.left_out[task] = task_division.heldout(excluded)
+        searched = {task: _TaskDivision(task, items) for task in sorted(tasks, key=_name)}
+        self._searched = searched
+        self._divisions: dict[Any, _TaskDivision] = dict(searched)
+        self._chosen: dict[Split, dict[Any, list[int]]] = {split: {} for split in SPLITS}
+        self.left_out = dict.fromkeys(searched, 0)
+        self._chosen["search"] |= {task: task_division.search() for task, task_division in searched.items()}
+        excluded = self.digests("search").union(*(_examples(task) for task in searched))
+        self._hold_out(searched, seen | excluded)
         excluded |= self.digests("heldout")
-        self._chosen["selection"] = {
-            task: task_division.selection(excluded) for task, task_division in self._divisions.items()
+        self._chosen["selection"] |= {
+            task: task_division.selection(excluded, seen) for task, task_division in searched.items()
         }
+        self._report(sorted(reported, key=_name), seen)
+
+    def _hold_out(self, divisions: "Mapping[Any, _TaskDivision]", excluded: Digests) -> None:
+        for task, task_division in divisions.items():
+            self._chosen["heldout"][task], self.left_out[task] = task_division.heldout(excluded)
+
+    def _report(self, reported: Sequence[Any], seen: Digests) -> None:
+        """Divides tasks that are only reported: they have held-out items that the search does not see."""
+        excluded = seen | self.digests("search", "selection")
+        for task in reported:
+            self._divisions[task] = _TaskDivision(task, self._items, searched=False)
+            self._chosen["search"][task], self._chosen["selection"][task] = [], []
+            self._hold_out({task: self._divisions[task]}, excluded | _examples(task))
 
     def of(self, task: Any, split: Split) -> list[int]:
         """The numbers of the documents that a split of a task holds, ascending.
 
         task: lm-eval's.
         split: which of our splits. Where the task has both of lm-eval's (`both_splits`), search and selection count the
-            documents of the validation split, and heldout those of the test split.
+            documents of the validation split, and heldout those of the test split. Where the task keeps a split for
+            selection (`selection_split`), selection counts its documents.
         """
         return self._chosen[split][task]
+
+    def documents(self, task: Any, split: Split) -> list[Any]:
+        """The documents of a split of a task, in the order of `of`, which takes the same parameters."""
+        return self._divisions[task].documents(self._chosen[split][task], split)
 
     def items(self, task: Any, split: Split) -> list[Item]:
         """The rendered items of a split of a task, in the order of `of`, which takes the same parameters."""
         return self._divisions[task].items(self._chosen[split][task], split)
 
     def digests(self, *splits: Split) -> Digests:
-        """The digests of all items of the given splits, in all tasks."""
-        items = (self.items(task, split) for split in splits for task in self._divisions)
+        """The digests of all items of the given splits, in all tasks that are searched on."""
+        items = (self.items(task, split) for split in splits for task in self._searched)
         return frozenset().union(*map(_all_digests, items))
+
+    def withheld(self, task: Any) -> Digests:
+        """The digests of the items that must not be few-shot examples of a task."""
+        return self.digests("heldout", "selection") | _all_digests(self.items(task, "heldout"))
 
 
 def _name(task: Any) -> str:
@@ -99,30 +127,50 @@ def _name(task: Any) -> str:
 
 @dataclass
 class _TaskDivision:
-    """Divides the items of one task: first `search`, then `heldout`, then `selection`."""
+    """Divides the items of one task: first `search`, then `heldout`, then `selection`.
+
+    task: lm-eval's.
+    config: how many items each split gets.
+    searched: whether the task has search and selection items; else only `heldout` is called.
+    """
 
     task: Any
     config: ItemsConfig
+    searched: bool = True
 
     def __post_init__(self) -> None:
         self._both = both_splits(self.task)
         side: Side = "validation" if self._both or not self.task.has_test_docs() else "test"
         self._first = items_of(self.task, side)
         self._last = items_of(self.task, "test") if self._both else self._first
+        self._own_selection = selection_split(self.task) is not None
+        # how many items selection takes from the side that it shares
+        self._shared = 0 if self._own_selection or not self.searched else self.config.selection or 0
         name, seed = _name(self.task), self.config.seed
         purpose = (name, "search") if self._both else (name,)
         self._order = counter_rng(seed, "items", *purpose).permutation(len(self._first))
-        self._rest: NDArray[np.int64] = self._order[:0]
+        self._rest = self._order  # what is left for the splits that have not been chosen yet
 
     def items(self, numbers: Sequence[int], split: Split) -> list[Item]:
-        source = self._last if split == "heldout" else self._first
+        source = self._last if split == "heldout" else self._candidates if split == "selection" else self._first
         return [source[number] for number in numbers]
+
+    def documents(self, numbers: Sequence[int], split: Split) -> list[Any]:
+        last = split == "heldout" and self._both
+        test = last or (not self._both and self.task.has_test_docs())
+        there = list(self.task.test_docs() if test else self.task.validation_docs())
+        return [there[number] for number in numbers]
+
+    @property
+    def _candidates(self) -> list[Item]:
+        """The items among which selection items are chosen."""
+        return items_of(self.task, "selection") if self._own_selection else self._first
 
     def search(self) -> list[int]:
         config, count = self.config, len(self._first)
         wanted = config.search
         if wanted is None and self._both:
-            wanted = max(0, count - (config.selection or 0))
+            wanted = max(0, count - self._shared)
         elif wanted is None:
             wanted = max(1, round(count * config.search_fraction))
         chosen, self._rest = self._order[:wanted], self._order[wanted:]
@@ -137,7 +185,7 @@ class _TaskDivision:
         fresh = _fresh(order, self._last, excluded)
         wanted = config.heldout
         if wanted is None:
-            wanted = len(fresh) if self._both else max(0, len(fresh) - (config.selection or 0))
+            wanted = len(fresh) if self._both else max(0, len(fresh) - self._shared)
         chosen = fresh[:wanted]
         self._check("heldout", config.heldout, len(chosen), len(order) - len(fresh))
         if not self._both:
@@ -145,12 +193,22 @@ class _TaskDivision:
         passed = int(np.flatnonzero(np.isin(order, chosen)).max(initial=-1)) + 1 - len(chosen)
         return _sorted(chosen), passed if config.heldout is not None else len(order) - len(fresh)
 
-    def selection(self, excluded: Digests) -> list[int]:
-        if self.config.selection is None:
+    def selection(self, excluded: Digests, seen: Digests) -> list[int]:
+        """The numbers of the selection items. Items that an earlier search has seen come last: a model that a search
+        made is scored on that search's selection items, too.
+
+        excluded: digests of items that cannot be chosen.
+        seen: those of items that an earlier search has seen.
+        """
+        if not self.config.selection:
             return []
-        fresh = _fresh(self._rest, self._first, excluded)
-        chosen = fresh[: self.config.selection]
-        self._check("selection", self.config.selection, len(chosen), len(self._rest) - len(fresh))
+        order, items = self._rest, self._candidates
+        if self._own_selection:
+            order = counter_rng(self.config.seed, "items", _name(self.task), "selection").permutation(len(items))
+        fresh = _fresh(order, items, excluded)
+        unseen = _fresh(fresh, items, seen)
+        chosen = np.concatenate([unseen, fresh[~np.isin(fresh, unseen)]])[: self.config.selection]
+        self._check("selection", self.config.selection, len(chosen), len(order) - len(fresh))
         return _sorted(chosen)
 
     def _check(self, key: str, wanted: int | None, available: int, passed: int = 0) -> None:
@@ -161,6 +219,28 @@ class _TaskDivision:
             f"items.{key} asks for {wanted or 'some'} items, but task '{_name(self.task)}' has only {available} left "
             f"for it{same}; ask for fewer."
         )
+
+
+def spare_for_selection(tasks: Sequence[Any], items: ItemsConfig) -> int | None:
+    """How many items of every task can be selection items where a config does not say: a fifth of those that search
+    items come from, or half as many as there are search items; None where these would be too few.
+
+    tasks: lm-eval's.
+    items: how many items the other splits get.
+    """
+    counts = []
+    for task in tasks:
+        both = both_splits(task)
+        there = len(items_of(task, "validation" if both or not task.has_test_docs() else "test"))
+        taken = (items.search or 0) + (0 if both else items.heldout or 0)
+        if items.search is None and not both:
+            taken += round(there * items.search_fraction)
+        wanted = there * _SPARE if items.search is None else items.search / 2
+        if selection_split(task) is not None:
+            there, taken, wanted = len(items_of(task, "selection")), 0, math.inf
+        counts.append(round(min(there - taken, wanted)))
+    least = min(counts, default=0)
+    return least if least >= _FEWEST_SELECTED else None
 
 
 def _fresh(order: NDArray[np.int64], items: Sequence[Item], excluded: Digests) -> NDArray[np.int64]:
@@ -186,7 +266,7 @@ def examples_are_items(task: Any) -> bool:
         return False
     splits = [config.validation_split, config.test_split]
     chosen = next(filter(None, [fewshot.split if fewshot else None, config.training_split, *splits]), None)
-    return chosen is not None and chosen in splits
+    return chosen is not None and chosen in [*splits, selection_split(task)]
 
 
 def part(seed: int, subset: Subset, task: str, count: int) -> list[int]:

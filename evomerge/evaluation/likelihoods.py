@@ -231,6 +231,25 @@ def _batch(rows: Sequence[_Row], device: torch.device) -> Batch:
     )
 
 
+def likelihoods(model: Any, prepared: PreparedRequests) -> torch.Tensor:
+    """The log-likelihood of each request, float32, shape (requests,), through which gradients can flow back.
+
+    model: a causal model of transformers.
+    prepared: the requests.
+    """
+    total: torch.Tensor | None = None
+    for batch in prepared.batches:
+        logits = read_logits(model, batch).to(torch.float32)
+        places, targets = batch.places.to(logits.device), batch.targets.to(logits.device)
+        chosen = logits.log_softmax(dim=-1)[places, targets]
+        owners = torch.from_numpy(batch.owners).to(logits.device)
+        # index_put adds up in a fixed order on GPUs, too, which index_add does not
+        sums = chosen.new_zeros(len(prepared.requests)).index_put((owners,), chosen, accumulate=True)
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
+
+
 def _score(model: Any, batch: Batch) -> torch.Tensor:
     """For each scored token its log-probability, 1 where it is the likeliest (else 0), and its lead in the logits over
     the likeliest other token; float32, shape (3, tokens)."""

@@ -14,10 +14,18 @@ from typing import Any, TypeVar
 
 from evomerge.config.base import Split
 from evomerge.config.documents import shown
-from evomerge.config.scoring import ConstraintConfig, EvaluationConfig, ItemsConfig, ObjectiveConfig, TasksConfig
+from evomerge.config.scoring import (
+    ConstraintConfig,
+    EvaluationConfig,
+    ItemsConfig,
+    ObjectiveConfig,
+    ReportConfig,
+    TasksConfig,
+)
 from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, choices
 from evomerge.evaluation.items import Division, both_splits
+from evomerge.evaluation.rendering import selection_split
 from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks
 from evomerge.quiet import quiet
 
@@ -98,30 +106,31 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
         _with_goal(f"constraints[{index}]", constraint, targets[constraint.task])
         for index, constraint in enumerate(config.constraints)
     ]
+    for index, metric in enumerate(config.report):
+        _check_metric(f"report[{index}]", metric, targets[metric.task])
     for index, constraint in enumerate(constraints):
         if goals.setdefault(constraint.name, constraint.goal) != constraint.goal:
             raise InputError(
                 f"constraints[{index}].goal is {constraint.goal}, but elsewhere {constraint.name} has goal "
                 f"{goals[constraint.name]}; give both the same."
             )
-    _check_filters([*objectives, *constraints], len(objectives), targets)
+    _check_filters({"objectives": objectives, "constraints": constraints, "report": config.report}, targets)
     return config.model_copy(update={"objectives": objectives, "constraints": tuple(constraints)})
 
 
 def _check_filters(
-    metrics: Sequence[ObjectiveConfig | ConstraintConfig], objectives: int, targets: Mapping[str, Target]
+    metrics: Mapping[str, Sequence[ObjectiveConfig | ConstraintConfig | ReportConfig]], targets: Mapping[str, Target]
 ) -> None:
     """Raises InputError where two metrics mean the same filter, but only one of them names it.
 
-    metrics: the objectives, and behind them the constraints.
-    objectives: how many of the metrics are objectives.
+    metrics: by their key in the config.
     """
     seen: dict[tuple[str, str, str], tuple[str, str]] = {}
-    for index, metric in enumerate(metrics):
+    listed = [(f"{key}[{index}]", metric) for key, block in metrics.items() for index, metric in enumerate(block)]
+    for where, metric in listed:
         if isinstance(metric, ObjectiveConfig) and metric.cost is not None:
             continue
         first = targets[metric.task].filters()[0]
-        where = f"objectives[{index}]" if index < objectives else f"constraints[{index - objectives}]"
         other, name = seen.setdefault((metric.task, metric.metric, metric.filter or first), (where, metric.name))
         if name != metric.name:
             raise InputError(
@@ -132,6 +141,16 @@ def _check_filters(
 
 def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
     """An objective or constraint with its goal: the user's, or else the one that the task gives the metric."""
+    _check_metric(where, wanted, target)
+    goal = wanted.goal or ("maximize" if target.goals()[wanted.metric] else "minimize")
+    return wanted.model_copy(update={"goal": goal})
+
+
+def _check_metric(where: str, wanted: ObjectiveConfig | ConstraintConfig | ReportConfig, target: Target) -> None:
+    """Raises InputError for a metric or a filter that the task does not have.
+
+    where: the metric's key path.
+    """
     goals = target.goals()
     if wanted.metric not in goals:
         raise InputError(
@@ -152,8 +171,6 @@ def _with_goal(where: str, wanted: Metric, target: Target) -> Metric:
         raise InputError(
             f"{where}.filter is '{wanted.filter}', which task '{wanted.task}' lacks; {choices(wanted.filter, filters)}."
         )
-    goal = wanted.goal or ("maximize" if goals[wanted.metric] else "minimize")
-    return wanted.model_copy(update={"goal": goal})
 
 
 def without_items(config: SearchConfig, targets: Mapping[str, Target], division: Division) -> str | None:
@@ -307,6 +324,21 @@ def _fork(task: Any) -> Any:
     return own
 
 
+def only_reported(config: SearchConfig, targets: Mapping[str, Target]) -> list[Any]:
+    """The tasks that the config only reports, so that the search does not see them.
+
+    config: the search's.
+    targets: its tasks, by the names in the config.
+    """
+    searched = distinct_tasks(of_metrics(config.measured, targets))
+    return [task for task in distinct_tasks(targets) if task not in searched]
+
+
+def of_metrics(metrics: Iterable[ObjectiveConfig], targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets that metrics name, in the order of the metrics; costs name none."""
+    return {metric.task: targets[metric.task] for metric in metrics if metric.cost is None}
+
+
 def distinct_tasks(targets: Mapping[str, Target]) -> list[Any]:
     """Every task of the targets once, in their order."""
     return list({id(task): task for target in targets.values() for task in target.tasks}.values())
@@ -332,6 +364,12 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
             raise
         except Exception as error:
             raise InputError(f"{file.path}: {_unloadable(file.name, error)}.") from None
+    own = selection_split(task)
+    if own is not None and own not in task.dataset:
+        raise InputError(
+            f"{file.path}: metadata.selection_split of task '{file.name}' is '{own}', which its data does not have; "
+            f"{choices(own, map(str, task.dataset))}."
+        )
     if task.OUTPUT_TYPE not in OUTPUT_TYPES:
         raise InputError(f"{file.path}: output_type {task.OUTPUT_TYPE} of task '{file.name}' is not supported.")
     return task

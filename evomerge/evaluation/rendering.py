@@ -4,13 +4,13 @@ Each split of a task is rendered once, without few-shot examples, and kept as lo
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from evomerge.seen import Digests, digest_of
 
-Side = Literal["validation", "test", "fewshot"]
+Side = Literal["validation", "selection", "test", "fewshot"]
 _KEPT: "weakref.WeakKeyDictionary[Any, dict[Side, list[Item]]]" = weakref.WeakKeyDictionary()
 
 
@@ -43,7 +43,8 @@ def items_of(task: Any, side: Side) -> list[Item]:
     """The items of a task, in the order of its documents; empty where the task has no documents on that side.
 
     task: lm-eval's.
-    side: whether its validation documents, its test documents or its few-shot examples are meant.
+    side: whether its validation documents, the documents that its file keeps for selection, its test documents or its
+        few-shot examples are meant.
     """
     kept = _KEPT.setdefault(task, {})
     if side not in kept:
@@ -54,9 +55,29 @@ def items_of(task: Any, side: Side) -> list[Item]:
 def _documents(task: Any, side: Side) -> Sequence[Any]:
     if side == "fewshot":
         return list(getattr(getattr(task, "sampler", None), "df", None) or [])
+    if side == "selection":
+        return list(selection_documents(task)) if selection_split(task) is not None else []
     if not (task.has_test_docs() if side == "test" else task.has_validation_docs()):
         return []
     return list(task.test_docs() if side == "test" else task.validation_docs())
+
+
+def selection_split(task: Any) -> str | None:
+    """The split that a task's file keeps for selection items (`metadata: {selection_split: NAME}`); None where it keeps
+    none.
+
+    task: lm-eval's, which carries the metadata of its file along without a look at it.
+    """
+    metadata = getattr(task.config, "metadata", None)
+    name = metadata.get("selection_split") if isinstance(metadata, Mapping) else None
+    return None if name is None else str(name)
+
+
+def selection_documents(task: Any) -> Sequence[Any]:
+    """The documents of a task's selection split, processed as lm-eval processes those of other splits."""
+    documents: Sequence[Any] = task.dataset[selection_split(task)]
+    process = task.config.process_docs
+    return documents if process is None else process(documents)
 
 
 def _item(task: Any, document: Any) -> Item:

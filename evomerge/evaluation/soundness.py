@@ -46,7 +46,7 @@ def check(tasks: Sequence[Any], division: Division, splits: Sequence[Split]) -> 
     Raises InputError for a task whose items all have the same fault, so that no score means anything.
     """
     for task in tasks:
-        yield from _field_names(task, division.items(task, "search"))
+        yield from _field_names(task, division.items(task, "search") or division.items(task, "heldout"))
         for split in splits:
             numbers, items = division.of(task, split), division.items(task, split)
             for finding in _findings(task, numbers, items):

@@ -430,8 +430,10 @@ def _missing(content: Mapping[str, Any], what: str, places: Sequence[Path]) -> s
 
 def _check_splits(content: Mapping[str, Any], splits: Sequence[str], folder: Path) -> None:
     """Raises InputError for a split that the task's data files do not have."""
-    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
-        named = content.get(key)
+    metadata = content.get("metadata")
+    further = {"metadata.selection_split": metadata.get("selection_split")} if isinstance(metadata, Mapping) else {}
+    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
+    for key, named in ({key: content.get(key) for key in keys} | further).items():
         if isinstance(named, str) and re.split(r"[\[+]", named)[0] not in splits:
             raise InputError(
                 f"{folder}: {key} of task '{content.get('task')}' is '{named}', which data_files does not name; "

@@ -275,7 +275,9 @@ def retention(results: Results, candidate: str) -> list[Kept]:
     candidate has no held-out scores.
 
     A parent's best metric is the one on which it leads the base by most on search items, relative to the largest score
-    of base and parents there. Where a parent leads on no metric, it is the one on which it comes closest to that score.
+    of base and parents there. Where a parent leads on no metric of the search, it is the one among the reported metrics
+    on which it leads the base by most on held-out items; and where there is none, the one of the search on which it
+    comes closest to the largest score.
 
     results: the search's.
     candidate: the candidate's id.
@@ -284,7 +286,7 @@ def retention(results: Results, candidate: str) -> list[Kept]:
     split: Split = "heldout" if archive.find(candidate, "heldout") is not None else "search"
     rows = []
     for name in results.config.models:
-        metric = _own_best(results, f"{PARENT}-{name}")
+        metric = _own_best(results, f"{PARENT}-{name}", split)
         parent, mine = archive.find(f"{PARENT}-{name}", split), archive.find(candidate, split)
         if (
             metric is None
@@ -300,19 +302,32 @@ def retention(results: Results, candidate: str) -> list[Kept]:
     return rows
 
 
-def _own_best(results: Results, parent: str) -> ObjectiveConfig | None:
+def _own_best(results: Results, parent: str, split: Split) -> ObjectiveConfig | None:
+    measured, reported = results.config.measured, results.config.reported
+    lead, metric = _leading(results, parent, measured, "search")
+    if lead > 0 or split != "heldout":
+        return metric
+    lead, other = _leading(results, parent, reported[len(measured) :], "heldout")
+    return other if lead > 0 else metric
+
+
+def _leading(
+    results: Results, parent: str, metrics: Sequence[ObjectiveConfig], split: Split
+) -> tuple[float, ObjectiveConfig | None]:
+    """By how much a parent leads the base on its best metric, 0 where it leads on none, and that metric."""
     names = [BASE, *(f"{PARENT}-{name}" for name in results.config.models)]
-    records = {name: results.archive.find(name, "search") for name in names}
+    records = {name: results.archive.find(name, split) for name in names}
     scores = {name: record.evaluation.scores for name, record in records.items() if record and record.evaluation.scores}
     if parent not in scores or BASE not in scores:
-        return None
+        return 0.0, None
 
     def merit(metric: ObjectiveConfig) -> tuple[float, float]:
         sign = sign_of(metric) / (max(abs(values[metric.name]) for values in scores.values()) or 1.0)
         mine, base = sign * scores[parent][metric.name], sign * scores[BASE][metric.name]
         return max(0.0, mine - base), mine
 
-    return max((metric for metric in results.config.measured if metric.cost is None), key=merit, default=None)
+    best = max((metric for metric in metrics if metric.cost is None), key=merit, default=None)
+    return (0.0, None) if best is None else (merit(best)[0], best)
 
 
 def phrase(compared: Comparison) -> str:

@@ -113,7 +113,7 @@ class Naming:
         model: a model of this naming's config.
         """
         held = model.state_dict(keep_vars=True)
-        made = self._made(held) if self.made else {}
+        made = self.made_of(held) if self.made else {}
         return {
             name: self.pieces[name].of(held[self.pieces[name].tensor]) if name in self.pieces else made[name]
             for name in self.shapes
@@ -124,9 +124,14 @@ class Naming:
         tensors = self.tensors(model)
         return {name: tensors[name] for name in self.merged}
 
-    def _made(self, held: Mapping[str, torch.Tensor]) -> Tensors:
+    def made_of(self, held: Mapping[str, torch.Tensor]) -> Tensors:
+        """The tensors that are made of several tensors in memory, given those. Gradients are made of gradients in the
+        same way, since transformers only cuts, joins and permutes.
+
+        held: tensors by their names in memory; those of which nothing is made may be missing.
+        """
         covered = {piece.tensor for piece in self.pieces.values()}
-        rest = {name: held[name].detach() for name in self._held if name not in covered}
+        rest = {name: held[name].detach() for name in self._held if name not in covered and name in held}
         return {name: tensor.contiguous() for name, tensor in _stored(self._model, rest, copying=True).items()}
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from evomerge.config.running import OptimizerConfig, StageConfig
-from evomerge.config.tables import OPTIMIZERS, imported
+from evomerge.config.tables import LEARNED, OPTIMIZERS, imported
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Optimizer, Problem
 from evomerge.optimizers.stages import StagedOptimizer
@@ -11,6 +11,11 @@ from evomerge.spaces import Gene
 from evomerge.spaces.paths import GATE, HOP
 
 _WORTH_A_DIAGONAL = 24  # genes
+FORWARD_PASSES = 3  # that a pass forward and back counts as
+_LEARNING = 0.6  # of the budget, at most, where evolution follows
+_FEWEST_STEPS = 10  # along gradients that are worth taking
+_AFTER_LEARNING = "group_evolution"
+_STOP_AFTER = 80  # candidates
 
 
 def make_optimizer(config: OptimizerConfig, problem: Problem) -> Optimizer:
@@ -25,6 +30,48 @@ def make_optimizer(config: OptimizerConfig, problem: Problem) -> Optimizer:
 def _make(config: OptimizerConfig, problem: Problem) -> Optimizer:
     made: Optimizer = imported(OPTIMIZERS[config.name].make)(config, problem)
     return made
+
+
+def learning_steps(config: OptimizerConfig, limit: float) -> int:
+    """How many steps along gradients a search takes at most: as many as the config says, but they and the candidates
+    that are scored between them cost at most a part of the budget where evolution follows.
+
+    config: the search's optimizer settings.
+    limit: the budget, in evaluations.
+    """
+    share = 1.0 if config.name == LEARNED else _LEARNING
+    cost = FORWARD_PASSES * config.learning.share + 1 / config.learning.every
+    return min(config.learning.steps, int(share * limit / cost))
+
+
+def learns(config: OptimizerConfig, limit: float) -> bool:
+    """Whether a search should follow gradients first, where its tasks and its method allow it."""
+    if config.follows_gradients:
+        return True
+    free = config.name == "auto" and not config.stages and config.schedule == "pipelined"
+    return free and learning_steps(config, limit) >= _FEWEST_STEPS
+
+
+def following_gradients(
+    config: OptimizerConfig, moved: Sequence[str], genes: Sequence[Gene], limit: float, selects: bool
+) -> OptimizerConfig:
+    """The config of a search that follows gradients first, with its stages.
+
+    config: the search's optimizer settings.
+    moved: the kinds of genes that gradients move.
+    genes: all genes.
+    limit: the budget, in evaluations.
+    selects: whether there are selection items.
+    """
+    learning = config.learning.model_copy(update={"steps": max(1, learning_steps(config, limit))})
+    config = config.model_copy(update={"learning": learning})
+    if config.follows_gradients:
+        return config
+    kinds = tuple(dict.fromkeys(gene.kind for gene in genes))
+    first = StageConfig(name=LEARNED, genes=tuple(moved))
+    after = StageConfig(name=_AFTER_LEARNING, genes=kinds, scaled=True)
+    stop = config.stop_after or (_STOP_AFTER if selects else None)
+    return config.model_copy(update={"name": _AFTER_LEARNING, "stages": (first, after), "stop_after": stop})
 
 
 def resolve(config: OptimizerConfig, dimension: int, objectives: int, genes: Sequence[Gene] = ()) -> OptimizerConfig:

@@ -11,6 +11,7 @@ from evomerge.optimizers.base import Optimizer, Problem
 from evomerge.optimizers.pareto import ScoreArray
 from evomerge.optimizers.pending import Pending
 from evomerge.optimizers.ranking import Incumbent
+from evomerge.optimizers.scaling import Scaling
 from evomerge.spaces import Genome, active, canonical
 
 
@@ -22,7 +23,7 @@ class StagedOptimizer:
     ) -> None:
         self._config, self._problem, self._maker = config, problem, maker
         self._best = Incumbent(problem.start)
-        self._pending: Pending[Optimizer] = Pending()
+        self._pending: Pending[tuple[Optimizer, Genome]] = Pending()
         self._stage = -1
         self._enter_next()
 
@@ -31,9 +32,11 @@ class StagedOptimizer:
         stage = self._config.stages[self._stage]
         self._start = self._best.genome
         self._moves = self._movable(stage)
+        genes = tuple(gene for gene, moves in zip(self._problem.genes, self._moves, strict=True) if moves)
+        self._scaling = Scaling(genes, self._start[self._moves]) if stage.scaled else None
         problem = Problem(
-            genes=tuple(gene for gene, moves in zip(self._problem.genes, self._moves, strict=True) if moves),
-            start=self._start[self._moves],
+            genes=genes if self._scaling is None else self._scaling.genes,
+            start=self._start[self._moves] if self._scaling is None else self._scaling.start,
             seed=self._problem.seed + 7919 * self._stage,
             ranking=self._problem.ranking,
         )
@@ -59,19 +62,22 @@ class StagedOptimizer:
         """The next generation of the present stage (see `Optimizer`)."""
         if not self._left(self._config.stages[self._stage]):
             self._enter_next()
-        moved = self._optimizer.ask()
-        self._asked += len(moved)
-        generation = np.tile(self._start, (len(moved), 1))
-        generation[:, self._moves] = moved
+        asked = self._optimizer.ask()
+        self._asked += len(asked)
+        generation = np.tile(self._start, (len(asked), 1))
+        generation[:, self._moves] = asked if self._scaling is None else self._scaling.expanded(asked)
         generation = canonical(self._problem.genes, generation)
-        self._pending.add(generation, [self._optimizer] * len(generation))
+        own = generation[:, self._moves] if self._scaling is None else asked
+        self._pending.add(generation, [(self._optimizer, genome) for genome in own])
         return generation
 
     def tell(self, genomes: Genome, scores: ScoreArray) -> None:
         """Takes scores (see `Optimizer`), and passes on those of the present stage."""
         self._best.offer(genomes, self._problem.ranking.means(scores))
-        present = np.array([optimizer is self._optimizer for optimizer in self._pending.take(genomes)])
+        owners = self._pending.take(genomes)
+        present = np.array([optimizer is self._optimizer for optimizer, _ in owners])
         if not present.all():  # some are of a stage that is over
             self._problem.ranking.observe(scores[~present])
         if present.any():
-            self._optimizer.tell(genomes[present][:, self._moves], scores[present])
+            told = np.stack([genome for (_, genome), here in zip(owners, present, strict=True) if here])
+            self._optimizer.tell(told, scores[present])

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from evomerge.config.search import SearchConfig
-from evomerge.events import Evaluated, Event, Finished, SearchStarts, Warned, WorkersAwaited, WorkersReady
+from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
 from evomerge.evidence.comparison import sentence
+from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
 from evomerge.reports.progress import pace_of
 from evomerge.runs.journal import Opened, OpenRun
@@ -60,7 +61,7 @@ class SearchView:
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}")
         )
         self._task: Any = None
-        self._count = 0
+        self._count, self._passes = 0, 0.0
         self._truncated: set[str] = set()
         self._drawn = 0.0
 
@@ -79,6 +80,8 @@ class SearchView:
                 self._say(f"controls evaluated; the search starts at {control}")
             case Evaluated():
                 self._evaluated(event)
+            case Stepped():
+                self._stepped(event)
             case Finished():
                 self.close()
 
@@ -86,10 +89,10 @@ class SearchView:
         self._run = run
         status = self._status()
         self._total = status.budget + status.controls.total
-        self._count = status.evaluations + status.controls.done
+        self._count = int(status.equivalents) + status.controls.done
         self._say(
             f"{run.directory}: {len(run.prepared.space.genes)} genes, {len(run.config.objectives)} objectives, "
-            f"{status.budget} candidates and {status.controls.total} controls"
+            f"{_budget(run.config)} and {status.controls.total} controls"
             + (f"; {self._count} already recorded" if self._count else "")
         )
         if self._console.is_terminal:
@@ -120,6 +123,17 @@ class SearchView:
                 self._live.update(Group(*self._tables(), self._progress))
         elif self._count % _PLAIN_EVERY == 0 or self._count == self._total:
             self._say(self._line())
+
+    def _stepped(self, event: Stepped) -> None:
+        """Counts a step along gradients by what it costs."""
+        assert self._run is not None
+        self._passes += FORWARD_PASSES * self._run.config.optimizer.learning.share
+        whole = int(self._passes)
+        self._passes -= whole
+        self._count += whole
+        if self._live is not None:
+            loss = sum(event.losses.values()) / max(1, len(event.losses))
+            self._progress.update(self._task, completed=self._count, pace=f"step {event.step}, loss {loss:.3f}")
 
     def _pace(self) -> str:
         return pace_of(self._finished, self._total - self._count).phrase
@@ -254,18 +268,23 @@ def show_scores(
     output: where it is printed.
     title: the table's.
     rows: for each a name, its scores by metric, and their mean.
-    config: the search's; its metrics are the columns.
+    config: the search's; its metrics are the columns, and those that are only reported come last.
     mean: what the mean is called.
     """
     columns = [Column("", [name for name, _, _ in rows], left=True)]
     columns += [
         Column(metric.name, [_score(scores, metric.name) for _, scores, _ in rows]) for metric in config.measured
     ]
-    show_table(output, title, [*columns, Column(mean, [_mean(value) for *_, value in rows])])
+    columns.append(Column(mean, [_mean(value) for *_, value in rows]))
+    beside = [metric.name for metric in config.report if any(metric.name in (scores or {}) for _, scores, _ in rows)]
+    columns += [Column(name, [_score(scores, name) for _, scores, _ in rows]) for name in beside]
+    show_table(output, title, columns)
+    if beside:
+        output.print(f"only reported, so neither searched on nor in the {mean}: {', '.join(beside)}", markup=False)
 
 
 def _score(scores: views.ScoresByName | None, name: str) -> str:
-    return number(scores[name]) if scores else "–"
+    return number(scores[name]) if scores and name in scores else "–"
 
 
 def number(value: float) -> str:
@@ -295,7 +314,7 @@ def show_result(output: Console, run: OpenRun) -> None:
     """
     show_front(output, run.results, _FRONT_ROWS)
     rows = [(title, row.heldout, row.heldout_mean) for title, row in views.comparison(run.results)]
-    chosen_on = "search items" if run.config.items.selection is None else "other items"
+    chosen_on = "other items" if run.config.items.selection else "search items"
     mean = run.results.criteria().mean_name
     show_scores(output, f"Held-out items (every row was chosen on {chosen_on})", rows, run.config, mean)
     _explain(output, mean)
@@ -412,7 +431,7 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
     config: the search's.
     """
     output.print(
-        f"{status.state}: {status.evaluations}/{status.budget} candidates, "
+        f"{status.state}: {_spent(status, config)}, "
         f"{status.controls.done}/{status.controls.total} controls" + (f", {status.pace}" if status.pace else "")
     )
     for table in progress_tables(status, config, output.width):
@@ -420,6 +439,21 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
     show_failures(output, status.failures)
     if status.evidence is not None:
         show_evidence(output, status.evidence)
+
+
+def _budget(config: SearchConfig) -> str:
+    """What a search may take, in words."""
+    equivalents = config.optimizer.equivalents
+    return f"{config.budget} candidates" if equivalents is None else f"{equivalents:g} forward-pass equivalents"
+
+
+def _spent(status: views.StatusView, config: SearchConfig) -> str:
+    """What a search has taken, in words."""
+    if config.optimizer.equivalents is None and not status.steps:
+        return f"{status.evaluations}/{status.budget} candidates"
+    steps = f"{status.steps} steps along gradients, " if status.steps else ""
+    spent = f"{status.equivalents:.1f} of {config.limit:g} forward-pass equivalents"
+    return f"{spent} ({steps}{status.evaluations} candidates)"
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:

@@ -122,7 +122,9 @@ class StatusView:
 
     state: `running`, `interrupted` or `finished`.
     evaluations: how many search candidates have been evaluated.
-    budget: how many search candidates there are in all; controls are not among them.
+    budget: how many search candidates there are at most; controls are not among them.
+    equivalents: what the search has cost, controls left out, in forward passes over all search items.
+    steps: how many steps along gradients have been taken.
     controls: how many controls have been evaluated.
     on_all_items: how many search candidates were scored on all search items.
     failed: how many candidates failed.
@@ -141,6 +143,8 @@ class StatusView:
     state: str
     evaluations: int
     budget: int
+    equivalents: float
+    steps: int
     controls: Count
     on_all_items: int
     failed: int
@@ -293,9 +297,11 @@ def status(results: Results, running: bool) -> StatusView:
     searched = [record for record in tried if record.candidate.kind == "search"]
     controls = Count(len(tried) - len(searched), count_controls(config))
     return StatusView(
-        state="running" if running else "finished" if _finished(results, controls) else "interrupted",
+        state="running" if running else "finished" if results.finished else "interrupted",
         evaluations=len(searched),
         budget=config.budget,
+        equivalents=round(results.equivalents, 2),
+        steps=results.steps,
         controls=controls,
         on_all_items=sum(record.candidate.kind == "search" for record in records),
         failed=sum(record.evaluation.failed for record in tried),
@@ -317,14 +323,6 @@ def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> dict[s
         scores = _scores(best.evaluation) if best else None
         leaders[objective.name] = Leader(best.candidate.id, scores[objective.name]) if best and scores else None
     return leaders
-
-
-def _finished(results: Results, controls: Count) -> bool:
-    archive, config = results.archive, results.config
-    searched = sum(record.candidate.kind == "search" for record in archive.tried())
-    if searched < config.budget or controls.done < controls.total:
-        return False
-    return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in results.reported())
 
 
 def _winners(name: str, members: Sequence[Record], results: Results) -> list[Record]:

@@ -245,7 +245,7 @@ def pack(config: SearchConfig, directory: str, folder: Path) -> None:
 def _check_data_files(config: SearchConfig) -> None:
     """Raises InputError for a task's data file outside the folders of tasks.paths, since a job would not carry it."""
     origins = [path if path.is_dir() else path.parent for path in map(Path, config.tasks.paths)]
-    for file, task in data_files([objective.task for objective in config.measured], config.tasks).items():
+    for file, task in data_files([metric.task for metric in config.reported], config.tasks).items():
         if not any(file.is_relative_to(origin) for origin in origins):
             raise InputError(
                 f"data file {file} of task '{task}' lies outside the folders of tasks.paths, and a job carries only "

@@ -190,7 +190,7 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     listener(Opened(run))
     try:
         tell(WorkersReady(pool.size, run.config.workers.pool))
-        Search(run.config, run.prepared.space, run.archive, pool, tell).run()
+        Search(run.config, run.prepared.space, run.archive, pool, tell, tuple(run.prepared.models.table)).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
             journal(Stopped(type(error).__name__, str(error)))

@@ -1,11 +1,11 @@
 """The best candidate, the front, and the candidates that get selection and held-out scores."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from evomerge.archive.archive import Record, place
-from evomerge.candidate import Candidate
+from evomerge.candidate import Candidate, is_learned
 from evomerge.optimizers.pareto import front_mask
 from evomerge.optimizers.ranking import weighted_means
 from evomerge.search.controls import ESSENTIAL, family
@@ -68,18 +68,23 @@ def front_of(records: Sequence[Record], criteria: Criteria) -> list[Record]:
     return [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -values[i])]
 
 
-def reported(records: Sequence[Record], criteria: Criteria) -> list[Candidate]:
+def reported(records: Sequence[Record], criteria: Criteria, watched: Collection[str] = ()) -> list[Candidate]:
     """The candidates that get selection and held-out scores, in the order of the search.
 
-    These are the essential controls, the best candidate of every family, and the best of the front.
+    These are the essential controls, the best candidate of every family, the best of those that gradients have led to,
+    and the best of the front.
 
     records: the records on all search items.
     criteria: those of the search items.
+    watched: the ids of further candidates.
     """
     chosen = [record for record in records if family(record.candidate) in ESSENTIAL]
     for name in dict.fromkeys(family(record.candidate) for record in records):
         best = best_of([record for record in records if family(record.candidate) == name], criteria)
         chosen += [best] if best is not None else []
+    learned = best_of([record for record in records if is_learned(record.candidate)], criteria)
+    chosen += [learned] if learned is not None else []
+    chosen += [record for record in records if record.candidate.id in watched and record.candidate.kind == "search"]
     chosen += front_of(records, criteria)[:HELDOUT_FRONT]
     by_id = {record.candidate.id: record.candidate for record in chosen if not record.evaluation.failed}
     return sorted(by_id.values(), key=place)

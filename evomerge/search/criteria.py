@@ -232,7 +232,7 @@ def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[
     parents: the evaluations of base and parents, by id, as far as there are any.
     """
     sign = sign_of(constraint)
-    names = _references(constraint, config)
+    names = references(constraint, config)
     values = {
         name: sign * evaluation.scores[constraint.name]
         for name in names
@@ -245,7 +245,7 @@ def _limit(constraint: ConstraintConfig, config: SearchConfig, parents: Mapping[
     return Limit(constraint.name, sign, bound, f"of {best}'s {sign * values[best]:.3f}")
 
 
-def _references(constraint: ConstraintConfig, config: SearchConfig) -> list[str]:
+def references(constraint: ConstraintConfig, config: SearchConfig) -> list[str]:
     """The ids of the controls that a constraint compares with."""
     if constraint.of is None and config.models:
         return [f"{PARENT}-{name}" for name in config.models]
@@ -262,7 +262,7 @@ def check_limits(archive: Archive, config: SearchConfig, criteria: Criteria) -> 
     """
     for index, constraint in enumerate(config.constraints):
         limit = criteria.limits[index]
-        name = _references(constraint, config)[0]
+        name = references(constraint, config)[0]
         record = archive.find(name, "search")
         if np.isnan(limit.bound) and record is not None:
             raise WorkFailed(

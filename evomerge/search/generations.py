@@ -7,6 +7,7 @@ With subsets, a generation is first scored on its subset. Once all earlier gener
 of its candidates are scored on all search items.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.optimizers.base import Optimizer
 from evomerge.search.criteria import Criteria
 from evomerge.search.subsets import Subsets
+from evomerge.search.watching import Watch
 from evomerge.spaces import Genome, SearchSpace
 from evomerge.workers import Job
 
@@ -73,6 +75,9 @@ class Generations:
     config: the search's.
     criteria: those of the search items.
     subsets: chooses the subsets; None where all candidates are scored on all search items.
+    watch: says when the search ends before its budget is spent; None where it does not.
+    first: the number of the first generation.
+    spent: what has been spent of the budget before.
     """
 
     optimizer: Optimizer
@@ -80,11 +85,14 @@ class Generations:
     config: SearchConfig
     criteria: Criteria
     subsets: Subsets | None = None
+    watch: Watch | None = None
+    first: int = 0
+    spent: float = 0.0
     _asked: int = field(init=False, default=0)
     _settled: int = field(init=False, default=0)
     _told: int = field(init=False, default=0)
-    _created: int = field(init=False, default=0)
     _exhausted: bool = field(init=False, default=False)
+    _watched: bool = field(init=False, default=False)
     _open: dict[int, _Generation] = field(init=False, default_factory=dict)
     _queue: deque[Job] = field(init=False, default_factory=deque)
 
@@ -99,7 +107,7 @@ class Generations:
         Nothing is told any more once no further ask follows.
         """
         self._settle()
-        while self._created < self.config.budget and not self._exhausted:
+        while self.spent < self.config.limit and not self._exhausted and not self._watching():
             if self._asked - self._told <= self.config.optimizer.lag:
                 self._ask()
             elif self._told < self._settled and self._open[self._told].complete:
@@ -107,16 +115,35 @@ class Generations:
             else:
                 return
 
+    def _watching(self) -> bool:
+        """Whether the best candidate is being scored on selection items, or has shown that the search is over."""
+        if self.watch is None:
+            return False
+        candidate = self.watch.due() if not self._watched else None
+        if candidate is not None:
+            self._watched = True
+            self._queue.append(Job(candidate, "selection"))
+            self.spent += self._cost_of_selection
+        return self._watched or self.watch.over
+
+    @property
+    def _cost_of_selection(self) -> float:
+        """What it costs to score a candidate on selection items."""
+        items = self.config.items
+        return (items.selection or 0) / items.search if items.search else 1.0
+
     def _ask(self) -> None:
         genomes = self.optimizer.ask()
         self._exhausted = len(genomes) == 0
-        left = genomes[: self.config.budget - self._created]
-        candidates = [propose(self.space, genome, self._asked, index) for index, genome in enumerate(left)]
         subset = self.subsets.draw(self._asked) if self.subsets is not None else None
+        cost = subset.share if subset is not None and self.config.optimizer.equivalents is not None else 1.0
+        left = genomes[: math.ceil((self.config.limit - self.spent) / cost)]
+        number = self.first + self._asked
+        candidates = [propose(self.space, genome, number, index) for index, genome in enumerate(left)]
         self._queue.extend(Job(candidate, "search", subset) for candidate in candidates)
         none: list[Evaluation | None] = [None] * len(candidates)
         self._open[self._asked] = _Generation(genomes, candidates, subset, [*none], [*none])
-        self._created += len(candidates)
+        self.spent += len(candidates) * cost
         self._asked += 1
 
     def _settle(self) -> None:
@@ -147,6 +174,10 @@ class Generations:
         generation = self._open[self._told]
         evaluations = [evaluation for evaluation in generation.evaluations if evaluation is not None]
         self.optimizer.tell(generation.genomes, self.criteria.told(evaluations))
+        if generation.subset is not None and self.config.optimizer.equivalents is not None:
+            self.spent += sum(evaluation.subset is None for evaluation in evaluations)
+        if self.watch is not None:
+            self.watch.learn(generation.candidates, evaluations)
         if self.subsets is not None:
             self.subsets.adapt(generation.halves)
         self._told += 1
@@ -156,6 +187,11 @@ class Generations:
 
     def receive(self, job: Job, evaluation: Evaluation) -> None:
         """Keeps the evaluation of a job until its generation is settled or told."""
-        generation = self._open[job.candidate.generation]
+        if job.split == "selection":
+            assert self.watch is not None
+            self._watched = False
+            self.watch.receive(evaluation)
+            return
+        generation = self._open[job.candidate.generation - self.first]
         kept = generation.evaluations if job.subset is None else generation.screened
         kept[job.candidate.index] = evaluation

@@ -5,14 +5,16 @@ evaluation from there, once its genome has been compared.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from evomerge.archive.archive import Archive, Arrival, Record
-from evomerge.candidate import Candidate, Evaluation, Study
+from evomerge.archive.gradients import GradientRecord, digest_of
+from evomerge.candidate import Candidate, Evaluation
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
@@ -27,13 +29,15 @@ from evomerge.search.controls import (
     start_of_weights,
     start_weights,
 )
-from evomerge.search.criteria import check_limits
+from evomerge.search.criteria import Criteria, check_limits
 from evomerge.search.generations import Generations
+from evomerge.search.learning import Learning, loss_limits
 from evomerge.search.results import Results
 from evomerge.search.subsets import Subsets
+from evomerge.search.watching import Watch
 from evomerge.spaces import SearchSpace
 from evomerge.versions import versions
-from evomerge.workers import Job, WorkerPool
+from evomerge.workers import Job, Result, WorkerPool
 
 
 def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
@@ -64,6 +68,58 @@ class Schedule(Protocol):
         ...
 
 
+@runtime_checkable
+class FollowsGradients(Protocol):
+    """A schedule whose jobs may ask for gradients."""
+
+    def record(self, job: Job, result: Result) -> GradientRecord:
+        """What the archive keeps of a job's result."""
+        ...
+
+    def receive_gradient(self, record: GradientRecord) -> None:
+        """Takes what the archive keeps of a job that it has handed out."""
+        ...
+
+
+class InTurn:
+    """Steps along gradients first, then the schedule that starts where they end. See `Schedule`."""
+
+    def __init__(self, learning: Learning, then: Callable[[Learning], Schedule | None]) -> None:
+        """learning: the steps.
+        then: makes the schedule that follows, once the steps are over; None where none follows.
+        """
+        self._learning = learning
+        self._make: Callable[[Learning], Schedule | None] | None = then
+        self._then: Schedule | None = None
+
+    def next(self) -> Job | None:
+        """The next job of the schedule whose turn it is."""
+        if not self._learning.finished:
+            return self._learning.next()
+        if self._make is not None:
+            self._then, self._make = self._make(self._learning), None
+        return self._then.next() if self._then is not None else None
+
+    def arrival(self) -> Arrival | None:
+        """None: where gradients are followed, the order of arrival does not count."""
+        return None
+
+    def receive(self, job: Job, evaluation: Evaluation) -> None:
+        """Hands an evaluation to the schedule that asked for it."""
+        if self._then is None:
+            self._learning.receive(job, evaluation)
+        else:
+            self._then.receive(job, evaluation)
+
+    def record(self, job: Job, result: Result) -> GradientRecord:
+        """See `FollowsGradients`."""
+        return self._learning.record(job, result)
+
+    def receive_gradient(self, record: GradientRecord) -> None:
+        """See `FollowsGradients`."""
+        self._learning.receive_gradient(record)
+
+
 class FixedList:
     """A schedule that hands out given candidates on one split. See `Schedule`."""
 
@@ -87,6 +143,11 @@ class FixedList:
         self._received[job.candidate.id] = evaluation
 
     @property
+    def candidates(self) -> Sequence[Candidate]:
+        """Its candidates, in order."""
+        return self._candidates
+
+    @property
     def evaluations(self) -> dict[str, Evaluation]:
         """The evaluations by id, in the order of the candidates, whichever finished first."""
         return {candidate.id: self._received[candidate.id] for candidate in self._candidates}
@@ -101,6 +162,7 @@ class Search:
     archive: where evaluations are recorded.
     pool: the workers.
     listener: is told what happens.
+    names: the names of the tensors of a merge.
     """
 
     config: SearchConfig
@@ -108,6 +170,7 @@ class Search:
     archive: Archive
     pool: WorkerPool
     listener: Listener
+    names: Sequence[str] = ()
 
     def run(self) -> None:
         """Runs the search until its budget is spent. Where it was interrupted, it goes on from the archive.
@@ -123,6 +186,7 @@ class Search:
         chosen = self._results.reported()
         for split in self.config.splits[1:]:
             self._drain([FixedList(chosen, split)])
+        self.archive.record_end(self.config.limit)
         self.listener(Finished(len(self.archive.records())))
 
     @property
@@ -156,10 +220,13 @@ class Search:
         encoded = [self.space.encode(control_weights) for control_weights in weights if control_weights]
         evaluated = (np.stack(encoded), scores[merges]) if encoded else None
         problem = Problem(self.space.genes, start, self.config.seed, ranking, evaluated, self.space.draw)
-        optimizer = make_optimizer(self.config.optimizer, problem)
+        if self.config.optimizer.follows_gradients:
+            limits = loss_limits(self.config, essential.candidates, list(essential.evaluations.values()))
+            learning = Learning(self.config, self.space, self.names, problem, criteria, limits, self.listener)
+            return InTurn(learning, partial(self._evolution, essential, problem, criteria))
         if self.config.optimizer.schedule == "pipelined":
-            subsets = Subsets(criteria, list(essential.evaluations.values())) if self.config.subsets is True else None
-            return Generations(optimizer, self.space, self.config, criteria, subsets)
+            return self._generations(essential, problem, criteria)
+        optimizer = make_optimizer(self.config.optimizer, problem)
         schedule = AsyncSchedule(optimizer, self.space, self.config, criteria.told)
         for record in self.archive.arrivals():
             job = schedule.replayed(record)
@@ -167,32 +234,84 @@ class Search:
             schedule.receive(job, record.evaluation)
         return schedule
 
+    def _evolution(
+        self, essential: FixedList, problem: Problem, criteria: Criteria, learning: Learning
+    ) -> Schedule | None:
+        """What follows the steps along gradients; None where nothing does."""
+        config = self.config.optimizer
+        if not config.stages[1:]:
+            return None
+        after = replace(problem, start=learning.outcome)
+        return self._generations(essential, after, criteria, learning)
+
+    def _generations(
+        self, essential: FixedList, problem: Problem, criteria: Criteria, learning: Learning | None = None
+    ) -> Generations:
+        """The generations of the optimizer, from a start.
+
+        essential: the essential controls, evaluated.
+        problem: the genes and the start.
+        criteria: those of the search items.
+        learning: the steps along gradients that went before; None where there were none.
+        """
+        controls = list(essential.evaluations.values())
+        subsets = Subsets(criteria, controls) if self.config.subsets is True else None
+        after, watch = self.config.optimizer.stop_after, None
+        if after is not None and self.config.items.selection:
+            watch = Watch(criteria, after)
+            for candidate, evaluation in learning.scored if learning is not None else ():
+                watch.learn([candidate], [evaluation], counted=False)
+        optimizer = make_optimizer(self.config.optimizer.evolving, problem)
+        first, spent = (learning.candidates, learning.cost) if learning is not None else (0, 0.0)
+        return Generations(optimizer, self.space, self.config, criteria, subsets, watch, first, spent)
+
     def _drain(self, schedules: Sequence[Schedule]) -> None:
-        """Evaluates all jobs that the schedules hand out. Jobs of an earlier schedule go first.
+        """Carries out all jobs that the schedules hand out. Jobs of an earlier schedule go first.
 
         Two jobs per worker and one more are kept in the pool, so that no worker waits for the archive.
         """
-        owners: dict[tuple[str, Study], Schedule] = {}
+        owners: dict[Any, Schedule] = {}
         while True:
             while len(owners) <= 2 * self.pool.size:
                 schedule, job = self._next(schedules)
                 if job is None or schedule is None:
                     break
-                record = self.archive.find(job.candidate.id, job.study)
-                if record is not None:
-                    self._check_replay(job, record)
-                    schedule.receive(job, record.evaluation)
+                if self._replayed(schedule, job):
                     continue
-                owners[job.candidate.id, job.study] = schedule
+                owners[job.key] = schedule
                 self.pool.submit(job)
             if not owners:
                 return
-            job, evaluation = self.pool.wait()
-            evaluation = replace(evaluation, subset=job.subset)
-            owner = owners.pop((job.candidate.id, job.study))
-            self.archive.record(job.candidate, evaluation, job.study, owner.arrival())
-            self.listener(Evaluated(job.candidate, evaluation, job.study))
-            owner.receive(job, evaluation)
+            job, result = self.pool.wait()
+            self._received(owners.pop(job.key), job, result)
+
+    def _replayed(self, schedule: Schedule, job: Job) -> bool:
+        """Whether the archive holds a job's result, which the schedule then receives."""
+        if job.descent is not None and isinstance(schedule, FollowsGradients):
+            gradient = self.archive.find_gradient(job.descent.step, job.descent.shard)
+            if gradient is not None:
+                self._check_same(job.candidate.id, "genome", gradient.genome == digest_of(job.candidate.genome or ()))
+                schedule.receive_gradient(gradient)
+            return gradient is not None
+        record = self.archive.find(job.candidate.id, job.study)
+        if record is not None:
+            self._check_replay(job, record)
+            schedule.receive(job, record.evaluation)
+        return record is not None
+
+    def _received(self, owner: Schedule, job: Job, result: Result) -> None:
+        """Records a job's result, and hands it to the schedule that asked for it."""
+        if job.descent is not None:
+            assert isinstance(owner, FollowsGradients)
+            gradient = owner.record(job, result)
+            self.archive.record_gradient(gradient)
+            owner.receive_gradient(gradient)
+            return
+        assert isinstance(result, Evaluation)
+        evaluation = replace(result, subset=job.subset)
+        self.archive.record(job.candidate, evaluation, job.study, owner.arrival())
+        self.listener(Evaluated(job.candidate, evaluation, job.study))
+        owner.receive(job, evaluation)
 
     def _next(self, schedules: Sequence[Schedule]) -> tuple[Schedule | None, Job | None]:
         for schedule in schedules:
@@ -203,16 +322,19 @@ class Search:
 
     def _check_replay(self, job: Job, record: Record) -> None:
         """Raises WorkFailed where a record of the archive has another genome or another subset than the job."""
-        candidate = job.candidate
-        same = candidate.genome == record.candidate.genome and job.subset == record.evaluation.subset
-        if candidate.kind == "search" and not same:
+        if job.candidate.kind == "search":
+            self._check_same(job.candidate.id, "genome", job.candidate.genome == record.candidate.genome)
+            self._check_same(job.candidate.id, "subset of items", job.subset == record.evaluation.subset)
+
+    def _check_same(self, identity: str, what: str, same: bool) -> None:
+        """Raises WorkFailed where a record is not what the search now comes to."""
+        if not same:
             recorded, now = self.archive.recorded_versions(), versions()
             changed = [
                 f"{name} {recorded[name]} → {now.get(name)}" for name in recorded if recorded[name] != now.get(name)
             ]
             hint = f"; versions changed: {', '.join(changed)}" if changed else ""
-            what = "genome" if candidate.genome != record.candidate.genome else "subset of items"
             raise WorkFailed(
-                f"candidate {candidate.id} is recorded with another {what} than the search now proposes{hint}; "
+                f"candidate {identity} is recorded with another {what} than the search now proposes{hint}; "
                 "resume with the versions that recorded it."
             )

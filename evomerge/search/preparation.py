@@ -6,23 +6,25 @@ All mistakes of a user should show here, within seconds, before anything is writ
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.config.files import load
 from evomerge.config.search import SearchConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.config.tables import COSTS, OPTIMIZERS, imported
 from evomerge.devices import resolve_compile, resolve_dtype
 from evomerge.errors import InputError, choices, naming
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
-from evomerge.optimizers.make import resolve
+from evomerge.optimizers.make import following_gradients, learns, resolve
 from evomerge.search.controls import check_controls, count_controls
 from evomerge.seen import encoded
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.data_flow import DataFlowSpace
 from evomerge.spaces.make import make_space
+from evomerge.spaces.sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from evomerge.evaluation.loading import Target
@@ -77,6 +79,8 @@ def prepare(config: SearchConfig) -> Prepared:
         fewest_items,
         forked,
         load_targets,
+        of_metrics,
+        only_reported,
         without_items,
     )
     from evomerge.evaluation.packing_probe import takes_packed_rows
@@ -87,14 +91,20 @@ def prepare(config: SearchConfig) -> Prepared:
     check_controls(config)
     base, space = prepared.models.base, prepared.space
     base_tokenizer(config, base)
-    loaded = load_targets(config.measured, config.tasks, config.evaluation)
+    loaded = load_targets(config.reported, config.tasks, config.evaluation)
     targets = forked(loaded)
     config = check_metrics(config, targets)
     if config.evaluation.backend == "vllm":
         check_greedy(targets, base.folder)
         _check_engine(config)
     tasks = distinct_tasks(targets)
-    division = Division(tasks, config.items, prepared.models.seen)
+    searched = of_metrics(config.measured, targets)
+    doubt = None
+    if learns(config.optimizer, config.limit):
+        config, prepared, doubt = _learning(config, prepared, searched)
+        space = prepared.space
+    reported = only_reported(config, targets)
+    division = Division(distinct_tasks(searched), config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
     sharing = config.evaluation.prefix_sharing
     if sharing == "auto":
@@ -119,9 +129,77 @@ def prepare(config: SearchConfig) -> Prepared:
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
     resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
-    warnings = (*prepared.warnings, *exam_warnings(targets), *_passed_over(division.left_out), *doubts)
+    warnings = (
+        *prepared.warnings,
+        *filter(None, [doubt]),
+        *exam_warnings(searched),
+        *_passed_over(division.left_out),
+        *doubts,
+    )
     seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
     return Prepared(resolved, space, prepared.models, warnings, loaded, encoded(seen))
+
+
+def _learning(
+    config: SearchConfig, prepared: Prepared, targets: "Mapping[str, Target]"
+) -> tuple[SearchConfig, Prepared, str | None]:
+    """The config of a search that follows gradients first, prepared anew, as far as its tasks and its method allow; and
+    a sentence about why they do not.
+
+    Raises InputError where the config asks for gradients that there are not.
+    """
+    from evomerge.evaluation.items import Division, spare_for_selection
+    from evomerge.evaluation.loading import distinct_tasks
+    from evomerge.evaluation.references import without_references
+
+    tasks = distinct_tasks(targets)
+    explicit = config.optimizer.follows_gradients
+    if not explicit and not isinstance(config.space, ParameterSpaceConfig):
+        return config, prepared, None
+    config = _with_tensor_weights(config)
+    prepared = _with_models(config, prepared.models)
+    moved = _smooth_kinds(config, prepared)
+    reason = None if moved else "none of its genes has a derivative by the first method"
+    if reason is None:
+        division = Division(tasks, config.items, prepared.models.seen)
+        chat = config.evaluation.apply_chat_template
+        reason = without_references(config.measured, targets, lambda task: division.documents(task, "search"), chat)
+    if reason is not None and explicit:
+        raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
+    if reason is not None:
+        whole = config.model_copy(update={"space": config.space.model_copy(update={"tensor_weights": False})})
+        doubt = f"gradients cannot be followed, since {reason}; evolution works alone." if moved else None
+        return whole, _with_models(whole, prepared.models), doubt
+    items = config.items
+    if items.selection is None:
+        items = items.model_copy(update={"selection": spare_for_selection(tasks, items)})
+        try:
+            Division(tasks, items, prepared.models.seen)
+        except InputError:  # too many items are alike
+            items = config.items
+    optimizer = following_gradients(
+        config.optimizer, moved, prepared.space.genes, config.limit, selects=bool(items.selection)
+    )
+    config = config.model_copy(update={"items": items, "optimizer": optimizer})
+    return config, replace(prepared, config=config), None
+
+
+def _with_tensor_weights(config: SearchConfig) -> SearchConfig:
+    """The config with weights for every tensor, unless it says otherwise or merges no weights."""
+    space = config.space.merging
+    if space is None or space.tensor_weights != "auto":
+        return config
+    own = space.model_copy(update={"tensor_weights": True})
+    whole = own if space is config.space else config.space.model_copy(update={"parameter": own})
+    return config.model_copy(update={"space": whole})
+
+
+def _smooth_kinds(config: SearchConfig, prepared: Prepared) -> list[str]:
+    """The kinds of genes by which a loss can be differentiated where the search starts."""
+    space = prepared.space
+    start = space.encode(dict.fromkeys(config.models, 1.0 / max(1, len(config.models))))
+    moves = sensitivity(space, start, tuple(prepared.models.table)).moves
+    return list(dict.fromkeys(gene.kind for gene, moves_it in zip(space.genes, moves, strict=True) if moves_it))
 
 
 def _passed_over(left_out: Mapping[Any, int]) -> Iterator[str]:
@@ -281,12 +359,15 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "optimizer": config.optimizer.name,
         "population": config.optimizer.population,
         "candidates": config.budget,
+        "equivalents": config.optimizer.equivalents,
+        "steps": config.optimizer.learning.steps if config.optimizer.follows_gradients else 0,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
         "constraints": {
             f"{constraint.name} of {constraint.of or 'the best parent'}": constraint.retain
             for constraint in config.constraints
         },
+        "report": [metric.name for metric in config.report],
         "items_per_task": {split: getattr(config.items, split) for split in config.splits},
         "device": config.evaluation.device,
         "dtype": config.evaluation.dtype,

@@ -8,7 +8,9 @@ from evomerge.archive.archive import Archive, Record
 from evomerge.candidate import Candidate
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
+from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.search.best import best_of, best_searched, front_of, reported
+from evomerge.search.controls import count_controls
 from evomerge.search.criteria import Criteria, criteria_of
 from evomerge.search.failures import counted
 
@@ -47,7 +49,7 @@ class Results:
 
         None where the config asks for no selection items, and until all reported candidates have such a record.
         """
-        if self.config.items.selection is None:
+        if not self.config.items.selection:
             return None
         chosen = [self.archive.find(candidate.id, "selection") for candidate in self.reported()]
         scored = [record for record in chosen if record is not None]
@@ -56,13 +58,46 @@ class Results:
         feasible = {record.candidate.id for record in self.archive.records() if criteria.feasible(record.evaluation)}
         return [record for record in scored if record.candidate.id in feasible]
 
+    @property
+    def equivalents(self) -> float:
+        """What the search has cost so far, controls left out, in forward passes over all search items: an evaluation
+        counts as the share of the items that it is scored on, and a step along gradients as three times that."""
+        learning = self.config.optimizer.learning
+        records = (
+            self.archive.records("search"),
+            self.archive.records("subset") if self.config.subsets is True else [],
+        )
+        searched = [record.evaluation for study in records for record in study if record.candidate.kind == "search"]
+        scored = sum(1.0 if evaluation.subset is None else evaluation.subset.share for evaluation in searched)
+        passes = [FORWARD_PASSES * learning.share if record.step > 0 else 1.0 for record in self.archive.gradients()]
+        return scored + sum(passes) / learning.shards
+
+    @property
+    def steps(self) -> int:
+        """How many steps along gradients have been taken."""
+        return len({record.step for record in self.archive.gradients() if record.step > 0})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search has come to its end, with the budget that it has now."""
+        archive, config = self.archive, self.config
+        if archive.ended is not None:
+            return archive.ended == config.limit
+        tried = archive.tried()
+        searched = sum(record.candidate.kind == "search" for record in tried)
+        if searched < config.budget or len(tried) - searched < count_controls(config):
+            return False
+        return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in self.reported())
+
     def front(self) -> list[Record]:
         """The Pareto front on all search items, best mean first."""
         return front_of(self.archive.records(), self.criteria())
 
     def reported(self) -> list[Candidate]:
-        """The candidates that get selection and held-out scores."""
-        return reported(self.archive.records(), self.criteria())
+        """The candidates that get selection and held-out scores. Those that were scored on selection items while the
+        search went on are among them."""
+        watched = self.archive.records("selection") if self.config.optimizer.stop_after is not None else []
+        return reported(self.archive.records(), self.criteria(), [record.candidate.id for record in watched])
 
 
 _REASONS = 3  # of failure that a sentence names

@@ -77,6 +77,7 @@ class ParameterSpace:
         self._layers = layer_groups(config, layer_count(tensors))
         self._embeddings, self._head = embedding_names(tensors), head_names(tensors)
         _check_filters(config.filters, tensors)
+        self._tensors = self._by_group(tensors)
         choices = (*self._method_gene(), *self._participants.genes())
         self.genes = (*choices, *self._numbers(), *self._lambda(), *self._own_genes())
         if config.participate and all(gene.kind != TAKE for gene in choices):
@@ -86,6 +87,11 @@ class ParameterSpace:
             )
         if not self.genes:
             raise InputError(self._nothing())
+        drawn = [
+            _name(gene.kind, model_of(gene), gene.group) if gene.kind == "weight" else gene.name for gene in self.genes
+        ]
+        self._drawn = list(dict.fromkeys(drawn))
+        self._draws = [self._drawn.index(name) for name in drawn]
 
     def _method_gene(self) -> list[Gene]:
         names = [method.name for method in self._methods]
@@ -104,10 +110,31 @@ class ParameterSpace:
                 genes += [
                     Gene(name, kind, group, gene.low, gene.high, default, gene.step, when=when[model])
                     for group in self.groups
+                    for unit in self._units(kind, group)
                     for model in self._models
-                    for name in [_name(kind, model, group)]
+                    for name in [_name(kind, model, unit)]
                 ]
         return genes
+
+    def _units(self, kind: str, group: str) -> list[str]:
+        """What has numbers of its own in a group: its tensors, or the group itself."""
+        return self._tensors[group] if kind == "weight" and self._config.by_tensor else [group]
+
+    def _by_group(self, tensors: Sequence[str]) -> dict[str, list[str]]:
+        """The names of the tensors by group, sorted by layer."""
+        by_group: dict[str, list[str]] = {group: [] for group in self.groups}
+        for name in sorted(tensors, key=lambda name: (layer_index(name) or 0, name)):
+            by_group[self._group_of(name)].append(name)
+        return by_group
+
+    def _group_of(self, tensor: str) -> str:
+        layer = layer_index(tensor)
+        if layer is None:
+            return EMBEDDINGS if tensor in self._embeddings else HEAD
+        run = next(run for run in self._layers if run.start <= layer < run.end)
+        if not self._config.filters:
+            return run.label
+        return f"{run.label}.{next((text for text in self._config.filters if text in tensor), REST)}"
 
     def _lambda(self) -> list[Gene]:
         gene = self._config.lambda_
@@ -187,8 +214,9 @@ class ParameterSpace:
     def _per_model(self, values: Values, method: Method, model: str, run: LayerGroup) -> Parameters:
         settings = {
             own.name: self._setting(
-                lambda group, own=own: own.written(self._number(values, own.name, model, group)),  # type: ignore[misc]
+                lambda unit, own=own: own.written(self._number(values, own.name, model, unit)),  # type: ignore[misc]
                 run,
+                by_tensor=own.name == "weight" and self._config.by_tensor,
             )
             for own in method.per_model
             if own.name in self._kinds()
@@ -198,8 +226,8 @@ class ParameterSpace:
             settings["epsilon"] = self._setting(lambda group: self._epsilon(values, method, model, group), run)
         return settings
 
-    def _number(self, values: Values, kind: str, model: str, group: str) -> float:
-        name = _name(kind, model, group)
+    def _number(self, values: Values, kind: str, model: str, unit: str) -> float:
+        name = _name(kind, model, unit)
         if name in values:
             return values[name]
         fixed = self._kinds()[kind].fixed
@@ -221,9 +249,16 @@ class ParameterSpace:
         epsilons = [own.value(values, group, model) for own in self._own if own.kind == f"{method.name}.epsilon"]
         return largest_epsilon(self._number(values, "density", model, group), wanted=epsilons[0] if epsilons else 0.15)
 
-    def _setting(self, value: Callable[[str], float], run: LayerGroup) -> Setting:
+    def _setting(self, value: Callable[[str], float], run: LayerGroup, by_tensor: bool = False) -> Setting:
         """The setting of a parameter in a slice: a plain number, or numbers with filters. The embeddings' numbers are
-        in the first slice, those of the final norm and the head in the last."""
+        in the first slice, those of the final norm and the head in the last.
+
+        value: a group, or with `by_tensor` a tensor's name -> the number.
+        run: the layers of the slice.
+        by_tensor: whether tensors have numbers of their own.
+        """
+        if by_tensor:
+            return [FilteredValue(filter=name, value=value(name)) for name in self._tensors_in(run)]
         prefix = f"{run.label}." if self._config.filters else run.label
         conditions = []
         for group, names, owner in (
@@ -236,6 +271,14 @@ class ParameterSpace:
             conditions.append(FilteredValue(filter=name, value=value(prefix + name)))
         rest = value(prefix + REST if self._config.filters else prefix)
         return [*conditions, FilteredValue(value=rest)] if conditions else rest
+
+    def _tensors_in(self, run: LayerGroup) -> list[str]:
+        """The names of the tensors that read the slice of a run of layers, the longest first. A filter takes every
+        tensor whose name holds it, and the first filter that does so counts."""
+        before = self._tensors.get(EMBEDDINGS, []) if run == self._layers[0] else []
+        after = self._tensors.get(HEAD, []) if run == self._layers[-1] else []
+        inside = [names for group, names in self._tensors.items() if group.partition(".")[0] == run.label]
+        return sorted([*before, *after, *(name for names in inside for name in names)], key=len, reverse=True)
 
     def _shared(self, values: Values, method: Method) -> dict[str, Any]:
         shared: dict[str, Any] = {}
@@ -263,7 +306,7 @@ class ParameterSpace:
         genome = []
         for gene in self.genes:
             if gene.kind == "weight":
-                genome.append(weights.get(gene.name.split(":")[1], 0.0))
+                genome.append(weights.get(model_of(gene), 0.0))
             elif gene.kind == "slerp.t":
                 genome.append(along)
             elif gene.name in choices:
@@ -273,8 +316,9 @@ class ParameterSpace:
         return canonical(self.genes, np.array(genome))
 
     def draw(self, random: np.random.Generator) -> Genome:
-        """A uniform point of the box."""
-        return canonical(self.genes, at(self.genes, random.random(len(self.genes))))
+        """A uniform point of the box, with equal weights for the tensors of a group."""
+        drawn = random.random(len(self._drawn))
+        return canonical(self.genes, at(self.genes, drawn[self._draws]))
 
 
 def _searchable(config: ParameterSpaceConfig, models: int) -> tuple[Method, ...]:
@@ -294,8 +338,13 @@ def _searchable(config: ParameterSpaceConfig, models: int) -> tuple[Method, ...]
     return listed
 
 
-def _name(kind: str, model: str, group: str) -> str:
-    return f"{kind}:{model}:{group}"
+def _name(kind: str, model: str, unit: str) -> str:
+    return f"{kind}:{model}:{unit}"
+
+
+def model_of(gene: Gene) -> str:
+    """The name of the model that a gene of a weight or a density belongs to."""
+    return gene.name.split(":")[1]
 
 
 def layer_groups(config: ParameterSpaceConfig, layers: int) -> list[LayerGroup]:
@@ -308,7 +357,7 @@ def layer_groups(config: ParameterSpaceConfig, layers: int) -> list[LayerGroup]:
     """
     if config.layer_groups is not None:
         return _listed_groups(config.layer_groups, layers)
-    size = config.layer_granularity or layers
+    size = 1 if config.layer_granularity == "tensor" else config.layer_granularity or layers
     if layers % size:
         raise InputError(
             f"space.layer_granularity is {size}, which does not divide the model's {layers} layers; "

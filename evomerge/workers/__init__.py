@@ -1,4 +1,4 @@
-"""WorkerPool: runs jobs and hands back their evaluations in the order in which they finish.
+"""WorkerPool: runs jobs and hands back their results in the order in which they finish.
 
 To add a pool: in a file of its own, write a class with this protocol and a function that makes it from a config. Add a
 row to `POOLS` in the config, and run the pool through the contract in tests/contracts/pool.py.
@@ -7,11 +7,13 @@ row to `POOLS` in the config, and run the pool through the contract in tests/con
 from dataclasses import dataclass
 from typing import Protocol
 
-from evomerge.candidate import Candidate, Evaluation, Study, Subset, failure
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Study, Subset, failure
 from evomerge.config.base import Split
 from evomerge.errors import EvomergeError, first_line
 from evomerge.events import Listener
 from evomerge.recipe import Recipe
+
+Result = Evaluation | Gradient
 
 
 class Evaluator(Protocol):
@@ -21,24 +23,35 @@ class Evaluator(Protocol):
         """The evaluation of a recipe on a split, or on a subset of its items."""
         ...
 
+    def descend(self, recipe: Recipe, descent: Descent, /) -> Gradient | Evaluation:
+        """The gradient of a recipe's loss on a shard of a mini-batch; a failed evaluation where there is none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A candidate to be scored on a split.
+    """A candidate to be scored on a split, or a candidate whose loss's gradient is asked for.
 
     candidate: the candidate.
     split: the split.
     subset: the part of the search items to score it on; None for all items of the split.
+    descent: what gradient is asked for; None for scores.
     """
 
     candidate: Candidate
     split: Split
     subset: Subset | None = None
+    descent: Descent | None = None
 
     @property
     def study(self) -> Study:
         """The study of the archive in which the evaluation is kept: the split's, or `subset`."""
         return self.split if self.subset is None else "subset"
+
+    @property
+    def key(self) -> tuple[str, Study, int | None]:
+        """What sets the job apart from all others of a search."""
+        return self.candidate.id, self.study, None if self.descent is None else self.descent.shard
 
 
 class WorkerPool(Protocol):
@@ -58,8 +71,9 @@ class WorkerPool(Protocol):
         """Takes a job and returns at once. Jobs start in the order of submission."""
         ...
 
-    def wait(self) -> tuple[Job, Evaluation]:
-        """The next job to finish, and its evaluation. Blocks until then. A candidate that fails has an evaluation too.
+    def wait(self) -> tuple[Job, Result]:
+        """The next job to finish, and its result. Blocks until then. A candidate that fails has an evaluation, whatever
+        was asked for.
 
         Raises WorkFailed where the pool itself can no longer go on.
         """
@@ -70,17 +84,20 @@ class WorkerPool(Protocol):
         ...
 
 
-def evaluate_guarded(evaluator: Evaluator, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
-    """The evaluation of a recipe. An exception that is not an EvomergeError becomes the candidate's failure.
+def run_guarded(
+    evaluator: Evaluator, recipe: Recipe, split: Split, subset: Subset | None = None, descent: Descent | None = None
+) -> Result:
+    """The result of a job. An exception that is not an EvomergeError becomes the candidate's failure.
 
-    evaluator: scores the recipe.
+    evaluator: merges and scores the recipe.
     recipe: the candidate's.
     split: the split to score it on.
     subset: the part of the search items to score it on; None for all items.
+    descent: what gradient is asked for; None for scores.
     Raises EvomergeError as the evaluator does.
     """
     try:
-        return evaluator.evaluate(recipe, split, subset)
+        return evaluator.evaluate(recipe, split, subset) if descent is None else evaluator.descend(recipe, descent)
     except EvomergeError:
         raise
     except Exception as error:

@@ -3,11 +3,10 @@
 from collections import deque
 from collections.abc import Callable
 
-from evomerge.candidate import Evaluation
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
 from evomerge.events import Listener, unheard
-from evomerge.workers import Evaluator, Job, evaluate_guarded
+from evomerge.workers import Evaluator, Job, Result, run_guarded
 
 
 def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "LocalPool":
@@ -44,10 +43,10 @@ class LocalPool:
         """Takes a job, which runs in a later call of `wait`."""
         self._jobs.append(job)
 
-    def wait(self) -> tuple[Job, Evaluation]:
-        """The job that was submitted first, and its evaluation, which is made here."""
+    def wait(self) -> tuple[Job, Result]:
+        """The job that was submitted first, and its result, which is made here."""
         job = self._jobs.popleft()
-        return job, evaluate_guarded(self._worker, job.candidate.recipe, job.split, job.subset)
+        return job, run_guarded(self._worker, job.candidate.recipe, job.split, job.subset, job.descent)
 
     def close(self) -> None:
         """Drops all jobs that have not run."""

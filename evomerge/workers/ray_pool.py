@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomerge.candidate import Evaluation, failure
+from evomerge.candidate import failure
 from evomerge.config.running import WorkersConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, WorkerPoisoned, WorkFailed, first_line
@@ -37,7 +37,7 @@ from evomerge.events import (
     WorkerRestarted,
     unheard,
 )
-from evomerge.workers import Evaluator, Job, evaluate_guarded
+from evomerge.workers import Evaluator, Job, Result, run_guarded
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
 
 _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver
@@ -277,7 +277,7 @@ class RayPool:
             if not self._held(actor):
                 actor.busy_since = time.monotonic()
             try:
-                reference = actor.handle.evaluate.remote(job.candidate.recipe, job.split, job.subset)
+                reference = actor.handle.run.remote(job.candidate.recipe, job.split, job.subset, job.descent)
             except self._full as error:
                 raise WorkFailed(_no_room(error)) from None
             self._running[reference] = _Attempt(job, actor, deaths)
@@ -291,8 +291,8 @@ class RayPool:
         errors = self._ray.exceptions
         return errors.ObjectStoreFullError, errors.OutOfDiskError
 
-    def wait(self) -> tuple[Job, Evaluation]:
-        """The next job to finish, and its evaluation. While it waits, lost actors are revived and new actors join.
+    def wait(self) -> tuple[Job, Result]:
+        """The next job to finish, and its result. While it waits, lost actors are revived and new actors join.
 
         Raises WorkFailed where all actors have been gone for too long, or the cluster has no room for results.
         """
@@ -317,11 +317,11 @@ class RayPool:
                 if finished is not None:
                     return finished
 
-    def _finished(self, reference: Any) -> tuple[Job, Evaluation] | None:
-        """The job and its evaluation; None where its actor died and the job has been queued again."""
+    def _finished(self, reference: Any) -> tuple[Job, Result] | None:
+        """The job and its result; None where its actor died and the job has been queued again."""
         actor = self._running[reference].actor
         try:
-            evaluation: Evaluation = self._ray.get(reference)
+            result: Result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, WorkerPoisoned):
@@ -338,14 +338,14 @@ class RayPool:
         actor.busy_since = time.monotonic()
         self._free.append(actor)
         self._dispatch()
-        return attempt.job, evaluation
+        return attempt.job, result
 
     def _kill(self, actor: _Actor) -> None:
         """Has Ray restart an actor. Ray ends the old process in its own time; it must not take another job."""
         actor.killed = actor.process
         self._ray.kill(actor.handle, no_restart=False)
 
-    def _died(self, actor: _Actor, reason: str) -> tuple[Job, Evaluation] | None:
+    def _died(self, actor: _Actor, reason: str) -> tuple[Job, Result] | None:
         """Queues the jobs of a dead actor again.
 
         The first job was running, so the death counts against this job alone, unless the node died. Once enough deaths
@@ -373,7 +373,7 @@ class RayPool:
     def _poll(self) -> float:
         return _POLL if self.config.time_limit is None else min(_POLL, self.config.time_limit / 4)
 
-    def _overdue(self) -> tuple[Job, Evaluation] | None:
+    def _overdue(self) -> tuple[Job, Result] | None:
         """Kills an actor whose job has taken too long, and returns the job as failed; None where no job has."""
         limit = self.config.time_limit
         if limit is None:
@@ -494,9 +494,9 @@ class EvaluationActor:
             return str(error), node, process
         return None, node, process
 
-    def evaluate(self, recipe: Any, split: Any, subset: Any) -> Evaluation:
-        """The evaluation of a recipe on a split, or on a subset of its items; see `evaluate_guarded`."""
-        return evaluate_guarded(self._make_worker(), recipe, split, subset)
+    def run(self, recipe: Any, split: Any, subset: Any, descent: Any) -> Result:
+        """The result of a job; see `run_guarded`."""
+        return run_guarded(self._make_worker(), recipe, split, subset, descent)
 
     def _make_worker(self) -> Evaluator:
         """The worker; the first call makes it."""

@@ -1,12 +1,14 @@
 """Worker: holds the models, merges recipes in place and scores them. It knows nothing of Ray or of the search."""
 
+import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from evomerge.candidate import Evaluation, Subset, failure
+from evomerge.candidate import Descent, Evaluation, Gradient, Subset, failure
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
@@ -15,7 +17,9 @@ from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_l
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.loading import Target
+from evomerge.merging.methods import METHODS
 from evomerge.merging.naming import named_weights
+from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.models import Model, Models, models_of
 from evomerge.merging.sources.tokenizers import read_tokenizer
@@ -62,6 +66,9 @@ class Worker:
         tokenizer = base_tokenizer(config, models.base)
         self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
+        self._learns = config.optimizer.follows_gradients
+        self._checkpointing = config.optimizer.learning.checkpointing
+        self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
         for split in config.splits:  # all of them now, so that an item that cannot be scored shows before the search
             self._harness.prepare(split)
@@ -73,9 +80,16 @@ class Worker:
         return self._harness.left_out(split)
 
     def rehearse(self, recipe: Recipe) -> None:
-        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted."""
+        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
+
+        Where the search follows gradients, one is computed, too.
+        """
         self.models.rehearse(recipe)
-        self._harness.rehearse("search", self.models.candidate)
+        self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
+        wanted = METHODS[recipe.merge_method].slopes
+        if self._learns and wanted:
+            with self.models.following(wanted), self._layers_again():
+                self._harness.rehearse_descent(self.models.candidate)
 
     def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         """The evaluation of a recipe. Failures of the candidate are recorded in it, not raised.
@@ -108,6 +122,35 @@ class Worker:
             seconds=time.perf_counter() - started,
             truncated=scores.truncated,
         )
+
+    def descend(self, recipe: Recipe, descent: Descent) -> Gradient | Evaluation:
+        """The gradient of a recipe's loss on a shard of a mini-batch; a failed evaluation where there is none.
+
+        recipe: the candidate's.
+        descent: the mini-batch, and which shard of it.
+        Raises WorkerPoisoned and InputError as `evaluate` does.
+        """
+        started = time.perf_counter()
+        fingerprint = None
+        try:
+            fingerprint = self.models.materialize(recipe)
+            with self.models.following(descent.wanted) as followed, self._layers_again():
+                losses = self._harness.descend(self.models.candidate, descent)
+            slopes = followed.totals()
+        except CandidateFailed as error:
+            return failure(str(error), fingerprint)
+        except (InputError, WorkerPoisoned):
+            raise
+        except Exception as error:
+            self._check_alive(error)
+            return failure(first_line(error), fingerprint)
+        if not all(map(math.isfinite, slopes.values())):
+            return failure("the gradient is not finite", fingerprint)
+        return Gradient(losses, slopes, fingerprint, time.perf_counter() - started)
+
+    def _layers_again(self) -> AbstractContextManager[None]:
+        """A context in which layers are computed again on the way back, where the config asks for it."""
+        return checkpointed(self.models.candidate) if self._checkpointing else nullcontext()
 
     def _costs(self, seconds: float) -> dict[str, float]:
         """The costs of the candidate in memory, by name, as far as the objectives ask for them.

@@ -1,16 +1,36 @@
 """The questions that score the zoo's models: one folder of JSON lines per task, written from fixed seeds.
 
-The task YAML and README in each folder are written by hand; `write` only makes `search.jsonl` and `heldout.jsonl`.
+The task YAML and README in each folder are written by hand; `write` only makes the data of `ITEMS`.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Literal
 
-from evomerge.zoo.language import Exercise, Language, Lesson, Skill, Split, Style, copy, one_step, read, two_steps
+from evomerge.zoo.language import (
+    Exercise,
+    Language,
+    Lesson,
+    Skill,
+    Split,
+    Style,
+    Words,
+    copy,
+    in_a,
+    one_step,
+    read,
+    two_steps,
+)
 
-ITEMS: dict[Split, int] = {"search": 200, "heldout": 400}
+Part = Literal["search", "selection", "heldout"]
+ITEMS: dict[Part, int] = {"search": 200, "selection": 100, "heldout": 400}
+# Selection items are search questions that no task searches on, in either language.
+SIDES: dict[Part, Split] = {"search": "search", "selection": "search", "heldout": "heldout"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +56,34 @@ TASKS = {
 }
 
 
-def items(name: str, split: Split, count: int | None = None) -> list[Exercise]:
-    """A task's exercises on a split, all different."""
+def items(name: str, part: Part, count: int | None = None) -> list[Exercise]:
+    """A task's exercises in one of its files, all different."""
     task = TASKS[name]
     lessons = tuple(Lesson(skill, 1, task.language, task.style) for skill in task.skills)
     # The style is not part of the seed: math_a and math_a_words ask the same questions.
-    seed = "/".join([*(skill.__name__ for skill in task.skills), task.language, split])
-    return _different(lessons, split, ITEMS[split] if count is None else count, Random(seed))
+    rng = Random("/".join([*(skill.__name__ for skill in task.skills), task.language, part]))
+    taken = _searched() if part == "selection" else frozenset()
+    fresh = (exercise for exercise in read(lessons, SIDES[part], rng) if in_a(exercise.question) not in taken)
+    return list(islice(_different(fresh), ITEMS[part] if count is None else count))
 
 
-def _different(lessons: tuple[Lesson, ...], split: Split, count: int, rng: Random) -> list[Exercise]:
-    found: dict[Exercise, None] = {}
-    for exercise in read(lessons, split, rng):
-        found[exercise] = None
-        if len(found) == count:
-            break
-    return list(found)
+@cache
+def _searched() -> frozenset[Words]:
+    """The questions that any task searches on, worded in language A."""
+    return frozenset(in_a(exercise.question) for name in TASKS for exercise in items(name, "search"))
 
 
-def lines(name: str, split: Split) -> str:
+def _different(exercises: Iterable[Exercise]) -> Iterator[Exercise]:
+    found: set[Exercise] = set()
+    for exercise in exercises:
+        if exercise not in found:
+            found.add(exercise)
+            yield exercise
+
+
+def lines(name: str, part: Part) -> str:
     """A task's items as JSON lines."""
-    rows = ({"question": " ".join(e.question), "answer": " ".join(e.answer)} for e in items(name, split))
+    rows = ({"question": " ".join(e.question), "answer": " ".join(e.answer)} for e in items(name, part))
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -64,5 +91,5 @@ def write(folder: Path) -> None:
     """Write every task's data below the folder."""
     for name in TASKS:
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for split in ITEMS:
-            (folder / name / f"{split}.jsonl").write_text(lines(name, split), encoding="utf-8")
+        for part in ITEMS:
+            (folder / name / f"{part}.jsonl").write_text(lines(name, part), encoding="utf-8")

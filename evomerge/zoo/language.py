@@ -28,6 +28,7 @@ VERBS_B = ("havi", "akiri", "perdi", "kiom", "multa", "post", "antau", "pli", "a
 WORDS_A = NUMBERS + OBJECTS + VERBS
 WORDS_B = NUMBERS_B + OBJECTS_B + VERBS_B
 DICTIONARY = dict(zip(WORDS_A, WORDS_B, strict=True))
+_DICTIONARY_TO_A = {word_b: word_a for word_a, word_b in DICTIONARY.items()}
 SPELLED = dict(zip(DIGITS, NUMBERS, strict=True))
 
 PAD, BOS, EOS, UNKNOWN = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -116,6 +117,11 @@ def translate(exercise: Exercise, language: Language, rng: Random) -> Exercise:
     known = [word for word in dict.fromkeys(exercise.question) if word in DICTIONARY and language != "a"]
     spoken = {word: DICTIONARY[word] for word in known if language == "b" or rng.random() < 0.5}
     return Exercise(_replace(exercise.question, spoken), _replace(exercise.answer, spoken))
+
+
+def in_a(question: Words) -> Words:
+    """A question in any of the languages, worded in language A."""
+    return _replace(question, _DICTIONARY_TO_A)
 
 
 def restyle(exercise: Exercise, style: Style) -> Exercise:

@@ -6,9 +6,14 @@ layers and its head. `lang` learns language B from rows that start at their dict
 (Minixhofer et al. 2022). Merging them well means taking math's early layers and not its late ones.
 
 One thread and fixed seeds: the same machine and torch version give the same bytes.
+
+Other zoos come from the same recipe with other seeds (`--seed`), for benchmarks that must not depend on the one that
+ships. They share its evaluation data. Training may fail: where a model of a zoo did not learn its own skill, the zoo is
+trained anew with the next seeds, and nobody chooses.
 """
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +31,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
+from evomerge.errors import WorkFailed
 from evomerge.zoo import MODELS, evals
 from evomerge.zoo.language import (
     BOS,
@@ -89,8 +95,15 @@ class Stage:
     layer_drop: float = 0.0
 
 
+Seeds = Mapping[str, int]
+
 # Of eighteen pairs tried (seeds, steps of math, noise of lang), one of the best merging.
-SEEDS = {"base": 1, "math": 2, "lang": 2}
+SHIPPED = 1
+# Far enough that no zoo's next seeds are those of another zoo, as long as zoos have numbers up to a thousand.
+NEXT = 1000
+# A model has learned its own skill if it answers this share of that skill's search items.
+LEARNED = 0.9
+ATTEMPTS = 10
 STAGES: dict[str, tuple[Stage, ...]] = {
     # A taste of everyone's skill, so that the specialists sharpen what is there and their deltas stay small.
     "base": (
@@ -244,19 +257,48 @@ def with_language_b(model: Model, seed: int, keep: float = 0.9, noise: float = 0
     return model
 
 
-def build() -> dict[str, Model]:
-    """Every model of the zoo, trained from nothing."""
+def seeds_of(zoo: int, attempt: int = 0) -> Seeds:
+    """The seeds of a zoo's models: the shipped zoo is number 1, with seeds 1, 2 and 2.
+
+    zoo: the zoo's number.
+    attempt: how often the zoo has failed to learn before.
+    """
+    first = zoo + NEXT * attempt
+    return {"base": first, "math": first + 1, "lang": first + 1}
+
+
+def build(seeds: Seeds) -> dict[str, Model]:
+    """Every model of a zoo, trained from nothing."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    base = _study(new_model(SEEDS["base"]), "base")
-    bilingual = with_language_b(base, SEEDS["lang"])
-    return {"base": base, "math": _study(base, "math"), "lang": _study(bilingual, "lang")}
+    base = _study(new_model(seeds["base"]), "base", seeds)
+    bilingual = with_language_b(base, seeds["lang"])
+    return {"base": base, "math": _study(base, "math", seeds), "lang": _study(bilingual, "lang", seeds)}
 
 
-def _study(model: Model, name: str) -> Model:
+def _study(model: Model, name: str, seeds: Seeds) -> Model:
     for index, stage in enumerate(STAGES[name]):
-        model = train(model, stage, Random(f"{name}/{index}/{SEEDS[name]}"))
+        model = train(model, stage, Random(f"{name}/{index}/{seeds[name]}"))
     return model
+
+
+def build_learned(zoo: int) -> tuple[dict[str, Model], Seeds]:
+    """A zoo whose models have all learned their own skills, and its seeds: the first that have.
+
+    zoo: the zoo's number.
+    Raises WorkFailed where no attempt succeeds.
+    """
+    for attempt in range(ATTEMPTS):
+        seeds = seeds_of(zoo, attempt)
+        models = build(seeds)
+        if all(score >= LEARNED for score in own_skills(models).values()):
+            return models, seeds
+    raise WorkFailed(f"in {ATTEMPTS} attempts, no zoo {zoo} learned its skills; choose another --seed.")
+
+
+def own_skills(models: Mapping[str, Model]) -> dict[str, float]:
+    """The accuracy of every model on its own skill, on search items: held-out items choose nothing, not even zoos."""
+    return {name: accuracy(model, evals.items(OWN_TASK[name], "search")) for name, model in models.items()}
 
 
 @torch.no_grad()
@@ -288,16 +330,27 @@ def _row(name: str, cells: list[str]) -> str:
     return f"{name:<7}" + "".join(f"{cell:>14}" for cell in cells)
 
 
+RECORD = "zoo.json"
+
+
 def main() -> None:
-    """Train the zoo, write its models and evaluation data, and print what each model can do."""
+    """Train a zoo, write its models and, for the shipped one, the evaluation data, and print what each model can do."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--models", type=Path, default=MODELS, help="where the models go (default: the package)")
+    parser.add_argument("--models", type=Path, help="where the models go (default: the package, for the shipped zoo)")
     parser.add_argument("--evals", type=Path, default=Path("evals"), help="where the data goes (default: evals)")
+    parser.add_argument("--seed", type=int, default=SHIPPED, help=f"the zoo's number (default: {SHIPPED}, the shipped)")
     options = parser.parse_args()
+    if options.seed != SHIPPED and options.models is None:
+        parser.error(f"--seed {options.seed} is not the shipped zoo; give --models, a folder for it.")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    zoo = build()
-    save(zoo, options.models)
-    evals.write(options.evals)
+    zoo, seeds = build_learned(options.seed)
+    save(zoo, options.models or MODELS)
+    if options.seed == SHIPPED:
+        evals.write(options.evals)
+    else:  # last, so that a zoo with a record is whole
+        record = {"zoo": options.seed, "seeds": dict(seeds), "own_skills": own_skills(zoo)}
+        (options.models / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    print(f"seeds {dict(seeds)}")
     print(table(zoo))
     print(f"{time.process_time():.0f} CPU seconds")
 

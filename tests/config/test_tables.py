@@ -61,6 +61,10 @@ def document(place: str, name: str) -> dict[str, Any]:
     document = small_search(**{"objectives": [dict(each) for each in COST], "space": {}} | BASES.get(place, {}))
     if place.startswith("optimizer.stages"):
         document["optimizer"] = {"stages": [dict(stage) for stage in STAGES]}
+        if name in OPTIMIZERS and OPTIMIZERS[name].gradients:  # whose stage says how many steps it takes
+            del document["optimizer"]["stages"][0]["evaluations"]
+    if place.startswith("optimizer"):
+        document["optimizer"].pop("learning", None)
     put(document, place, name)
     return document
 
@@ -129,7 +133,7 @@ def test_an_optimizer_that_builds_on_the_scores_before_is_no_stage() -> None:
     sequential = [name for name, row in OPTIMIZERS.items() if row.sequential]
     assert sequential
     for name in sequential:
-        with pytest.raises(ValidationError, match="Input should be 'cma_es'"):
+        with pytest.raises(ValidationError, match="Input should be 'learned', 'cma_es'"):
             SearchConfig.model_validate(document("optimizer.stages.0.name", name))
 
 
@@ -167,3 +171,12 @@ def test_a_kind_that_is_no_name_is_refused_like_an_unknown_one(kind: Any) -> Non
     assert [(problem["loc"], problem["type"]) for problem in refused.value.errors()] == [
         (("space", "kind"), "literal_error")
     ]
+
+
+def test_what_follows_gradients_is_no_optimizer_that_is_asked_and_told() -> None:
+    followers = [name for name, row in OPTIMIZERS.items() if row.gradients]
+    assert followers == ["learned"]
+    for name, row in OPTIMIZERS.items():
+        made = imported(row.make)
+        answers = isinstance(made, type) and not (hasattr(made, "ask") and hasattr(made, "tell"))
+        assert answers == (name in followers)

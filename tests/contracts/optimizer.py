@@ -38,7 +38,7 @@ def scores(genomes: Genome) -> NDArray[np.float64]:
 
 
 class OptimizerContract:
-    """To test an optimizer: subclass, and set `config`."""
+    """To test an optimizer that learns from scores: subclass, and set `config`."""
 
     config: OptimizerConfig
     genes: tuple[Gene, ...] = genes()

@@ -1,6 +1,8 @@
 """What every worker pool must do."""
 
-from evomerge.candidate import Candidate
+from dataclasses import replace
+
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient
 from evomerge.recipe import linear
 from evomerge.workers import Job, WorkerPool
 
@@ -20,6 +22,23 @@ class PoolContract:
             self.pool.submit(job(name, weight))
         results = [self.pool.wait() for _ in weights]
         assert {done.candidate.id: (evaluation.scores or {})["score"] for done, evaluation in results} == weights
+
+    def test_a_job_that_asks_for_a_gradient_comes_back_with_one_or_with_the_failure_of_its_candidate(self) -> None:
+        descents = [Descent(3, 0.5, shard, 2, (("score", 1.0),), ("weight",)) for shard in range(2)]
+        for weight in (0.5, -1.0):
+            for descent in descents:
+                self.pool.submit(replace(job(f"step of {weight}", weight), descent=descent))
+        results = [self.pool.wait() for _ in range(4)]
+        for done, result in results:
+            assert done.descent is not None
+            if done.candidate.id == "step of 0.5":
+                assert isinstance(result, Gradient)
+                assert result.losses == {"score": float(done.descent.shard)}
+                assert result.slopes == {("tensor", "model", "weight"): 0.25}
+            else:
+                assert isinstance(result, Evaluation)
+                assert "a bug in the worker" in (result.error or "")
+        assert len({done.key for done, _ in results}) == 4
 
     def test_an_exception_becomes_a_recorded_failure_and_the_pool_goes_on(self) -> None:
         self.pool.submit(job("bad", -1.0))

@@ -51,6 +51,11 @@ WRONG_TASKS: dict[str, tuple[Any, ...]] = {
         "'held'",
         "did you mean 'heldout'?",
     ),
+    "a split for selection without data": (
+        "end",
+        "metadata: {selection_split: serach}\n",
+        "metadata.selection_split of task 'mine' is 'serach', which data_files does not name; did you mean 'search'?",
+    ),
     "a field that no item has": ("{{question}}", "{{questoin}}", "'questoin' is undefined"),
     "a broken template": ("{{question}}", "{{question", "mine.yaml: ", "TemplateSyntaxError"),
     "an unknown kind of request": ("output_type: loglikelihood", "output_type: logits", "'logits'", "multiple_choice"),

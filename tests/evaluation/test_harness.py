@@ -51,6 +51,27 @@ def test_the_batch_size_changes_no_score_beyond_rounding(load, qa_task, choice_t
     assert perplexities == pytest.approx([perplexities[0]] * 3, rel=1e-4)
 
 
+def test_metrics_that_are_only_reported_are_measured_on_held_out_items_alone_and_move_no_other_score(
+    load, qa_task, choice_task, search_config
+):
+    qa_task()
+    choice_task()
+    items = {"search": 10, "heldout": 12}
+    alone, whole = search_config("qa:perplexity", items=items), search_config("qa", "choice", items=items)
+    report = [{"task": "qa"}, {"task": "choice"}]
+    beside = search_config("qa:perplexity", items=items, report=report)
+    plain, other, reported = (Harness(config, *load("qwen2")) for config in (alone, whole, beside))
+    assert reported.evaluate("search") == plain.evaluate("search")
+    mine, without = reported.evaluate("heldout"), plain.evaluate("heldout")
+    assert mine.scores["qa:perplexity"] == without.scores["qa:perplexity"]
+    assert set(mine.scores) == {"qa:perplexity", "qa", "choice"}
+    theirs = other.evaluate("heldout")
+    for name in ("qa", "choice"):
+        assert mine.scores[name] == theirs.scores[name]
+        assert mine.outcomes[name].values.tolist() == theirs.outcomes[name].values.tolist()
+    assert mine.items == theirs.items == without.items + 12
+
+
 def test_nothing_is_printed(load, choice_task, generation_task, search_config, capfd):
     choice_task()
     generation_task()

@@ -1,5 +1,6 @@
 """Which items are searched on, selected by and held out: never one in two places, by content."""
 
+import json
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,21 +11,30 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from evomerge.config.base import SPLITS, Split
+from evomerge.config.files import load as load_file
 from evomerge.config.scoring import ItemsConfig
 from evomerge.errors import InputError
 from evomerge.evaluation import few_shots
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.items import Division, both_splits
-from evomerge.evaluation.loading import distinct_tasks, load_targets
+from evomerge.evaluation.loading import distinct_tasks, load_targets, of_metrics, only_reported
+from evomerge.evaluation.rendering import document_digest, items_of
+from tests.conftest import REPOSITORY
 
 
 class Pretended:
     """As much of one of lm-eval's tasks as a division needs: documents are texts or dictionaries with one."""
 
     def __init__(
-        self, name: str, validation: Sequence[Any] | None = None, test: Sequence[Any] | None = None, shots: int = 0
+        self,
+        name: str,
+        validation: Sequence[Any] | None = None,
+        test: Sequence[Any] | None = None,
+        shots: int = 0,
+        selection: Sequence[Any] | None = None,
     ) -> None:
         self._validation, self._test = validation, test
+        self.dataset = {"kept": selection}
         self.config = SimpleNamespace(
             task=name,
             validation_split=None if validation is None else "validation",
@@ -32,6 +42,8 @@ class Pretended:
             training_split=None,
             num_fewshot=shots,
             doc_to_choice=None,
+            process_docs=None,
+            metadata={"version": 1} if selection is None else {"version": 1, "selection_split": "kept"},
         )
 
     def has_validation_docs(self) -> bool:
@@ -195,6 +207,73 @@ def test_no_item_is_in_two_places_whatever_splits_and_tasks_it_stands_in(tasks, 
     assert texts["heldout"].isdisjoint(texts["selection"])
 
 
+@given(
+    sides=st.tuples(sides, sides).filter(any),
+    kept=st.lists(documents | numbered, max_size=40),
+    asked=st.integers(1, 6),
+    search=st.none() | st.integers(1, 12),
+    seed=st.integers(0, 3),
+)
+def test_a_split_kept_for_selection_gives_all_selection_items_and_moves_no_others(sides, kept, asked, search, seed):
+    items = ItemsConfig(search=search, seed=seed)
+    plain, own = Pretended("t", *sides), Pretended("t", *sides, selection=kept)
+    try:
+        without = Division([plain], items)
+    except InputError:
+        return  # too few items
+    others = without.digests("search", "heldout")
+    fresh = [number for number, item in enumerate(items_of(own, "selection")) if item.digests.isdisjoint(others)]
+    selecting = items.model_copy(update={"selection": asked})
+    if len(fresh) < asked:
+        with pytest.raises(InputError, match=r"items.selection asks for . items, but task 't' has only"):
+            Division([own], selecting)
+        return
+    division = Division([own], selecting)
+    assert [division.of(own, split) for split in ("search", "heldout")] == [
+        without.of(plain, split) for split in ("search", "heldout")
+    ]
+    chosen = division.of(own, "selection")
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == asked
+    assert set(chosen) <= set(fresh)
+    assert [item.text for item in division.items(own, "selection")] == [own.doc_to_text(kept[n]) for n in chosen]
+
+
+@given(
+    tasks=st.lists(st.tuples(sides, sides).filter(any), min_size=2, max_size=4),
+    items=st.builds(ItemsConfig, search=st.integers(1, 6), selection=st.none() | st.just(1), seed=st.integers(0, 3)),
+)
+def test_a_task_that_is_only_reported_moves_no_item_of_others_and_holds_out_only_what_the_search_does_not_see(
+    tasks, items
+):
+    *searched, reported = (Pretended(f"task{n}", *both) for n, both in enumerate(tasks))
+    try:
+        alone, beside = Division(searched, items), Division(searched, items, reported=[reported])
+    except InputError:
+        return  # too few items
+    assert all(alone.of(task, split) == beside.of(task, split) for task in searched for split in SPLITS)
+    assert alone.digests(*SPLITS) == beside.digests(*SPLITS)
+    assert all(alone.withheld(task) == beside.withheld(task) for task in searched)
+    assert beside.of(reported, "search") == beside.of(reported, "selection") == []
+    held, seen = beside.items(reported, "heldout"), beside.digests("search", "selection")
+    assert held
+    assert all(item.digests.isdisjoint(seen) for item in held)
+    assert all(item.digests <= beside.withheld(reported) for item in held)
+
+
+def test_the_demo_searches_on_selects_by_and_holds_out_exactly_the_items_in_the_files_of_these_names():
+    config = load_file(REPOSITORY / "search_spaces" / "demo.yaml")
+    targets = load_targets(config.reported, config.tasks, config.evaluation)
+    tasks = distinct_tasks(of_metrics(config.measured, targets))
+    division = Division(tasks, config.items, reported=only_reported(config, targets))
+    for task in tasks:
+        for split in SPLITS:
+            lines = (REPOSITORY / "evals" / task.config.task / f"{split}.jsonl").read_text().splitlines()
+            questions = [f"<bos> Q {json.loads(line)['question']} =" for line in lines]
+            assert [item.text for item in division.items(task, split)] == questions
+            assert len(lines) == getattr(config.items, split)
+
+
 def test_a_split_that_is_named_twice_is_divided_and_one_that_holds_the_same_items_too():
     rows = [{"text": f"question {number}"} for number in range(60)]
     named = Pretended("t", rows, rows)
@@ -263,7 +342,7 @@ def prompts(config, load, split) -> list[tuple[list[str], str]]:
 
 
 @pytest.mark.parametrize("sampler", ["default", "first_n"])
-@pytest.mark.parametrize("source", ["train", "search", "one", "heldout"])
+@pytest.mark.parametrize("source", ["train", "search", "one", "heldout", "kept"])
 def test_no_example_is_the_item_itself_or_held_out_whatever_it_is_drawn_from(
     source, sampler, write_task, search_config, load
 ):
@@ -271,17 +350,21 @@ def test_no_example_is_the_item_itself_or_held_out_whatever_it_is_drawn_from(
         "train": rows(0, 1, 2, 3, 20, 21),
         "search": rows(*range(12), 3, 4, 5),
         "heldout": rows(*range(10, 30), 12, 13),
+        "kept": rows(*range(9, 12), *range(28, 36)),
     }
     sides = {"test_split": "heldout"} if source == "one" else {"validation_split": "search", "test_split": "heldout"}
     drawn = {} if source == "one" else {"fewshot_split": source}
-    write_task("t", splits, **SHOTS, **sides, **drawn, fewshot_config={"sampler": sampler})
+    own = {"metadata": {"selection_split": "kept"}} if source == "kept" else {}
+    write_task("t", splits, **SHOTS, **sides, **drawn, **own, fewshot_config={"sampler": sampler})
     config = search_config("t", items={"search": 8, "selection": 2, "heldout": 4})
-    searched, held = prompts(config, load, "search"), prompts(config, load, "heldout")
+    searched, selected, held = (prompts(config, load, split) for split in SPLITS)
     seen = {question for _, question in searched} | {example for examples, _ in searched for example in examples}
     assert len(searched) == 8
+    assert len(selected) == 2
     assert len(held) == 4
+    assert seen.isdisjoint({question for _, question in selected})
     assert seen.isdisjoint({question for _, question in held})
-    for examples, question in [*searched, *held]:
+    for examples, question in [*searched, *selected, *held]:
         assert len(examples) == 3
         assert question not in examples
 
@@ -303,3 +386,40 @@ def test_examples_shown_in_a_search_count_as_seen(write_task, search_config):
     shown = few_shots.shown(task, division)
     assert 3 * 2 <= len(shown) <= 4 * 3 * 2  # two digests an example
     assert shown.isdisjoint(division.digests("search", "selection"))
+
+
+@pytest.mark.parametrize("source", ["train", "kept"])
+def test_examples_shown_with_a_split_kept_for_selection_count_as_seen(source, write_task, search_config, load):
+    splits = {"train": rows(*range(20, 36)), "one": rows(*range(12)), "kept": rows(*range(12, 20))}
+    own = {"metadata": {"selection_split": "kept"}}
+    write_task("t", splits, **SHOTS, **own, test_split="one", fewshot_split=source)
+    config = search_config("t", items={"search": 4, "selection": 3, "heldout": 4})
+    (task,) = distinct_tasks(load_targets(config.objectives, config.tasks, config.evaluation))
+    counted = few_shots.shown(task, Division([task], config.items))
+    asked = [*prompts(config, load, "search"), *prompts(config, load, "selection")]
+    shown = {example for examples, _ in asked for example in examples}
+    known = {row["question"]: document_digest(row) for row in splits[source]}
+    assert {known[question] for question in shown} == counted & set(known.values())
+
+
+def test_selection_items_that_an_earlier_search_has_seen_come_last_and_are_still_taken(write_task, search_config):
+    """So a model that a search has made can be scored with that search's file."""
+    own = {"metadata": {"selection_split": "kept"}}
+    splits = {"one": rows(*range(12)), "kept": rows(*range(20, 30))}
+    write_task("t", splits, **{**SHOTS, "num_fewshot": 0}, **own, test_split="one")
+    config = search_config("t", items={"search": 4, "selection": 6, "heldout": 4})
+    (task,) = distinct_tasks(load_targets(config.objectives, config.tasks, config.evaluation))
+    alone = Division([task], config.items)
+    seen = alone.digests("search", "selection")
+    again = Division([task], config.items, seen)
+    assert (again.of(task, "search"), again.of(task, "heldout")) == (
+        alone.of(task, "search"),
+        alone.of(task, "heldout"),
+    )
+    fresh = [number for number in range(10) if number not in alone.of(task, "selection")]
+    assert set(fresh) < set(again.of(task, "selection"))
+    assert len(again.of(task, "selection")) == 6
+    everything = config.items.model_copy(update={"selection": 10})
+    whole = Division([task], everything)
+    repeated = Division([task], everything, whole.digests("search", "selection"))
+    assert repeated.of(task, "selection") == whole.of(task, "selection")

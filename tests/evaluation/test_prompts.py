@@ -3,6 +3,7 @@
 import pytest
 
 from evomerge.evaluation.harness import Harness
+from tests.evaluation.material import questions
 from tests.evaluation.reference import lm_eval_says
 
 
@@ -12,6 +13,31 @@ def test_few_shot_scores_are_lm_eval_s(split, load, qa_task, search_config):
     config = search_config("qa", "qa:perplexity", evaluation={"num_fewshot": 2})
     scores = Harness(config, *load("base")).evaluate(split)
     metrics, _ = lm_eval_says(task | {"test_split": split, "num_fewshot": 2}, *load("base"))
+    assert scores.scores["qa:perplexity"] == pytest.approx(metrics["perplexity,none"], rel=1e-4)
+
+
+@pytest.mark.parametrize("test_split", ["heldout", None])
+@pytest.mark.parametrize("source", [{"training_split": "train"}, {"fewshot_split": "train", "training_split": "kept"}])
+def test_a_split_kept_for_selection_is_scored_as_lm_eval_scores_it(source, test_split, load, write_task, search_config):
+    splits = {name: questions(12, seed) for seed, name in enumerate(("train", "search", "kept", "heldout"))}
+    asked = {"output_type": "loglikelihood", "doc_to_text": "Q {{question}} =", "doc_to_target": " {{answer}}"}
+    metric = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    task = write_task(
+        "qa",
+        splits,
+        validation_split="search",
+        test_split=test_split,
+        metadata={"selection_split": "kept"},
+        num_fewshot=2,
+        metric_list=[metric],
+        **asked,
+        **source,
+    )
+    items = {"search": 6, "selection": 12, "heldout": 6}
+    scores = Harness(search_config("qa:perplexity", items=items), *load("base")).evaluate("selection")
+    asked_there = {"test_split": "kept"} if test_split else {"validation_split": "kept"}
+    metrics, _ = lm_eval_says(task | asked_there, *load("base"))
+    assert scores.items == 12
     assert scores.scores["qa:perplexity"] == pytest.approx(metrics["perplexity,none"], rel=1e-4)
 
 

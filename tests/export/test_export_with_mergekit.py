@@ -103,6 +103,14 @@ def test_mergekit_makes_the_same_weights_from_a_search_s_recipe(method, normaliz
     assert_close(load_file(tmp_path / "ours" / "model.safetensors"), theirs, 1e-6)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear"])
+def test_mergekit_makes_the_same_weights_from_weights_by_tensor(method, decoded, tmp_path):
+    recipe = decoded(method, 3, tensor_weights=True, normalize="auto")
+    checkpoint.merge(recipe, tmp_path / "ours", "recipe.yaml")
+    theirs = merged_by_mergekit(recipe, tmp_path / "theirs")
+    assert_close(load_file(tmp_path / "ours" / "model.safetensors"), theirs, 1e-6)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("method", WEIGHTLESS)
 def test_mergekit_makes_the_same_weights_from_a_search_over_a_method_s_own_parameters(method, seed, decoded, tmp_path):

@@ -66,6 +66,28 @@ def test_failures_are_counted_by_their_reasons_in_the_status(directory: Path) ->
 
 
 @pytest.mark.slow
+def test_what_is_only_reported_stands_beside_the_held_out_scores_and_changes_nothing_else(
+    search_file: WriteSearch, tmp_path: Path
+) -> None:
+    few = {"optimizer": {"evaluations": 4, "population": 4}, "items": {"search": 24, "selection": 12, "heldout": 24}}
+    plain, beside = tmp_path / "plain", tmp_path / "beside"
+    evomerge("run", search_file(**few), "--output", plain)
+    search = search_file(**few, report=[{"task": "math_a_words"}])
+    printed = evomerge("run", search, "--output", beside)
+    assert "only reported, so neither searched on nor in the mean: math_a_words" in printed
+    known = rows(beside)
+    scores = {name: row["heldout"].pop("math_a_words") for name, row in known.items() if row["heldout"]}
+    assert known == rows(plain)
+    assert scores["parent-math"] > 0.9 > 0.1 > scores["base"]
+    (header,) = [line for line in printed.splitlines() if "math_a_words ┃" in line]
+    assert header.index("mean") < header.index("math_a_words")
+    (row,) = [line for line in printed.splitlines() if "parent math" in line]
+    assert row.split("│")[-2].strip() == terminal.number(scores["parent-math"])
+    again = json.loads(evomerge("evaluate", "zoo:math", "--config", search, "--split", "heldout", "--json"))
+    assert again["scores"]["math_a_words"] == scores["parent-math"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 80, 160])
 @pytest.mark.parametrize("command", ["candidates", "front", "status"])
 def test_no_table_is_wider_than_the_terminal_and_none_cuts_a_number_or_an_id(

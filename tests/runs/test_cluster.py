@@ -248,7 +248,7 @@ def test_a_job_carries_its_tasks_under_a_name_made_from_their_content(tmp_path: 
 
     def packed(name: str) -> tuple[config.SearchConfig, Path]:
         (tmp_path / name).mkdir()
-        cluster.pack(files.load(search, ["objectives=[{task: base_qa}]"]), "/shared/run", tmp_path / name)
+        cluster.pack(files.load(search, ["objectives=[{task: base_qa}]", "report=[]"]), "/shared/run", tmp_path / name)
         return files.load(tmp_path / name / "search.yaml"), tmp_path / name
 
     (first, folder), (again, _) = packed("first"), packed("again")
@@ -272,7 +272,9 @@ def test_a_job_that_would_leave_a_data_file_behind_is_refused(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "packed").mkdir()
     with pytest.raises(InputError, match=r"data file .*search.jsonl of task 'base_qa' lies outside the folders"):
-        cluster.pack(files.load(search, ["objectives=[{task: base_qa}]"]), "/shared/run", tmp_path / "packed")
+        cluster.pack(
+            files.load(search, ["objectives=[{task: base_qa}]", "report=[]"]), "/shared/run", tmp_path / "packed"
+        )
 
 
 def test_another_version_on_the_cluster_is_refused(tmp_path: Path) -> None:

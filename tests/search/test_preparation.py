@@ -62,6 +62,20 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         {"constraints": [{"task": "base_qa", "filter": "none", "retain": 0.9}]},
         'constraints[0].filter is "none", and that of objectives[0] is another way to say it',
     ),
+    "a report of what is an objective": (
+        {"report": [{"task": "base_qa"}]},
+        "report[0] is base_qa, which is reported anyway; remove it",
+    ),
+    "a report given twice": (
+        {"report": [{"task": "math_a"}, {"task": "math_a"}]},
+        "report[1] is math_a, which is reported anyway; remove it",
+    ),
+    "a report of a metric that its task lacks": (
+        {"report": [{"task": "math_a", "metric": "accc"}]},
+        "report[0].metric is 'accc', which task 'math_a' does not report; did you mean 'acc'?",
+    ),
+    "a report of a task that is not there": ({"report": [{"task": "math_aa"}]}, "math_aa", "did you mean"),
+    "a report with a weight": ({"report": [{"task": "math_a", "weight": 2}]}, "report[0].weight"),
     "more held-out items than there are": ({"items.heldout": 10**6}, "items.heldout asks for 1000000 items"),
     "no items": ({"items.search": 0}, "items.search is 0; use a value greater than or equal to 1"),
     "a grid over too many models": (

@@ -345,3 +345,66 @@ def test_della_s_epsilon_is_as_much_of_its_default_as_the_density_allows(density
         for values in tensor.per_model:
             assert 0 < values["density"] - values["epsilon"] <= values["density"] + values["epsilon"] < 1
             assert values["epsilon"] == pytest.approx(min(0.15, density, 1 - density), abs=2e-6)
+
+
+# Weights of their own for tensors
+
+
+class TestSpaceByTensor(SpaceContract):
+    space = make_space(tensor_weights=True, layer_granularity=3, filters=["mlp"])
+    tensors = TENSORS
+
+
+class TestSpaceByTensorOfSeveralMethods(SpaceContract):
+    space = make_space(layer_granularity="tensor", method=["ties", "slerp"], participate=True)
+    tensors = TENSORS
+
+
+BY_TENSOR: dict[str, dict[str, object]] = {
+    "all in one": {},
+    "groups": {"layer_groups": ["0-1", "2-4", "5"], "filters": ["self_attn"]},
+    "densities": {"layer_granularity": 2, "density": {"low": 0.1}},
+    "several methods": {"method": ["task_arithmetic", "ties", "slerp"], "participate": True, "layer_granularity": 3},
+    "linear": {"method": "linear", "layer_granularity": 1},
+}
+
+
+@pytest.mark.parametrize("kind", BY_TENSOR)
+def test_with_weights_by_tensor_controls_and_random_draws_are_the_same_merges(kind: str) -> None:
+    coarse, fine = make_space(**BY_TENSOR[kind]), make_space(tensor_weights=True, **BY_TENSOR[kind])
+    assert len(fine.genes) > len(coarse.genes)
+    for weights in ({"math": 1.0}, {"math": 0.3, "lang": 1 / 3}, {}):
+        plans = [make_plan(space.decode(space.encode(weights)), TENSORS) for space in (coarse, fine)]
+        assert plans[0].tensors == plans[1].tensors
+    for seed in range(5):
+        drawn = [space.decode(space.draw(np.random.default_rng(seed))) for space in (coarse, fine)]
+        assert make_plan(drawn[0], TENSORS).tensors == make_plan(drawn[1], TENSORS).tensors
+
+
+@pytest.mark.parametrize("settings", [{"layer_granularity": "tensor"}, {"tensor_weights": True, "filters": ["mlp"]}])
+def test_with_weights_by_tensor_every_tensor_reads_its_own_gene_of_each_model(settings: dict[str, object]) -> None:
+    space = make_space(density={"fixed": 1.0}, **settings)
+    genome = np.random.default_rng(2).uniform(0, 1.5, len(space.genes))
+    written = {gene.name: value for gene, value in zip(space.genes, genome, strict=True)}
+    assert len(written) == 2 * len(TENSORS)
+    assert parameters(space, genome) == {
+        tensor: {f"path/{model}": written[f"weight:{model}:{tensor}"] for model in ("math", "lang")}
+        for tensor in TENSORS
+    }
+
+
+def test_tensors_whose_names_hold_another_s_name_still_read_their_own_gene() -> None:
+    names = ("embed_tokens.weight", *(f"layers.{i}.{part}" for i in range(12) for part in LAYER), "norm.weight")
+    names = (*names, *(f"layers.{i}.mlp_norm.weight" for i in range(12)))
+    config = ParameterSpaceConfig.model_validate({"tensor_weights": True, "density": {"fixed": 1.0}})
+    space = ParameterSpace(config, "base", {"math": "path/math"}, names, seed=7)
+    genome = np.random.default_rng(2).uniform(0, 1.5, len(space.genes))
+    written = {gene.name: value for gene, value in zip(space.genes, genome, strict=True)}
+    for tensor in make_plan(space.decode(genome), names).tensors:
+        assert tensor.per_model[0]["weight"] == written[f"weight:math:{tensor.name}"]
+
+
+def test_tensors_of_granularity_tensor_are_groups_of_one_layer_with_weights_by_tensor() -> None:
+    assert make_space(layer_granularity="tensor").genes == make_space(layer_granularity=1, tensor_weights=True).genes
+    auto, never = make_space(tensor_weights="auto"), make_space(tensor_weights=False)
+    assert auto.genes == never.genes == make_space().genes

@@ -5,11 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import zoo
+from evomerge.candidate import Descent, Gradient
 from evomerge.config import files
 from evomerge.config.running import WorkersConfig
 from evomerge.devices import count_gpus, resolve_device
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
+from evomerge.merging.naming import named_weights
 from evomerge.merging.resident.models import fingerprint
 from evomerge.merging.sources.models import find_models
 from evomerge.recipe import Provenance, Recipe, Source, linear, single
@@ -77,7 +79,7 @@ def test_an_exception_inside_scoring_is_that_candidate_s_failure(worker, monkeyp
         raise RuntimeError("out of memory\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evomerge.evaluation.harness._task_metrics", broken)
+        patch.setattr("evomerge.evaluation.harness.task_metrics", broken)
         failed = worker.evaluate(merge(0.6), "search")
     assert failed.failed
     assert failed.error == "RuntimeError: out of memory"
@@ -125,3 +127,65 @@ def test_a_worker_spreads_its_models_over_the_whole_gpus_that_it_has(search, mon
     assert count(2, "cpu") == 1
     with pytest.raises(InputError, match=r"workers\.num_gpus is 3, but torch sees 2 CUDA devices here"):
         count(3)
+
+
+def descent(**changes):
+    names = (("base_qa", 1.0), ("cross_math_b", 0.5))
+    usual = {"step": 1, "share": 0.5, "shard": 0, "shards": 1, "weights": names, "wanted": ("weight",)}
+    return Descent(**(usual | changes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_gradient_is_bit_for_bit_the_same_again_and_that_of_the_evaluated_weights(checkpointing, search_file):
+    optimizer = {"evaluations": 20, "population": 8, "learning": {"checkpointing": checkpointing}}
+    file = search_file(evaluation={"device": "cpu", "dtype": "float32"}, optimizer=optimizer)
+    worker = Worker(files.load(file))
+    first = worker.descend(merge(0.6), descent())
+    evaluation = worker.evaluate(merge(0.6), "search")
+    again = worker.descend(merge(0.6), descent())
+    assert isinstance(first, Gradient)
+    assert (first.losses, first.slopes, first.fingerprint) == (again.losses, again.slopes, again.fingerprint)
+    assert first.fingerprint == evaluation.fingerprint
+    assert first.seconds > 0
+    assert set(first.losses) == {"base_qa", "cross_math_b"}
+    tensors = set(named_weights(worker.models.model))
+    places = {(name, model, "weight") for name in tensors for model in ("zoo:math", "zoo:lang")}
+    assert set(first.slopes) == places
+    assert without_time(worker.evaluate(merge(0.6), "search")) == without_time(evaluation)
+
+
+def test_a_step_along_the_gradient_changes_the_loss_as_it_says(worker):
+    everything, step = descent(share=1.0), 0.01
+    gradient = worker.descend(linear({"zoo:math": 0.5, "zoo:lang": 0.6}), everything)
+
+    def loss(weight):
+        recipe = linear({"zoo:math": weight, "zoo:lang": 0.6})
+        losses = worker.descend(recipe, descent(share=1.0, wanted=())).losses
+        return losses["base_qa"] + 0.5 * losses["cross_math_b"]
+
+    slope = sum(value for (_, model, _), value in gradient.slopes.items() if model == "zoo:math")
+    assert slope == pytest.approx((loss(0.5 + step) - loss(0.5 - step)) / (2 * step), rel=1e-2, abs=1e-3)
+
+
+def test_shards_of_a_gradient_sum_up_to_the_whole(worker):
+    whole = worker.descend(merge(0.6), descent())
+    parts = [worker.descend(merge(0.6), descent(shard=shard, shards=3)) for shard in range(3)]
+    largest = max(map(abs, whole.slopes.values()))
+    for place, slope in whole.slopes.items():
+        assert sum(part.slopes.get(place, 0.0) for part in parts) == pytest.approx(slope, rel=1e-3, abs=1e-5 * largest)
+    assert {name: sum(part.losses[name] for part in parts) for name in whole.losses} == pytest.approx(whole.losses)
+
+
+def test_a_gradient_of_weights_that_are_no_numbers_is_a_failed_evaluation(worker):
+    before = worker.descend(merge(0.6), descent())
+    failed = worker.descend(linear({"zoo:math": 1e41, "zoo:lang": -1e41}), descent())
+    assert failed.failed
+    assert failed.error.startswith("non-finite weights after the merge in model.")
+    assert worker.descend(merge(0.6), descent()).slopes == before.slopes
+
+
+def test_a_gradient_of_a_method_without_derivatives_has_losses_and_no_slopes(worker):
+    recipe = merge(0.6).model_copy(update={"merge_method": "karcher", "base_model": None})
+    gradient = worker.descend(recipe, descent())
+    assert gradient.slopes == {}
+    assert set(gradient.losses) == {"base_qa", "cross_math_b"}

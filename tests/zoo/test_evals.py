@@ -38,7 +38,8 @@ def test_a_task_file_names_itself_and_the_data_beside_it(task):
     config = yaml.safe_load((FOLDER / task / f"{task}.yaml").read_text())
     assert config["task"] == task
     assert config["dataset_kwargs"]["data_files"] == {split: f"{split}.jsonl" for split in evals.ITEMS}
-    assert (config["validation_split"], config["test_split"]) == tuple(evals.ITEMS)
+    splits = (config["validation_split"], config["metadata"]["selection_split"], config["test_split"])
+    assert splits == tuple(evals.ITEMS)
 
 
 def test_writing_elsewhere_gives_the_same_files(tmp_path):

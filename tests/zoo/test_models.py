@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import zoo
-from evomerge.errors import InputError
+from evomerge.errors import InputError, WorkFailed
 from evomerge.zoo import evals, language, training
 from evomerge.zoo.language import TOKEN_IDS, VOCABULARY, prompt, reply
 from tests.searches import EVALS
@@ -135,3 +135,44 @@ def test_learning_new_words_leaves_the_old_ones_alone():
     before, after = start.lm_head.weight, training.train(start, stage, Random(0)).lm_head.weight
     assert torch.equal(before[: language.FIRST_WORD_OF_B], after[: language.FIRST_WORD_OF_B])
     assert not torch.equal(before[language.FIRST_WORD_OF_B :], after[language.FIRST_WORD_OF_B :])
+
+
+def test_the_shipped_zoo_is_number_one():
+    assert training.seeds_of(training.SHIPPED) == {"base": 1, "math": 2, "lang": 2}
+
+
+def test_zoos_differ_in_the_seed_of_every_model_whatever_their_attempts():
+    tried = [training.seeds_of(zoo, attempt) for zoo in (1, 101, 102, 999) for attempt in range(training.ATTEMPTS)]
+    for name in training.STAGES:
+        assert len({seeds[name] for seeds in tried}) == len(tried)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Zoos that are only the names of their models, and whose models learn as told."""
+
+    def pretend(*attempts):
+        scores = iter(attempts)
+        monkeypatch.setattr(training, "build", dict)
+        monkeypatch.setattr(training, "own_skills", lambda models: dict.fromkeys(models, 1.0) | next(scores))
+
+    return pretend
+
+
+def test_a_zoo_whose_specialist_fails_is_trained_with_the_next_seeds(pretended):
+    pretended({"math": 0.5}, {"lang": 0.89}, {}, {})
+    models, seeds = training.build_learned(101)
+    assert models == seeds == training.seeds_of(101, attempt=2)
+
+
+def test_a_zoo_that_never_learns_is_failed_work(pretended):
+    pretended(*[{"lang": 0.0}] * training.ATTEMPTS)
+    with pytest.raises(WorkFailed, match="no zoo 101 learned its skills; choose another --seed"):
+        training.build_learned(101)
+
+
+def test_another_zoo_does_not_overwrite_the_shipped_one(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_zoo", "--seed", "101"])
+    with pytest.raises(SystemExit):
+        training.main()
+    assert "give --models" in capsys.readouterr().err

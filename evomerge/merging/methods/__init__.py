@@ -41,6 +41,7 @@ def _task_vectors(
             Parameter("lambda", float, 1.0),
             INT8_MASK,
         ),
+        slopes=("weight", "lambda"),
     )
 
 
@@ -54,6 +55,7 @@ METHODS: dict[str, Method] = {
             base="ignored",
             per_model=(WEIGHT,),
             shared=(Parameter("normalize", bool, True),),
+            slopes=("weight",),
         ),
         _task_vectors(
             "task_arithmetic",
@@ -126,6 +128,7 @@ METHODS: dict[str, Method] = {
             base="required",
             shared=(Parameter("t", float, None, search=Range(0.0, 1.0, 0.5, 0.2)),),
             most=1,
+            slopes=("t",),
         ),
         Method(
             name="nuslerp",
@@ -139,6 +142,8 @@ METHODS: dict[str, Method] = {
             ),
             least=2,
             most=2,
+            slopes=("weight",),
+            smooth_where="nuslerp_flatten",
         ),
         Method(
             name="multislerp",
@@ -147,6 +152,7 @@ METHODS: dict[str, Method] = {
             base="optional",
             per_model=(WEIGHT,),
             shared=(Parameter("normalize_weights", bool, True), Parameter("eps", float, 1e-8)),
+            slopes=("weight",),
         ),
         Method(
             name="karcher",
@@ -184,6 +190,7 @@ METHODS: dict[str, Method] = {
             base="required",
             shared=(Parameter("t", float, None, search=Range(0.0, 0.01, 0.001, 0.002)),),
             most=1,
+            slopes=("t",),
         ),
         Method(
             name="arcee_fusion",
@@ -199,6 +206,7 @@ METHODS: dict[str, Method] = {
             base="ignored",
             per_model=(Parameter("scale", float, 1.0, search=Range(0.5, 1.5, 1.0, 0.1)),),
             most=1,
+            slopes=("scale",),
         ),
     )
 }

@@ -122,6 +122,8 @@ class Method:
     random: whether it draws random numbers.
     least: how many models it needs; the base counts only where it is ignored.
     most: how many models it takes at most, counted alike; None for any number.
+    slopes: the parameters by which the merge can be differentiated.
+    smooth_where: the switch that must be on for that; None where there is none.
     """
 
     name: str
@@ -133,6 +135,8 @@ class Method:
     random: bool = False
     least: int = 1
     most: int | None = None
+    slopes: tuple[str, ...] = ()
+    smooth_where: str | None = None
 
     def merge(self, inputs: Inputs) -> torch.Tensor:
         """The merge of one tensor, float32, in the shape of the inputs."""

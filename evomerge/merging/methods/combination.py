@@ -1,10 +1,10 @@
 """Linear combinations of models: the pass that computes averages, arcs and means on spheres."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from evomerge.merging.methods.passes import Numbers, Pass, Tensors, numbers_on
+from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
 
 Coefficient = float | torch.Tensor
 
@@ -24,7 +24,7 @@ def around(
     kept = isinstance(own, float) and own == 1
     numbers = numbers_on(anchor.device, own=[] if kept else [own], others=others)
     factor = own if isinstance(own, float) and not tensors else None
-    return Pass(_around, (anchor, *tensors), numbers, factor=factor)
+    return Pass(_around, (anchor, *tensors), numbers, factor=factor, slopes=_around_slopes)
 
 
 def combination(
@@ -59,3 +59,12 @@ def _around(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor
         total += difference
     anchor -= total  # a difference of two equal zeros would lose the sign of the first as a sum
     return anchor
+
+
+def _around_slopes(tensors: Tensors, fields: Tensors, numbers: Numbers) -> Iterator[Slope]:
+    """By a difference's coefficient the difference, and by the anchor's own coefficient the anchor."""
+    anchor, *others = tensors
+    for index, tensor in enumerate(others):
+        yield "others", index, tensor - anchor
+    if numbers["own"]:
+        yield "own", 0, anchor

@@ -44,8 +44,13 @@ def pieces(count: int, device: torch.device, elements: int = 1) -> Iterator[slic
     device: where the tensor is.
     elements: how many elements each row has; 1 for a vector.
     """
-    size = max(1, (1 << (16 if device.type == "cpu" else 20)) // max(1, elements))
+    size = max(1, piece_size(device) // max(1, elements))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def piece_size(device: torch.device) -> int:
+    """How many elements a piece has (see `pieces`)."""
+    return 1 << (16 if device.type == "cpu" else 20)
 
 
 def uniform_field(seed: int, position: int, name: str, count: int, device: torch.device | str) -> torch.Tensor:

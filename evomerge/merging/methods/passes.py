@@ -5,7 +5,7 @@ ways do the same operations in the same order and precision, so on a CPU the bit
 may fuse a multiplication with an addition, so it is used there only where the search file asks for it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
@@ -16,6 +16,8 @@ Numbers = Mapping[str, tuple[torch.Tensor, ...]]
 Tensors = tuple[torch.Tensor, ...]
 T = TypeVar("T")
 Element = Callable[[Tensors, Tensors, Numbers], torch.Tensor]
+Slope = tuple[str, int, torch.Tensor]
+Slopes = Callable[[Tensors, Tensors, Numbers], Iterator[Slope]]
 
 ROOM = 1 << 23  # bytes that an eager pass takes at a time: enough to make calls cheap, few enough for the cache
 _WIDE_ROOM = 1 << 28  # where there are thousands of cores to feed
@@ -34,6 +36,8 @@ class Pass:
     numbers: scalar tensors by name.
     fields: integer tensors whose last dimension is the elements.
     factor: the number that the only tensor is multiplied by, where `element` does nothing else; otherwise None.
+    slopes: takes what `element` takes, and yields for numbers on which the result depends smoothly their name, their
+        index, and the derivative of each element; None where there is none.
     """
 
     element: Element
@@ -41,6 +45,7 @@ class Pass:
     numbers: Numbers = field(default_factory=dict)
     fields: Tensors = ()
     factor: float | None = None
+    slopes: Slopes | None = None
 
 
 def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -> Numbers:

@@ -10,4 +10,4 @@ from evomerge.merging.methods.passes import Pass
 def merge_passthrough(inputs: Inputs) -> Pass | torch.Tensor:
     """The model's tensor itself where `scale` is 1, else the pass that multiplies it by `scale`."""
     scale: float = inputs.per_model[0]["scale"]
-    return inputs.tensors[0] if scale == 1 else around(inputs.tensors[0], (), scale, ())
+    return inputs.tensors[0] if isinstance(scale, float) and scale == 1 else around(inputs.tensors[0], (), scale, ())

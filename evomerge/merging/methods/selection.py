@@ -5,7 +5,7 @@ threshold are treated alike.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 
 import torch
@@ -25,7 +25,7 @@ from evomerge.merging.methods.kernels import (
     sum_of_squares,
     sums_below,
 )
-from evomerge.merging.methods.passes import Numbers, Pass, Tensors, numbers_on
+from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
 from evomerge.merging.methods.sparsify import delta_in, magnitude
 from evomerge.merging.methods.task_vectors import deltas_of, sign_of, sum_of, total_of
 
@@ -156,7 +156,7 @@ def merge_nearswap(inputs: Inputs) -> Pass:
     change the farther away it is."""
     t = max(inputs.shared["t"], 0.0)
     numbers = numbers_on(inputs.device, t=[t], least=[max(t, _NEGLIGIBLE)])
-    return Pass(_swap_near, (_base(inputs), *inputs.tensors), numbers)
+    return Pass(_swap_near, (_base(inputs), *inputs.tensors), numbers, slopes=_swap_near_slopes)
 
 
 def _swap_near(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
@@ -167,6 +167,17 @@ def _swap_near(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Ten
     away *= torch.div(numbers["t"][0], weight, out=weight)
     base -= away
     return base
+
+
+def _swap_near_slopes(tensors: Tensors, fields: Tensors, numbers: Numbers) -> Iterator[Slope]:
+    """By `t` and by `least`, which bounds the divisor. Both follow the parameter, so their parts add up: to the sign of
+    the change where it is farther away than `t`, and to nothing where the other model's element is taken."""
+    base, other = tensors
+    away = base - other
+    weight = away.abs().clamp_(min=numbers["least"][0])
+    yield "t", 0, -away / weight
+    near = indicator(torch.le, away.abs(), numbers["least"][0])
+    yield "least", 0, near * away * numbers["t"][0] / weight.square()
 
 
 def merge_arcee_fusion(inputs: Inputs) -> Pass:

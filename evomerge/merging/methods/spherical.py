@@ -86,7 +86,7 @@ def merge_multislerp(inputs: Inputs) -> Pass:
     weights = inputs.each("weight")
     by = divisor(sum(weights)) if inputs.shared["normalize_weights"] else 1.0
     products = gram(inputs)
-    shares = torch.tensor([weight / by for weight in weights], dtype=torch.float64).to(products.device)
+    shares = torch.stack([torch.as_tensor(weight / by, dtype=torch.float64) for weight in weights]).to(products.device)
     norms = products.diagonal().sqrt()
     units = 1 / (norms + eps)  # a model times its number is a unit vector
 
@@ -142,7 +142,8 @@ def _length(coefficients: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
     products: the scalar products of the vectors.
     """
     squared = ordered_sum(coefficients * ordered_sum(products * coefficients).flatten())
-    return squared.clamp(min=0).sqrt()
+    positive = squared > 0  # the root has no derivative at 0, and a NaN there would spread
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
 def _unit(coefficients: torch.Tensor, cosines: torch.Tensor, tol: float, otherwise: torch.Tensor) -> torch.Tensor:

@@ -8,14 +8,14 @@ The steps are those of mergekit 0.1.5, in its order, in float32:
 4. The sum is multiplied by lambda and added to the base.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import UNIFORM_STEPS, divisor, exact_l1, indicator, l1_steps, pieces, sums_below
-from evomerge.merging.methods.passes import Numbers, Pass, Tensors, numbers_on
+from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
 from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, delta_in, magnitude
 
 _NEGLIGIBLE_L1 = 1e-7
@@ -56,10 +56,11 @@ class TaskVectorMerge:
             sparsify=chosen,
             consensus=self.consensus,
             normalize=inputs.shared["normalize"],
-            scaled=inputs.shared["lambda"] != 1,
+            scaled=bool(inputs.shared["lambda"] != 1),
             per_element=chosen == "magprune" and inputs.shared["rescale"] and inputs.rescale == "density",
         )
-        return Pass(element, (inputs.base, *inputs.tensors), numbers_on(inputs.device, **numbers), fields)
+        moved = numbers_on(inputs.device, **numbers)
+        return Pass(element, (inputs.base, *inputs.tensors), moved, fields, slopes=element.slopes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class TaskVectorPass:
         base, deltas = deltas_of(tensors)
         for index, delta in enumerate(deltas):
             self._sparsify(delta, index, len(deltas), fields, numbers)
+            delta *= numbers["weight"][index]
         merged = self._agreeing(deltas, numbers["weight"]) if self.consensus else total_of(deltas)
         if self.normalize and not self.consensus:
             merged /= numbers["by"][0]
@@ -92,7 +94,7 @@ class TaskVectorPass:
         return base
 
     def _sparsify(self, delta: torch.Tensor, index: int, models: int, fields: Tensors, numbers: Numbers) -> None:
-        """Sparsifies, rescales and weights a task vector in place."""
+        """Sparsifies and rescales a task vector in place."""
         if self.sparsify is not None:
             sparsifier = SPARSIFIERS[self.sparsify]
             per_model = len(fields) // models
@@ -105,7 +107,43 @@ class TaskVectorPass:
                 delta *= 1.0 / probability.clamp(min=_FINEST)
             elif "scale" in numbers:
                 delta *= numbers["scale"][index]
-        delta *= numbers["weight"][index]
+
+    def slopes(self, tensors: Tensors, fields: Tensors, numbers: Numbers) -> Iterator[Slope]:
+        """The derivatives by weights, by the sum of weights (`by`) and by lambda (see `Pass`). Masks and elected signs
+        are held fixed."""
+        _, deltas = deltas_of(tensors)
+        for index, delta in enumerate(deltas):
+            self._sparsify(delta, index, len(deltas), fields, numbers)
+        yield from self._slopes_agreeing(deltas, numbers) if self.consensus else self._slopes_summed(deltas, numbers)
+
+    def _slopes_summed(self, deltas: Sequence[torch.Tensor], numbers: Numbers) -> Iterator[Slope]:
+        by = numbers["by"][0] if self.normalize else torch.ones_like(numbers["by"][0])
+        total = sum_of([delta * weight for delta, weight in zip(deltas, numbers["weight"], strict=True)])
+        for index, delta in enumerate(deltas):
+            yield "weight", index, delta * (numbers["lambda"][0] / by)
+        if self.normalize:
+            yield "by", 0, total * (-numbers["lambda"][0] / by.square())
+        yield "lambda", 0, total / by
+
+    def _slopes_agreeing(self, deltas: Sequence[torch.Tensor], numbers: Numbers) -> Iterator[Slope]:
+        """A model of weight 0 counts as one of a very small weight, or else it would never move away from 0."""
+        weights = numbers["weight"]
+        weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
+        elected = sign_of(sum_of(weighted))
+        agreeing = [
+            indicator(torch.gt, (delta if weight == 0 else own) * elected, 0.0)
+            for delta, own, weight in zip(deltas, weighted, weights, strict=True)
+        ]
+        merged = sum_of([own * agrees for own, agrees in zip(weighted, agreeing, strict=True)])
+        lost = torch.zeros_like(merged)
+        if self.normalize:
+            divisors = sum_of([agrees * weight for agrees, weight in zip(agreeing, weights, strict=True)])
+            divisors += indicator(torch.eq, divisors, 0.0)
+            merged /= divisors
+            agreeing, lost = [agrees / divisors for agrees in agreeing], merged
+        for index, (delta, agrees) in enumerate(zip(deltas, agreeing, strict=True)):
+            yield "weight", index, agrees * (delta - lost) * numbers["lambda"][0]
+        yield "lambda", 0, merged
 
     def _agreeing(self, deltas: Sequence[torch.Tensor], weights: Tensors) -> torch.Tensor:
         """The sum of the deltas, element by element, without those whose sign differs from that of the sum of all

@@ -7,6 +7,7 @@ What candidates have in common (uniform fields, thresholds, scalar products) is 
 
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,8 +21,10 @@ from evomerge.merging.building import empty_model, load_config, load_model
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.passes import room_on
+from evomerge.merging.methods.slopes import Key, slopes, smooth_parameters
 from evomerge.merging.naming import check_view, naming_of
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
+from evomerge.merging.resident.gradients import Followed, followed
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
@@ -86,6 +89,7 @@ class ResidentModels:
         self._kept: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
+        self._plan: MergePlan | None = None
 
     def _resident(self, weights: Weights) -> dict[str, torch.Tensor]:
         source, infos = weights.source, {}
@@ -139,6 +143,7 @@ class ResidentModels:
 
     def _make(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
         """Makes a merge and sets `candidate` to it. Returns its parameters, and those that had to be computed."""
+        self._plan = plan
         if not self._in_place(plan):
             return self._make_view(plan)
         for tensor in plan.tensors:
@@ -146,6 +151,22 @@ class ResidentModels:
         self._naming.settle(self.model, self._parameters)
         self.candidate = self.model
         return self._parameters, self._parameters
+
+    def following(self, wanted: Sequence[str]) -> AbstractContextManager[Followed]:
+        """A context that sums up the derivatives of losses by parameters of the last candidate's merge, while backward
+        passes go through it.
+
+        wanted: the names of the parameters, such as `weight`.
+        """
+        assert self._plan is not None
+        plan, method = self._plan, self._plan.method
+        merges = [merge for merge in plan.tensors if smooth_parameters(method, merge.shared, wanted)]
+
+        def slopes_of(merge: TensorMerge, gradient: torch.Tensor) -> Mapping[Key, torch.Tensor]:
+            return slopes(method, self._inputs(plan, merge, gradient.device), gradient, wanted)
+
+        pieces = self._naming.pieces if self.candidate is self.model else {}
+        return followed(self.candidate, self._naming, pieces, merges, slopes_of)
 
     def _in_place(self, plan: MergePlan) -> bool:
         """Whether the merge has the resident model's layers in their order."""

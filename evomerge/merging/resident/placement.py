@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from evomerge.errors import InputError
-from evomerge.layers import layer_index
+from evomerge.layers import is_layer
 from evomerge.quiet import quiet
 
 _KEPT = 0.9  # the share of a device's free memory for a model and its sources; candidates take some, too
@@ -53,7 +53,7 @@ def divide(model: nn.Module, room: Sequence[float], copies: int) -> dict[str, in
     sizes = [_size(part) for part in by_name.values()]
     whole, share = _size(model), _size(model) / len(room) + max(sizes)
     limits = [min(space / copies, share) for space in room[:-1]] + [min(room[-1] / copies, whole)]
-    layers = {type(part).__name__ for name, part in by_name.items() if _is_layer(name)}
+    layers = {type(part).__name__ for name, part in by_name.items() if is_layer(name)}
     with quiet():
         decided = infer_auto_device_map(
             model, {number: int(limit) for number, limit in enumerate(limits)}, sorted(layers), clean_result=False
@@ -74,13 +74,9 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{part}.") for part in by_name):
             continue
-        if _is_layer(name) or any(True for _ in chain(module.parameters(recurse=False), module.buffers(recurse=False))):
+        if is_layer(name) or any(True for _ in chain(module.parameters(recurse=False), module.buffers(recurse=False))):
             by_name[name] = module
     return by_name
-
-
-def _is_layer(name: str) -> bool:
-    return name.rpartition(".")[2].isdigit() and layer_index(f"{name}.weight") is not None
 
 
 def _size(module: nn.Module) -> int:

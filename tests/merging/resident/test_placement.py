@@ -152,3 +152,16 @@ def test_layers_that_change_places_keep_their_devices_and_fetch_what_they_need(
     for layer in view.model.layers:
         assert len({tensor.device for tensor in layer.parameters()}) == 1
     PreparedRequests(requests(), 4, 64, GPUS[0]).rehearse(view)
+
+
+@pytest.mark.parametrize(
+    "candidate", [recipe("dare_ties"), recipe("linear"), path(0, 3)], ids=["ties", "linear", "path"]
+)
+def test_gradients_are_taken_where_their_tensors_are(spread: ResidentModels, candidate: Recipe) -> None:
+    spread.rehearse(candidate)
+    with spread.following(["weight"]) as followed:
+        ids = torch.zeros((2, 5), dtype=torch.int64, device=GPUS[0])
+        spread.candidate(input_ids=ids, use_cache=False).logits.sum().backward()
+    devices = {name: tensor.device for name, tensor in named_weights(spread.candidate).items()}
+    assert followed._totals
+    assert all(slope.device == devices[name] for (name, _, _), slope in followed._totals.items())
