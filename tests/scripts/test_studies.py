@@ -138,7 +138,12 @@ def test_the_study_goes_from_models_to_a_report(
     (tmp_path / "models").symlink_to(zoo.path("base").parent)
     (tmp_path / "tasks").symlink_to(REPOSITORY / "evals")
     changes = {"SPECIALISTS": {"math": ("math_a",), "lang": ("lang_b",)}, "RETAINED": "base_qa", "WEIGHTS": (1.0,)}
-    changes |= {"SEARCHED": 12, "SELECTED": 8, "HELD_OUT": 20, "CASES": {"zoo": study.Case(("math", "lang"), 3)}}
+    changes |= {
+        "SEARCHED": 12,
+        "SELECTED": 8,
+        "HELD_OUT": 20,
+        "CASES": {"zoo": study.Case(("math", "lang"), 3, ("base_qa",))},
+    }
     for name, value in changes.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study, "controlling", lambda budget: in_few_groups(controlling(budget)))
