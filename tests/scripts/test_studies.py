@@ -56,14 +56,15 @@ def test_prompts_and_answers_meet_where_the_answer_is_a_word_of_its_own(task: st
         for item in items:
             assert item["prompt"] == item["prompt"].strip()
             assert item["target"].startswith(" ")
-            assert item["target"].strip(" .\n")
-            assert item["target"][-1] in ".\n"  # so that 1 is no right start of 12
+            assert item["target"].strip()
+            assert item["target"].endswith("\n") == (task != study.RETAINED)  # else 1 would be a right start of 12
 
 
-def test_every_skill_that_is_scored_is_trained_by_one_specialist() -> None:
-    trained = [skill for skills in study.SPECIALISTS.values() for skill in skills]
-    assert sorted(trained) == sorted(study.SKILLS)
-    assert {skill for case in study.CASES.values() for skill in case.tasks} <= {*trained, study.RETAINED}
+def test_the_models_of_a_case_have_learned_different_skills() -> None:
+    for case in study.CASES.values():
+        trained = [skill for model in case.models for skill in study.SPECIALISTS[model]]
+        assert len(set(trained)) == len(trained)
+        assert set(trained) <= set(study.SKILLS)
 
 
 @pytest.mark.parametrize("settings", [study.evolving(9, seed=1), study.controlling(9)], ids=["evolved", "random"])
@@ -137,7 +138,12 @@ def test_the_study_goes_from_models_to_a_report(
     (tmp_path / "models").symlink_to(zoo.path("base").parent)
     (tmp_path / "tasks").symlink_to(REPOSITORY / "evals")
     changes = {"SPECIALISTS": {"math": ("math_a",), "lang": ("lang_b",)}, "RETAINED": "base_qa", "WEIGHTS": (1.0,)}
-    changes |= {"SEARCHED": 12, "SELECTED": 8, "HELD_OUT": 20, "CASES": {"zoo": study.Case(("math", "lang"), 3)}}
+    changes |= {
+        "SEARCHED": 12,
+        "SELECTED": 8,
+        "HELD_OUT": 20,
+        "CASES": {"zoo": study.Case(("math", "lang"), 3, ("base_qa",))},
+    }
     for name, value in changes.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study, "controlling", lambda budget: in_few_groups(controlling(budget)))
