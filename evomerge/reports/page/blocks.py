@@ -53,16 +53,18 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A long text that is folded away, such as a file.
+    """A long text that can be folded away, such as a file.
 
     title: what it is.
     content: the text.
     copied: whether it has a button that copies it.
+    opened: whether it is unfolded at first.
     """
 
     title: str
     content: str
     copied: bool = False
+    opened: bool = False
 
 
 @dataclass(frozen=True, slots=True)

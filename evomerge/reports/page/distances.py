@@ -42,8 +42,8 @@ def distances(recipe: Recipe, config: SearchConfig, models: Models) -> Distances
     size = sum(math.prod(info.shape) for info in models.table.values())
     if size > MOST_PARAMETERS:
         return (
-            f"The models have {size / 1e6:,.0f} million parameters each. Distances are only computed for models of up to "
-            f"{MOST_PARAMETERS / 1e6:,.0f} million, since the merge has to be made for them."
+            f"The models have {size / 1e6:,.0f} million parameters each. Distances are only computed for models of "
+            f"up to {MOST_PARAMETERS / 1e6:,.0f} million, since the merge has to be made for them."
         )
     merge = StreamedMerge(recipe, models, "the recipe", "cpu", config.evaluation.dtype)
     if not merge.plan.keeps_layers or len(merge.plan.layers) != layer_count(models.table):

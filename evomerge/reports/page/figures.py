@@ -154,6 +154,7 @@ def front(rows: Sequence[CandidateView], on_front: Sequence[str], winner: str | 
         traces.append(
             _points(role, [f"{row.id}: " + _scores_text(row.scores) for row in members])
             | {"x": columns[0], "y": columns[1], "meta": columns}
+            | _names(role, members)
         )
     figure = _figure(
         traces,
@@ -181,6 +182,14 @@ def _points(role: str, texts: Sequence[str]) -> dict[str, Any]:
         "hoverinfo": "text",
         "hovertext": [label(text, 160) for text in texts],
     }
+
+
+def _names(role: str, members: Sequence[CandidateView]) -> dict[str, Any]:
+    """The names of parents, beside their marks."""
+    if role != "parent":
+        return {}
+    names = [label(row.id.removeprefix("parent-"), 16) for row in members]
+    return {"mode": "markers+text", "text": names, "textposition": "middle left", "cliponaxis": False}
 
 
 def _scores_text(scores: Mapping[str, float] | None) -> str:
@@ -245,7 +254,8 @@ def shrinkage(
             f"{row.id}: mean {row.mean or 0:.3f} on search items, {row.heldout_mean or 0:.3f} held-out"
             for row in members
         ]
-        traces.append(_points(role, texts) | {"x": across[0], "y": upward[0], "meta": [across, upward]})
+        drawn = _points(role, texts) | _names(role, members)
+        traces.append(drawn | {"x": across[0], "y": upward[0], "meta": [across, upward]})
     figure = _figure(
         traces,
         height=440,
@@ -375,16 +385,20 @@ def losses(by_metric: Mapping[str, Sequence[tuple[int, float]]]) -> Drawing:
 # The recipe
 
 
-def grids(titles: Sequence[str], pictures: Sequence[Mapping[str, Grid]]) -> Drawing:
+def grids(titles: Sequence[str], pictures: Sequence[Mapping[str, Grid]], choice: str, alike: bool = True) -> Drawing:
     """Heat maps of the parameters of recipes, by model, kind of tensor and layer.
 
     titles: what each picture is of.
     pictures: for each title the grids by parameter. The first has at least one grid.
+    choice: what a title names.
+    alike: whether a parameter has the same colors in all pictures.
     """
     parameters = list(dict.fromkeys(name for grids in pictures for name in grids))
     ranges = {name: _range([grids[name] for grids in pictures if name in grids]) for name in parameters}
     variants = {
-        f"{which}|{index}": _heat(grids.get(name), ranges[name])
+        f"{which}|{index}": _heat(
+            grids.get(name), ranges[name] if alike or name not in grids else _range([grids[name]])
+        )
         for which, grids in enumerate(pictures)
         for index, name in enumerate(parameters)
     }
@@ -395,7 +409,7 @@ def grids(titles: Sequence[str], pictures: Sequence[Mapping[str, Grid]]) -> Draw
         variants[first]["data"], **{**variants[first]["layout"], "height": height, "margin": {"t": 12, "r": 8, "b": 48}}
     )
     selects = (
-        Select("candidate", tuple(titles), start=which),
+        Select(choice, tuple(titles), start=which),
         Select("parameter", tuple(parameters), start=index),
     )
     return Drawing(figure, selects, variants)
@@ -626,6 +640,7 @@ def parallel(shown: Features, names: Sequence[str], mean: str) -> Drawing:
             "tickangle": -50,
             "automargin": True,
             "zeroline": False,
+            "range": [-0.4, len(picked) + 0.4],
         },
         yaxis={
             "tickmode": "array",
@@ -680,7 +695,7 @@ def distances(measured: Distances) -> Drawing:
     ticks = range(0, len(measured.places), max(1, len(measured.places) // 16))
     lines = [("merge to base", measured.merged["base"], ROLES["winner"][1], "solid", 3)]
     for index, (name, values) in enumerate(measured.parents.items()):
-        color = _PALETTE[(index * 2) % len(_PALETTE)] if index else ROLES["parent"][1]
+        color = ("#2e9e5b", "#2f7ed8", "#9b59b6", "#d64550", "#17a2b8", "#a5673f")[index % 6]
         lines.append((f"{name} to base", values, color, "dash", 2))
         lines.append((f"merge to {name}", measured.merged[name], color, "solid", 2))
     traces = [

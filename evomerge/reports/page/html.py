@@ -51,6 +51,7 @@ def render(
     reload: after how many seconds the page reads itself again; None for a page that does not.
     """
     import jinja2
+    from markupsafe import Markup
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     own, plotly = _asset("page.js"), plotly_script()
@@ -62,11 +63,11 @@ def render(
         sections=made,
         questions=[(question, block, titles[block]) for question, block in sections.QUESTIONS if block in titles],
         reload=reload,
-        style=jinja2.utils.markupsafe.Markup(_asset("page.css")),
-        plotly=jinja2.utils.markupsafe.Markup(plotly),
-        script=jinja2.utils.markupsafe.Markup(own),
-        hashes=jinja2.utils.markupsafe.Markup(" ".join(f"'{_hash(script)}'" for script in (plotly, own))),
-        drawings=jinja2.utils.markupsafe.Markup(embedded(_drawings(made))),
+        style=Markup(_asset("page.css")),
+        plotly=Markup(plotly),
+        script=Markup(own),
+        hashes=Markup(" ".join(f"'{_hash(script)}'" for script in (plotly, own))),
+        drawings=Markup(embedded(_drawings(made))),
     )
 
 

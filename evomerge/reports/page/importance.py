@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from evomerge.archive.archive import Record
 from evomerge.quiet import quiet
@@ -124,7 +125,7 @@ def _fanova(features: Features, numbers: Sequence[int]) -> dict[str, float]:
     return {features.features[int(number)].name: float(share) for number, share in ordered}
 
 
-def _distribution(feature: Feature) -> "object":
+def _distribution(feature: Feature) -> Any:
     from optuna import distributions
 
     if feature.choices:

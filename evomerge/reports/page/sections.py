@@ -178,7 +178,8 @@ def facts(story: Story) -> list[tuple[str, str]]:
         ("state", status.state),
         ("winner", story.winner or "none"),
         (f"{status.mean}, {split} items", "none" if mean is None else f"{mean:.3f}"),
-        ("evaluations", f"{status.evaluations} of {status.budget}"),
+        ("evaluations", f"{status.evaluations:,}"),
+        ("forward passes", f"{status.equivalents:,.0f} of {story.run.config.limit:,.0f}"),
         ("front", f"{status.front_size} candidates"),
         ("failed", str(status.failed)),
     ]
@@ -203,8 +204,8 @@ def _verdict(story: Story) -> Block:
         mean = f"{one.difference:+.3f} ({low:+.3f} to {high:+.3f})"
         rows.append((one.rival, one.of, mean, "", f"{_p_value(one.corrected)} (corrected)"))
     says = (
-        "Each dot is the lead of the winner over a rival on held-out items, which the search never saw; the line is the "
-        "95 % interval. Where the line crosses 0, the lead may be luck."
+        "Each dot is the lead of the winner over a rival on held-out items, which the search never saw; the line is "
+        "the 95 % interval. Where the line crosses 0, the lead may be luck."
     )
     head = ("rival", "task", "lead (95 % interval)", "items won / lost", "p-value")
     notes = tuple(f"Against {one.rival}, the {one.role}: {phrase(one)}." for one in compared)
@@ -244,9 +245,9 @@ def _cost(story: Story) -> Block:
         ("work of all workers together", _hours(whole.hours)),
     ]
     says = (
-        "What the search has cost. A candidate that is scored on all search items is one forward pass over them; a step "
-        f"along a gradient costs {FORWARD_PASSES:g} times the share of the items that it reads. Controls are not counted "
-        "in the first four rows."
+        "What the search has cost. A candidate that is scored on all search items is one forward pass over them; a "
+        f"step along a gradient costs {FORWARD_PASSES:g} times the share of the items that it reads. The first four "
+        "rows leave controls out."
     )
     return Block("cost", "Cost", says, tables=(Table(("", ""), rows),))
 
@@ -268,8 +269,8 @@ def _front(story: Story) -> Block:
         )
     says = (
         "Each mark is a candidate with its scores on search items. Candidates of the front are those that no other "
-        "candidate beats on every objective. Choose any two objectives; in a figure of two of many, marks of the front "
-        "may lie behind others."
+        "candidate beats on one objective without losing on another. Choose any two objectives; where there are more, "
+        "marks of the front may lie behind others."
     )
     minimized = [objective.name for objective in story.run.config.objectives if sign_of(objective) < 0]
     notes = [f"Smaller is better for {', '.join(minimized)}."] if minimized else []
@@ -289,7 +290,7 @@ def _shrinkage(story: Story) -> Block:
         "dotted line have lost on new items what they had won by luck, or by learning the search items."
     )
     mine = next((row for row in rows if row.id == story.winner), None)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if mine is not None and mine.mean is not None and mine.heldout_mean is not None:
         notes = (f"The winner has {mine.mean:.3f} on search items and {mine.heldout_mean:.3f} on held-out items.",)
     drawing = figures.shrinkage(rows, story.front_ids, story.winner, story.objectives)
@@ -348,7 +349,8 @@ def _losses(story: Story) -> Block:
 
 def _grids(story: Story) -> list[tuple[str, dict[str, Grid]]]:
     """The grids of the winner and of the front, as many as a page holds."""
-    found, cells = [], 0
+    found: list[tuple[str, dict[str, Grid]]] = []
+    cells = 0
     for name, shown in story.pictures:
         cells += sum(len(grid.rows) * len(grid.columns) for grid in shown.grids.values())
         if shown.grids and (cells <= _MOST_CELLS or not found):
@@ -366,7 +368,8 @@ def _recipe(story: Story) -> Block:
         "else the method takes. A model whose weights are near 0 everywhere adds nothing. Choose another candidate of "
         "the front to see what differs."
     )
-    drawing = figures.grids([_named(name, story) for name, _ in found], [grids for _, grids in found])
+    titles = [_named(name, story) for name, _ in found]
+    drawing = figures.grids(titles, [grids for _, grids in found], "candidate")
     notes = (f"The method is {story.pictures[0][1].method}.", *_useless(found[0][1]))
     if len(found) - 1 < len(story.front) - (story.winner in story.front_ids):
         notes += (f"Of the front of {len(story.front)}, the best {len(found)} are in the list.",)
@@ -410,12 +413,14 @@ def _spread(story: Story) -> Block:
     both = {name: spread([grids[name] for grids in found if name in grids]) for name in names}
     says = (
         f"The standard deviation and the mean of each cell over {len(found)} candidates of the front. Where the "
-        "deviation is large, candidates that are equally good differ there, so that layer decides between objectives or "
-        "does not matter."
+        "deviation is large, candidates that are equally good differ there, so that layer decides between objectives "
+        "or does not matter."
     )
     drawing = figures.grids(
         ("standard deviation", "mean"),
         ({name: pair[1] for name, pair in both.items()}, {name: pair[0] for name, pair in both.items()}),
+        "show",
+        alike=False,
     )
     return Block("spread", title, says, drawing)
 
@@ -450,8 +455,8 @@ def _importances(story: Story) -> Block:
         return Block("importances", title, f"Importances cannot be computed. {story.shares}")
     says = (
         "How much of the variance of the mean on search items each gene explains, as a regression by random forests "
-        "sees it (fANOVA). Layers or models whose genes have long bars matter; a gene that hardly moved has a short bar "
-        "whatever it does."
+        "sees it (fANOVA). Layers or models whose genes have long bars matter; a gene that hardly moved has a short "
+        "bar whatever it does."
     )
     notes = _grouped(story)
     drawing = figures.importances(story.shares)
@@ -472,9 +477,9 @@ def _parallel(story: Story) -> Block:
             "parallel", title, "Fewer than two candidates with genes were scored, so there are no lines to draw."
         )
     if isinstance(story.shares, str):
-        names = [feature.name for feature in story.features.features]
+        names, order = [feature.name for feature in story.features.features], "in the order of the genome"
     else:
-        names = list(story.shares)
+        names, order = list(story.shares), "the most important first"
     names = names[:_MOST_AXES]
     says = (
         "Each line is a candidate: the height on an axis is the value of that gene, from its least to its largest. Red "
@@ -482,7 +487,7 @@ def _parallel(story: Story) -> Block:
     )
     notes = _grouped(story)
     if len(story.features.features) > len(names):
-        notes += (f"{len(names)} of {len(story.features.features)} are drawn, the most important first.",)
+        notes += (f"{len(names)} of {len(story.features.features)} are drawn, {order}.",)
     drawing = figures.parallel(story.features, names, story.status.mean)
     return Block("parallel", title, says, drawing, notes=notes)
 
@@ -497,8 +502,8 @@ def _retention(story: Story) -> Block:
         return Block("retention", title, "There is no winner to compare with its parents, or no parent has scores.")
     split = "held-out" if kept[0].items == "heldout" else "search"
     says = (
-        f"For each parent, its score on {split} items on the task that it is best at, and the winner's there. A shorter "
-        "bar of the winner is what it has lost."
+        f"For each parent, its score on {split} items on the task that it is best at, and the winner's there. A "
+        "shorter bar of the winner is what it has lost."
     )
     rows = [(one.parent, one.metric, _score(one.parent_score), _score(one.score), _share(one)) for one in kept]
     head = ("parent", "its best task", "its score", "winner's", "kept")
@@ -557,8 +562,8 @@ def _items(story: Story) -> Block:
     if not found:
         return Block("items", title, "The winner has no outcomes on held-out items yet, so no item can be compared.")
     says = (
-        "Each tick is a held-out item on which the winner is better (gained) or worse (lost) than a parent or the base. "
-        "Items are numbered from 0 in the order in which they are scored."
+        "Each tick is a held-out item on which the winner is better (gained) or worse (lost) than a parent or the "
+        "base. Items are numbered from 0 in the order in which they are scored."
     )
     rows = [
         (
@@ -607,7 +612,9 @@ def _with_text(story: Story) -> tuple[dict[str, Table], tuple[str, ...]]:
         more = f" (the first {len(numbers)} of {len(texts)})" if len(numbers) < len(texts) else ""
         folded[f"{one.rival}, {one.metric}: questions{more}"] = Table(("item", "", "question", "right answer"), rows)
     unlike = [one.metric for one in story.flips if asked.get(one.metric) and (one.rival, one.metric) not in shown]
-    told = ("Scores do not keep what the models answered; whether an answer was right is all that is known.",)
+    told: tuple[str, ...] = (
+        "Scores do not keep what the models answered; whether an answer was right is all that is known.",
+    )
     if unlike:
         names = ", ".join(dict.fromkeys(unlike))
         told += (f"The items of {names} are no longer those that were scored, so their text is left out.",)
@@ -627,8 +634,8 @@ def _shipping(story: Story) -> Block:
     origin, again = story.provenance, story.rebuilt
     rows = [(source.name, source.reference, source.license or "none stated") for source in origin.sources]
     says = (
-        f"The licenses that the models' cards state. A merge of them carries the license {origin.license}, as far as the "
-        "cards tell; this is bookkeeping, not legal advice."
+        f"The licenses that the models' cards state. A merge of them carries the license {origin.license}, as far as "
+        "the cards tell; this is bookkeeping, not legal advice."
     )
     told = (*origin.license_warnings, *(again.warnings if again is not None else ("there is no winner to ship.",)))
     if not told:
@@ -643,12 +650,12 @@ def _rebuild(story: Story) -> Block:
     if again is None:
         return Block("rebuild", title, "There is no winner that could be built again.")
     says = (
-        "The commands write the recipe and the merged checkpoint; merging checks that the weights are bit for bit those "
-        f"that were scored, by their fingerprint {again.fingerprint}. The recipe alone is enough."
+        "The commands write the recipe and the merged checkpoint; merging checks that the weights are bit for bit "
+        f"those that were scored, by their fingerprint {again.fingerprint}. The recipe alone is enough."
     )
     commands = f"evomerge export {_quoted(story.directory)} -o recipe.yaml\nevomerge merge recipe.yaml merged"
     texts = (
-        Text("The commands", commands, copied=True),
+        Text("The commands", commands, copied=True, opened=True),
         Text(f"The recipe of {again.candidate}", again.recipe, copied=True),
     )
     return Block("rebuild", title, says, texts=texts)
