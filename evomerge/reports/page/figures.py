@@ -404,10 +404,7 @@ def grids(titles: Sequence[str], pictures: Sequence[Mapping[str, Grid]], choice:
     }
     first = next(key for key in variants if variants[key]["data"][0]["z"])
     which, index = map(int, first.split("|"))
-    height = max(variant["layout"]["height"] for variant in variants.values())
-    figure = _figure(
-        variants[first]["data"], **{**variants[first]["layout"], "height": height, "margin": {"t": 12, "r": 8, "b": 48}}
-    )
+    figure = _figure(variants[first]["data"], **variants[first]["layout"])
     selects = (
         Select(choice, tuple(titles), start=which),
         Select("parameter", tuple(parameters), start=index),
@@ -427,6 +424,7 @@ def _heat(grid: Grid | None, limits: tuple[float, float]) -> Figure:
     values = list(reversed(grid.values)) if grid else []
     columns = grid.columns if grid else ()
     names = [_row_name(*row) for row in rows]
+    tall = (34 if len(rows) < 8 else 24) * max(2, len(rows))
     trace = {
         "type": "heatmap",
         "z": [[number(value) for value in row] for row in values],
@@ -446,11 +444,12 @@ def _heat(grid: Grid | None, limits: tuple[float, float]) -> Figure:
         ],
         "xgap": 1,
         "ygap": 1,
-        "colorbar": {"orientation": "h", "thickness": 12, "y": -0.3 if len(rows) < 8 else -0.16, "yanchor": "top"},
+        "colorbar": {"orientation": "h", "thickness": 12, "y": -74 / tall, "yanchor": "top"},
     }
     shown = range(0, len(columns), max(1, len(columns) // 16))
     layout = {
-        "height": 190 + (34 if len(rows) < 8 else 24) * max(1, len(rows)),
+        "height": tall + 132,
+        "margin": {"l": 52, "r": 12, "t": 12, "b": 120},
         "xaxis": {
             "tickmode": "array",
             "tickvals": list(shown),
@@ -637,7 +636,7 @@ def parallel(shown: Features, names: Sequence[str], mean: str) -> Drawing:
             "tickmode": "array",
             "tickvals": list(range(len(picked) + 1)),
             "ticktext": [*(label(name, 24) for name in names), label(mean)],
-            "tickangle": -50,
+            "tickangle": -90,
             "automargin": True,
             "zeroline": False,
             "range": [-0.4, len(picked) + 0.4],

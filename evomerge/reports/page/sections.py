@@ -16,7 +16,7 @@ from evomerge.reports.page.distances import Distances, distances
 from evomerge.reports.page.importance import Features, features, importances
 from evomerge.reports.page.items import Flips, Question, flips, questions, shown_questions
 from evomerge.reports.page.provenance import Provenance, Rebuilt, provenance, rebuilt
-from evomerge.reports.page.recipes import Grid, Path, Picture, picture, spread
+from evomerge.reports.page.recipes import MERGE, Grid, Path, Picture, picture, spread
 from evomerge.runs.journal import OpenRun
 from evomerge.search.criteria import sign_of
 from evomerge.search.results import all_failed
@@ -159,14 +159,11 @@ def headline(story: Story) -> str:
         return f"No candidate of the search can win yet; the best control is {story.winner}."
     if not compared:
         return f"{story.winner} leads on search items; it has no held-out scores yet, so nothing is proven."
-    return (
-        f"{story.winner} is "
-        + ", and ".join(
-            f"{one.verdict} {'from' if one.verdict == 'not distinguishable' else 'than'} the {one.role} ({one.rival})"
-            for one in compared
-        )
-        + ", on items that the search never saw."
-    )
+    told = [
+        f"{one.verdict} {'from' if one.verdict == 'not distinguishable' else 'than'} the {one.role} ({one.rival})"
+        for one in compared
+    ]
+    return f"On items that the search never saw, {story.winner} is {' and '.join(told)}."
 
 
 def facts(story: Story) -> list[tuple[str, str]]:
@@ -439,11 +436,15 @@ def _path(story: Story) -> Block:
     )
     path = found[0][1]
     notes = (
-        f"The winner has {len(path.stops)} layers. Its embeddings come from {path.embeddings}, its final norm and head "
-        f"from {path.head}.",
+        f"The winner has {len(path.stops)} layers. Its embeddings {_come(path.embeddings)}, its final norm and head "
+        f"{_come(path.head)}.",
     )
     drawing = figures.paths([name for name, _ in found], [shown for _, shown in found])
     return Block("path", title, says, drawing, notes=notes if story.winner is not None else ())
+
+
+def _come(lane: str) -> str:
+    return "are merged" if lane == MERGE else f"come from {lane}"
 
 
 # Genes
