@@ -69,7 +69,7 @@ class Picture:
     """What a recipe does.
 
     method: the merge method.
-    grids: by parameter.
+    grids: by parameter; empty where no weights are merged.
     path: the layers; None in a space that leaves layers where they are.
     """
 
@@ -89,7 +89,8 @@ def picture(recipe: Recipe, config: SearchConfig, models: Models) -> Picture:
     plan = make_plan(recipe, models.table)
     names = {config.base: BASE, **{reference: name for name, reference in config.models.items()}}
     lanes = [_lane(plan, layer, names) for layer in range(len(plan.layers))]
-    grids = {} if plan.method.name == "passthrough" else _grids(plan, names)
+    unmerged = plan.method.name == "passthrough" or len(recipe.references) == 1
+    grids = {} if unmerged else _grids(plan, names)
     return Picture(plan.method.name, grids, _path(plan, lanes, names) if config.space.changes_layers else None)
 
 
@@ -215,7 +216,7 @@ def _common(origins: Sequence[str | None], names: Mapping[str, str]) -> str:
 
 def _origin(tensor: TensorMerge, plan: MergePlan) -> str | None:
     """The model that gives a tensor alone; None where several do."""
-    if plan.method.name == "passthrough":
+    if plan.method.name == "passthrough" or (len(tensor.models) == 1 and tensor.base is None):
         return tensor.models[0]
     if len(tensor.models) != 1 or tensor.base is None or "weight" not in tensor.per_model[0]:
         return None

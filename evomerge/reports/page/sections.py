@@ -367,7 +367,8 @@ def _recipe(story: Story) -> Block:
     )
     titles = [_named(name, story) for name, _ in found]
     drawing = figures.grids(titles, [grids for _, grids in found], "candidate")
-    notes = (f"The method is {story.pictures[0][1].method}.", *_useless(found[0][1]))
+    methods = dict.fromkeys(shown.method for _, shown in story.pictures if shown.grids)
+    notes = (f"Merged by {', '.join(methods)}.", *_useless(found[0]))
     if len(found) - 1 < len(story.front) - (story.winner in story.front_ids):
         notes += (f"Of the front of {len(story.front)}, the best {len(found)} are in the list.",)
     return Block("recipe", title, says, drawing, notes=notes)
@@ -380,14 +381,17 @@ def _named(name: str, story: Story) -> str:
 def _no_grids(story: Story) -> str:
     if not story.pictures:
         return "There is no candidate whose recipe could be drawn yet."
-    method = story.pictures[0][1].method
-    if method == "passthrough":
+    record = story.best if story.best is not None else story.front[0]
+    if len(record.candidate.recipe.references) == 1:
+        return f"{record.candidate.id} is one model unchanged, so no weights are merged."
+    if record.candidate.recipe.merge_method == "passthrough":
         return "This search merges no weights; the path through the layers is drawn below."
-    return f"The method {method} takes no numbers, so there is nothing to draw."
+    return f"The method {record.candidate.recipe.merge_method} takes no numbers, so there is nothing to draw."
 
 
-def _useless(grids: dict[str, Grid]) -> list[str]:
-    """A sentence about the size of each model's weights in the winner."""
+def _useless(found: tuple[str, dict[str, Grid]]) -> list[str]:
+    """A sentence about the size of each model's weights in a candidate."""
+    name, grids = found
     grid = grids.get("weight")
     if grid is None:
         return []
@@ -396,7 +400,7 @@ def _useless(grids: dict[str, Grid]) -> list[str]:
         sizes.setdefault(model, []).extend(abs(value) for value in values if value is not None)
     means = {model: sum(values) / len(values) for model, values in sizes.items() if values}
     listed = ", ".join(f"{model} {size:.2f}" for model, size in means.items())
-    return [f"Mean size of the weights: {listed}."]
+    return [f"Mean size of the weights of {name}: {listed}."]
 
 
 def _spread(story: Story) -> Block:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,16 +51,15 @@ def test_the_front_has_every_candidate_once_with_its_scores(zoo_run: Path, drawi
         for index in range(len(trace["x"]))
     ]
     scores = [(*((row.scores or {})[name] for name in shown.objectives), row.mean) for row in shown.whole]
-    assert sorted(points) == pytest.approx(sorted(scores), abs=1e-3)
+    np.testing.assert_allclose(sorted(points), sorted(scores), atol=1e-3)
     names = [trace["name"] for trace in drawing.figure["data"]]
-    assert {"winner", "front", "parents", "base", "uniform merge"} >= {"winner", "parents", "base"}
     assert {"winner", "parents", "base", "uniform merge"} <= set(names)
 
 
 def test_the_verdict_has_the_leads_and_intervals_of_the_evidence(zoo_run: Path, drawings: dict[str, Drawing]) -> None:
     shown = story(zoo_run)
     for one, trace in zip(shown.evidence.against, drawings["verdict"].figure["data"], strict=True):
-        expected = {task.difference for task in one.objectives.values()} | {one.difference}
+        expected = [*(task.difference for task in one.objectives.values()), one.difference]
         assert sorted(trace["x"]) == pytest.approx(sorted(expected), abs=1e-3)
         low = [x - minus for x, minus in zip(trace["x"], trace["error_x"]["arrayminus"], strict=True)]
         assert min(low) == pytest.approx(

@@ -38,11 +38,12 @@ def drawn(found: dict[str, Block]) -> set[str]:
     return {name for name, block in found.items() if block.drawing is not None}
 
 
-def test_a_finished_run_has_every_figure_but_a_path(zoo_run: Path) -> None:
+def test_a_finished_run_has_every_figure_that_it_can_have(zoo_run: Path) -> None:
     found = blocks(story(zoo_run))
     tables = {"scores", "cost", "constraints", "shipping", "rebuild", "origin"}
-    assert drawn(found) == set(IDS) - tables - {"path"}
+    assert drawn(found) == set(IDS) - tables - {"path", "spread"}
     assert "leaves every layer in its place" in found["path"].says
+    assert "fewer than two recipes" in found["spread"].says
     assert not any(block.folded for name, block in found.items() if name != "items")
     commands, recipe = found["rebuild"].texts
     assert "evomerge export" in commands.content
