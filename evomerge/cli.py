@@ -219,9 +219,7 @@ def report(
         return terminal.console().print(f"{directory} shown in {output}; open it in a browser", markup=False)
     for story in writing.watch(directory, output, items):
         status = story.status
-        terminal.console().print(
-            f"{output} written: {status.state}, {status.evaluations} of {status.budget} evaluations", markup=False
-        )
+        terminal.console().print(f"{output} written: {status.state}, {status.evaluations} evaluations", markup=False)
     return None
 
 

@@ -18,7 +18,7 @@ from evomerge.reports.page.labels import label
 from evomerge.reports.page.recipes import MERGE, Grid, Path
 from evomerge.reports.views import CandidateView
 
-MOST_POINTS = 3000  # of a figure; of more candidates, evenly spaced ones are drawn
+MOST_POINTS = 2000  # of a figure; of more candidates, evenly spaced ones are drawn
 _DIGITS = 4  # that are significant in a drawn number
 _WIDTHS = 4  # of lines that tell scales apart
 MEAN = "mean of all"
@@ -180,7 +180,7 @@ def _points(role: str, texts: Sequence[str]) -> dict[str, Any]:
             "line": {"width": 0 if role == "search" else 1, "color": "#ffffff"},
         },
         "hoverinfo": "text",
-        "hovertext": [label(text, 160) for text in texts],
+        "hovertext": [label(text, 110) for text in texts],
     }
 
 
@@ -419,7 +419,7 @@ def _range(grids: Sequence[Grid]) -> tuple[float, float]:
 
 
 def _heat(grid: Grid | None, limits: tuple[float, float]) -> Figure:
-    """A heat map, whose first row is at the top."""
+    """A heat map, whose first row is at the top. The page makes the texts of its cells, which would take much room."""
     rows = list(reversed(grid.rows)) if grid else []
     values = list(reversed(grid.values)) if grid else []
     columns = grid.columns if grid else ()
@@ -435,13 +435,7 @@ def _heat(grid: Grid | None, limits: tuple[float, float]) -> Figure:
         "colorscale": "RdBu" if limits[0] < 0 else "Viridis",
         "hoverongaps": False,
         "hoverinfo": "text",
-        "hovertext": [
-            [
-                label(f"{name}, {_column_name(column)}: " + ("none" if value is None else f"{value:.3f}"), 90)
-                for column, value in zip(columns, row, strict=True)
-            ]
-            for name, row in zip(names, values, strict=True)
-        ],
+        "meta": {"rows": [label(name, 90) for name in names], "columns": [_column_name(column) for column in columns]},
         "xgap": 1,
         "ygap": 1,
         "colorbar": {"orientation": "h", "thickness": 12, "y": -74 / tall, "yanchor": "top"},

@@ -36,6 +36,14 @@
     return made;
   }
 
+  function cells(trace) { // what is shown of each cell
+    return trace.z.map(function (row, y) {
+      return row.map(function (value, x) {
+        return trace.meta.rows[y] + ", " + trace.meta.columns[x] + ": " + (value === null ? "none" : value.toFixed(3));
+      });
+    });
+  }
+
   function built(name) {
     const drawing = drawings[name];
     const picks = chosen(name);
@@ -53,7 +61,10 @@
       const axis = select.axis + "axis";
       layout[axis] = Object.assign({}, layout[axis], { title: { text: plain(select.options[picks[number]]) } });
     });
-    data.forEach(function (trace) { delete trace.meta; });
+    data.forEach(function (trace) {
+      if (trace.type === "heatmap") trace.text = cells(trace);
+      delete trace.meta;
+    });
     return { data: data, layout: themed(layout) };
   }
 

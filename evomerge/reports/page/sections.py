@@ -22,10 +22,12 @@ from evomerge.search.criteria import sign_of
 from evomerge.search.results import all_failed
 
 MOST_PICTURES = 12  # candidates of the front whose recipes are drawn
-_MOST_CELLS = 150_000  # of all heat maps together
+_MOST_CELLS = 40_000  # of all heat maps together
 _MOST_AXES = 14  # of parallel coordinates
 _MOST_FLIPS = 60  # questions of one rival and metric
-_LONGEST = 1200  # characters of a question
+_LONGEST = 800  # characters of a question
+_MOST_TEXT = 300_000  # characters of all questions together
+_MOST_NUMBERS = 2000  # items of one rival and metric whose numbers are listed
 
 QUESTIONS: tuple[tuple[str, str], ...] = (
     ("Which layers matter?", "importances"),
@@ -312,6 +314,8 @@ def _course(story: Story) -> Block:
     if len(shown.points) > figures.MOST_POINTS:
         notes.append(f"Of {len(shown.points):,} candidates, evenly spaced ones are drawn.")
     notes += _flat(shown)
+    if story.run.config.items.selection is not None and story.winner is not None:
+        notes.append(f"The winner is {story.winner}, chosen on selection items among the best of these.")
     controls = [
         (name, row.mean)
         for name, row in views.comparison(story.run.results)
@@ -363,14 +367,19 @@ def _recipe(story: Story) -> Block:
     says = (
         "Each cell is what the recipe says for a model (rows) in a layer (columns): its weight, its density and what "
         "else the method takes. A model whose weights are near 0 everywhere adds nothing. Choose another candidate of "
-        "the front to see what differs."
+        "the front to see what differs. Embeddings and head have one value, which stands in every row of a model."
     )
     titles = [_named(name, story) for name, _ in found]
     drawing = figures.grids(titles, [grids for _, grids in found], "candidate")
-    methods = dict.fromkeys(shown.method for _, shown in story.pictures if shown.grids)
-    notes = (f"Merged by {', '.join(methods)}.", *_useless(found[0]))
-    if len(found) - 1 < len(story.front) - (story.winner in story.front_ids):
-        notes += (f"Of the front of {len(story.front)}, the best {len(found)} are in the list.",)
+    methods = {name: shown.method for name, shown in story.pictures}
+    name = found[0][0]
+    notes = (f"{name} is merged by {methods[name]}.", *_useless(found[0]))
+    listed = len({name for name, _ in found} & set(story.front_ids))
+    if listed < len(story.front):
+        notes += (
+            f"The list has {listed} of the {len(story.front)} candidates of the front; models that are unchanged have "
+            "no weights, and a long front is cut.",
+        )
     return Block("recipe", title, says, drawing, notes=notes)
 
 
@@ -596,7 +605,8 @@ def _items(story: Story) -> Block:
 
 
 def _numbers(items: Sequence[int]) -> str:
-    return ", ".join(map(str, items)) or "none"
+    more = f" and {len(items) - _MOST_NUMBERS:,} more" if len(items) > _MOST_NUMBERS else ""
+    return (", ".join(map(str, items[:_MOST_NUMBERS])) or "none") + more
 
 
 def _with_text(story: Story) -> tuple[dict[str, Table], tuple[str, ...]]:
@@ -606,15 +616,20 @@ def _with_text(story: Story) -> tuple[dict[str, Table], tuple[str, ...]]:
     except EvomergeError as error:
         return {}, (f"The text of the items cannot be shown: {error}",)
     shown = shown_questions(asked, story.flips)
-    folded = {}
+    folded, left = {}, _MOST_TEXT
     for one in story.flips:
         texts = shown.get((one.rival, one.metric))
         if not texts:
             continue
         gained = set(one.gained)
-        numbers = list(texts)[:_MOST_FLIPS]
-        rows = [(str(number), "gained" if number in gained else "lost", *_cut(texts[number])) for number in numbers]
-        more = f" (the first {len(numbers)} of {len(texts)})" if len(numbers) < len(texts) else ""
+        rows: list[tuple[str, ...]] = []
+        for number, question in list(texts.items())[:_MOST_FLIPS]:
+            row = (str(number), "gained" if number in gained else "lost", *_cut(question))
+            left -= sum(map(len, row))
+            if left < 0:
+                break
+            rows.append(row)
+        more = f" (the first {len(rows)} of {len(texts)})" if len(rows) < len(texts) else ""
         folded[f"{one.rival}, {one.metric}: questions{more}"] = Table(("item", "", "question", "right answer"), rows)
     unlike = [one.metric for one in story.flips if asked.get(one.metric) and (one.rival, one.metric) not in shown]
     told: tuple[str, ...] = (

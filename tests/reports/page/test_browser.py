@@ -99,6 +99,13 @@ def test_a_drop_down_changes_what_is_drawn(browser: Any, zoo_run: Path, tmp_path
     assert after != before
 
 
+def test_a_cell_of_a_heat_map_says_what_it_is(browser: Any, zoo_run: Path, tmp_path: Path) -> None:
+    watched = Watched(browser, written(zoo_run, tmp_path), 1280)
+    text = watched.page.evaluate("document.querySelector('#figure-recipe').data[0].text")
+    shown = sections.drawings(sections.sections(story(zoo_run)))["recipe"].figure["data"][0]
+    assert text[0][1] == f"{shown['meta']['rows'][0]}, layer 0: {shown['z'][0][1]:.3f}"
+
+
 def test_a_path_can_be_clicked_through(browser: Any, tiny_run: Run, tmp_path: Path) -> None:
     watched = Watched(browser, written(tiny_run(space={"kind": "data_flow"}), tmp_path), 390)
     assert "figure-path" in watched.figures()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from evomerge.reports.page import figures, sections
 from evomerge.reports.page.blocks import Drawing
+from evomerge.reports.page.course import Course, Point, Spent
 from evomerge.reports.page.figures import MEAN, thinned
 from evomerge.reports.page.recipes import Grid, Stop
 from evomerge.reports.page.recipes import Path as LayerPath
@@ -93,6 +95,27 @@ def test_thinning_keeps_the_ends_and_the_order(count: int, most: int) -> None:
     assert kept == sorted(set(kept))
     assert kept[:1] == [0] * bool(count)
     assert kept[-1:] == [count - 1] * bool(count)
+
+
+def test_a_long_search_with_many_objectives_leaves_room_on_the_page(zoo_run: Path) -> None:
+    """The page may have 6 MB, of which plotly takes the most."""
+    (row, *_) = story(zoo_run).whole
+    names = [f"task_{number}" for number in range(6)]
+    random = np.random.default_rng(0)
+    rows = [
+        replace(row, id=f"g{number:05d}", kind="search", mean=0.5, scores=dict(zip(names, values, strict=True)))
+        for number, values in enumerate(random.uniform(size=(20_000, 6)).tolist())
+    ]
+    points = tuple(
+        Point(row.id, Spent(number, 0, number, 1000.0 * number, number / 7), random.uniform(), 0.9, 1.0)
+        for number, row in enumerate(rows)
+    )
+    drawn = [
+        figures.front(rows, [], None, names),
+        figures.course(Course(points, (), {}, "mean"), [("base", 0.3)]),
+    ]
+    assert len(json.dumps([drawing.figure for drawing in drawn])) < 900_000
+    assert len(drawn[0].figure["data"][0]["x"]) == figures.MOST_POINTS
 
 
 def texts(value: Any) -> Iterator[str]:
