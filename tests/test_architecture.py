@@ -28,7 +28,7 @@ OWNERS = {
         "reports/page/importance.py",
     },
     "plotly": {"reports/page/figures.py"},
-    "jinja2": {"reports/page/html.py"},
+    "jinja2": {"evaluation/loading.py", "reports/page/html.py"},
     "rich": {"reports/terminal.py"},
     "typer": {"cli.py"},
     "cma": {"optimizers/cma_es.py"},

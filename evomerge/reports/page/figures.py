@@ -119,7 +119,7 @@ def verdict(compared: Sequence[Comparison]) -> Drawing:
         height=150 + 56 * len(tasks),
         xaxis={"title": {"text": "lead of the winner on held-out items"}, "zeroline": True, "zerolinewidth": 2},
         yaxis=_named_axis(tasks),
-        legend={"orientation": "h", "y": -0.55 if len(tasks) < 4 else -0.35, "x": 0},
+        legend={"orientation": "h", "y": -0.5 if len(tasks) < 4 else -0.25, "x": 0},
     )
     return Drawing(figure)
 

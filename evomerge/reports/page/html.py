@@ -1,5 +1,5 @@
-"""The page as text: sections put into a template, with everything that it needs inside. The only module that imports
-jinja2.
+"""The page as text: sections put into a template, with everything that it needs inside. The only module that makes
+pages with jinja2.
 
 Nothing is loaded from elsewhere, and the page's own policy forbids it: only the scripts that were written into the page
 may run, by their hashes.

@@ -179,7 +179,7 @@ def facts(story: Story) -> list[tuple[str, str]]:
         (f"{status.mean}, {split} items", "none" if mean is None else f"{mean:.3f}"),
         ("evaluations", f"{status.evaluations:,}"),
         ("forward passes", f"{status.equivalents:,.0f} of {story.run.config.limit:,.0f}"),
-        ("front", f"{status.front_size} candidates"),
+        ("on the front", f"{status.front_size:,}"),
         ("failed", str(status.failed)),
     ]
 
@@ -216,17 +216,20 @@ def _p_value(value: float) -> str:
 
 
 def _table(story: Story) -> Block:
+    title, config = "Scores of the winner and of its controls", story.run.config
+    measured = [metric.name for metric in config.measured]
+    beside = [metric.name for metric in config.report]
     rows = []
-    for title, row in views.comparison(story.run.results):
+    for name, row in views.comparison(story.run.results):
         scores = row.heldout or {}
-        names = [metric.name for metric in story.run.config.reported]
-        rows.append((title, *(_score(scores.get(name)) for name in names), _score(row.heldout_mean)))
-    title = "Scores of the winner and of its controls"
+        own, more = ([_score(scores.get(metric)) for metric in metrics] for metrics in (measured, beside))
+        rows.append((name, *own, _score(row.heldout_mean), *more))
     if not any(cell for row in rows for cell in row[1:]):
         return Block("scores", title, "No candidate has held-out scores yet, so there is no table of them.")
-    head = ("", *(metric.name for metric in story.run.config.reported), story.status.mean)
     says = "The scores on held-out items: those of the controls, which every search must beat, and of the winner below."
-    return Block("scores", title, says, tables=(Table(head, rows),))
+    if beside:
+        says += f" Only reported, so neither searched on nor in the mean: {', '.join(beside)}."
+    return Block("scores", title, says, tables=(Table(("", *measured, story.status.mean, *beside), rows),))
 
 
 def _score(value: float | None) -> str:
