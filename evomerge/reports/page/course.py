@@ -121,7 +121,8 @@ def costs(results: Results) -> Costs:
     for study in ("search", "subset", "selection", "heldout"):
         if study in ("search", "subset", *results.config.splits) and (study != "subset" or _subsets(results)):
             seconds += sum(record.evaluation.seconds for record in archive.records(study))
-    trailing = _learned(results, [record for record in archive.gradients() if record.step > last.steps])
+    ahead = [record for record in archive.gradients() if record.step > last.steps or not records]
+    trailing = _learned(results, ahead)
     searched = _added(last, trailing)
     return Costs(searched, len(tried) - len(records), seconds / _SECONDS_PER_HOUR)
 

@@ -3,6 +3,7 @@
 Every text from outside goes through `label`. Lines and marks are drawn as SVG, which prints well and needs no WebGL.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -67,8 +68,9 @@ def _plain(value: Any) -> Any:
 
 
 def number(value: float | None) -> float | None:
-    """A number with as many digits as a drawing needs."""
-    return None if value is None else float(f"{value:.{_DIGITS}g}")
+    """A number with as many digits as a drawing needs; None for what is no finite number."""
+    drawn = math.nan if value is None else float(f"{value:.{_DIGITS}g}")  # which may round up to infinity
+    return drawn if math.isfinite(drawn) else None
 
 
 def thinned(count: int, most: int = MOST_POINTS) -> list[int]:

@@ -44,7 +44,9 @@ class Feature:
         found = [genes[name] for name in self.genes if name in genes]
         if not found:
             return None
-        return found[0] if len(self.genes) == 1 else fmean(float(value) for value in found)
+        if self.choices:
+            return found[0]
+        return min(max(fmean(float(value) for value in found), self.low), self.high)  # a mean may be rounded past them
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """The sections of a report, in their order: each turns views of a run into blocks. What cannot be shown says so."""
 
+import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -540,7 +542,9 @@ def _constraints(story: Story) -> Block:
     rows = []
     for limit in limits:
         reached = scores.get(limit.name)
-        margin = "" if reached is None else f"{limit.sign * reached - limit.bound:+.3f}"
+        margin = ""
+        if reached is not None and not math.isnan(limit.bound):  # as it is while the parent has no score
+            margin = f"{limit.sign * reached - limit.bound:+.3f}"
         rows.append((str(limit), "" if reached is None else f"{reached:.3f}", margin))
     says = (
         "What a winner must keep, what the winner reaches on search items, and the margin between both; a negative "
@@ -676,18 +680,12 @@ def _rebuild(story: Story) -> Block:
         "The commands write the recipe and the merged checkpoint; merging checks that the weights are bit for bit "
         f"those that were scored, by their fingerprint {again.fingerprint}. The recipe alone is enough."
     )
-    commands = f"evomerge export {_quoted(story.directory)} -o recipe.yaml\nevomerge merge recipe.yaml merged"
+    commands = f"evomerge export {shlex.quote(story.directory)} -o recipe.yaml\nevomerge merge recipe.yaml merged"
     texts = (
         Text("The commands", commands, copied=True, opened=True),
         Text(f"The recipe of {again.candidate}", again.recipe, copied=True),
     )
     return Block("rebuild", title, says, texts=texts)
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)
 
 
 def _origin(story: Story) -> Block:

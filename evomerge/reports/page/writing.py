@@ -12,6 +12,7 @@ from evomerge.runs import directory as runs
 from evomerge.runs.lock import is_running
 
 _PAUSE = 10.0  # seconds between two pages of a running search
+_REST = 5.0  # times as long as a page took, so that the search keeps the machine
 
 
 def write(directory: Path, output: Path, items: bool = False, watched: bool = False) -> Story:
@@ -40,16 +41,18 @@ def watch(
     """Writes the page of a run again and again until nobody works on the run any more. Yields what each page was made
     of.
 
-    pause: seconds between two pages.
+    pause: seconds between two pages at least.
     sleep: waits for so many seconds.
     The other parameters are those of `write`, which raises the same errors.
     """
     while True:
+        began = time.monotonic()
         story = write(directory, output, items, watched=True)
+        took = time.monotonic() - began
         yield story
         if not story.running:
             return
-        sleep(pause)
+        sleep(max(pause, _REST * took))
 
 
 def _check(output: Path) -> None:

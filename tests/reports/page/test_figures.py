@@ -97,6 +97,16 @@ def test_thinning_keeps_the_ends_and_the_order(count: int, most: int) -> None:
     assert kept[-1:] == [count - 1] * bool(count)
 
 
+@given(st.floats() | st.none())
+def test_a_drawn_number_is_finite_and_nearly_the_same(value: float | None) -> None:
+    drawn = figures.number(value)
+    if value is None or not np.isfinite(value):
+        assert drawn is None
+    elif abs(value) < 1e308:
+        assert drawn == pytest.approx(value, rel=1e-3)
+    assert drawn is None or np.isfinite(drawn)
+
+
 def test_a_long_search_with_many_objectives_leaves_room_on_the_page(zoo_run: Path) -> None:
     """The page may have 6 MB, of which plotly takes the most."""
     (row, *_) = story(zoo_run).whole

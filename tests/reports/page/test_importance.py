@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from evomerge.reports.page.importance import MOST_GENES, Feature, Features, features, importances
 from evomerge.runs import directory as runs
@@ -63,3 +65,14 @@ def test_many_genes_are_taken_together_by_kind_model_and_group(finished: Path, z
     genes = (record and run.archive.genes(record.candidate)) or {}
     for feature, value in zip(every.features, every.values[row], strict=True):
         assert value == pytest.approx(np.mean([genes[name] for name in feature.genes]))
+
+
+@example([0.1] * 3)
+@given(st.lists(st.floats(0.1, 1.3), min_size=1, max_size=40))
+def test_the_mean_of_genes_never_leaves_their_bounds(values: list[float]) -> None:
+    """Rounding would take it there, and optuna refuses such values."""
+    genes = {f"g{index}": value for index, value in enumerate(values)}
+    mean = Feature("all", tuple(genes), min(values), max(values)).of(genes)
+    assert isinstance(mean, float)
+    assert min(values) <= mean <= max(values)
+    assert mean == pytest.approx(np.mean(values))

@@ -20,8 +20,7 @@ def test_the_command_writes_one_file(finished: Path, tmp_path: Path) -> None:
 
 
 def test_watching_ends_when_nobody_works_on_the_run_any_more(run_directory: Path, tmp_path: Path) -> None:
-    output, waited = tmp_path / "page.html", []
-    pages = []
+    output, waited, pages = tmp_path / "page.html", [], []
     held = run_lock(run_directory)
     held.__enter__()
 
@@ -33,7 +32,8 @@ def test_watching_ends_when_nobody_works_on_the_run_any_more(run_directory: Path
     for shown in writing.watch(run_directory, output, sleep=wait, pause=3.0):
         pages.append((shown.running, 'http-equiv="refresh"' in output.read_text()))
     assert pages == [(True, True), (True, True), (False, False)]
-    assert waited == [3.0, 3.0]
+    assert len(waited) == 2
+    assert min(waited) >= 3.0
 
 
 @pytest.mark.parametrize(("output", "says"), [("missing/page.html", "does not exist"), (".", "is a folder")])
