@@ -6,7 +6,6 @@ Every text from outside goes through `label`. Lines and marks are drawn as SVG, 
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 from evomerge.evidence.comparison import Comparison, Kept
@@ -16,12 +15,10 @@ from evomerge.reports.page.distances import Distances
 from evomerge.reports.page.importance import Feature, Features
 from evomerge.reports.page.items import Flips
 from evomerge.reports.page.labels import label
-from evomerge.reports.page.recipes import MERGE, Grid, Path
 from evomerge.reports.views import CandidateView
 
 MOST_POINTS = 2000  # of a figure; of more candidates, evenly spaced ones are drawn
 _DIGITS = 4  # that are significant in a drawn number
-_WIDTHS = 4  # of lines that tell scales apart
 MEAN = "mean of all"
 ROLES: Mapping[str, tuple[str, str, str, int]] = {  # title, color, symbol, size
     "search": ("candidates", "#8a97a8", "circle", 6),
@@ -32,7 +29,7 @@ ROLES: Mapping[str, tuple[str, str, str, int]] = {  # title, color, symbol, size
     "parent": ("parents", "#2e9e5b", "diamond", 11),
     "winner": ("winner", "#f28e2b", "star", 16),
 }
-_PALETTE = ("#2f7ed8", "#f28e2b", "#2e9e5b", "#9b59b6", "#d64550", "#17a2b8", "#a5673f", "#8a97a8")
+PALETTE = ("#2f7ed8", "#f28e2b", "#2e9e5b", "#9b59b6", "#d64550", "#17a2b8", "#a5673f", "#8a97a8")
 _BETTER, _WORSE = "#2f7ed8", "#d64550"
 
 
@@ -44,7 +41,7 @@ def plotly_script() -> str:
     return str(get_plotlyjs())
 
 
-def _figure(data: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
+def figure_of(data: Sequence[Mapping[str, Any]], **layout: Any) -> Figure:
     """A figure that plotly has checked."""
     import plotly.graph_objects as go
 
@@ -101,13 +98,13 @@ def verdict(compared: Sequence[Comparison]) -> Drawing:
                 "name": label(f"{one.role}: {one.rival}"),
                 "x": [number(difference) for difference in differences],
                 "y": [tasks.index(name) + 0.14 * (index - (len(compared) - 1) / 2) for name in names],
-                "marker": {"color": _PALETTE[index], "size": 10},
+                "marker": {"color": PALETTE[index], "size": 10},
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
                     "array": [number(found[name][1][1] - found[name][0]) for name in names],
                     "arrayminus": [number(found[name][0] - found[name][1][0]) for name in names],
-                    "color": _PALETTE[index],
+                    "color": PALETTE[index],
                 },
                 "hoverinfo": "text",
                 "hovertext": [
@@ -116,17 +113,21 @@ def verdict(compared: Sequence[Comparison]) -> Drawing:
                 ],
             }
         )
-    figure = _figure(
+    figure = figure_of(
         traces,
         height=150 + 56 * len(tasks),
         xaxis={"title": {"text": "lead of the winner on held-out items"}, "zeroline": True, "zerolinewidth": 2},
-        yaxis=_named_axis(tasks),
+        yaxis=named_axis(tasks),
         legend={"orientation": "h", "y": -0.5 if len(tasks) < 4 else -0.25, "x": 0},
     )
     return Drawing(figure)
 
 
-def _named_axis(names: Sequence[str], longest: int = 22) -> dict[str, Any]:
+def short(column: str) -> str:
+    return {"embeddings": "emb"}.get(column, column)
+
+
+def named_axis(names: Sequence[str], longest: int = 22) -> dict[str, Any]:
     return {
         "tickmode": "array",
         "tickvals": list(range(len(names))),
@@ -158,7 +159,7 @@ def front(rows: Sequence[CandidateView], on_front: Sequence[str], winner: str | 
             | {"x": columns[0], "y": columns[1], "meta": columns}
             | _names(role, members)
         )
-    figure = _figure(
+    figure = figure_of(
         traces,
         height=480,
         xaxis={"title": {"text": label(options[0])}},
@@ -258,7 +259,7 @@ def shrinkage(
         ]
         drawn = _points(role, texts) | _names(role, members)
         traces.append(drawn | {"x": across[0], "y": upward[0], "meta": [across, upward]})
-    figure = _figure(
+    figure = figure_of(
         traces,
         height=440,
         xaxis={"title": {"text": "on search items"}},
@@ -315,7 +316,7 @@ def course(shown: Course, controls: Sequence[tuple[str, float]]) -> Drawing:
         traces[-1] |= {"mode": "lines"}
     ends = [list(pair) for pair in zip(_units(points[0]), _units(points[-1]), strict=True)]
     for index, (title, mean) in enumerate(controls):
-        color = _PALETTE[(index + 2) % len(_PALETTE)]
+        color = PALETTE[(index + 2) % len(PALETTE)]
         traces.append(
             {
                 "type": "scatter",
@@ -329,7 +330,7 @@ def course(shown: Course, controls: Sequence[tuple[str, float]]) -> Drawing:
             }
         )
     traces += _marks(shown, traces)
-    figure = _figure(
+    figure = figure_of(
         traces,
         height=500,
         xaxis={"title": {"text": _UNITS[0]}, "rangemode": "tozero"},
@@ -375,185 +376,13 @@ def losses(by_metric: Mapping[str, Sequence[tuple[int, float]]]) -> Drawing:
             "name": label(name, 30),
             "x": [step for step, _ in steps],
             "y": [number(loss) for _, loss in steps],
-            "line": {"color": _PALETTE[index % len(_PALETTE)], "width": 2},
+            "line": {"color": PALETTE[index % len(PALETTE)], "width": 2},
             "marker": {"size": 4},
         }
         for index, (name, steps) in enumerate(by_metric.items())
     ]
     axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "loss in nats"}, "automargin": True}}
-    return Drawing(_figure(traces, height=360, **axes))
-
-
-# The recipe
-
-
-def grids(titles: Sequence[str], pictures: Sequence[Mapping[str, Grid]], choice: str, alike: bool = True) -> Drawing:
-    """Heat maps of the parameters of recipes, by model, kind of tensor and layer.
-
-    titles: what each picture is of.
-    pictures: for each title the grids by parameter. The first has at least one grid.
-    choice: what a title names.
-    alike: whether a parameter has the same colors in all pictures.
-    """
-    parameters = list(dict.fromkeys(name for grids in pictures for name in grids))
-    ranges = {name: _range([grids[name] for grids in pictures if name in grids]) for name in parameters}
-    variants = {
-        f"{which}|{index}": _heat(
-            grids.get(name), ranges[name] if alike or name not in grids else _range([grids[name]])
-        )
-        for which, grids in enumerate(pictures)
-        for index, name in enumerate(parameters)
-    }
-    first = next(key for key in variants if variants[key]["data"][0]["z"])
-    which, index = map(int, first.split("|"))
-    figure = _figure(variants[first]["data"], **variants[first]["layout"])
-    selects = (
-        Select(choice, tuple(titles), start=which),
-        Select("parameter", tuple(parameters), start=index),
-    )
-    return Drawing(figure, selects, variants)
-
-
-def _range(grids: Sequence[Grid]) -> tuple[float, float]:
-    values = [value for grid in grids for row in grid.values for value in row if value is not None]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    return (-max(-low, high), max(-low, high)) if low < 0 else (0.0, high or 1.0)
-
-
-def _heat(grid: Grid | None, limits: tuple[float, float]) -> Figure:
-    """A heat map, whose first row is at the top. The page makes the texts of its cells, which would take much room."""
-    rows = list(reversed(grid.rows)) if grid else []
-    values = list(reversed(grid.values)) if grid else []
-    columns = grid.columns if grid else ()
-    names = [_row_name(*row) for row in rows]
-    tall = (34 if len(rows) < 8 else 24) * max(2, len(rows))
-    trace = {
-        "type": "heatmap",
-        "z": [[number(value) for value in row] for row in values],
-        "x": list(range(len(columns))),
-        "y": list(range(len(rows))),
-        "zmin": limits[0],
-        "zmax": limits[1],
-        "colorscale": "RdBu" if limits[0] < 0 else "Viridis",
-        "hoverongaps": False,
-        "hoverinfo": "text",
-        "meta": {"rows": [label(name, 90) for name in names], "columns": [_column_name(column) for column in columns]},
-        "xgap": 1,
-        "ygap": 1,
-        "colorbar": {"orientation": "h", "thickness": 12, "y": -74 / tall, "yanchor": "top"},
-    }
-    shown = range(0, len(columns), max(1, len(columns) // 16))
-    layout = {
-        "height": tall + 132,
-        "margin": {"l": 52, "r": 12, "t": 12, "b": 120},
-        "xaxis": {
-            "tickmode": "array",
-            "tickvals": list(shown),
-            "ticktext": [label(_short(columns[index]), 12) for index in shown],
-            "title": {"text": "layer"},
-            "showgrid": False,
-            "zeroline": False,
-        },
-        "yaxis": _named_axis(names, 26) | {"showgrid": False},
-    }
-    return {"data": [trace], "layout": layout}
-
-
-def _row_name(model: str, kind: str) -> str:
-    return model if kind == "all tensors" else f"{model} {kind.replace('self_attn.', '').replace('mlp.', '')}"
-
-
-def _column_name(column: str) -> str:
-    return f"layer {column}" if column.isdigit() else column
-
-
-def _short(column: str) -> str:
-    return {"embeddings": "emb"}.get(column, column)
-
-
-def paths(titles: Sequence[str], shown: Sequence[Path]) -> Drawing:
-    """The paths of candidates through the layers of models: a lane for each model, a line from hop to hop.
-
-    titles: what each path is of.
-    shown: the paths.
-    """
-    lanes = list(dict.fromkeys(stop.lane for path in shown for stop in path.stops))
-    lanes.sort(key=lambda lane: lane != MERGE)
-    depth = 1 + max(stop.layer for path in shown for stop in path.stops)
-    made = [_path(path, lanes, depth) for path in shown]
-    bands = [index * (depth + 1) for index in range(len(lanes))]
-    ticks = [band + layer for band in bands for layer in range(0, depth, max(1, depth // 4))]
-    figure = _figure(
-        made[0],
-        height=170 + min(560, 22 * len(lanes) * (depth + 1)),
-        xaxis={"title": {"text": "layer of the merged model"}, "zeroline": False},
-        yaxis={
-            "tickmode": "array",
-            "tickvals": ticks,
-            "ticktext": [label(f"{lanes[tick // (depth + 1)]} {tick % (depth + 1)}", 20) for tick in ticks],
-            "automargin": True,
-            "zeroline": False,
-            "range": [-1, len(lanes) * (depth + 1)],
-        },
-        showlegend=False,
-        shapes=[
-            {
-                "type": "rect",
-                "xref": "paper",
-                "x0": 0,
-                "x1": 1,
-                "y0": band - 0.5,
-                "y1": band + depth - 0.5,
-                "fillcolor": _PALETTE[index % len(_PALETTE)],
-                "opacity": 0.1,
-                "line": {"width": 0},
-                "layer": "below",
-            }
-            for index, band in enumerate(bands)
-        ],
-    )
-    variants = {str(index): {"data": traces} for index, traces in enumerate(made)}
-    return Drawing(figure, (Select("candidate", tuple(titles)),), variants)
-
-
-def _path(path: Path, lanes: Sequence[str], depth: int) -> list[dict[str, Any]]:
-    """A line of several widths, and a dot for each hop. Every path has equally many traces."""
-    across = list(range(len(path.stops)))
-    upward = [lanes.index(stop.lane) * (depth + 1) + stop.layer for stop in path.stops]
-    widths = [_width(stop.scale) for stop in path.stops]
-    traces: list[dict[str, Any]] = []
-    for width in range(1, 2 * _WIDTHS + 1):
-        x: list[float | None] = []
-        y: list[float | None] = []
-        for (before, after), own in zip(pairwise(across), widths[1:], strict=True):
-            if own == width:
-                x += [before, after, None]
-                y += [upward[before], upward[after], None]
-        line = {"width": 1.2 * width, "color": "#6b7280"}
-        traces.append({"type": "scatter", "mode": "lines", "x": x, "y": y, "line": line, "hoverinfo": "skip"})
-    traces.append(
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "x": across,
-            "y": upward,
-            "marker": {
-                "size": [6 + 1.2 * width for width in widths],
-                "color": [_PALETTE[lanes.index(stop.lane) % len(_PALETTE)] for stop in path.stops],
-            },
-            "hoverinfo": "text",
-            "hovertext": [
-                label(f"layer {index}: layer {stop.layer} of {stop.lane}, scale {stop.scale:.3g}")
-                for index, stop in enumerate(path.stops)
-            ],
-        }
-    )
-    return traces
-
-
-def _width(scale: float) -> int:
-    """The width of a hop: 4 where its scale is 1."""
-    return min(2 * _WIDTHS, max(1, round(_WIDTHS * scale)))
+    return Drawing(figure_of(traces, height=360, **axes))
 
 
 # Genes
@@ -575,11 +404,11 @@ def importances(shares: Mapping[str, float], most: int = 20) -> Drawing:
         "hoverinfo": "text",
         "hovertext": [label(f"{name}: {shares[name]:.1%}", 90) for name in names],
     }
-    figure = _figure(
+    figure = figure_of(
         [trace],
         height=110 + 24 * len(names),
         xaxis={"title": {"text": "share of the variance"}, "tickformat": ".0%"},
-        yaxis=_named_axis(names, 30),
+        yaxis=named_axis(names, 30),
     )
     return Drawing(figure)
 
@@ -625,7 +454,7 @@ def parallel(shown: Features, names: Sequence[str], mean: str) -> Drawing:
                     "hoverinfo": "name",
                 }
             )
-    figure = _figure(
+    figure = figure_of(
         traces,
         height=480,
         xaxis={
@@ -680,8 +509,8 @@ def retention(kept: Sequence[Kept]) -> Drawing:
             ("the winner", [one.score for one in kept], ROLES["winner"][1]),
         )
     ]
-    axis = _named_axis(names, 24)
-    figure = _figure(traces, height=360, xaxis=axis, yaxis={"title": {"text": "score"}, "automargin": True})
+    axis = named_axis(names, 24)
+    figure = figure_of(traces, height=360, xaxis=axis, yaxis={"title": {"text": "score"}, "automargin": True})
     return Drawing(figure)
 
 
@@ -708,12 +537,12 @@ def distances(measured: Distances) -> Drawing:
     axis = {
         "tickmode": "array",
         "tickvals": list(ticks),
-        "ticktext": [label(_short(measured.places[index])) for index in ticks],
+        "ticktext": [label(short(measured.places[index])) for index in ticks],
         "title": {"text": "layer"},
         "zeroline": False,
     }
     height = {"title": {"text": "distance / norm of the base"}, "automargin": True, "rangemode": "tozero"}
-    return Drawing(_figure(traces, height=440, xaxis=axis, yaxis=height))
+    return Drawing(figure_of(traces, height=440, xaxis=axis, yaxis=height))
 
 
 # Items
@@ -738,11 +567,11 @@ def flips(found: Sequence[Flips]) -> Drawing:
                 "hovertext": [label(f"{names[index]}, item {item}: {title}", 90) for index, item in drawn],
             }
         )
-    figure = _figure(
+    figure = figure_of(
         traces,
         height=140 + 34 * len(names),
         xaxis={"title": {"text": "number of the held-out item"}, "zeroline": False, "rangemode": "tozero"},
-        yaxis=_named_axis(names, 26),
+        yaxis=named_axis(names, 26),
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
         margin={"l": 52, "r": 16, "t": 40, "b": 48},
     )

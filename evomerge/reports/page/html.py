@@ -15,11 +15,12 @@ from typing import Any
 from evomerge.reports.page import sections
 from evomerge.reports.page.blocks import Drawing, Section
 from evomerge.reports.page.figures import plotly_script
+from evomerge.reports.page.story import Story, facts, headline
 
 _RELOAD = 20  # seconds after which a page of a running search is read again
 
 
-def page(story: sections.Story, watched: bool = False) -> str:
+def page(story: Story, watched: bool = False) -> str:
     """The page of a run as HTML.
 
     story: the run.
@@ -28,8 +29,8 @@ def page(story: sections.Story, watched: bool = False) -> str:
     made = sections.sections(story)
     return render(
         story.directory,
-        sections.headline(story),
-        sections.facts(story),
+        headline(story),
+        facts(story),
         made,
         _RELOAD if watched and story.running else None,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from evomerge.errors import InputError
 from evomerge.files import write_text
 from evomerge.reports.page.html import page
-from evomerge.reports.page.sections import Story
+from evomerge.reports.page.story import Story
 from evomerge.runs import directory as runs
 from evomerge.runs.lock import is_running
 

@@ -12,7 +12,7 @@ from evomerge.candidate import Study
 from evomerge.config.search import SearchConfig
 from evomerge.events import unheard
 from evomerge.files import SEARCH_FILE
-from evomerge.reports.page.sections import Story
+from evomerge.reports.page.story import Story
 from evomerge.runs import directory as runs
 from tests.searches import put, small_search, tiny_search
 

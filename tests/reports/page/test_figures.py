@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.reports.page import figures, sections
+from evomerge.reports.page import figures, pictures, sections
 from evomerge.reports.page.blocks import Drawing
 from evomerge.reports.page.course import Course, Point, Spent
 from evomerge.reports.page.figures import MEAN, thinned
@@ -71,7 +71,7 @@ def test_the_verdict_has_the_leads_and_intervals_of_the_evidence(zoo_run: Path, 
 
 def test_a_heat_map_has_the_cells_of_its_grid_with_the_first_row_at_the_top() -> None:
     grid = Grid((("math", "q"), ("lang", "all tensors")), ("embeddings", "0", "head"), ((1, 2, 3), (-4, None, 6)))
-    drawing = figures.grids(["only"], [{"weight": grid}], "candidate")
+    drawing = pictures.grids(["only"], [{"weight": grid}], "candidate")
     (trace,) = drawing.figure["data"]
     assert trace["z"] == [[-4, None, 6], [1, 2, 3]]
     assert (trace["zmin"], trace["zmax"]) == (-6, 6)
@@ -80,7 +80,7 @@ def test_a_heat_map_has_the_cells_of_its_grid_with_the_first_row_at_the_top() ->
 
 def test_the_width_of_a_path_follows_its_scales() -> None:
     stops = (Stop("math", 0), Stop("lang", 1, 1.5), Stop("math", 1, 0.5))
-    drawing = figures.paths(["only"], [LayerPath(stops, "math", "math")])
+    drawing = pictures.paths(["only"], [LayerPath(stops, "math", "math")])
     *lines, dots = drawing.figure["data"]
     used = {line["line"]["width"]: [x for x in line["x"] if x is not None] for line in lines if line["x"]}
     assert used[max(used)] == [0, 1]

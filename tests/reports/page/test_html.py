@@ -13,6 +13,7 @@ from evomerge.reports.page import sections
 from evomerge.reports.page.blocks import Block, Section, Table, Text
 from evomerge.reports.page.figures import plotly_script
 from evomerge.reports.page.html import embedded, page, render
+from evomerge.reports.page.story import Story
 from tests.reports.page.conftest import story
 
 MOST = 6_000_000
@@ -101,6 +102,6 @@ def test_embedded_data_ends_no_script(content: object) -> None:
 
 
 def test_only_a_page_of_a_running_search_reads_itself_again(zoo_run: Path) -> None:
-    running = sections.Story(story(zoo_run).run, True, "run")
+    running = Story(story(zoo_run).run, True, "run")
     assert 'http-equiv="refresh"' in page(running, watched=True)
     assert 'http-equiv="refresh"' not in page(running)

@@ -12,7 +12,8 @@ from evomerge.archive.archive import Record
 from evomerge.candidate import Study, failure
 from evomerge.reports.page import sections
 from evomerge.reports.page.blocks import Block
-from evomerge.reports.page.sections import QUESTIONS, Story, headline
+from evomerge.reports.page.sections import QUESTIONS
+from evomerge.reports.page.story import Story, facts, headline
 from evomerge.runs import directory as runs
 from tests.conftest import REPOSITORY
 from tests.reports.page.conftest import Remake, Run, renamed, story
@@ -30,7 +31,7 @@ def blocks(shown: Story) -> dict[str, Block]:
     assert tuple(found) == IDS
     assert all(re.fullmatch(r"[A-Z].*\.", block.says, re.DOTALL) for block in found.values())
     assert headline(shown).endswith(".")
-    assert sections.facts(shown)
+    assert facts(shown)
     return found
 
 
