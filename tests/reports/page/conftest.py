@@ -12,6 +12,9 @@ from evomerge.candidate import Study
 from evomerge.config.search import SearchConfig
 from evomerge.events import unheard
 from evomerge.files import SEARCH_FILE
+from evomerge.reports.page import sections
+from evomerge.reports.page.blocks import Section
+from evomerge.reports.page.html import page
 from evomerge.reports.page.story import Story
 from evomerge.runs import directory as runs
 from tests.searches import put, small_search, tiny_search
@@ -33,6 +36,26 @@ def zoo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "search.yaml").write_text(yaml.safe_dump(search))
     runs.start(folder / "search.yaml", folder / "run", (), None, unheard)
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def zoo_story(zoo_run: Path) -> Story:
+    """What the page of the run on the zoo is made of."""
+    return story(zoo_run)
+
+
+@pytest.fixture(scope="session")
+def zoo_sections(zoo_story: Story) -> list[Section]:
+    """The sections of that page."""
+    return sections.sections(zoo_story)
+
+
+@pytest.fixture(scope="session")
+def zoo_page(zoo_run: Path) -> Path:
+    """That page with the text of items, as a file."""
+    file = zoo_run.parent / "report.html"
+    file.write_text(page(story(zoo_run, with_items=True)))
+    return file
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import pytest
 
 from evomerge.config.search import SearchConfig
 from evomerge.reports.page import sections
+from evomerge.reports.page.blocks import Section
 from evomerge.reports.page.html import page
+from evomerge.reports.page.story import Story
 from tests.reports.page.conftest import Remake, Run, renamed, story
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -72,9 +74,11 @@ def click_through(watched: Watched) -> int:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_every_figure_can_be_clicked_through(width: int, browser: Any, zoo_run: Path, tmp_path: Path) -> None:
-    watched = Watched(browser, written(zoo_run, tmp_path), width)
-    expected = sections.drawings(sections.sections(story(zoo_run)))
+def test_every_figure_can_be_clicked_through(
+    width: int, browser: Any, zoo_page: Path, zoo_sections: list[Section]
+) -> None:
+    watched = Watched(browser, zoo_page, width)
+    expected = sections.drawings(zoo_sections)
     assert watched.figures() == [f"figure-{name}" for name in expected]
     for name in watched.figures():
         area = watched.page.locator(f"#{name} svg.main-svg").first.bounding_box()
@@ -88,21 +92,21 @@ def test_every_figure_can_be_clicked_through(width: int, browser: Any, zoo_run: 
     assert watched.wrong == []
 
 
-def test_a_drop_down_changes_what_is_drawn(browser: Any, zoo_run: Path, tmp_path: Path) -> None:
-    watched = Watched(browser, written(zoo_run, tmp_path), 1280)
+def test_a_drop_down_changes_what_is_drawn(browser: Any, zoo_page: Path, zoo_story: Story) -> None:
+    watched = Watched(browser, zoo_page, 1280)
     drawn = "document.querySelector('#figure-front').layout.xaxis.title.text + '|' + "
     drawn += "JSON.stringify(document.querySelector('#figure-front').data.map(t => t.x))"
     before = watched.page.evaluate(drawn)
     watched.page.locator('select[data-figure="front"]').first.select_option("1")
     after = watched.page.evaluate(drawn)
-    assert after.startswith(f"{story(zoo_run).objectives[1]}|")
+    assert after.startswith(f"{zoo_story.objectives[1]}|")
     assert after != before
 
 
-def test_a_cell_of_a_heat_map_says_what_it_is(browser: Any, zoo_run: Path, tmp_path: Path) -> None:
-    watched = Watched(browser, written(zoo_run, tmp_path), 1280)
+def test_a_cell_of_a_heat_map_says_what_it_is(browser: Any, zoo_page: Path, zoo_sections: list[Section]) -> None:
+    watched = Watched(browser, zoo_page, 1280)
     text = watched.page.evaluate("document.querySelector('#figure-recipe').data[0].text")
-    shown = sections.drawings(sections.sections(story(zoo_run)))["recipe"].figure["data"][0]
+    shown = sections.drawings(zoo_sections)["recipe"].figure["data"][0]
     assert text[0][1] == f"{shown['meta']['rows'][0]}, layer 0: {shown['z'][0][1]:.3f}"
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.reports.page import figures, pictures, sections
-from evomerge.reports.page.blocks import Drawing
+from evomerge.reports.page.blocks import Drawing, Section
 from evomerge.reports.page.course import Course, Point, Spent
 from evomerge.reports.page.figures import MEAN, thinned
 from evomerge.reports.page.recipes import Grid, Stop
 from evomerge.reports.page.recipes import Path as LayerPath
-from tests.reports.page.conftest import story
+from evomerge.reports.page.story import Story
 
 
 @pytest.fixture(scope="module")
-def drawings(zoo_run: Path) -> dict[str, Drawing]:
-    return sections.drawings(sections.sections(story(zoo_run)))
+def drawings(zoo_sections: list[Section]) -> dict[str, Drawing]:
+    return sections.drawings(zoo_sections)
 
 
 def test_every_variant_of_a_figure_exists_and_changes_what_there_is(drawings: dict[str, Drawing]) -> None:
@@ -42,8 +41,8 @@ def test_every_variant_of_a_figure_exists_and_changes_what_there_is(drawings: di
                     assert {len(column) for column in trace["meta"]} == {len(trace[select.axis])}
 
 
-def test_the_front_has_every_candidate_once_with_its_scores(zoo_run: Path, drawings: dict[str, Drawing]) -> None:
-    shown = story(zoo_run)
+def test_the_front_has_every_candidate_once_with_its_scores(zoo_story: Story, drawings: dict[str, Drawing]) -> None:
+    shown = zoo_story
     drawing = drawings["front"]
     across, up = drawing.selects
     assert across.options == up.options == (*shown.objectives, MEAN)
@@ -58,8 +57,10 @@ def test_the_front_has_every_candidate_once_with_its_scores(zoo_run: Path, drawi
     assert {"winner", "parents", "base", "uniform merge"} <= set(names)
 
 
-def test_the_verdict_has_the_leads_and_intervals_of_the_evidence(zoo_run: Path, drawings: dict[str, Drawing]) -> None:
-    shown = story(zoo_run)
+def test_the_verdict_has_the_leads_and_intervals_of_the_evidence(
+    zoo_story: Story, drawings: dict[str, Drawing]
+) -> None:
+    shown = zoo_story
     for one, trace in zip(shown.evidence.against, drawings["verdict"].figure["data"], strict=True):
         expected = [*(task.difference for task in one.objectives.values()), one.difference]
         assert sorted(trace["x"]) == pytest.approx(sorted(expected), abs=1e-3)
@@ -107,9 +108,9 @@ def test_a_drawn_number_is_finite_and_nearly_the_same(value: float | None) -> No
     assert drawn is None or np.isfinite(drawn)
 
 
-def test_a_long_search_with_many_objectives_leaves_room_on_the_page(zoo_run: Path) -> None:
+def test_a_long_search_with_many_objectives_leaves_room_on_the_page(zoo_story: Story) -> None:
     """The page may have 6 MB, of which plotly takes the most."""
-    (row, *_) = story(zoo_run).whole
+    (row, *_) = zoo_story.whole
     names = [f"task_{number}" for number in range(6)]
     random = np.random.default_rng(0)
     rows = [

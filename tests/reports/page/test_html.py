@@ -50,8 +50,8 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def made(zoo_run: Path) -> str:
-    return page(story(zoo_run, with_items=True))
+def made(zoo_page: Path) -> str:
+    return zoo_page.read_text()
 
 
 def test_the_page_parses_and_holds_every_section(made: str) -> None:
@@ -75,11 +75,11 @@ def test_the_page_is_small_and_names_nothing_outside_of_itself(made: str) -> Non
         assert not any(name.startswith("on") for name in attributes)
 
 
-def test_every_figure_has_a_place_and_data(made: str, zoo_run: Path) -> None:
+def test_every_figure_has_a_place_and_data(made: str, zoo_sections: list[Section]) -> None:
     parsed = Parsed(made)
     (content,) = re.findall(r'<script type="application/json" id="drawings">(.*?)</script>', made, re.DOTALL)
     drawn = json.loads(content)
-    assert set(drawn) == set(sections.drawings(sections.sections(story(zoo_run))))
+    assert set(drawn) == set(sections.drawings(zoo_sections))
     assert {f"figure-{name}" for name in drawn} <= set(parsed.ids())
 
 
@@ -101,7 +101,7 @@ def test_embedded_data_ends_no_script(content: object) -> None:
     assert not set("<>&") & set(text)
 
 
-def test_only_a_page_of_a_running_search_reads_itself_again(zoo_run: Path) -> None:
-    running = Story(story(zoo_run).run, True, "run")
+def test_only_a_page_of_a_running_search_reads_itself_again(finished: Path) -> None:
+    running = Story(story(finished).run, True, "run")
     assert 'http-equiv="refresh"' in page(running, watched=True)
     assert 'http-equiv="refresh"' not in page(running)

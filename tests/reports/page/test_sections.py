@@ -11,7 +11,7 @@ import pytest
 from evomerge.archive.archive import Record
 from evomerge.candidate import Study, failure
 from evomerge.reports.page import sections
-from evomerge.reports.page.blocks import Block
+from evomerge.reports.page.blocks import Block, Section
 from evomerge.reports.page.sections import QUESTIONS
 from evomerge.reports.page.story import Story, facts, headline
 from evomerge.runs import directory as runs
@@ -27,7 +27,7 @@ IDS = (
 
 def blocks(shown: Story) -> dict[str, Block]:
     """The blocks of a page by id; each is there and says something."""
-    found = {block.id: block for section in sections.sections(shown) for block in section.blocks}
+    found = by_id(sections.sections(shown))
     assert tuple(found) == IDS
     assert all(re.fullmatch(r"[A-Z].*\.", block.says, re.DOTALL) for block in found.values())
     assert headline(shown).endswith(".")
@@ -35,12 +35,16 @@ def blocks(shown: Story) -> dict[str, Block]:
     return found
 
 
+def by_id(made: list[Section]) -> dict[str, Block]:
+    return {block.id: block for section in made for block in section.blocks}
+
+
 def drawn(found: dict[str, Block]) -> set[str]:
     return {name for name, block in found.items() if block.drawing is not None}
 
 
-def test_a_finished_run_has_every_figure_that_it_can_have(zoo_run: Path) -> None:
-    found = blocks(story(zoo_run))
+def test_a_finished_run_has_every_figure_that_it_can_have(zoo_story: Story) -> None:
+    found = blocks(zoo_story)
     tables = {"scores", "cost", "constraints", "shipping", "rebuild", "origin"}
     assert drawn(found) == set(IDS) - tables - {"path", "spread"}
     assert "leaves every layer in its place" in found["path"].says
@@ -53,8 +57,8 @@ def test_a_finished_run_has_every_figure_that_it_can_have(zoo_run: Path) -> None
     assert limit[2].startswith("+")
 
 
-def test_the_text_of_items_is_there_only_where_it_is_asked_for(zoo_run: Path) -> None:
-    without, shown = blocks(story(zoo_run))["items"], blocks(story(zoo_run, with_items=True))["items"]
+def test_the_text_of_items_is_there_only_where_it_is_asked_for(zoo_run: Path, zoo_sections: list[Section]) -> None:
+    without, shown = by_id(zoo_sections)["items"], blocks(story(zoo_run, with_items=True))["items"]
     assert not any("questions" in title for title in without.folded)
     titles = [title for title in shown.folded if "questions" in title]
     assert titles
@@ -150,8 +154,8 @@ def test_a_search_with_one_model_has_a_page(tiny_run: Run) -> None:
     assert {"front", "recipe", "distance"} <= drawn(found)
 
 
-def test_every_question_of_a_newcomer_has_a_figure_that_the_docs_name(zoo_run: Path) -> None:
-    found = blocks(story(zoo_run))
+def test_every_question_of_a_newcomer_has_a_figure_that_the_docs_name(zoo_sections: list[Section]) -> None:
+    found = by_id(zoo_sections)
     page = (REPOSITORY / "docs" / "report.md").read_text()
     assert len(QUESTIONS) == 10
     for question, name in QUESTIONS:
