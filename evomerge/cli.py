@@ -204,6 +204,26 @@ def candidates(directory: RunOrStorage, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def report(
+    directory: RunDirectory,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("report.html"),
+    items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again and again while the search runs.")] = False,
+) -> None:
+    """Write a page about a run: one HTML file with figures, which opens without a network."""
+    from evomerge.reports import terminal
+    from evomerge.reports.page import writing
+
+    if not watch:
+        writing.write(directory, output, items)
+        return terminal.console().print(f"{directory} shown in {output}; open it in a browser", markup=False)
+    for story in writing.watch(directory, output, items):
+        status = story.status
+        terminal.console().print(f"{output} written: {status.state}, {status.evaluations} evaluations", markup=False)
+    return None
+
+
+@app.command()
 def export(
     directory: RunDirectory,
     candidate: Annotated[str | None, typer.Option(help="Id of the candidate [default: the best].")] = None,

@@ -189,6 +189,15 @@ class StreamedMerge:
             elif origin := self._origin(name):
                 yield name, self._weights[origin[0]].read(origin[1]).to(dtype)
 
+    @torch.no_grad()
+    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every merged tensor with its name, made when it is asked for; nothing is written.
+
+        Raises as `write` does.
+        """
+        for tensor in self.plan.tensors:
+            yield tensor.name, self._merged(tensor)
+
     def _merged(self, tensor: TensorMerge) -> torch.Tensor:
         merged = torch.empty(self._skeleton.parameters[tensor.name], dtype=self._dtype, device=self._device)
         self.plan.method.merge_into(merged, self._inputs(tensor))

@@ -1,0 +1,103 @@
+"use strict";
+(function () {
+  const drawings = JSON.parse(document.getElementById("drawings").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const settings = { responsive: true, displayModeBar: false, displaylogo: false, scrollZoom: false };
+  let printing = false;
+
+  function color(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  }
+
+  function plain(text) { // plotly reads some tags in titles
+    return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  }
+
+  function chosen(name) {
+    return drawings[name].selects.map(function (_, number) {
+      const select = document.querySelector('select[data-figure="' + name + '"][data-number="' + number + '"]');
+      return select ? Number(select.value) : 0;
+    });
+  }
+
+  function themed(layout) {
+    const text = printing ? "#000000" : color("--text");
+    const grid = printing ? "#dddddd" : color("--grid");
+    const made = Object.assign({}, layout, {
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: "system-ui, sans-serif", size: 12, color: text },
+      hoverlabel: { bgcolor: color("--back"), bordercolor: color("--line"), font: { color: text, size: 12 } },
+    });
+    ["xaxis", "yaxis"].forEach(function (axis) {
+      made[axis] = Object.assign({ gridcolor: grid, zerolinecolor: grid, fixedrange: true }, made[axis]);
+      if (axis === "xaxis" && made[axis].zerolinewidth) made[axis].zerolinecolor = color("--quiet");
+    });
+    return made;
+  }
+
+  function cells(trace) { // what is shown of each cell
+    return trace.z.map(function (row, y) {
+      return row.map(function (value, x) {
+        return trace.meta.rows[y] + ", " + trace.meta.columns[x] + ": " + (value === null ? "none" : value.toFixed(3));
+      });
+    });
+  }
+
+  function built(name) {
+    const drawing = drawings[name];
+    const picks = chosen(name);
+    let data = drawing.figure.data.map(function (trace) { return Object.assign({}, trace); });
+    let layout = Object.assign({}, drawing.figure.layout);
+    const key = picks.filter(function (_, number) { return !drawing.selects[number].axis; }).join("|");
+    const variant = key === "" ? undefined : drawing.variants[key];
+    if (variant) {
+      data = variant.data.map(function (trace, index) { return Object.assign({}, data[index], trace); });
+      layout = Object.assign(layout, variant.layout);
+    }
+    drawing.selects.forEach(function (select, number) {
+      if (!select.axis) return;
+      data.forEach(function (trace) { trace[select.axis] = trace.meta[picks[number]]; });
+      const axis = select.axis + "axis";
+      layout[axis] = Object.assign({}, layout[axis], { title: { text: plain(select.options[picks[number]]) } });
+    });
+    data.forEach(function (trace) {
+      if (trace.type === "heatmap") trace.text = cells(trace);
+      delete trace.meta;
+    });
+    return { data: data, layout: themed(layout) };
+  }
+
+  function draw(name, width) {
+    const element = document.getElementById("figure-" + name);
+    const made = built(name);
+    if (width) made.layout.width = width;
+    element.style.minHeight = made.layout.height + "px";
+    return Plotly.react(element, made.data, made.layout, settings);
+  }
+
+  function drawAll(width) {
+    Object.keys(drawings).forEach(function (name) { draw(name, width); });
+  }
+
+  document.querySelectorAll("select[data-figure]").forEach(function (select) {
+    select.addEventListener("change", function () { draw(select.dataset.figure); });
+  });
+  document.querySelectorAll("button.copy").forEach(function (button) {
+    button.addEventListener("click", function () {
+      const text = button.parentElement.querySelector("pre");
+      const range = document.createRange();
+      range.selectNodeContents(text);
+      const selection = window.getSelection();
+      selection.removeAllRanges();
+      selection.addRange(range);
+      const done = function () { button.textContent = "Copied"; };
+      if (navigator.clipboard) navigator.clipboard.writeText(text.textContent).then(done, function () {});
+      else if (document.execCommand("copy")) done();
+    });
+  });
+  dark.addEventListener("change", function () { drawAll(); });
+  window.addEventListener("beforeprint", function () { printing = true; drawAll(680); });
+  window.addEventListener("afterprint", function () { printing = false; drawAll(); });
+  drawAll();
+})();
