@@ -67,6 +67,7 @@ def test_a_recipe_and_its_checkpoint_carry_what_the_search_saw_and_evaluate_leav
     rows = (Path(load(mine).tasks.paths[0]) / "base_qa" / files[task["validation_split"]]).read_text().splitlines()
     (tmp_path / "tasks" / "rows.jsonl").write_text("\n".join(rows[:200]) + "\n")
     task |= {"dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}, "validation_split": None, "test_split": "test"}
+    del task["metadata"]  # which names a split for selection
     (tmp_path / "tasks" / "base_qa.yaml").write_text(yaml.safe_dump({k: v for k, v in task.items() if v is not None}))
     other = search_file(
         "other.yaml",

@@ -31,8 +31,7 @@ from tests.waiting import PATIENCE, wait_until
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 TOKEN = "open-sesame"
 SMALL = (
-    "optimizer.evaluations=240",  # some twenty seconds, so that it can be stopped amid
-    "optimizer.stages=[]",
+    "optimizer={name: group_evolution, evaluations: 240}",  # some twenty seconds, so that it can be stopped amid
     "workers.placement_timeout=300",
     "items={search: 10, heldout: 10}",
     "controls={}",

@@ -113,7 +113,8 @@ def test_interrupted_it_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_finished_search_reports_itself_finished_and_can_be_extended(undisturbed: Path, tmp_path: Path) -> None:
     status = json.loads(evomerge("status", undisturbed, "--json"))
-    assert (status["state"], status["evaluations"], status["budget"]) == ("finished", 24, 24)
+    assert (status["state"], status["steps"], status["budget"]) == ("finished", 10, 24)
+    assert 23 < status["equivalents"] < 25  # of which a candidate on selection items takes a half
     assert status["front_size"] == len(content(undisturbed)[1])
     longer = tmp_path / "longer"
     evomerge("run", SMOKE, "--output", longer, "--set", "optimizer.evaluations=30")
@@ -171,7 +172,7 @@ def test_a_search_warns_of_exams_and_once_of_prompts_longer_than_the_context(
             shutil.copyfile(file, tmp_path / name / file.name)
     task = yaml.safe_load((REPOSITORY / "evals" / "base_qa" / "base_qa.yaml").read_text()) | {"task": "exam"}
     task["dataset_kwargs"]["data_files"] = {"test": str(REPOSITORY / "evals" / "base_qa" / "heldout.jsonl")}
-    task |= {"validation_split": None, "test_split": "test"}
+    task |= {"validation_split": None, "test_split": "test", "metadata": {"version": 1}}
     (tmp_path / "exam.yaml").write_text(yaml.safe_dump(task))
     document = yaml.safe_load(SMOKE.read_text()) | {
         "objectives": [{"task": "exam"}],
@@ -206,12 +207,12 @@ def test_optuna_dashboard_reads_the_archive(undisturbed: Path) -> None:
         return json.loads(b"".join(app(environment, lambda status, headers, *rest: None)))
 
     studies = {study["study_name"]: study["study_id"] for study in get("/api/studies")["study_summaries"]}
-    assert set(studies) == {"search", "heldout"}
+    assert set(studies) == {"search", "selection", "heldout"}
     study = get(f"/api/studies/{studies['search']}")
-    assert len(study["trials"]) == 28
     searched = [trial for trial in study["trials"] if trial["params"]]
-    assert len(searched) == 24
-    assert {param["name"] for param in searched[0]["params"]} >= {"weight:math:embeddings", "density:lang:head"}
+    assert len(study["trials"]) == len(searched) + 4  # the controls
+    names = {param["name"] for param in searched[0]["params"]}
+    assert names >= {"weight:math:model.embed_tokens.weight", "density:lang:head"}
     assert all(len(trial["values"]) == 2 for trial in searched)
 
 
