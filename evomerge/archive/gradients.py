@@ -78,8 +78,18 @@ class Gradients:
         )
         there = sqlalchemy.inspect(engine).has_table(_NAME)
         if writing and not there:
-            self._table.create(engine, checkfirst=True)
+            self._make(engine)
         self._records = self._load() if there else {}
+
+    def _make(self, engine: "sqlalchemy.Engine") -> None:
+        """Makes the table, unless another run makes it in the same storage at this moment."""
+        import sqlalchemy
+
+        try:
+            self._table.create(engine, checkfirst=True)
+        except sqlalchemy.exc.SQLAlchemyError:
+            if not sqlalchemy.inspect(engine).has_table(_NAME):
+                raise
 
     def _load(self) -> dict[tuple[int, int], GradientRecord]:
         import sqlalchemy

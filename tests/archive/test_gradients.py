@@ -148,3 +148,25 @@ def test_a_second_writer_of_the_same_step_is_refused(tmp_path: Path) -> None:
     first.record_gradient(records()[4])
     with pytest.raises(WorkFailed, match="refused step 1, shard 0"):
         second.record_gradient(records()[4])
+
+
+def test_two_runs_may_make_the_table_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / 'shared.db'}")
+    create = sqlalchemy.Table.create
+
+    def late(table: sqlalchemy.Table, bind: Any, checkfirst: bool = True) -> None:
+        create(table, bind)  # another run was faster
+        create(table, bind, checkfirst=False)
+
+    monkeypatch.setattr(sqlalchemy.Table, "create", late)
+    assert Gradients(engine, "mine-", writing=True).all() == []
+
+
+def test_a_table_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(table: sqlalchemy.Table, bind: Any, checkfirst: bool = True) -> None:
+        raise sqlalchemy.exc.OperationalError("CREATE TABLE", {}, Exception("attempt to write a readonly database"))
+
+    monkeypatch.setattr(sqlalchemy.Table, "create", refuse)
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / 'shared.db'}")
+    with pytest.raises(sqlalchemy.exc.OperationalError, match="readonly"):
+        Gradients(engine, "mine-", writing=True)
