@@ -40,7 +40,7 @@ class LearningConfig(Settings):
     shards: into how many parts a step is divided, so that so many workers can share it.
     batch_size: how many rows a model reads at a time in a step; by default as in evaluations.
     checkpointing: whether the outputs of layers are computed again on the way back instead of kept, which saves memory
-        and takes a third more time.
+        and takes more time.
     """
 
     steps: int = Field(default=60, ge=0)

@@ -21,7 +21,7 @@ from evomerge.candidate import Subset
 from evomerge.config.base import SPLITS, Split
 from evomerge.config.scoring import ItemsConfig
 from evomerge.errors import InputError
-from evomerge.evaluation.rendering import Item, items_of, selection_split
+from evomerge.evaluation.rendering import Item, documents_of, items_of, selection_split
 from evomerge.randomness import counter_rng
 from evomerge.seen import Digests
 
@@ -38,6 +38,15 @@ def both_splits(task: Any) -> bool:
         return False
     validation, test = items_of(task, "validation"), items_of(task, "test")
     return not (_all_among(validation, test) and _all_among(test, validation))
+
+
+def side_of_search(task: Any, both: bool) -> Side:
+    """The side that a task's search items come from.
+
+    task: lm-eval's.
+    both: whether it has both splits (`both_splits`).
+    """
+    return "validation" if both or not task.has_test_docs() else "test"
 
 
 def _all_among(items: Sequence[Item], others: Sequence[Item]) -> bool:
@@ -103,9 +112,9 @@ class Division:
         """
         return self._chosen[split][task]
 
-    def documents(self, task: Any, split: Split) -> list[Any]:
-        """The documents of a split of a task, in the order of `of`, which takes the same parameters."""
-        return self._divisions[task].documents(self._chosen[split][task], split)
+    def searched_documents(self, task: Any) -> list[Any]:
+        """The documents of a task's search items, in their order."""
+        return self._divisions[task].searched_documents(self._chosen["search"][task])
 
     def items(self, task: Any, split: Split) -> list[Item]:
         """The rendered items of a split of a task, in the order of `of`, which takes the same parameters."""
@@ -140,8 +149,8 @@ class _TaskDivision:
 
     def __post_init__(self) -> None:
         self._both = both_splits(self.task)
-        side: Side = "validation" if self._both or not self.task.has_test_docs() else "test"
-        self._first = items_of(self.task, side)
+        self._side = side_of_search(self.task, self._both)
+        self._first = items_of(self.task, self._side)
         self._last = items_of(self.task, "test") if self._both else self._first
         self._own_selection = selection_split(self.task) is not None
         # how many items selection takes from the side that it shares
@@ -155,10 +164,8 @@ class _TaskDivision:
         source = self._last if split == "heldout" else self._candidates if split == "selection" else self._first
         return [source[number] for number in numbers]
 
-    def documents(self, numbers: Sequence[int], split: Split) -> list[Any]:
-        last = split == "heldout" and self._both
-        test = last or (not self._both and self.task.has_test_docs())
-        there = list(self.task.test_docs() if test else self.task.validation_docs())
+    def searched_documents(self, numbers: Sequence[int]) -> list[Any]:
+        there = documents_of(self.task, self._side)
         return [there[number] for number in numbers]
 
     @property
@@ -231,7 +238,7 @@ def spare_for_selection(tasks: Sequence[Any], items: ItemsConfig) -> int | None:
     counts = []
     for task in tasks:
         both = both_splits(task)
-        there = len(items_of(task, "validation" if both or not task.has_test_docs() else "test"))
+        there = len(items_of(task, side_of_search(task, both)))
         taken = (items.search or 0) + (0 if both else items.heldout or 0)
         if items.search is None and not both:
             taken += round(there * items.search_fraction)

@@ -48,7 +48,7 @@ def choices_of(task: Any, documents: Sequence[Sequence[Any]]) -> list[Choices] |
     """
     if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
         return None
-    options = [_choices(task, instances[0].doc) for instances in documents]
+    options = [choices_in(task, instances[0].doc) for instances in documents]
     return (
         options
         if all(0 < choices.right.sum() < len(choices.right) and choices.characters.all() for choices in options)
@@ -56,7 +56,12 @@ def choices_of(task: Any, documents: Sequence[Sequence[Any]]) -> list[Choices] |
     )
 
 
-def _choices(task: Any, document: Any) -> Choices:
+def choices_in(task: Any, document: Any) -> Choices:
+    """The options of one document of a multiple-choice task.
+
+    task: lm-eval's.
+    document: one of its documents.
+    """
     options = task.doc_to_choice(document)
     gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
     right = {

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.evaluation.loading import Target
+from evomerge.evaluation.margins import choices_in
 from evomerge.evaluation.metrics import task_metrics
 
-Lengths = Literal["none", "characters", "bytes"]
-_LENGTHS: Mapping[str, Lengths] = {"acc_norm": "characters", "acc_bytes": "bytes"}
 _SURE = 100.0  # nats by which an option leads in a made-up response
 
 
@@ -91,25 +92,12 @@ def _reference(task: Any, metric: str, document: Any, chat: bool) -> Reference |
 
 
 def _options(task: Any, metric: str, document: Any) -> Reference | None:
-    options = task.doc_to_choice(document)
-    gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    numbers = {
-        option if isinstance(option, int) else options.index(option)
-        for option in (gold if isinstance(gold, list) else [gold])
-    }
-    right = tuple(number in numbers for number in range(len(options)))
-    if not 0 < sum(right) < len(right):
+    choices = choices_in(task, document)
+    if not 0 < choices.right.sum() < len(choices.right):
         return None
-    lengths = _LENGTHS.get(metric, "none")
-    divisors = tuple(_length(option, lengths) for option in options)
-    return Reference(right=right, lengths=divisors, mutual=metric == "acc_mutual_info")
-
-
-def _length(option: str, lengths: Lengths) -> float:
-    """What the log-likelihood of an option is divided by."""
-    if lengths == "none":
-        return 1.0
-    return max(1.0, float(len(option) if lengths == "characters" else len(option.encode())))
+    lengths = {"acc_norm": choices.characters, "acc_bytes": choices.bytes}.get(metric, np.ones(len(choices.right)))
+    divisors = tuple(np.maximum(lengths, 1.0).tolist())
+    return Reference(right=tuple(choices.right.tolist()), lengths=divisors, mutual=metric == "acc_mutual_info")
 
 
 def _written(task: Any, document: Any, chat: bool) -> Reference | None:

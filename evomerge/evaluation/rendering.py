@@ -48,11 +48,12 @@ def items_of(task: Any, side: Side) -> list[Item]:
     """
     kept = _KEPT.setdefault(task, {})
     if side not in kept:
-        kept[side] = [_item(task, document) for document in _documents(task, side)]
+        kept[side] = [_item(task, document) for document in documents_of(task, side)]
     return kept[side]
 
 
-def _documents(task: Any, side: Side) -> Sequence[Any]:
+def documents_of(task: Any, side: Side) -> Sequence[Any]:
+    """The documents of a task, in their order; it takes the same parameters as `items_of`."""
     if side == "fewshot":
         return list(getattr(getattr(task, "sampler", None), "df", None) or [])
     if side == "selection":

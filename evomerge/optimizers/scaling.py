@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.spaces import Gene, Genome, canonical
+from evomerge.spaces import Gene, Genome, canonical, model_of
 
 _LOW, _HIGH, _STEP = 0.5, 1.5, 0.1
 
@@ -45,5 +45,5 @@ class Scaling:
 
 def _factor(gene: Gene) -> Gene:
     """The factor of the weights of a gene's model in its group."""
-    model = gene.name.split(":")[1]
+    model = model_of(gene)
     return Gene(f"factor:{model}:{gene.group}", "weight", gene.group, _LOW, _HIGH, 1.0, _STEP, when=gene.when)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.config.files import load
+from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.config.tables import COSTS, OPTIMIZERS, imported
@@ -83,7 +84,6 @@ def prepare(config: SearchConfig) -> Prepared:
         only_reported,
         without_items,
     )
-    from evomerge.evaluation.packing_probe import takes_packed_rows
     from evomerge.workers.worker import base_tokenizer
 
     config, models = _pinned(config)
@@ -106,23 +106,11 @@ def prepare(config: SearchConfig) -> Prepared:
     reported = only_reported(config, targets)
     division = Division(distinct_tasks(searched), config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
-    sharing = config.evaluation.prefix_sharing
-    if sharing == "auto":
-        sharing = "mask" if takes_packed_rows(base.folder) else "none"
     _check_vocabularies(config, prepared)
-    device = _device(config)
     resolved = config.model_copy(
         update={
             "optimizer": resolve(config.optimizer, len(space.genes), len(config.objectives), space.genes),
-            "evaluation": config.evaluation.model_copy(
-                update={
-                    "device": device,
-                    "dtype": resolve_dtype(config.evaluation.dtype, prepared.models.table),
-                    "compile": resolve_compile(config.evaluation.compile, device, prepared.models.table),
-                    "prefix_sharing": sharing,
-                    "fewshot_as_multiturn": config.evaluation.multiturn,
-                }
-            ),
+            "evaluation": _evaluation(config, prepared.models),
         }
     )
     _check_optimizer(resolved, space)
@@ -140,6 +128,25 @@ def prepare(config: SearchConfig) -> Prepared:
     return Prepared(resolved, space, prepared.models, warnings, loaded, encoded(seen))
 
 
+def _evaluation(config: SearchConfig, models: Models) -> EvaluationConfig:
+    """The evaluation settings of a search, in which everything that this machine and the base decide is decided."""
+    from evomerge.evaluation.packing_probe import takes_packed_rows
+
+    settings, device = config.evaluation, _device(config)
+    sharing = settings.prefix_sharing
+    if sharing == "auto":
+        sharing = "mask" if takes_packed_rows(models.base.folder) else "none"
+    return settings.model_copy(
+        update={
+            "device": device,
+            "dtype": resolve_dtype(settings.dtype, models.table),
+            "compile": resolve_compile(settings.compile, device, models.table),
+            "prefix_sharing": sharing,
+            "fewshot_as_multiturn": settings.multiturn,
+        }
+    )
+
+
 def _learning(
     config: SearchConfig, prepared: Prepared, targets: "Mapping[str, Target]"
 ) -> tuple[SearchConfig, Prepared, str | None]:
@@ -152,24 +159,23 @@ def _learning(
     from evomerge.evaluation.loading import distinct_tasks
     from evomerge.evaluation.references import without_references
 
-    tasks = distinct_tasks(targets)
     explicit = config.optimizer.follows_gradients
     if not explicit and not isinstance(config.space, ParameterSpaceConfig):
         return config, prepared, None
+    tasks = distinct_tasks(targets)
+    unchanged = config, prepared
     config = _with_tensor_weights(config)
-    prepared = _with_models(config, prepared.models)
+    prepared = replace(prepared, config=config, space=make_space(config, prepared.models))
     moved = _smooth_kinds(config, prepared)
     reason = None if moved else "none of its genes has a derivative by the first method"
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
         chat = config.evaluation.apply_chat_template
-        reason = without_references(config.measured, targets, lambda task: division.documents(task, "search"), chat)
+        reason = without_references(config.measured, targets, division.searched_documents, chat)
     if reason is not None and explicit:
         raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
     if reason is not None:
-        whole = config.model_copy(update={"space": config.space.model_copy(update={"tensor_weights": False})})
-        doubt = f"gradients cannot be followed, since {reason}; evolution works alone." if moved else None
-        return whole, _with_models(whole, prepared.models), doubt
+        return *unchanged, f"gradients cannot be followed, since {reason}; evolution works alone." if moved else None
     items = config.items
     if items.selection is None:
         items = items.model_copy(update={"selection": spare_for_selection(tasks, items)})

@@ -63,6 +63,11 @@ class Gene:
         return "categorical" if self.choices else "integer" if self.integer else "continuous"
 
 
+def model_of(gene: Gene) -> str:
+    """The name of the model that a gene of a weight or a density belongs to, the second part of its name."""
+    return gene.name.split(":")[1]
+
+
 def categorical(
     name: str, kind: str, group: str, choices: Sequence[str], start: str, when: tuple[Condition, ...] = ()
 ) -> Gene:

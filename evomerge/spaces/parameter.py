@@ -20,7 +20,7 @@ from evomerge.merging import methods
 from evomerge.merging.methods.base import Method
 from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.recipe import FilteredValue, Parameters, Provenance, Recipe, Setting, Slice, Source
-from evomerge.spaces import TAKE, Gene, Genome, at, canonical, categorical
+from evomerge.spaces import TAKE, Gene, Genome, at, canonical, categorical, model_of
 from evomerge.spaces.own_parameters import own_parameters
 from evomerge.spaces.participants import BASE, FROM, TO, Participants
 
@@ -340,11 +340,6 @@ def _searchable(config: ParameterSpaceConfig, models: int) -> tuple[Method, ...]
 
 def _name(kind: str, model: str, unit: str) -> str:
     return f"{kind}:{model}:{unit}"
-
-
-def model_of(gene: Gene) -> str:
-    """The name of the model that a gene of a weight or a density belongs to."""
-    return gene.name.split(":")[1]
 
 
 def layer_groups(config: ParameterSpaceConfig, layers: int) -> list[LayerGroup]:

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from evomerge.merging.sources.models import Model, Models, models_of
 from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.recipe import Recipe
 from evomerge.seen import Digests
+
+T = TypeVar("T")
 
 
 class Worker:
@@ -101,27 +103,21 @@ class Worker:
         recipe that does not fit the models.
         """
         started = time.perf_counter()
-        fingerprint = None
-        try:
-            fingerprint = self.models.materialize(recipe)
+
+        def score(fingerprint: str) -> Evaluation:
             before = time.perf_counter()
             scores = self._harness.evaluate(split, self.models.candidate, subset)
             costs = self._costs(time.perf_counter() - before)
-        except CandidateFailed as error:
-            return failure(str(error), fingerprint)
-        except (InputError, WorkerPoisoned):
-            raise
-        except Exception as error:
-            self._check_alive(error)
-            return failure(first_line(error), fingerprint)
-        return Evaluation(
-            scores={**scores.scores, **costs},
-            outcomes=dict(scores.outcomes),
-            items=scores.items,
-            fingerprint=fingerprint,
-            seconds=time.perf_counter() - started,
-            truncated=scores.truncated,
-        )
+            return Evaluation(
+                scores={**scores.scores, **costs},
+                outcomes=dict(scores.outcomes),
+                items=scores.items,
+                fingerprint=fingerprint,
+                seconds=time.perf_counter() - started,
+                truncated=scores.truncated,
+            )
+
+        return self._of_merge(recipe, score)
 
     def descend(self, recipe: Recipe, descent: Descent) -> Gradient | Evaluation:
         """The gradient of a recipe's loss on a shard of a mini-batch; a failed evaluation where there is none.
@@ -131,12 +127,28 @@ class Worker:
         Raises WorkerPoisoned and InputError as `evaluate` does.
         """
         started = time.perf_counter()
-        fingerprint = None
-        try:
-            fingerprint = self.models.materialize(recipe)
+
+        def follow(fingerprint: str) -> Gradient:
             with self.models.following(descent.wanted) as followed, self._layers_again():
                 losses = self._harness.descend(self.models.candidate, descent)
             slopes = followed.totals()
+            if not all(map(math.isfinite, slopes.values())):
+                raise CandidateFailed("the gradient is not finite")
+            return Gradient(losses, slopes, fingerprint, time.perf_counter() - started)
+
+        return self._of_merge(recipe, follow)
+
+    def _of_merge(self, recipe: Recipe, work: Callable[[str], T]) -> T | Evaluation:
+        """What some work on a recipe's merge returns; a failed evaluation where the merge or the work fails.
+
+        recipe: the candidate's.
+        work: is given the fingerprint of the merge, which is in memory.
+        Raises WorkerPoisoned and InputError as `evaluate` does.
+        """
+        fingerprint = None
+        try:
+            fingerprint = self.models.materialize(recipe)
+            return work(fingerprint)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
         except (InputError, WorkerPoisoned):
@@ -144,9 +156,6 @@ class Worker:
         except Exception as error:
             self._check_alive(error)
             return failure(first_line(error), fingerprint)
-        if not all(map(math.isfinite, slopes.values())):
-            return failure("the gradient is not finite", fingerprint)
-        return Gradient(losses, slopes, fingerprint, time.perf_counter() - started)
 
     def _layers_again(self) -> AbstractContextManager[None]:
         """A context in which layers are computed again on the way back, where the config asks for it."""

@@ -19,7 +19,7 @@ def found(search_config):
         targets = load_targets(config.measured, config.tasks, config.evaluation)
         (metric,) = check_metrics(config, targets).objectives
         (task,) = targets[metric.task].tasks
-        documents = Division(distinct_tasks(targets), config.items).documents(task, "search")
+        documents = Division(distinct_tasks(targets), config.items).searched_documents(task)
         name = metric.filter or targets[metric.task].filters()[0]
         return references(task, metric, name, documents, config.evaluation.apply_chat_template), documents
 
@@ -35,7 +35,7 @@ def missing(search_config):
         targets = load_targets(config.measured, config.tasks, config.evaluation)
         division = Division(distinct_tasks(targets), config.items)
         measured = check_metrics(config, targets).objectives
-        return without_references(measured, targets, lambda task: division.documents(task, "search"))
+        return without_references(measured, targets, division.searched_documents)
 
     return find
 

@@ -56,7 +56,7 @@ def test_gradients_take_at_most_six_tenths_of_the_budget_and_are_left_out_where_
     config = auto(search_file, {"evaluations": evaluations}).config
     assert config.optimizer.follows_gradients == (steps is not None)
     if steps is None:
-        assert config.space.tensor_weights != True  # noqa: E712
+        assert not config.space.merging.by_tensor
         assert not config.optimizer.stages
     else:
         assert config.optimizer.learning.steps == steps
@@ -91,7 +91,7 @@ def test_where_no_answer_satisfies_its_own_metric_it_evolves_alone_and_says_why(
     objectives = [{"task": "base_qa"}, {"task": "read_as_nothing", "metric": "exact_match"}]
     prepared = auto(search_file, objectives=objectives, tasks={"paths": [str(EVALS), str(tmp_path)]})
     assert not prepared.config.optimizer.follows_gradients
-    assert prepared.config.space.tensor_weights is False
+    assert not prepared.config.space.merging.by_tensor
     assert prepared.config.items.selection is None
     [warning] = [text for text in prepared.warnings if "gradients" in text]
     assert warning == (
@@ -136,3 +136,14 @@ def test_the_resolved_config_can_be_read_again_and_stays_as_it_is(search_file: W
     again.write_text(resolved.to_yaml())
     assert load(again) == resolved
     assert prepare(load(again)).config.optimizer == resolved.optimizer
+
+
+def test_weights_by_tensor_that_a_search_file_asks_for_stay_where_gradients_cannot_be_followed(
+    search_file: WriteSearch,
+) -> None:
+    wanted = {"layer_granularity": 3, "tensor_weights": True}
+    prepared = auto(search_file, {"learning": {"steps": 0}}, space=wanted)
+    assert prepared.config.space.merging.by_tensor
+    without = auto(search_file, space=wanted | {"method": ["model_stock", "ties"], "weight": {"fixed": 0.5}})
+    assert not without.config.optimizer.follows_gradients
+    assert without.config.space.merging.by_tensor
