@@ -413,6 +413,9 @@ def importances(shares: Mapping[str, float], most: int = 20) -> Drawing:
     return Drawing(figure)
 
 
+_BANDS = ("#b8c0cc", "#8fa3bf", "#5f8fc4", "#e0a458", "#d64550")  # a fifth of the candidates each, the worst first
+
+
 def parallel(shown: Features, names: Sequence[str], mean: str) -> Drawing:
     """A line for each candidate across its genes, the better ones on top and in a warmer color.
 
@@ -423,37 +426,22 @@ def parallel(shown: Features, names: Sequence[str], mean: str) -> Drawing:
     picked = [next(i for i, feature in enumerate(shown.features) if feature.name == name) for name in names]
     order = sorted(range(len(shown.candidates)), key=lambda row: shown.means[row])
     order = [order[index] for index in thinned(len(order), 600)]
-    low, high = shown.means[order[0]], shown.means[order[-1]]
-    bands = [
-        ("worst fifth", "#b8c0cc"),
-        ("", "#8fa3bf"),
-        ("middle fifth", "#5f8fc4"),
-        ("", "#e0a458"),
-        ("best", "#d64550"),
+    cuts = [len(order) * band // len(_BANDS) for band in range(len(_BANDS) + 1)]
+    heights = {row: _heights(shown, picked, row, order) for row in order}
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": label(f"{mean} {shown.means[order[start]]:.3f} to {shown.means[order[end - 1]]:.3f}"),
+            "x": [x for _ in order[start:end] for x in (*range(len(picked) + 1), None)],
+            "y": [y for row in order[start:end] for y in (*heights[row], None)],
+            "line": {"color": color, "width": 1.5 if band == len(_BANDS) - 1 else 1},
+            "opacity": 0.35 + 0.15 * band,
+            "hoverinfo": "name",
+        }
+        for band, (color, start, end) in enumerate(zip(_BANDS, cuts, cuts[1:], strict=False))
+        if start < end
     ]
-    traces = []
-    for band, (_, color) in enumerate(bands):
-        start, end = (len(order) * band // len(bands), len(order) * (band + 1) // len(bands))
-        x: list[float | None] = []
-        y: list[float | None] = []
-        for row in order[start:end]:
-            x += [*range(len(picked) + 1), None]
-            y += [_height(shown.features[column], shown.values[row][column]) for column in picked]
-            y += [number((shown.means[row] - low) / ((high - low) or 1.0)), None]
-        if start < end:
-            first, last = shown.means[order[start]], shown.means[order[end - 1]]
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": label(f"{mean} {first:.3f} to {last:.3f}"),
-                    "x": x,
-                    "y": y,
-                    "line": {"color": color, "width": 1.5 if band == len(bands) - 1 else 1},
-                    "opacity": 0.35 + 0.15 * band,
-                    "hoverinfo": "name",
-                }
-            )
     figure = figure_of(
         traces,
         height=480,
@@ -477,6 +465,13 @@ def parallel(shown: Features, names: Sequence[str], mean: str) -> Drawing:
         margin={"l": 52, "r": 16, "t": 60, "b": 48},
     )
     return Drawing(figure)
+
+
+def _heights(shown: Features, picked: Sequence[int], row: int, order: Sequence[int]) -> list[float | None]:
+    """How high a candidate's line stands at each picked feature, and last at its mean."""
+    low, high = shown.means[order[0]], shown.means[order[-1]]
+    at_features = [_height(shown.features[column], shown.values[row][column]) for column in picked]
+    return [*at_features, number((shown.means[row] - low) / ((high - low) or 1.0))]
 
 
 def _height(feature: Feature, value: float | int | str | None) -> float | None:
