@@ -122,7 +122,9 @@ class FakeWorker:
     """A worker that obeys the weight of a recipe's first model: negative raises, 2 kills the process, 3 hangs, 4 leaves
     a worker that is good for nothing, 5 makes a result of 150 MiB."""
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False
+    ) -> Evaluation:
         assert recipe.models is not None
         weight = recipe.models[0].parameters["weight"]
         assert isinstance(weight, float)
@@ -152,7 +154,9 @@ def make_fake_worker() -> FakeWorker:
 class WorkerThatNamesItsGpus:
     """Gives the GPUs that torch would see as its fingerprint."""
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False
+    ) -> Evaluation:
         return Evaluation(scores={"score": 0.0}, items=1, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
 
     def descend(self, recipe: Recipe, descent: Descent) -> Gradient:

@@ -201,6 +201,7 @@ class SearchConfig(Settings):
 
 _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
     "report": [],
+    "evaluation.quantize": None,
     "optimizer.stop_after": None,
     "optimizer.learning": LearningConfig().model_dump(mode="json"),
     "optimizer.stages.scaled": False,

@@ -19,8 +19,10 @@ Result = Evaluation | Gradient
 class Evaluator(Protocol):
     """What a pool runs: a `Worker`, or a stand-in in tests."""
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None, /) -> Evaluation:
-        """The evaluation of a recipe on a split, or on a subset of its items."""
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False, /
+    ) -> Evaluation:
+        """The evaluation of a recipe on a split, or on a subset of its items; of its quantized merge, if asked."""
         ...
 
     def descend(self, recipe: Recipe, descent: Descent, /) -> Gradient | Evaluation:
@@ -36,17 +38,21 @@ class Job:
     split: the split.
     subset: the part of the search items to score it on; None for all items of the split.
     descent: what gradient is asked for; None for scores.
+    quantized: whether the merge is quantized before it is scored.
     """
 
     candidate: Candidate
     split: Split
     subset: Subset | None = None
     descent: Descent | None = None
+    quantized: bool = False
 
     @property
     def study(self) -> Study:
-        """The study of the archive in which the evaluation is kept: the split's, or `subset`."""
-        return self.split if self.subset is None else "subset"
+        """The study of the archive in which the evaluation is kept: the split's, `subset`, or `quantized`."""
+        if self.subset is not None:
+            return "subset"
+        return "quantized" if self.quantized else self.split
 
     @property
     def key(self) -> tuple[str, Study, int | None]:
@@ -85,7 +91,12 @@ class WorkerPool(Protocol):
 
 
 def run_guarded(
-    evaluator: Evaluator, recipe: Recipe, split: Split, subset: Subset | None = None, descent: Descent | None = None
+    evaluator: Evaluator,
+    recipe: Recipe,
+    split: Split,
+    subset: Subset | None = None,
+    descent: Descent | None = None,
+    quantized: bool = False,
 ) -> Result:
     """The result of a job. An exception that is not an EvomergeError becomes the candidate's failure.
 
@@ -94,10 +105,13 @@ def run_guarded(
     split: the split to score it on.
     subset: the part of the search items to score it on; None for all items.
     descent: what gradient is asked for; None for scores.
+    quantized: whether the merge is quantized before it is scored.
     Raises EvomergeError as the evaluator does.
     """
     try:
-        return evaluator.evaluate(recipe, split, subset) if descent is None else evaluator.descend(recipe, descent)
+        if descent is not None:
+            return evaluator.descend(recipe, descent)
+        return evaluator.evaluate(recipe, split, subset, quantized)
     except EvomergeError:
         raise
     except Exception as error:

@@ -46,7 +46,7 @@ class LocalPool:
     def wait(self) -> tuple[Job, Result]:
         """The job that was submitted first, and its result, which is made here."""
         job = self._jobs.popleft()
-        return job, run_guarded(self._worker, job.candidate.recipe, job.split, job.subset, job.descent)
+        return job, run_guarded(self._worker, job.candidate.recipe, job.split, job.subset, job.descent, job.quantized)
 
     def close(self) -> None:
         """Drops all jobs that have not run."""

@@ -277,7 +277,9 @@ class RayPool:
             if not self._held(actor):
                 actor.busy_since = time.monotonic()
             try:
-                reference = actor.handle.run.remote(job.candidate.recipe, job.split, job.subset, job.descent)
+                reference = actor.handle.run.remote(
+                    job.candidate.recipe, job.split, job.subset, job.descent, job.quantized
+                )
             except self._full as error:
                 raise WorkFailed(_no_room(error)) from None
             self._running[reference] = _Attempt(job, actor, deaths)
@@ -494,9 +496,9 @@ class EvaluationActor:
             return str(error), node, process
         return None, node, process
 
-    def run(self, recipe: Any, split: Any, subset: Any, descent: Any) -> Result:
+    def run(self, recipe: Any, split: Any, subset: Any, descent: Any, quantized: bool) -> Result:
         """The result of a job; see `run_guarded`."""
-        return run_guarded(self._make_worker(), recipe, split, subset, descent)
+        return run_guarded(self._make_worker(), recipe, split, subset, descent, quantized)
 
     def _make_worker(self) -> Evaluator:
         """The worker; the first call makes it."""

@@ -58,7 +58,14 @@ class Worker:
         count = 1 if rehearsal else count_gpus(config, device)
         evaluation = config.evaluation
         self.models = ResidentModels(
-            models, device, evaluation.dtype, evaluation.compile is True, rehearsal, count, head_apart
+            models,
+            device,
+            evaluation.dtype,
+            evaluation.compile is True,
+            rehearsal,
+            count,
+            head_apart,
+            bool(evaluation.quantize),
         )
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
@@ -93,12 +100,15 @@ class Worker:
             with self.models.following(wanted), self._layers_again():
                 self._harness.rehearse_descent(self.models.candidate)
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False
+    ) -> Evaluation:
         """The evaluation of a recipe. Failures of the candidate are recorded in it, not raised.
 
         recipe: the candidate's.
         split: the split to score it on.
         subset: the part of the search items to score it on; None for all items.
+        quantized: whether the merge is quantized before it is scored.
         Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, and InputError for a
         recipe that does not fit the models.
         """
@@ -117,7 +127,7 @@ class Worker:
                 truncated=scores.truncated,
             )
 
-        return self._of_merge(recipe, score)
+        return self._of_merge(recipe, score, quantized)
 
     def descend(self, recipe: Recipe, descent: Descent) -> Gradient | Evaluation:
         """The gradient of a recipe's loss on a shard of a mini-batch; a failed evaluation where there is none.
@@ -138,16 +148,17 @@ class Worker:
 
         return self._of_merge(recipe, follow)
 
-    def _of_merge(self, recipe: Recipe, work: Callable[[str], T]) -> T | Evaluation:
+    def _of_merge(self, recipe: Recipe, work: Callable[[str], T], quantized: bool = False) -> T | Evaluation:
         """What some work on a recipe's merge returns; a failed evaluation where the merge or the work fails.
 
         recipe: the candidate's.
         work: is given the fingerprint of the merge, which is in memory.
+        quantized: whether the merge is quantized.
         Raises WorkerPoisoned and InputError as `evaluate` does.
         """
         fingerprint = None
         try:
-            fingerprint = self.models.materialize(recipe)
+            fingerprint = self.models.materialize(recipe, quantized)
             return work(fingerprint)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
