@@ -28,6 +28,7 @@ OWNERS = {
         "reports/page/importance.py",
     },
     "plotly": {"reports/page/figures.py"},
+    "wandb": {"runs/trackers/weights_and_biases.py"},
     "pandas": {"library/candidates.py", "library/runs.py"},
     "IPython": {"library/notebook.py"},
     "jinja2": {"evaluation/loading.py", "reports/page/html.py"},

@@ -19,6 +19,7 @@ from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAw
 from evomerge.files import DATABASE, SEARCH_FILE, TASKS, check_writable, write_text
 from evomerge.runs.journal import LOG_FILE, Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
+from evomerge.runs.trackers.tracking import Tracking
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.workers import WorkerPool
@@ -201,16 +202,22 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     journal = Journal(run)
     journal(Started(os.getpid(), len(run.archive.tried())))
 
+    tracking = Tracking(listener)
+
     def tell(event: Event) -> None:
         journal(event)
         listener(event)
+        tracking(event)
 
     listener(Opened(run))
+    tracking(Opened(run))
     try:
         tell(WorkersReady(pool.size, run.config.workers.pool))
         Search(run.config, run.prepared.space, run.archive, pool, tell, tuple(run.prepared.models.table)).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
-            journal(Stopped(type(error).__name__, str(error)))
+            stopped = Stopped(type(error).__name__, str(error))
+            tracking(stopped)
+            journal(stopped)
         raise
     return run
