@@ -136,7 +136,8 @@ def _check_trackers(config: SearchConfig) -> None:
         row = TRACKERS[name]
         if find_spec(row.package) is None:
             raise InputError(
-                f"trackers[{index}] is {name}, which is not installed; pip install 'evomerge[{row.extra}]', or remove it."
+                f"trackers[{index}] is {name}, which is not installed; pip install 'evomerge[{row.extra}]', or remove "
+                "it."
             )
 
 
