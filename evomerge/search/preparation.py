@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from evomerge.evaluation.loading import Target
 
 _WORTH_A_SUBSET = 100  # search items
+_WORTH_A_SHARD = 4e9  # parameters times search items: on one core some seconds
+_MOST_SHARDS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,11 @@ def prepare(config: SearchConfig) -> Prepared:
     _check_optimizer(resolved, space)
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
-    resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
+    parameters = sum(math.prod(info.shape) for info in prepared.models.table.values())
+    items = sum(len(division.of(task, "search")) for task in distinct_tasks(searched))
+    workers = config.workers.model_copy(update={"shards": resolve_shards(config, parameters, items)})
+    subsets = resolve_subsets(resolved, fewest, whole)
+    resolved = resolved.model_copy(update={"subsets": subsets, "workers": workers})
     warnings = (
         *prepared.warnings,
         *filter(None, [doubt]),
@@ -280,6 +286,19 @@ def identities(prepared: Prepared) -> dict[str, str]:
     keys = {"base": prepared.config.base}
     keys |= {f"models.{name}": reference for name, reference in prepared.config.models.items()}
     return {key: prepared.models[reference].identity for key, reference in keys.items()}
+
+
+def resolve_shards(config: SearchConfig, parameters: int, items: int) -> int:
+    """Into how many shards an evaluation is divided. `auto` makes as many as are worth sending to a worker: small
+    models and few items stay whole.
+
+    config: the search's.
+    parameters: how many the base has.
+    items: how many search items all tasks have together.
+    """
+    if config.workers.shards != "auto":
+        return config.workers.shards
+    return min(max(1, round(parameters * items / _WORTH_A_SHARD)), _MOST_SHARDS)
 
 
 def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:
