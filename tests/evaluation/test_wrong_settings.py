@@ -25,7 +25,7 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         "evaluation.device is 'cuda:99'",
         "CUDA devices here",
     ),
-    "a device for no weights": ({"evaluation.device": "meta"}, "evaluation.device is 'meta'; use auto"),
+    "a device for no weights": ({"evaluation.device": "meta"}, "evaluation.device is 'meta'; valid names: auto"),
     "an unknown way to share prefixes": (
         {"evaluation.prefix_sharing": "masks"},
         "evaluation.prefix_sharing is \"masks\"; did you mean 'mask'?",
