@@ -83,9 +83,7 @@ def resolve_device(name: str, key: str = "evaluation.device") -> str:
         raise InputError(f"{key} is '{name}'; {choices(name, _names(kinds))}.")
     seen = device_count(kind)
     if int(number or 0) >= seen:
-        raise InputError(
-            f"{key} is '{name}', but torch sees {seen} {kind.upper()} devices here; use {' or '.join(_usable())}."
-        )
+        raise InputError(f"{key} is '{name}', but torch sees {seen} {kind.upper()} devices here; use {_usable()}.")
     return name
 
 
@@ -93,13 +91,13 @@ def _names(kinds: Iterable[str]) -> list[str]:
     return ["auto", "cpu", *(name for kind in sorted({*kinds} - {"cpu"}) for name in (kind, f"{kind}:N"))]
 
 
-def _usable() -> Iterator[str]:
-    """The devices that a user may name here, shortest first."""
+def _usable() -> str:
+    """The devices that a user may name here."""
     kind = accelerator()
-    yield from ("auto", "cpu")
-    if kind != "cpu":
-        count = device_count(kind)
-        yield kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+    if kind == "cpu":
+        return "auto or cpu"
+    count = device_count(kind)
+    return f"auto, cpu or {kind if count == 1 else f'{kind}:0 to {kind}:{count - 1}'}"
 
 
 def count_gpus(config: SearchConfig, device: str) -> int:
@@ -146,6 +144,12 @@ def _supports(kind: str, dtype: torch.dtype) -> bool:
         return bool((one + one).sum().item() == 4)
     except (TypeError, RuntimeError):
         return False
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on the CPU where its device has no float64. Sums whose last bit decides something are taken
+    so, and their results go back as float32."""
+    return tensor.to(exact_device(tensor.device)).to(torch.float64)
 
 
 def exact_device(device: torch.device) -> torch.device:

@@ -7,11 +7,12 @@ that live there with their peak. Results have the bits of the CPU, so whatever d
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -140,6 +141,9 @@ class Pretended(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if _kernels(func.name()) == (False, True):  # such operations come here as they are only in inference mode
+            with torch._C.DisableTorchFunctionSubclass():
+                return func.decompose(*args, **kwargs)
         here = _place(func, args, kwargs)
         target = torch.device(kwargs.get("device") or here)
         if "device" in kwargs:
@@ -157,6 +161,13 @@ class Pretended(torch.Tensor):
         return tree_map_only(
             torch.Tensor, lambda raw: written.get(id(raw)) if id(raw) in written else cls(raw, target), result
         )
+
+
+@cache
+def _kernels(name: str) -> tuple[bool, bool]:
+    """Whether an operation has code of its own for the CPU, and a composition of others that serves every device."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(name, "CPU"), has(name, "CompositeImplicitAutograd")
 
 
 def _place(func: Any, args: Any, kwargs: Any) -> torch.device:
@@ -195,9 +206,7 @@ def _attention(
     given = tree_map_only(Pretended, lambda tensor: tensor.raw, (query, key, value, attn_mask))
     follows = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     tracked = [tensor.detach().requires_grad_(follows) for tensor in given[:3]]
-    choice = torch._fused_sdp_choice(
-        *tracked, given[3], dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    choice = torch._fused_sdp_choice(*tracked, given[3], dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if choice != 1:  # no fused kernel
         return _aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
@@ -244,8 +253,7 @@ def _chosen_by_kind() -> Iterator[tuple[str, Any]]:
     name and operation."""
     for full in torch._C._dispatch_get_all_op_names():
         space, _, name = full.partition("::")
-        has = [torch._C._dispatch_has_kernel_for_dispatch_key(full, key) for key in ("CPU", "CompositeImplicitAutograd")]
-        if space == "aten" and all(has):
+        if space == "aten" and _kernels(full) == (True, True):
             packet, _, overload = name.partition(".")
             yield name, getattr(getattr(_aten, packet), overload or "default")
 

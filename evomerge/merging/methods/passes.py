@@ -60,7 +60,7 @@ def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -
     moved = iter(torch.tensor(plain, dtype=torch.float32).to(device).unbind())
 
     def scalar(value: float | torch.Tensor) -> torch.Tensor:
-        return value.reshape(()).to(torch.float32) if isinstance(value, torch.Tensor) else next(moved)
+        return value.reshape(()).to(torch.float32).to(device) if isinstance(value, torch.Tensor) else next(moved)
 
     return {name: tuple(scalar(value) for value in group) for name, group in values.items()}
 
