@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
+from typing import Any
 
 from evomerge.archive.archive import Archive
 from evomerge.archive.storage import check_storage, presence, study_prefix
@@ -58,11 +59,11 @@ def start(
     listener(WorkersAwaited())
     with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
-        with run_lock(directory), _present(directory, prepared.config):
+        with run_lock(directory), _present(directory, prepared.config) as writer:
             if (directory / SEARCH_FILE).exists():  # somebody was faster
                 raise InputError(_occupied(directory, prepared.config))
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
-            return _run(OpenRun(directory, prepared, _archive(directory, prepared)), pool, listener)
+            return _run(OpenRun(directory, prepared, _archive(directory, prepared, writer)), pool, listener)
 
 
 def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
@@ -79,8 +80,8 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     _check_archive_kept(directory, prepared.config)
-    with run_lock(directory), _present(directory, prepared.config):
-        run = OpenRun(directory, prepared, _archive(directory, prepared))
+    with run_lock(directory), _present(directory, prepared.config) as writer:
+        run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
             listener(Warned(warning))
         check_sources(run)
@@ -128,7 +129,7 @@ def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     return files.load(directory / SEARCH_FILE, overrides)
 
 
-def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[None]:
+def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[Any]:
     """A lock on the run's study, where the archive is shared: processes see it that use other directories."""
     return presence(config.storage, study_prefix(directory, config))
 
@@ -144,8 +145,8 @@ def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
         )
 
 
-def _archive(directory: Path, prepared: Prepared) -> Archive:
-    return Archive(directory, prepared.config, prepared.space.genes)
+def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive:
+    return Archive(directory, prepared.config, prepared.space.genes, writer=writer)
 
 
 def _held(directory: Path) -> list[str]:

@@ -26,7 +26,7 @@ from tests.searches import WriteSearch
 PRETEND = accelerator.install()
 HERE = torch.device(accelerator.NAME, 0)
 SEARCHES: dict[str, dict[str, Any]] = {
-    "evolution": {"optimizer": {"evaluations": 8, "population": 4}},
+    "evolution": {"optimizer": {"evaluations": 4, "population": 4}},
     "gradients": {
         "space": {"layer_granularity": 6, "density": {"fixed": 1.0}, "tensor_weights": True},
         "optimizer": {
@@ -54,10 +54,10 @@ def searched(search_file: WriteSearch, tmp_path: Path) -> Callable[..., Any]:
 
     def run(name: str, device: str, gpus: int | None = None) -> Any:
         changes = SEARCHES[name]
-        settings = {"optimizer": {"evaluations": 8, "population": 4}} | changes
+        settings = {"optimizer": {"evaluations": 4, "population": 4}} | changes
         workers = {"pool": "local", "num_gpus": gpus}
-        evaluation = {"device": device, "batch_size": 16}
-        path = search_file(**settings, items={"search": 8, "heldout": 8}, evaluation=evaluation, workers=workers)
+        evaluation = {"device": device, "batch_size": 64}
+        path = search_file(**settings, items={"search": 4, "heldout": 4}, evaluation=evaluation, workers=workers)
         place = tmp_path / f"{name}-{device}-{gpus}"
         runs.start(path, place, (), None, unheard)
         return [
