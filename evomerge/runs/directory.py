@@ -46,7 +46,7 @@ def start(
     held = _held(directory)
     if held and SEARCH_FILE not in held:
         raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
-    prepared = prepare_file(search_file, overrides)
+    prepared = prepare_file(search_file, overrides, address or os.environ.get("RAY_ADDRESS"))
     if SEARCH_FILE in held:
         if not again or not _same_search(directory, prepared.config):
             raise InputError(_occupied(directory, prepared.config))

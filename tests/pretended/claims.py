@@ -26,18 +26,16 @@ from tests.searches import WriteSearch
 PRETEND = accelerator.install()
 HERE = torch.device(accelerator.NAME, 0)
 SEARCHES: dict[str, dict[str, Any]] = {
-    "evolution": {"optimizer": {"evaluations": 4, "population": 4}},
+    "evolution": {},
     "gradients": {
-        "space": {"layer_granularity": 6, "density": {"fixed": 1.0}, "tensor_weights": True},
-        "optimizer": {
-            "evaluations": 5,
-            "population": 4,
-            "learning": {"steps": 2, "every": 2, "share": 0.25, "shards": 2, "checkpointing": True},
-            "stages": [{"name": "learned", "genes": ["weight"]}, {"name": "group_evolution", "genes": ["weight"]}],
-        },
+        "space": {"layer_granularity": 2, "density": {"fixed": 1.0}, "tensor_weights": True},
+        "optimizer.learning": {"steps": 2, "every": 2, "share": 0.25, "shards": 2, "checkpointing": True},
+        "optimizer.stages": [
+            {"name": "learned", "genes": ["weight"]},
+            {"name": "group_evolution", "genes": ["weight"]},
+        ],
     },
-    "views": {"space": {"kind": "data_flow", "max_layers": 8, "scale": {"low": 0.5, "high": 1.5}, "head": "free"}},
-    "texts": {"objectives": [{"task": "math_a_words"}, {"task": "base_qa"}]},
+    "views": {"space": {"kind": "data_flow", "max_layers": 6, "scale": {"low": 0.5, "high": 1.5}, "head": "free"}},
 }
 
 
@@ -49,17 +47,14 @@ def _as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def searched(search_file: WriteSearch, tmp_path: Path) -> Callable[..., Any]:
+def searched(search: WriteSearch, tmp_path: Path) -> Callable[..., Any]:
     """What a search on a device leaves, without its times and what names the device."""
 
     def run(name: str, device: str, gpus: int | None = None) -> Any:
-        changes = SEARCHES[name]
-        settings = {"optimizer": {"evaluations": 4, "population": 4}} | changes
-        workers = {"pool": "local", "num_gpus": gpus}
-        evaluation = {"device": device, "batch_size": 64}
-        path = search_file(**settings, items={"search": 4, "heldout": 4}, evaluation=evaluation, workers=workers)
+        own = {f"optimizer.{key}": value for key, value in {"evaluations": 3, "population": 2}.items()}
+        common = {"items": {"search": 4, "heldout": 4}, "evaluation.device": device, "workers.num_gpus": gpus}
         place = tmp_path / f"{name}-{device}-{gpus}"
-        runs.start(path, place, (), None, unheard)
+        runs.start(search(own | common | SEARCHES[name]), place, (), None, unheard)
         return [
             {key: row[key] for key in ("id", "genome", "scores", "state", "fingerprint", "heldout") if key in row}
             for rows in content(place)

@@ -184,6 +184,21 @@ def test_a_driver_without_a_gpu_takes_the_searchs_word_for_its_workers(monkeypat
         device(device="cuda", pool="local")
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu"])
+def test_auto_is_what_the_cluster_has_where_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 0)
+    monkeypatch.setattr("evomerge.workers.ray_pool.cluster_device", lambda address: asked.append(address) or kind)
+    changes = ["items={search: 4, heldout: 4}", "workers.pool=ray"]
+    smoke = REPOSITORY / "search_spaces" / "smoke.yaml"
+    assert prepare(files.load(smoke, changes), "head:6379").config.evaluation.device == kind
+    assert prepare(files.load(smoke, [*changes, "workers.num_gpus=1"]), "head:6379").config.evaluation.device == "cuda"
+    assert (
+        prepare(files.load(smoke, [*changes[:1], "workers.pool=local"]), "head:6379").config.evaluation.device == "cpu"
+    )
+    assert asked == ["head:6379"]
+
+
 class Page(http.server.BaseHTTPRequestHandler):
     """A web server that is no Ray, and remembers what it was told."""
 
