@@ -23,16 +23,40 @@ _BUFFERS = 2  # one is filled while the device reads the other
 _KINDS = ("cpu", "cuda", "mps", "xpu")  # what a search file may name on any machine; ROCm is `cuda` to torch
 
 
-def resolve_dtype(dtype: str, stored: Iterable[str]) -> str:
-    """The dtype of models in memory: for `auto`, the one that most tensors are stored in, but no wider than float32.
+def resolve_dtype(dtype: str, stored: Iterable[str], device: str = "cpu") -> str:
+    """The dtype of models in memory: for `auto`, the one that most tensors are stored in, but no wider than float32,
+    and float32 where the device does not have it.
 
     dtype: as the search file says.
     stored: the dtypes of the base's tensors.
+    device: the resolved device. One that is not on this machine is taken to have every dtype.
+    Raises InputError where the search file says a dtype that the device does not have.
     """
-    if dtype != "auto":
-        return dtype
-    most = Counter(stored).most_common(1)[0][0]
-    return "float32" if most == "float64" else most
+    most = Counter(stored).most_common(1)[0][0] if dtype == "auto" else dtype
+    if most == "float64" or (dtype == "auto" and lacks(device, most)):
+        return "float32"
+    if lacks(device, most):
+        raise InputError(f"evaluation.dtype is {dtype}, which {device} does not have here; use float32 or auto.")
+    return most
+
+
+def lacks(device: str, dtype: str) -> bool:
+    """Whether a device of this machine cannot compute with a dtype."""
+    where = torch.device(device)
+    return bool(device_count(where.type)) and not supports(where, getattr(torch, dtype))
+
+
+def dtype_notes(device: str, dtype: str, stored: Iterable[str]) -> Iterator[str]:
+    """What a user should know about the numbers that a device does not have, in sentences.
+
+    device: the resolved device.
+    dtype: the resolved dtype.
+    stored: the dtypes of the base's tensors.
+    """
+    if lacks(device, "float64"):
+        yield f"{device} has no float64, so sums that must be exact are taken on the CPU, which takes longer."
+    if dtype not in (kinds := set(stored)) and any(lacks(device, kind) for kind in kinds - {"float64"}):
+        yield f"{device} does not have the base's dtype, so models are kept in {dtype}, which may take more memory."
 
 
 def resolve_compile(wanted: bool | str, device: str, parameters: int) -> bool:
@@ -116,6 +140,12 @@ def count_gpus(config: SearchConfig, device: str) -> int:
             f"workers.num_gpus is {wanted}, but torch sees {seen} {device.upper()} devices here; lower it."
         )
     return wanted
+
+
+def name_of(device: torch.device) -> str:
+    """What a device calls itself, such as the name of a card; its kind where it has no name."""
+    module: Any = torch.get_device_module(device.type) if is_accelerator(device) else None
+    return str(module.get_device_name(device)) if hasattr(module, "get_device_name") else device.type
 
 
 def devices_of(device: str, count: int) -> list[torch.device]:

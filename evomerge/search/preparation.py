@@ -15,7 +15,7 @@ from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.config.tables import COSTS, OPTIMIZERS, imported
-from evomerge.devices import resolve_compile, resolve_device, resolve_dtype
+from evomerge.devices import dtype_notes, resolve_compile, resolve_device, resolve_dtype
 from evomerge.errors import InputError, choices, naming
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
@@ -124,6 +124,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     warnings = (
         *prepared.warnings,
         *filter(None, [doubt]),
+        *dtype_notes(resolved.evaluation.device, resolved.evaluation.dtype, torch_dtypes(prepared.models.table)),
         *exam_warnings(searched),
         *_passed_over(division.left_out),
         *doubts,
@@ -143,7 +144,7 @@ def _evaluation(config: SearchConfig, models: Models, address: str | None) -> Ev
     return settings.model_copy(
         update={
             "device": device,
-            "dtype": resolve_dtype(settings.dtype, torch_dtypes(models.table)),
+            "dtype": resolve_dtype(settings.dtype, torch_dtypes(models.table), device),
             "compile": resolve_compile(settings.compile, device, parameter_count(models.table)),
             "prefix_sharing": sharing,
             "fewshot_as_multiturn": settings.multiturn,

@@ -187,9 +187,10 @@ def _place(func: Any, args: Any, kwargs: Any) -> torch.device:
 
 
 def _count_copy(func: Any, args: Any, here: torch.device, target: torch.device) -> None:
-    source = args[1].device if func is _aten.copy_.default else here
-    if func in _CROSSING and source != target and args[-1 if func is _aten.copy_.default else 0].numel() > 1:
-        Module.copies[str(source), str(target)] += 1
+    source = args[1] if func is _aten.copy_.default else args[0]
+    start = source.device if func is _aten.copy_.default else here
+    if func in _CROSSING and start != target and source.numel() > 1:
+        Module.copies[str(start), str(target)] += 1
 
 
 def _attention(

@@ -30,10 +30,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "gradients": {
         "space": {"layer_granularity": 2, "density": {"fixed": 1.0}, "tensor_weights": True},
         "optimizer.learning": {"steps": 2, "every": 2, "share": 0.25, "shards": 2, "checkpointing": True},
-        "optimizer.stages": [
-            {"name": "learned", "genes": ["weight"]},
-            {"name": "group_evolution", "genes": ["weight"]},
-        ],
+        "optimizer.stages": [{"name": name, "genes": ["weight"]} for name in ("learned", "group_evolution")],
     },
     "views": {"space": {"kind": "data_flow", "max_layers": 6, "scale": {"low": 0.5, "high": 1.5}, "head": "free"}},
 }
@@ -51,7 +48,7 @@ def searched(search: WriteSearch, tmp_path: Path) -> Callable[..., Any]:
     """What a search on a device leaves, without its times and what names the device."""
 
     def run(name: str, device: str, gpus: int | None = None) -> Any:
-        own = {f"optimizer.{key}": value for key, value in {"evaluations": 3, "population": 2}.items()}
+        own = {f"optimizer.{key}": value for key, value in {"evaluations": 3, "population": 4}.items()}
         common = {"items": {"search": 4, "heldout": 4}, "evaluation.device": device, "workers.num_gpus": gpus}
         place = tmp_path / f"{name}-{device}-{gpus}"
         runs.start(search(own | common | SEARCHES[name]), place, (), None, unheard)
@@ -113,6 +110,20 @@ def test_a_search_leaves_the_scores_and_fingerprints_of_the_cpu(searched: Callab
 
 def test_a_search_over_two_devices_leaves_the_scores_and_fingerprints_of_the_cpu(searched: Callable[..., Any]) -> None:
     assert searched("evolution", "pretend", 2) == searched("evolution", "cpu")
+
+
+def test_a_device_without_bfloat16_keeps_models_in_float32_and_the_user_is_told(search_file: WriteSearch) -> None:
+    path = search_file(evaluation={"device": "pretend", "dtype": "bfloat16"})
+    PRETEND.refused |= {torch.bfloat16, torch.float64}
+    devices._supports.cache_clear()
+    with pytest.raises(
+        InputError, match=r"evaluation.dtype is bfloat16, which pretend does not have here"
+    ):
+        prepare_file(path)
+    assert devices.resolve_dtype("auto", ["bfloat16"], "pretend") == "float32"
+    notes = list(devices.dtype_notes("pretend", "float32", ["bfloat16"]))
+    assert len(notes) == 2
+    assert prepare_file(path, ["evaluation.dtype=float32"]).warnings[-1] == notes[0]
 
 
 def test_a_search_without_float64_leaves_the_scores_and_fingerprints_of_the_cpu(searched: Callable[..., Any]) -> None:
