@@ -12,7 +12,7 @@ from tests.searches import WriteSearch
 
 pytestmark = pytest.mark.slow  # searches from end to end
 METHODS = ["dare_ties", "localize_and_stitch", "consensus", "wudi", "tsv", "iso", "knots", "ace"]
-SEED = 1  # with which every method is drawn
+SEED = 55  # with which each of the first eight candidates has another method
 
 
 class Stop(Exception):
@@ -26,7 +26,7 @@ def test_a_search_over_methods_without_data_is_resumed_exported_and_merged(
         objectives=[{"task": "base_qa"}],
         items={"search": 8, "heldout": 8},
         space={"method": METHODS, "participate": True, "parameters": {"consensus": {"threshold": {}, "agree": {}}}},
-        optimizer={"name": "random_search", "evaluations": 24},
+        optimizer={"name": "random_search", "evaluations": 9},
         seed=SEED,
     )
     whole, cut, count = tmp_path / "whole", tmp_path / "cut", 0
@@ -34,7 +34,7 @@ def test_a_search_over_methods_without_data_is_resumed_exported_and_merged(
     def stop_midway(event: Event) -> None:
         nonlocal count
         count += isinstance(event, Evaluated)
-        if count == 12:
+        if count == 8:
             raise Stop
 
     evomerge("run", path, "--output", whole)
