@@ -23,7 +23,7 @@ NEGLIGIBLE = 1e-9  # the share of the largest singular value up to which another
 
 def is_layer_matrix(inputs: Inputs) -> bool:
     """Whether a tensor is a weight matrix of a layer."""
-    return inputs.in_layer and inputs.tensors[0].dim() == 2
+    return inputs.in_layer and len(inputs.tensors[0].shape) == 2
 
 
 def weighted(inputs: Inputs, what: Hashable, make: Callable[[Matrices], Matrices]) -> Pass:
@@ -86,7 +86,7 @@ def _unless_broken(make: Callable[[Matrices], Matrices], deltas: Matrices) -> Ma
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """A float64 copy on the CPU; on the meta device where the tensor has no data."""
-    device = tensor.device if tensor.is_meta else torch.device("cpu")
+    device = tensor.device if tensor.device.type == "meta" else torch.device("cpu")
     return tensor.to(device).to(torch.float64).contiguous()
 
 
