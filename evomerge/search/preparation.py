@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from evomerge.config.files import load
 from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import ParameterSpaceConfig
-from evomerge.config.tables import COSTS, OPTIMIZERS, imported
+from evomerge.config.tables import COSTS, OPTIMIZERS, TRACKERS, imported
 from evomerge.devices import resolve_compile, resolve_dtype
 from evomerge.errors import InputError, choices, naming
 from evomerge.merging.sources.models import Models, models_of
@@ -86,6 +87,7 @@ def prepare(config: SearchConfig) -> Prepared:
     )
     from evomerge.workers.worker import base_tokenizer
 
+    _check_trackers(config)
     config, models = _pinned(config)
     prepared = _with_models(config, models)
     check_controls(config)
@@ -126,6 +128,16 @@ def prepare(config: SearchConfig) -> Prepared:
     )
     seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
     return Prepared(resolved, space, prepared.models, warnings, loaded, encoded(seen))
+
+
+def _check_trackers(config: SearchConfig) -> None:
+    """Raises InputError for a tracker that is not installed."""
+    for index, name in enumerate(config.trackers):
+        row = TRACKERS[name]
+        if find_spec(row.package) is None:
+            raise InputError(
+                f"trackers[{index}] is {name}, which is not installed; pip install 'evomerge[{row.extra}]', or remove it."
+            )
 
 
 def _evaluation(config: SearchConfig, models: Models) -> EvaluationConfig:
