@@ -47,6 +47,7 @@ _POLL = 5.0
 _PATIENCE = 300.0
 _GROWTH = 10.0
 _COMPANY = 5.0  # for actors beyond the minimum; what an earlier driver held may take longer to come free
+_GPUS = ("cuda", "xpu")  # the kinds of devices that Ray counts as GPUs
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
@@ -100,8 +101,52 @@ def make(config: SearchConfig, make_worker: Callable[[], Evaluator], address: st
     """
     num_gpus = config.workers.num_gpus
     if num_gpus is None:
-        num_gpus = 1.0 if config.evaluation.device.startswith("cuda") else 0.0
+        num_gpus = 1.0 if config.evaluation.device.startswith(_GPUS) else 0.0
     return RayPool(config.workers, make_worker, num_gpus, address)
+
+
+def cluster_device(address: str) -> str:
+    """The kind of device that the workers of a cluster can have: a GPU where it has one now, else `cpu`.
+
+    address: a Ray cluster's.
+    Raises InputError where Ray cannot be reached.
+    """
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    ray = sys.modules["ray"] if connected else connect(address)
+    try:
+        resources: dict[str, float] = ray.cluster_resources()
+    finally:
+        if not connected:
+            ray.shutdown()
+    if not resources.get("GPU"):
+        return "cpu"
+    return "xpu" if any(name.startswith("accelerator_type:Intel-GPU") for name in resources) else "cuda"
+
+
+def connect(address: str | None) -> Any:
+    """Ray, connected to a cluster, or started here.
+
+    address: the cluster's; None to start one here.
+    Raises InputError where Ray cannot be reached.
+    """
+    os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        if address:
+            reach(address)
+        else:
+            _keep_to_this_machine()
+        import ray
+
+        with _own_sigterm():
+            ray.init(address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        where = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "--address"
+        raise InputError(
+            f"{where} {address}: cannot connect to Ray ({first_line(error).rstrip('.')}); start a cluster there, "
+            "or leave the address out to start one here."
+        ) from None
+    return ray
 
 
 @dataclass
@@ -133,40 +178,18 @@ class RayPool:
 
     def __post_init__(self) -> None:
         self.listener: Listener = unheard
-        os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
         self._started_ray = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
         address = self.address or os.environ.get("RAY_ADDRESS")
         self._own_ray = self._started_ray and not address
         try:
             if self._started_ray:
-                self._connect(address)
+                self._ray = connect(address)
             else:
                 self._ray = sys.modules["ray"]
             self._place()
         except BaseException:
             self.close()
             raise
-
-    def _connect(self, address: str | None) -> None:
-        local: dict[str, Any] = {} if address else {"include_dashboard": False}
-        try:
-            if address:
-                reach(address)
-            else:
-                _keep_to_this_machine()
-            import ray
-
-            self._ray = ray
-            with _own_sigterm():
-                ray.init(
-                    address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local
-                )
-        except (OSError, OverflowError, ValueError, RuntimeError) as error:
-            where = "--address" if self.address else "RAY_ADDRESS"
-            raise InputError(
-                f"{where} {address}: cannot connect to Ray ({first_line(error).rstrip('.')}); start a cluster there, "
-                "or leave the address out to start one here."
-            ) from None
 
     def _place(self) -> None:
         """Waits until `minimum` actors have a place, and a moment longer for all others that should have room now.

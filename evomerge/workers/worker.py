@@ -12,7 +12,7 @@ from evomerge.candidate import Descent, Evaluation, Gradient, Part, Shard, Subse
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
-from evomerge.devices import count_gpus, resolve_device
+from evomerge.devices import count_gpus, empty_cache, resolve_device, synchronize
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line, naming
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import WHOLE, Harness
@@ -212,12 +212,9 @@ class Worker:
 
     def _check_alive(self, error: Exception) -> None:
         """Frees what a failed evaluation may have left on a GPU. Raises WorkerPoisoned where this fails too."""
-        if self.models.devices[0].type != "cuda":
-            return
         try:
-            torch.cuda.empty_cache()
-            for device in self.models.devices:
-                torch.cuda.synchronize(device)
+            empty_cache(self.models.devices)
+            synchronize(self.models.devices)
         except Exception:
             raise WorkerPoisoned(
                 f"the GPU computes nothing any more ({first_line(error)}); resume in a new process."
