@@ -132,7 +132,7 @@ def test_a_search_without_float64_leaves_the_scores_and_fingerprints_of_the_cpu(
     assert searched("evolution", "pretend") == expected
 
 
-def test_written_answers_are_those_of_the_cpu(folder: Path) -> None:
+def test_written_answers_are_those_of_the_cpu(folder: Path) -> None:  # noqa: F811
     on_cpu, pretended = (Worker(writing(folder, "hf", device=device)) for device in ("cpu", "pretend"))
     expected = results(on_cpu, MERGE)
     assert any(text for texts in expected[1] for text in texts)
