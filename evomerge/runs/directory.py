@@ -5,8 +5,9 @@ last two are derived from the first two.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAw
 from evomerge.files import DATABASE, SEARCH_FILE, TASKS, check_writable, write_text
 from evomerge.runs.journal import LOG_FILE, Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
+from evomerge.runs.trackers.tracking import Tracking
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.workers import WorkerPool
@@ -43,16 +45,34 @@ def start(
     again: whether the run is resumed where the directory already holds this very search.
     Raises InputError before anything is written, so the pool is made first.
     """
+    make = partial(prepare_file, search_file, overrides, address or os.environ.get("RAY_ADDRESS"))
+    return begin(make, search_file, directory, address, listener, again)
+
+
+def begin(
+    make: Callable[[], Prepared],
+    where: Path | str,
+    directory: Path,
+    address: str | None,
+    listener: Listener,
+    again: bool = False,
+) -> OpenRun:
+    """Runs a prepared search in a new directory, and returns the run once it has finished.
+
+    make: prepares the search; it is called once the directory is known to be free.
+    where: where the search comes from, which opens an error's message.
+    The other parameters are those of `start`, which raises the same errors.
+    """
     held = _held(directory)
     if held and SEARCH_FILE not in held:
         raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
-    prepared = prepare_file(search_file, overrides, address or os.environ.get("RAY_ADDRESS"))
+    prepared = make()
     if SEARCH_FILE in held:
         if not again or not _same_search(directory, prepared.config):
             raise InputError(_occupied(directory, prepared.config))
         return _go_on(directory, prepared, address, listener)
     check_writable(directory)
-    with naming(search_file):
+    with naming(where):
         check_storage(prepared.config.storage)
     for warning in prepared.warnings:
         listener(Warned(warning))
@@ -184,16 +204,22 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     journal = Journal(run)
     journal(Started(os.getpid(), len(run.archive.tried())))
 
+    tracking = Tracking(listener)
+
     def tell(event: Event) -> None:
         journal(event)
         listener(event)
+        tracking(event)
 
     listener(Opened(run))
+    tracking(Opened(run))
     try:
         tell(WorkersReady(pool.size, run.config.workers.pool))
         Search(run.config, run.prepared.space, run.archive, pool, tell, tuple(run.prepared.models.table)).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
-            journal(Stopped(type(error).__name__, str(error)))
+            stopped = Stopped(type(error).__name__, str(error))
+            tracking(stopped)
+            journal(stopped)
         raise
     return run

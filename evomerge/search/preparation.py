@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from evomerge.config.files import load
 from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import ParameterSpaceConfig
-from evomerge.config.tables import COSTS, OPTIMIZERS, imported
+from evomerge.config.tables import COSTS, OPTIMIZERS, TRACKERS, imported
 from evomerge.devices import dtype_notes, resolve_compile, resolve_device, resolve_dtype
 from evomerge.errors import InputError, choices, naming
 from evomerge.merging.sources.models import Models, models_of
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from evomerge.evaluation.loading import Target
 
 _WORTH_A_SUBSET = 100  # search items
+_WORTH_A_SHARD = 4e9  # parameters times search items: on one core some seconds
+_MOST_SHARDS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     )
     from evomerge.workers.worker import base_tokenizer
 
+    _check_trackers(config)
     config, models = _pinned(config)
     prepared = _with_models(config, models)
     check_controls(config)
@@ -120,7 +124,11 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     _check_optimizer(resolved, space)
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
-    resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
+    parameters = sum(math.prod(info.shape) for info in prepared.models.table.values())
+    items = sum(len(division.of(task, "search")) for task in distinct_tasks(searched))
+    workers = config.workers.model_copy(update={"shards": resolve_shards(config, parameters, items)})
+    subsets = resolve_subsets(resolved, fewest, whole)
+    resolved = resolved.model_copy(update={"subsets": subsets, "workers": workers})
     warnings = (
         *prepared.warnings,
         *filter(None, [doubt]),
@@ -131,6 +139,17 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     )
     seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
     return Prepared(resolved, space, prepared.models, warnings, loaded, encoded(seen))
+
+
+def _check_trackers(config: SearchConfig) -> None:
+    """Raises InputError for a tracker that is not installed."""
+    for index, name in enumerate(config.trackers):
+        row = TRACKERS[name]
+        if find_spec(row.package) is None:
+            raise InputError(
+                f"trackers[{index}] is {name}, which is not installed; pip install 'evomerge[{row.extra}]', or remove "
+                "it."
+            )
 
 
 def _evaluation(config: SearchConfig, models: Models, address: str | None) -> EvaluationConfig:
@@ -278,6 +297,19 @@ def identities(prepared: Prepared) -> dict[str, str]:
     keys = {"base": prepared.config.base}
     keys |= {f"models.{name}": reference for name, reference in prepared.config.models.items()}
     return {key: prepared.models[reference].identity for key, reference in keys.items()}
+
+
+def resolve_shards(config: SearchConfig, parameters: int, items: int) -> int:
+    """Into how many shards an evaluation is divided. `auto` makes as many as are worth sending to a worker: small
+    models and few items stay whole.
+
+    config: the search's.
+    parameters: how many the base has.
+    items: how many search items all tasks have together.
+    """
+    if config.workers.shards != "auto":
+        return config.workers.shards
+    return min(max(1, round(parameters * items / _WORTH_A_SHARD)), _MOST_SHARDS)
 
 
 def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:

@@ -1,11 +1,13 @@
 """A worker on the zoo, in this process: what goes wrong with one candidate stays with that candidate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import zoo
-from evomerge.candidate import Descent, Gradient
+from evomerge.candidate import Descent, Gradient, Shard
 from evomerge.config import files
 from evomerge.config.running import WorkersConfig
 from evomerge.devices import accelerator, count_gpus, resolve_device
@@ -64,6 +66,25 @@ def test_a_recipe_evaluates_bit_for_bit_the_same_before_and_after_others(split, 
     worker.evaluate(linear({"zoo:math": 0.3, "zoo:lang": 0.7}), "search")
     assert without_time(worker.evaluate(merge(0.6), split)) == without_time(before)
     assert other.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_shards_joined_in_any_order_are_the_whole_evaluation_and_take_one_merge(worker, monkeypatch, count):
+    whole, merges = worker.evaluate(merge(0.6), "search"), []
+    worker.evaluate(merge(0.3), "search")
+    materialize = worker.models.materialize
+    monkeypatch.setattr(worker.models, "materialize", lambda recipe: merges.append(recipe) or materialize(recipe))
+    parts = [worker.evaluate_shard(merge(0.6), "search", None, Shard(number, count)) for number in range(count)]
+    worker.evaluate_shard(merge(0.1), "search", None, Shard(0, 1))  # it holds another candidate when it joins
+    assert without_time(worker.join("search", None, parts[::-1])) == without_time(whole)
+    assert len(merges) == 2
+
+
+def test_shards_of_different_weights_are_no_evaluation(worker):
+    parts = [worker.evaluate_shard(merge(0.2 + number), "search", None, Shard(number, 2)) for number in (0, 1)]
+    if parts[1].fingerprint is None:  # one batch holds all items
+        parts[1] = replace(parts[0], shard=Shard(1, 2), fingerprint="0" * 16)
+    assert worker.join("search", None, parts).error.startswith("workers made different weights of it")
 
 
 def test_two_workers_agree_to_the_bit(worker, search):

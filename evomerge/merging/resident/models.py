@@ -217,6 +217,7 @@ class ResidentModels:
             once=partial(self._once, tensor.name, (device, base, *given)),
             drawn=tuple((plan.seed, position) for position in tensor.positions),
             planes=self._planes,
+            in_layer=layer_index(tensor.name) is not None,
         )
 
     def _once(
