@@ -62,6 +62,9 @@ class Module:
     def device_count(self) -> int:
         return self.devices
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]  # asked for by checkpoints of layers
+
     def synchronize(self, device: object = None) -> None:
         """All work is done at once."""
 

@@ -18,6 +18,8 @@ from evomerge.search.preparation import prepare_file
 from evomerge.workers.memory import _typical, plan_memory
 from evomerge.workers.worker import Worker
 from tests.commands import content
+from tests.evaluation.test_engine import MERGE, folder, results  # noqa: F401 - a fixture
+from tests.evaluation.test_engine import config as writing
 from tests.merging.resident.test_models import recipe
 from tests.models import load_models
 from tests.pretended import accelerator
@@ -84,8 +86,7 @@ def test_auto_takes_the_accelerator_and_other_kinds_are_refused_in_a_sentence() 
         devices.resolve_device("pretent")
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["with float64", "without float64"])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "double"), [(1, True), (2, False)], ids=["one device", "two without float64"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_leaves_the_fingerprint_of_the_cpu(
     tiny_models: dict[str, Path], method: str, count: int, double: bool
@@ -125,10 +126,17 @@ def test_a_device_without_bfloat16_keeps_models_in_float32_and_the_user_is_told(
 
 
 def test_a_search_without_float64_leaves_the_scores_and_fingerprints_of_the_cpu(searched: Callable[..., Any]) -> None:
-    expected = searched("gradients", "cpu")
+    expected = searched("evolution", "cpu")
     PRETEND.refused.add(torch.float64)
     devices._supports.cache_clear()
-    assert searched("gradients", "pretend") == expected
+    assert searched("evolution", "pretend") == expected
+
+
+def test_written_answers_are_those_of_the_cpu(folder: Path) -> None:  # noqa: F811
+    on_cpu, pretended = (Worker(writing(folder, "hf", device=device)) for device in ("cpu", "pretend"))
+    expected = results(on_cpu, MERGE)
+    assert any(text for texts in expected[1] for text in texts)
+    assert results(pretended, MERGE) == expected
 
 
 def test_a_worker_takes_the_memory_that_the_plan_says(search_file: WriteSearch) -> None:
