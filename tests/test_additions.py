@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from evomerge.candidate import Evaluation
 from evomerge.config import running
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import SpaceSettings
@@ -22,7 +21,7 @@ from evomerge.optimizers.pareto import ScoreArray
 from evomerge.recipe import Recipe, Source, linear
 from evomerge.spaces import Gene, Genome, at
 from evomerge.spaces.table import GeneRow
-from evomerge.workers import Evaluator, Job
+from evomerge.workers import Evaluator, Job, Result, run_guarded
 from tests.commands import evomerge
 from tests.searches import WriteSearch
 
@@ -56,9 +55,12 @@ class LastFirst:
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def wait(self) -> tuple[Job, Evaluation]:
+    def drop(self, job: Job) -> None:
+        self._jobs = deque(other for other in self._jobs if other.whole.key != job.key)
+
+    def wait(self) -> tuple[Job, Result]:
         job = self._jobs.pop()
-        return job, self._worker.evaluate(job.candidate.recipe, job.split, job.subset)
+        return job, run_guarded(self._worker, job)
 
     def close(self) -> None:
         self._jobs.clear()

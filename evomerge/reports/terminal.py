@@ -20,6 +20,7 @@ from rich.table import Table
 
 from evomerge.archive.archive import steering
 from evomerge.config.search import SearchConfig
+from evomerge.doctor import Finding
 from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
 from evomerge.evidence.comparison import sentence
 from evomerge.optimizers.make import FORWARD_PASSES
@@ -464,6 +465,24 @@ def _spent(status: views.StatusView, config: SearchConfig) -> str:
     steps = f"{status.steps} steps along gradients, " if status.steps else ""
     spent = f"{status.equivalents:.1f} of {config.limit:g} forward-pass equivalents"
     return f"{spent} ({steps}{status.evaluations} candidates)"
+
+
+def show_findings(output: Console, findings: Sequence[Finding]) -> None:
+    """Prints what the doctor found.
+
+    output: where it is printed.
+    findings: in the order of the checks.
+    """
+    columns = [
+        Column("", ["ok" if finding.good else "OFF" for finding in findings], left=True),
+        Column("check", [finding.check for finding in findings], words=True),
+        Column("where", [finding.where for finding in findings], words=True),
+        Column("expected", [finding.expected for finding in findings], words=True),
+        Column("found", [finding.found for finding in findings], words=True),
+    ]
+    show_table(output, "", columns)
+    off = sum(not finding.good for finding in findings)
+    output.print(f"{len(findings)} findings, {f'{off} of them off' if off else 'all as expected'}", markup=False)
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:
