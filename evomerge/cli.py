@@ -169,15 +169,14 @@ def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
 def _read(target: str) -> "tuple[Results, bool]":
     """What a run has found, given by its directory or by the URL of its storage, and whether it is running."""
     from evomerge.archive import shared
-    from evomerge.runs import directory as runs
+    from evomerge.runs import reading
     from evomerge.runs.lock import is_running
     from evomerge.search.results import Results
 
     if "://" in target or target.startswith("${"):
         archive, config, running = shared.open_shared(target)
         return Results(archive, config), running
-    opened = runs.read(Path(target))
-    return opened.results, is_running(opened.directory)
+    return reading.results(Path(target)), is_running(Path(target))
 
 
 @app.command()
@@ -438,6 +437,51 @@ def convert(
         )
     for sentence in converted.lost:
         terminal.warn(f"not kept: {sentence}")
+
+
+@app.command()
+def init(
+    base: Annotated[str, typer.Option(metavar="MODEL", help="The model that the others were tuned from.")],
+    model: Annotated[list[str], typer.Option(metavar="NAME=MODEL", help="A model to merge; give the option for each.")],
+    task: Annotated[
+        list[str], typer.Option(metavar="TASK[:METRIC[:FILTER]]", help="What to improve; give the option for each.")
+    ],
+    task_path: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="Where your own tasks are found.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="300|2h", help="How many candidates, or how long [default: 300].")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The search file to write.")] = Path("search.yaml"),
+) -> None:
+    """Write a search file for your models and tasks, with comments, that passes `check`."""
+    from evomerge import starting
+    from evomerge.conversion.convert import check_new, write_new
+    from evomerge.reports import terminal
+
+    amount = starting.parse_budget(budget)
+    check_new(output)
+    write_new(output, starting.search_file(base, model, task, task_path or [], amount, output.parent))
+    terminal.console().print(
+        f"{output} written; read its comments, then `evomerge check {output}` and `evomerge run {output}`", markup=False
+    )
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where everything goes.")] = Path("runs/demo"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A short search, in seconds.")] = False,
+) -> None:
+    """Search over the models that come with evomerge, show it as a page, export the best recipe and merge it."""
+    import shutil
+
+    from evomerge import starting
+
+    _search(directory, [], None, starting.demo_file(smoke), again=True)
+    report(directory, directory / "report.html")
+    export(directory, output=directory / "recipe.yaml")
+    shutil.rmtree(directory / "merged", ignore_errors=True)  # of an earlier time
+    merge(directory / "recipe.yaml", directory / "merged")
 
 
 @app.command()

@@ -39,6 +39,7 @@ OWNERS = {
 FLOORS = (
     "library",
     "cli",
+    "starting",
     "reports",
     "runs",
     "export",

@@ -68,16 +68,22 @@ class Record:
 class Archive:
     """The recorded evaluations of one run directory, in memory and in its storage."""
 
-    def __init__(self, directory: Path, config: SearchConfig, genes: Sequence[Gene], prefix: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: SearchConfig,
+        genes: Sequence[Gene] | Callable[[], Sequence[Gene]],
+        prefix: str | None = None,
+    ) -> None:
         """Opens the archive of a run, or creates it.
 
         directory: the run directory.
         config: the search.
-        genes: the entries of a genome.
+        genes: the entries of a genome, or what makes them. It is called where the archive has not recorded them.
         prefix: what the names of its studies begin with; by default what the directory and the config say.
         Raises InputError where it holds another search, or cannot be read.
         """
-        self._config, self._genes = config, genes
+        self._config, self._given = config, genes
         self.listener: Listener = unheard  # is told of StorageRetried
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
@@ -154,7 +160,7 @@ class Archive:
                     created.set_metric_names(self._names)
             study.set_user_attr("format", FORMAT)
             study.set_user_attr("versions", versions())
-            study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
+            study.set_user_attr("genes", [asdict(gene) for gene in self._made_genes()])
             study.set_user_attr("config", current)  # last: after a kill before it, all of this is done again
             return
         recorded = _completed(recorded)
@@ -172,7 +178,10 @@ class Archive:
     def _recorded_genes(self) -> Sequence[Gene]:
         """The genes as the archive recorded them, since a later version may give them other names."""
         recorded = self._studies["search"].user_attrs.get("genes")
-        return self._genes if recorded is None else TypeAdapter(list[Gene]).validate_python(recorded)
+        return self._made_genes() if recorded is None else TypeAdapter(list[Gene]).validate_python(recorded)
+
+    def _made_genes(self) -> Sequence[Gene]:
+        return self._given() if callable(self._given) else self._given
 
     def _load(self, study: Study) -> dict[str, Record]:
         trials = self._studies[study].get_trials(deepcopy=False)

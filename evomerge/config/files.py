@@ -24,7 +24,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
         set_value(document, override)
     config = validate(SearchConfig, document, path)
     with naming(path):
-        return _anchored(config, path.parent)
+        return anchored(config, path.parent)
 
 
 def _check_kind(document: Mapping[str, Any], path: Path) -> None:
@@ -35,8 +35,12 @@ def _check_kind(document: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path}: this is {kind}, not a search file; `evomerge convert {path}` makes one of it.")
 
 
-def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
-    """A copy of a config whose relative local paths are absolute."""
+def anchored(config: SearchConfig, folder: Path) -> SearchConfig:
+    """A copy of a config whose relative local paths are absolute.
+
+    config: as its file has it.
+    folder: where the file lies.
+    """
     paths = [_absolute(f"tasks.paths[{index}]", path, folder)[0] for index, path in enumerate(config.tasks.paths)]
     root = (
         str(Path.cwd())

@@ -95,6 +95,7 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
     filters that contradict each other.
     """
     _check_generation(config.evaluation)
+    config = _with_only_metrics(config, targets)
     objectives = tuple(
         objective
         if objective.cost is not None
@@ -116,6 +117,24 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
             )
     _check_filters({"objectives": objectives, "constraints": constraints, "report": config.report}, targets)
     return config.model_copy(update={"objectives": objectives, "constraints": tuple(constraints)})
+
+
+def _with_only_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> SearchConfig:
+    """The config with the task's metric wherever none is written and the task has only one, which is not accuracy."""
+    content = config.model_dump(mode="json", by_alias=True)
+    chosen = False
+    for key in ("objectives", "constraints", "report"):
+        for metric, written in zip(getattr(config, key), content[key], strict=True):
+            only = None if "metric" in metric.model_fields_set or not metric.task else _only(targets[metric.task])
+            if only is not None:
+                written["metric"], chosen = only, True
+    return SearchConfig.model_validate(content) if chosen else config
+
+
+def _only(target: Target) -> str | None:
+    """The metric of a task that has a single one, unless that is the default."""
+    goals = list(target.goals())
+    return goals[0] if len(goals) == 1 and goals != ["acc"] else None
 
 
 def _check_filters(
@@ -152,6 +171,11 @@ def _check_metric(where: str, wanted: ObjectiveConfig | ConstraintConfig | Repor
     where: the metric's key path.
     """
     goals = target.goals()
+    if wanted.metric not in goals and "metric" not in wanted.model_fields_set:
+        raise InputError(
+            f"{where}.metric is missing, and task '{wanted.task}' does not report acc; choose one of its metrics: "
+            f"{', '.join(goals)}."
+        )
     if wanted.metric not in goals:
         raise InputError(
             f"{where}.metric is '{wanted.metric}', which task '{wanted.task}' does not report; "
