@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Finds the recipe: evolutionary search over merges of language models.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 SearchFile = Annotated[Path, typer.Argument(metavar="SEARCH.yaml", help="The search to run.", show_default=False)]
@@ -115,10 +116,14 @@ def _search(
         else:
             finished = runs.resume(directory, overrides, address, listen)
     except KeyboardInterrupt:
-        view.close()
-        if (directory / "search.yaml").exists():
-            terminal.fail(f"interrupted; go on with `evomerge resume {directory}`.")
-        raise
+        view.close(interrupted=True)
+        started = (directory / "search.yaml").exists()
+        terminal.fail(
+            f"interrupted; go on with `evomerge resume {directory}`."
+            if started
+            else "interrupted before the search began; nothing was written."
+        )
+        raise typer.Exit(130) from None
     finally:
         view.close()
     terminal.show_result(output, finished)
@@ -645,7 +650,7 @@ def main() -> None:
     except typer.TyperException as error:
         _fail(_usage(error), getattr(error, "exit_code", 2))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        _fail("interrupted.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -654,8 +659,22 @@ def main() -> None:
     sys.exit(result if isinstance(result, int) else 0)
 
 
+_HABITS = {  # options of other programs, with what stands for them
+    "--lazy-unpickle": "weights are read as they are needed, and pickles never",
+    "--trust-remote-code": "code that comes with a model never runs",
+    "--allow-crimes": "models of different architectures are refused",
+    "--low-cpu-memory": "a merge never holds more than it needs",
+    "--model_args": "the model is the argument, and dtype and batch size stand in the search file",
+    "--tasks": "tasks stand below objectives in the search file",
+    "--limit": "how many items there are stands below items in the search file",
+}
+
+
 def _usage(error: Any) -> str:
     """What is wrong with the command line, and where it is explained."""
+    option = getattr(error, "option_name", None)
+    if isinstance(error, typer.TyperException) and option in _HABITS:
+        return f"{option} is an option of another program; leave it out: {_HABITS[option]}."
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "evomerge"
     return f"{error.format_message().rstrip('.')} (see `{command} --help`)."

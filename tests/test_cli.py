@@ -133,6 +133,7 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "a negative number of workers": (("--workers", "-1"), "--workers is -1; give the number of workers, or 0"),
     "a word for the number of workers": (("--workers", "many"), "--workers", "valid integer", "`evomerge run --help`"),
     "an unknown option": (("--outptu", "x"), "--outptu", "see `evomerge run --help`"),
+    "a habit of mergekit": (("--lazy-unpickle",), "--lazy-unpickle is an option of another program; leave it out"),
     "an option without value": (("--set",), "--set", "requires an argument"),
     "one argument too many": (("more",), "more", "see `evomerge run --help`"),
 }

@@ -11,8 +11,9 @@ An evaluation is one transaction, written by `trials`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,8 @@ class Archive:
             distributions=distributions,
             user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
         )
+        ended = datetime.now()  # as Optuna has it
+        trial.datetime_start, trial.datetime_complete = ended - timedelta(seconds=evaluation.seconds), ended
         self._patiently(
             candidate.id,
             lambda: self._trials.add(self._prefix + study, trial),
@@ -450,15 +453,26 @@ def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
         return recorded
 
 
-def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key path, in order, at which two configs differ in something that decides the archive."""
+def _first_difference(was: Any, now: Any) -> tuple[str, Any, Any] | None:
+    return next(differences(was, now), None)
+
+
+def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The key paths, in order, at which two configs differ in something that decides the archive, with both values.
+
+    was: a config, as JSON has it.
+    now: the other.
+    key: the path at which they stand.
+    """
     if key in _FREE_TO_CHANGE or was == now:
-        return None
+        return
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*was, *now])
         pairs = [(was.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         pairs = [(*pair, f"{key}[{index}]") for index, pair in enumerate(zip(was, now, strict=True))]
     else:
-        return key, was, now
-    return next((difference for pair in pairs if (difference := _first_difference(*pair)) is not None), None)
+        yield key, was, now
+        return
+    for pair in pairs:
+        yield from differences(*pair)

@@ -5,6 +5,7 @@ InputError.
 """
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -26,7 +27,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, choices
 from evomerge.evaluation.items import Division, both_splits
 from evomerge.evaluation.rendering import selection_split
-from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks
+from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks, local_files
 from evomerge.quiet import quiet
 
 LIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
@@ -374,6 +375,7 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
         from lm_eval.tasks._yaml_loader import load_yaml
 
         _prepare_templates()
+        content: dict[str, Any] = {}
         try:
             content = {**load_yaml(file.path), **file.overrides, "task": file.name}
             content = absolute_data_files(content, file.path.parent, tasks.data_root)
@@ -387,6 +389,9 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
         except EvomergeError:
             raise
         except Exception as error:
+            broken = _broken_line(content)
+            if broken is not None:
+                raise InputError(broken) from None
             raise InputError(f"{file.path}: {_unloadable(file.name, error)}.") from None
     own = selection_split(task)
     if own is not None and own not in task.dataset:
@@ -397,6 +402,21 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
     if task.OUTPUT_TYPE not in OUTPUT_TYPES:
         raise InputError(f"{file.path}: output_type {task.OUTPUT_TYPE} of task '{file.name}' is not supported.")
     return task
+
+
+def _broken_line(content: Mapping[str, Any]) -> str | None:
+    """A sentence about the first line of a task's JSON Lines files that is no JSON object; None where all lines are."""
+    for file in local_files(content):
+        if not file.endswith(".jsonl") or not Path(file).is_file():
+            continue
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            try:
+                found = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                return f"{file}, line {number}: not valid JSON ({error}); each line holds one object."
+            if not isinstance(found, dict):
+                return f"{file}, line {number}: expected an object with the task's fields, got {shown(found)}."
+    return None
 
 
 def _unloadable(name: str, error: Exception) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 
-from evomerge.archive.archive import Archive
+from evomerge.archive.archive import Archive, differences
 from evomerge.archive.storage import check_storage, presence, study_prefix
+from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
@@ -22,6 +23,8 @@ from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.workers import WorkerPool
 from evomerge.workers.pools import make_pool
+
+_DIFFERENCES = 3  # between two searches that a message names
 
 
 def start(
@@ -144,9 +147,19 @@ def _occupied(directory: Path, config: SearchConfig) -> str:
     if _same_search(directory, config):
         return f"{directory}: already holds this search; go on with `evomerge resume {directory}`."
     return (
-        f"{directory}: already holds another search; choose another --output, or resume that one with "
-        f"`evomerge resume {directory}`."
+        f"{directory}: already holds another search ({_differing(read_config(directory), config)}); choose another "
+        f"--output, or resume that one with `evomerge resume {directory}`."
     )
+
+
+def _differing(held: SearchConfig, config: SearchConfig) -> str:
+    """How a search differs from the one that a directory holds."""
+    was, now = (one.model_dump(mode="json", by_alias=True, exclude={"storage"}) for one in (held, config))
+    found = [f"{key} is {shown(there)} there and {shown(here)} here" for key, there, here in differences(was, now)]
+    if held.storage != config.storage:
+        found.append("its storage is another")
+    more = f", and {len(found) - _DIFFERENCES} more" if len(found) > _DIFFERENCES else ""
+    return ", ".join(found[:_DIFFERENCES]) + more
 
 
 def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
