@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge import zoo
 from evomerge.config.documents import validate
-from evomerge.config.files import anchored
+from evomerge.config.files import of_document
 from evomerge.config.search import SearchConfig
 from evomerge.conversion.draft import Draft, Folder, named
 from evomerge.errors import InputError, naming
@@ -148,7 +148,7 @@ def _prepared(draft: Draft, folder: Path) -> "Prepared":
     from evomerge.search.preparation import prepare
 
     with naming("a search of these models and tasks"):
-        return prepare(anchored(validate(SearchConfig, draft.settings, "the search file"), folder))
+        return prepare(of_document(draft.settings, "the search file", folder))
 
 
 def _name_metrics(draft: Draft, prepared: "Prepared") -> None:

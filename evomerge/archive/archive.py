@@ -37,7 +37,7 @@ from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
-_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "optimizer.equivalents", "tasks.data_root")
+_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "optimizer.equivalents", "tasks.data_root", "trackers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ class Archive:
         config: SearchConfig,
         genes: Sequence[Gene] | Callable[[], Sequence[Gene]],
         prefix: str | None = None,
+        writer: Any = None,
     ) -> None:
         """Opens the archive of a run, or creates it.
 
@@ -82,6 +83,7 @@ class Archive:
         config: the search.
         genes: the entries of a genome, or what makes them. It is called where the archive has not recorded them.
         prefix: what the names of its studies begin with; by default what the directory and the config say.
+        writer: what evaluations are written with (see `presence`); by default the storage's own connections.
         Raises InputError where it holds another search, or cannot be read.
         """
         self._config, self._given = config, genes
@@ -92,9 +94,9 @@ class Archive:
             with quiet():
                 storage = open_storage(storage_url(directory, config))
                 self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
-                self._trials = Trials(storage.engine)
+                self._trials = Trials(writer or storage.engine)
                 learns = any(name == "learned" for name in config.optimizer.names)
-                self._gradients = Gradients(storage.engine, self._prefix, writing=learns)
+                self._gradients = Gradients(writer or storage.engine, self._prefix, writing=learns)
             self._check_format(directory)
             self._check_config(directory)
             self._genes = self._recorded_genes()
@@ -293,6 +295,8 @@ class Archive:
                 if not (tried and written()):
                     write()
                 return
+            except EvomergeError:  # the run's lock is lost
+                raise
             except Exception as error:
                 passing, reason = refusal(error)
                 if not passing or time.monotonic() + pause > deadline:

@@ -30,7 +30,7 @@ from evomerge.config.scoring import (
 )
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.config.storage_url import refuse_password
-from evomerge.config.tables import AnySpaceConfig
+from evomerge.config.tables import AnySpaceConfig, TrackerName
 from evomerge.errors import choices
 
 
@@ -54,6 +54,7 @@ class SearchConfig(Settings):
     workers: where candidates are evaluated.
     seed: of all random numbers of the search, and of the masks in its recipes.
     storage: the URL of a shared storage; None for a database in the run directory.
+    trackers: the programs that are told of the search while it runs, such as `tensorboard` or `wandb`.
     """
 
     base: str
@@ -71,6 +72,7 @@ class SearchConfig(Settings):
     workers: WorkersConfig = WorkersConfig()
     seed: int = Field(default=0, ge=0, lt=2**63)
     storage: str | None = None
+    trackers: tuple[TrackerName, ...] = ()
 
     @field_validator("models", mode="before")
     @classmethod
@@ -100,8 +102,11 @@ class SearchConfig(Settings):
         if not self.models and self.space.merging is not None:
             raise ValueError(".models is {}; give at least one")
         device, gpus = self.evaluation.device, self.workers.num_gpus or 0
-        if gpus > 1 and device.startswith("cuda:"):
-            raise ValueError(f".evaluation.device is {device}, but workers.num_gpus is {gpus:g}; use cuda for several")
+        if gpus > 1 and ":" in device:
+            raise ValueError(
+                f".evaluation.device is {device}, but workers.num_gpus is {gpus:g}; use "
+                f"{device.partition(':')[0]} for several"
+            )
         if all(objective.weight == 0 for objective in self.objectives):
             raise ValueError(".objectives are all costs; add a task, or give a cost a weight")
         return self
@@ -189,8 +194,8 @@ class SearchConfig(Settings):
 
     def digest(self) -> str:
         """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
-        the budget, the storage, and the places of vLLM and of the tasks' data files."""
-        content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage"})
+        the budget, the storage, the trackers, and the places of vLLM and of the tasks' data files."""
+        content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage", "trackers"})
         for budget in ("evaluations", "equivalents"):
             content["optimizer"].pop(budget)
         _drop_later_keys(content)
@@ -210,6 +215,8 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "optimizer.stages.scaled": False,
     "space.tensor_weights": "auto",
     "space.parameter.tensor_weights": "auto",
+    "space.models": {},
+    "space.parameter.models": {},
 }
 
 

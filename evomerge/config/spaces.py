@@ -28,6 +28,17 @@ class SpaceSettings(Settings):
         return None
 
 
+class ModelGenes(Settings):
+    """What differs for the genes of one model.
+
+    weight: changes of the bounds of its weights.
+    density: changes of the bounds of its densities.
+    """
+
+    weight: GeneChange | None = None
+    density: GeneChange | None = None
+
+
 class ParameterSpaceConfig(SpaceSettings):
     """The parameter space: which numbers of a merge are searched, for each model and each group of tensors.
 
@@ -43,6 +54,7 @@ class ParameterSpaceConfig(SpaceSettings):
         draws them equal. `auto` gives tensors their own weights where a search follows gradients.
     weight: the genes of models' weights.
     density: the genes of models' densities.
+    models: other bounds for single models, by name.
     lambda_: the gene of the method's lambda; fixed at 1 by default.
     normalize: the method's `normalize`; `auto` leaves it to each method.
     rescale: how sparsified task vectors are rescaled.
@@ -58,6 +70,7 @@ class ParameterSpaceConfig(SpaceSettings):
     tensor_weights: bool | Literal["auto"] = "auto"
     weight: GeneConfig = GeneConfig(low=0.0, high=1.5, step=0.3)
     density: GeneConfig = GeneConfig(low=0.1, high=1.0, start=1.0, step=0.03)
+    models: dict[str, ModelGenes] = Field(default_factory=dict)
     lambda_: GeneConfig = Field(default=GeneConfig(low=0.5, high=1.5, start=1.0, step=0.1, fixed=1.0), alias="lambda")
     normalize: bool | Literal["auto"] = False
     rescale: Literal["density", "l1"] = "density"

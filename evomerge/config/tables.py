@@ -98,6 +98,20 @@ class PoolRow:
     processes: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class TrackerRow:
+    """A program in which people watch experiments.
+
+    make: makes the Tracker of an OpenRun.
+    package: the package that must be installed.
+    extra: the extra of evomerge that installs it.
+    """
+
+    make: Maker
+    package: str
+    extra: str
+
+
 def _covariance_population(dimension: int) -> int:
     return max(8, 4 + int(3 * math.log(dimension)))
 
@@ -159,6 +173,11 @@ POOLS: dict[str, PoolRow] = {
     "local": PoolRow("evomerge.workers.local_pool:make", processes=False),
 }
 
+TRACKERS: dict[str, TrackerRow] = {
+    "tensorboard": TrackerRow("evomerge.runs.trackers.tensorboard:TensorBoard", "tensorboard", "tensorboard"),
+    "wandb": TrackerRow("evomerge.runs.trackers.weights_and_biases:WeightsAndBiases", "wandb", "wandb"),
+}
+
 
 def _one_of(names: Callable[[], Iterable[str]]) -> AfterValidator:
     """A check that a name is in a table; the table is read when the name is checked."""
@@ -176,6 +195,7 @@ OptimizerName = Annotated[str, _one_of(lambda: ["auto", *OPTIMIZERS])]
 StageName = Annotated[str, _one_of(lambda: [name for name, row in OPTIMIZERS.items() if not row.sequential])]
 CostName = Annotated[str, _one_of(lambda: COSTS)]
 PoolName = Annotated[str, _one_of(lambda: POOLS)]
+TrackerName = Annotated[str, _one_of(lambda: TRACKERS)]
 
 
 def _as_its_kind(space: Any) -> Any:

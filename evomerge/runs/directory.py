@@ -5,9 +5,11 @@ last two are derived from the first two.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from evomerge.archive.archive import Archive, differences
 from evomerge.archive.storage import check_storage, presence, study_prefix
@@ -19,6 +21,7 @@ from evomerge.files import SEARCH_FILE, TASKS, check_writable, write_text
 from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.runs.reading import check_archive_kept, check_readable, read_config
+from evomerge.runs.trackers.tracking import Tracking
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.workers import WorkerPool
@@ -45,27 +48,45 @@ def start(
     again: whether the run is resumed where the directory already holds this very search.
     Raises InputError before anything is written, so the pool is made first.
     """
+    make = partial(prepare_file, search_file, overrides, address or os.environ.get("RAY_ADDRESS"))
+    return begin(make, search_file, directory, address, listener, again)
+
+
+def begin(
+    make: Callable[[], Prepared],
+    where: Path | str,
+    directory: Path,
+    address: str | None,
+    listener: Listener,
+    again: bool = False,
+) -> OpenRun:
+    """Runs a prepared search in a new directory, and returns the run once it has finished.
+
+    make: prepares the search; it is called once the directory is known to be free.
+    where: where the search comes from, which opens an error's message.
+    The other parameters are those of `start`, which raises the same errors.
+    """
     held = _held(directory)
     if held and SEARCH_FILE not in held:
         raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
-    prepared = prepare_file(search_file, overrides)
+    prepared = make()
     if SEARCH_FILE in held:
         if not again or not _same_search(directory, prepared.config):
             raise InputError(_occupied(directory, prepared.config))
         return _go_on(directory, prepared, address, listener)
     check_writable(directory)
-    with naming(search_file):
+    with naming(where):
         check_storage(prepared.config.storage)
     for warning in prepared.warnings:
         listener(Warned(warning))
     listener(WorkersAwaited())
     with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
-        with run_lock(directory), _present(directory, prepared.config):
+        with run_lock(directory), _present(directory, prepared.config) as writer:
             if (directory / SEARCH_FILE).exists():  # somebody was faster
                 raise InputError(_occupied(directory, prepared.config))
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
-            return _run(OpenRun(directory, prepared, _archive(directory, prepared)), pool, listener)
+            return _run(OpenRun(directory, prepared, _archive(directory, prepared, writer)), pool, listener)
 
 
 def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
@@ -82,8 +103,8 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     check_archive_kept(directory, prepared.config)
-    with run_lock(directory), _present(directory, prepared.config):
-        run = OpenRun(directory, prepared, _archive(directory, prepared))
+    with run_lock(directory), _present(directory, prepared.config) as writer:
+        run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
             listener(Warned(warning))
         check_sources(run)
@@ -115,13 +136,13 @@ def _reopen(directory: Path, overrides: Sequence[str] = ()) -> Prepared:
         return reopen(config)
 
 
-def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[None]:
+def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[Any]:
     """A lock on the run's study, where the archive is shared: processes see it that use other directories."""
     return presence(config.storage, study_prefix(directory, config))
 
 
-def _archive(directory: Path, prepared: Prepared) -> Archive:
-    return Archive(directory, prepared.config, prepared.space.genes)
+def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive:
+    return Archive(directory, prepared.config, prepared.space.genes, writer=writer)
 
 
 def _held(directory: Path) -> list[str]:
@@ -169,16 +190,22 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     journal = Journal(run)
     journal(Started(os.getpid(), len(run.archive.tried())))
 
+    tracking = Tracking(listener)
+
     def tell(event: Event) -> None:
         journal(event)
         listener(event)
+        tracking(event)
 
     listener(Opened(run))
+    tracking(Opened(run))
     try:
         tell(WorkersReady(pool.size, run.config.workers.pool))
         Search(run.config, run.prepared.space, run.archive, pool, tell, tuple(run.prepared.models.table)).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
-            journal(Stopped(type(error).__name__, str(error)))
+            stopped = Stopped(type(error).__name__, str(error))
+            tracking(stopped)
+            journal(stopped)
         raise
     return run

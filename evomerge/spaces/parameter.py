@@ -21,6 +21,7 @@ from evomerge.merging.methods.base import Method
 from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.recipe import FilteredValue, Parameters, Provenance, Recipe, Setting, Slice, Source
 from evomerge.spaces import TAKE, Gene, Genome, at, canonical, categorical, model_of
+from evomerge.spaces.model_bounds import KINDS, model_bounds
 from evomerge.spaces.own_parameters import own_parameters
 from evomerge.spaces.participants import BASE, FROM, TO, Participants
 
@@ -74,6 +75,7 @@ class ParameterSpace:
         self._methods = _searchable(config, len(models))
         self._participants = Participants(self._models, self._methods, config.participate)
         self._own = own_parameters(config, self._methods)
+        self._bounds = model_bounds(config, self._models)
         self._layers = layer_groups(config, layer_count(tensors))
         self._embeddings, self._head = embedding_names(tensors), head_names(tensors)
         _check_filters(config.filters, tensors)
@@ -100,21 +102,24 @@ class ParameterSpace:
     def _numbers(self) -> list[Gene]:
         """Weights and densities, by group and model."""
         genes = []
-        for kind, gene in self._kinds().items():
+        for kind in KINDS:
             users = [method for method in self._methods if method.takes(kind)]
-            if gene.fixed is None and users:
-                default = (
-                    gene.start if gene.start is not None else min(max(1.0 / len(self._models), gene.low), gene.high)
-                )
+            if users:
                 when = {model: self._participants.part(model, users) for model in self._models}
                 genes += [
-                    Gene(name, kind, group, gene.low, gene.high, default, gene.step, when=when[model])
+                    Gene(name, kind, group, bounds.low, bounds.high, self._start(bounds), bounds.step, when=when[model])
                     for group in self.groups
                     for unit in self._units(kind, group)
                     for model in self._models
-                    for name in [_name(kind, model, unit)]
+                    for name, bounds in [(_name(kind, model, unit), self._bounds[kind, model])]
+                    if bounds.fixed is None
                 ]
         return genes
+
+    def _start(self, bounds: GeneConfig) -> float:
+        if bounds.start is not None:
+            return bounds.start
+        return min(max(1.0 / len(self._models), bounds.low), bounds.high)
 
     def _units(self, kind: str, group: str) -> list[str]:
         """What has numbers of its own in a group: its tensors, or the group itself."""
@@ -155,9 +160,6 @@ class ParameterSpace:
                         when = self._participants.part(model, users) if model else self._participants.under(users)
                         genes.append(own.gene(group, model, when))
         return genes
-
-    def _kinds(self) -> dict[str, GeneConfig]:
-        return {"weight": self._config.weight, "density": self._config.density}
 
     def _nothing(self) -> str:
         if any(method.takes("weight") for method in self._methods) or self._own:
@@ -219,7 +221,7 @@ class ParameterSpace:
                 by_tensor=own.name == "weight" and self._config.by_tensor,
             )
             for own in method.per_model
-            if own.name in self._kinds()
+            if own.name in KINDS
         }
         settings |= self._own_settings(values, method, model, run)
         if method.takes("epsilon"):
@@ -230,7 +232,7 @@ class ParameterSpace:
         name = _name(kind, model, unit)
         if name in values:
             return values[name]
-        fixed = self._kinds()[kind].fixed
+        fixed = self._bounds[kind, model].fixed
         assert fixed is not None
         return fixed
 

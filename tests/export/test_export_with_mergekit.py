@@ -39,8 +39,9 @@ from evomerge.spaces.parameter import ParameterSpace
 
 pytestmark = pytest.mark.slow  # mergekit merges every case too
 
-ALIKE = [name for name, method in METHODS.items() if method.takes("weight") and not method.random and not method.most]
-WEIGHTLESS = [name for name, method in METHODS.items() if not method.takes("weight")]
+THEIRS = {name: method for name, method in METHODS.items() if method.mergekit}
+ALIKE = [name for name, method in THEIRS.items() if method.takes("weight") and not method.random and not method.most]
+WEIGHTLESS = [name for name, method in THEIRS.items() if not method.takes("weight")]
 RANDOM = [name for name, method in METHODS.items() if method.random]
 
 

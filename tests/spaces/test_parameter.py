@@ -173,6 +173,8 @@ OWN = {
     "sce": {"sce.select_topk"},
     "ram": {"ram.epsilon"},
     "passthrough": {"passthrough.scale"},
+    "iso": {"iso.alpha"},
+    "ace": {"ace.alpha"},
     "arcee_fusion": set(),
 }
 ENDS = {"slerp": {"from", "to"}, "nearswap": {"from", "to"}, "arcee_fusion": {"from", "to"}, "passthrough": {"to"}}

@@ -1,7 +1,7 @@
 """The table of merge methods: one row each, one pure function of tensors each.
 
-To add a method: write the function (float32 tensors in, one float32 tensor out), add its row here, and add its name to
-the comparison with mergekit in the tests.
+To add a method: write the function (float32 tensors in, one float32 tensor out), and add its row here. Tests compare a
+row with mergekit, or with a second derivation in NumPy where it says `mergekit=False`.
 """
 
 from dataclasses import replace
@@ -11,13 +11,18 @@ from evomerge.merging.methods.base import Method, Parameter, Range
 from evomerge.merging.methods.linear import merge_linear
 from evomerge.merging.methods.model_stock import merge_model_stock
 from evomerge.merging.methods.passthrough import merge_passthrough
+from evomerge.merging.methods.regression import merge_ace, merge_wudi
 from evomerge.merging.methods.selection import merge_arcee_fusion, merge_nearswap, merge_ram, merge_sce
+from evomerge.merging.methods.spectral import merge_iso, merge_knots, merge_tsv
 from evomerge.merging.methods.spherical import merge_karcher, merge_multislerp, merge_nuslerp, merge_slerp
+from evomerge.merging.methods.stitching import merge_consensus, merge_localize_and_stitch
 from evomerge.merging.methods.task_vectors import TaskVectorMerge
 
 WEIGHT = Parameter("weight", float, None)
 DENSITY = Parameter("density", float, 1.0, within=(0.0, 1.0))
 INT8_MASK = Parameter("int8_mask", bool, False)  # mergekit's memory saver; accepted, not needed
+LAMBDA = Parameter("lambda", float, 1.0)
+ALPHA = Parameter("alpha", float, 1.0, search=Range(0.0, 2.0, 1.0, 0.2))
 _OF_SPARSIFIERS = {
     "outliers": (Parameter("gamma", float, 0.01, search=Range(0.0, 0.1, 0.01, 0.01), cuts=True),),
     "magprune": (Parameter("epsilon", float, 0.15, search=Range(0.0, 0.3, 0.15, 0.05)),),
@@ -38,7 +43,7 @@ def _task_vectors(
         shared=(
             Parameter("normalize", bool, normalize),
             Parameter("rescale", bool, rescale),
-            Parameter("lambda", float, 1.0),
+            LAMBDA,
             INT8_MASK,
         ),
         slopes=("weight", "lambda"),
@@ -207,6 +212,73 @@ METHODS: dict[str, Method] = {
             per_model=(Parameter("scale", float, 1.0, search=Range(0.5, 1.5, 1.0, 0.1)),),
             most=1,
             slopes=("scale",),
+        ),
+        Method(
+            name="consensus",
+            paper="Wang et al. 2024, Localizing task information (TALL masks), arXiv:2405.07813",
+            function=merge_consensus,
+            base="required",
+            per_model=(WEIGHT, Parameter("threshold", float, 0.4, search=Range(0.0, 1.0, 0.4, 0.1))),
+            shared=(Parameter("agree", int, 2, search=Range(1, 3, 2, 1)), LAMBDA),
+            slopes=("weight", "lambda"),
+            mergekit=False,
+        ),
+        Method(
+            name="localize_and_stitch",
+            paper="He et al. 2024, Localize-and-Stitch, arXiv:2408.13656",
+            function=merge_localize_and_stitch,
+            base="required",
+            per_model=(WEIGHT, replace(DENSITY, default=0.05, cuts=True)),
+            shared=(LAMBDA,),
+            slopes=("weight", "lambda"),
+            mergekit=False,
+        ),
+        Method(
+            name="tsv",
+            paper="Gargiulo et al. 2024, Task singular vectors, arXiv:2412.00081",
+            function=merge_tsv,
+            base="required",
+            per_model=(WEIGHT,),
+            shared=(LAMBDA,),
+            slopes=("weight", "lambda"),
+            mergekit=False,
+        ),
+        Method(
+            name="iso",
+            paper="Marczak et al. 2025, No task left behind (Iso-C), arXiv:2502.04959",
+            function=merge_iso,
+            base="required",
+            shared=(ALPHA,),
+            slopes=("alpha",),
+            mergekit=False,
+        ),
+        Method(
+            name="knots",
+            paper="Stoica et al. 2024, Model merging with SVD to tie the KnOTS, arXiv:2410.19735",
+            function=merge_knots,
+            base="required",
+            per_model=(WEIGHT, replace(DENSITY, cuts=True)),
+            shared=(Parameter("normalize", bool, True), Parameter("rescale", bool, False), LAMBDA),
+            mergekit=False,
+        ),
+        Method(
+            name="wudi",
+            paper="Cheng et al. 2025, Whoever started the interference should end it, arXiv:2503.08099",
+            function=merge_wudi,
+            base="required",
+            per_model=(WEIGHT,),
+            shared=(LAMBDA,),
+            slopes=("weight", "lambda"),
+            mergekit=False,
+        ),
+        Method(
+            name="ace",
+            paper="Xu et al. 2026, ACE-Merging, arXiv:2603.02945",
+            function=merge_ace,
+            base="required",
+            shared=(ALPHA, Parameter("eps", float, 1e-2)),
+            slopes=("alpha",),
+            mergekit=False,
         ),
     )
 }

@@ -76,6 +76,7 @@ class Inputs:
     once: keeps what depends on the sources alone.
     drawn: for each model, what its uniform field depends on; empty where nothing that depends on fields is kept.
     planes: whether fields are kept as planes of bytes.
+    in_layer: whether the tensor belongs to a layer; embeddings, the final norm and the head do not.
     """
 
     base: torch.Tensor | None
@@ -87,6 +88,7 @@ class Inputs:
     once: Once = each_time
     drawn: tuple[Hashable, ...] = ()
     planes: bool = False
+    in_layer: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +126,7 @@ class Method:
     most: how many models it takes at most, counted alike; None for any number.
     slopes: the parameters by which the merge can be differentiated.
     smooth_where: the switch that must be on for that; None where there is none.
+    mergekit: whether mergekit has the method, too.
     """
 
     name: str
@@ -137,6 +140,7 @@ class Method:
     most: int | None = None
     slopes: tuple[str, ...] = ()
     smooth_where: str | None = None
+    mergekit: bool = True
 
     def merge(self, inputs: Inputs) -> torch.Tensor:
         """The merge of one tensor, float32, in the shape of the inputs."""

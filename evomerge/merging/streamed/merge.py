@@ -222,6 +222,7 @@ class StreamedMerge:
                 self.plan.seed, tensor.positions[index], tensor.name, count, self._device
             ),
             rescale=self.plan.rescale,
+            in_layer=layer_index(tensor.name) is not None,
         )
 
     def _read(self, model: str, name: str) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from evomerge.merging.methods.base import Inputs, Method
 from evomerge.merging.methods.sparsify import SPARSIFIERS
 from evomerge.merging.methods.task_vectors import TaskVectorMerge, _scale
+from tests.merging.methods import derived
 
 Leaves = Mapping[tuple[str, int | None], torch.Tensor]
 
@@ -54,6 +56,8 @@ def merged(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
     if method.name == "nearswap":
         away = base - models[0]
         return base - away * torch.clamp(leaves["t", None] / away.abs().clamp(min=1e-9), max=1.0)
+    if not method.mergekit:
+        return derived_again(method, inputs, leaves)
     weights = [leaves["weight", index] for index in range(len(models))]
     kept = masks(method, inputs)
     deltas = [(model - base) * mask for model, mask in zip(models, kept, strict=True)]
@@ -73,6 +77,29 @@ def merged(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
             total = total / torch.where(by.detach() == 0, 1.0, by)  # type: ignore[union-attr, arg-type]
     elif inputs.shared["normalize"]:
         total = total / sum(weights)
+    return base + leaves["lambda", None] * total
+
+
+def derived_again(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
+    """A method that mergekit has not: linear in its parts, which NumPy derives (derived.py)."""
+    assert inputs.base is not None
+    base, own = inputs.base.double(), inputs.per_model
+    deltas = [(tensor.double() - base).numpy() for tensor in inputs.tensors]
+    models, alone = range(len(deltas)), np.eye(len(deltas))
+    if ("alpha", None) in leaves:
+        part = derived.iso(deltas) if method.name == "iso" else derived.ace(deltas, inputs.shared["eps"])
+        return base + leaves["alpha", None] * torch.from_numpy(part)
+    if method.name == "consensus":
+        thresholds = [values["threshold"] for values in own]
+        parts = [derived.consensus(deltas, alone[i].tolist(), thresholds, inputs.shared["agree"]) for i in models]
+    elif method.name == "localize_and_stitch":
+        densities = [values["density"] for values in own]
+        parts = [derived.localize_and_stitch(deltas, alone[i].tolist(), densities) for i in models]
+    elif method.name == "wudi":
+        parts = [derived.wudi(deltas, alone[i].tolist()) for i in models]
+    else:
+        parts = derived.tsv(deltas)
+    total = sum(leaves["weight", index] * torch.from_numpy(part) for index, part in enumerate(parts))
     return base + leaves["lambda", None] * total
 
 

@@ -20,12 +20,14 @@ from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import keep_mask, largest_magnitudes, ordered_sum, uniform_field
 from evomerge.merging.methods.sparsify import largest_epsilon
+from evomerge.merging.methods.task_vectors import TaskVectorMerge
 
-TASK_VECTORS = [name for name, method in METHODS.items() if method.shares("lambda")]
+MERGEKIT = [name for name, method in METHODS.items() if method.mergekit]
+TASK_VECTORS = [name for name, method in METHODS.items() if isinstance(method.function, TaskVectorMerge)]
 RANDOM = [name for name, method in METHODS.items() if method.random]
 UNIFORM = ["dare_linear", "dare_ties"]  # the same probability for every element
 SPARSE = [name for name in TASK_VECTORS if METHODS[name].takes("density")]
-OTHERS = [name for name in METHODS if name not in TASK_VECTORS and name != "linear"]
+OTHERS = [name for name in MERGEKIT if name not in TASK_VECTORS and name != "linear"]
 ANGLES = ["slerp", "nuslerp", "multislerp", "karcher", "arcee_fusion"]
 LINEAR_IN_THE_MODELS = ["linear", "task_arithmetic", "dare_linear"]  # no election, so no jumps
 
@@ -167,7 +169,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # Beside mergekit
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGEKIT)
 def test_parameters_and_their_defaults_are_mergekit_s(method):
     spec = mergekit.merge_methods.get(method).spec
     theirs = {parameter.name: replace(parameter) for parameter in spec.parameters}
@@ -185,7 +187,7 @@ def test_parameters_and_their_defaults_are_mergekit_s(method):
     assert unknown_here <= {"density"}  # task_arithmetic accepts one and ignores it
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MERGEKIT)
 def test_bases_and_numbers_of_models_are_mergekit_s(method):
     row, contract = METHODS[method], mergekit.merge_methods.get(method).spec.contract
     assert row.base == contract.base.value
@@ -306,7 +308,7 @@ def test_every_setting_of_a_shared_parameter_is_mergekit_s(method, name, values,
         assert_close(merged(method, models, per_model, {name: value}), theirs, models.scale)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "passthrough"])
+@pytest.mark.parametrize("method", [name for name in MERGEKIT if name != "passthrough"])
 def test_tensors_of_zeros_and_tensors_alike_are_merged_as_by_mergekit(method):
     """Where angles, variances and sums vanish. Random methods have nothing to draw from."""
     zeros, model = torch.zeros(12), torch.randn(12, generator=torch.Generator().manual_seed(3))

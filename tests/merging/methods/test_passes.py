@@ -14,7 +14,13 @@ from evomerge.merging.methods.kernels import as_field, field_steps, uniform_fiel
 from evomerge.merging.methods.passes import ROOM, Pass, for_each_chunk, numbers_on, write
 
 SHAPE = (3, (1 << 18) + 77)  # chunks that end within rows
-VALUES = {"density": [0.5, 0.6, 0.75], "weight": [0.4, 0.3, -0.2], "scale": [0.7] * 3, "gamma": [0.01] * 3}
+VALUES = {
+    "density": [0.5, 0.6, 0.75],
+    "weight": [0.4, 0.3, -0.2],
+    "scale": [0.7] * 3,
+    "gamma": [0.01] * 3,
+    "threshold": [0.4] * 3,
+}
 
 
 def inputs_of(method: str, planes: bool = False, dtype: torch.dtype = torch.bfloat16) -> Inputs:
@@ -39,7 +45,7 @@ def inputs_of(method: str, planes: bool = False, dtype: torch.dtype = torch.bflo
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "consensus", "localize_and_stitch"])
 def test_compiled_code_gives_the_bits_of_eager_code(method):
     """One method of each kind of pass, to spare the compiler."""
     eager, compiled = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)
@@ -73,6 +79,7 @@ class Kept(dict[Hashable, Any]):
         ("ties", [{}]),
         ("breadcrumbs", [{}]),
         ("dare_ties", [{}]),
+        ("localize_and_stitch", [{}]),
     ],
 )
 @pytest.mark.parametrize("planes", [False, True])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge import recipe as recipes
 from evomerge.errors import CandidateFailed, InputError
+from evomerge.layers import layer_index
 from evomerge.merging.building import load_model
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
@@ -97,6 +98,7 @@ def test_a_merge_is_its_method_applied_tensor_by_tensor(method, rescale, residen
             shared=tensor.shared,
             uniforms=lambda i, name=tensor.name: uniform_field(5, i, name, weights["base"][name].numel(), "cpu"),
             rescale=rescale,
+            in_layer=layer_index(tensor.name) is not None,
         )
         expected[tensor.name] = METHODS[method].merge(inputs)
     found = resident.materialize(merge)
