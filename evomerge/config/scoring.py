@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.config.base import Settings
+from evomerge.config.base import MetricName, Settings
 from evomerge.config.documents import shown
 from evomerge.config.tables import CostName
 
@@ -29,7 +29,7 @@ class ObjectiveConfig(Settings):
     """
 
     task: str = ""
-    metric: str = "acc"
+    metric: MetricName = "acc"
     filter: str | None = None
     cost: CostName | None = None
     goal: Literal["maximize", "minimize"] | None = None
@@ -40,6 +40,8 @@ class ObjectiveConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _cost(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"{shown(value)} is only a name; write {{task: {value}}}")
         if isinstance(value, Mapping) and value.get("cost") is not None:
             return {"goal": "minimize", "weight": 0.0, **value}
         return value
@@ -80,7 +82,7 @@ class ConstraintConfig(Settings):
     """
 
     task: str
-    metric: str = "acc"
+    metric: MetricName = "acc"
     filter: str | None = None
     goal: Literal["maximize", "minimize"] | None = None
     retain: float = Field(gt=0, le=1)
@@ -109,7 +111,7 @@ class ReportConfig(Settings):
     """
 
     task: str
-    metric: str = "acc"
+    metric: MetricName = "acc"
     filter: str | None = None
     _names_filter: bool = PrivateAttr(default=False)
 
@@ -138,6 +140,13 @@ class TasksConfig(Settings):
     paths: tuple[str, ...] = ()
     allow_code: tuple[str, ...] = ()
     data_root: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folders(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("it is a list, but holds where tasks are found (paths); list the tasks in objectives")
+        return value
 
 
 class ItemsConfig(Settings):
