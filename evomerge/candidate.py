@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from evomerge.config.base import Split as Split
 from evomerge.outcomes import Outcomes
@@ -52,6 +52,36 @@ class Subset:
 
     number: int
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of the shards that the work of an evaluation is divided into.
+
+    number: its number, from 0.
+    count: how many shards there are.
+    """
+
+    number: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a worker says to one shard of an evaluation.
+
+    shard: the shard.
+    answers: what the model answered, in a form that only evaluators read.
+    costs: what the candidate costs, by name. Those that depend on the items are the shard's share.
+    fingerprint: that of the merged weights; None where the shard had nothing to score, so that there was no merge.
+    seconds: how long it took.
+    """
+
+    shard: Shard
+    answers: Any
+    costs: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

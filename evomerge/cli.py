@@ -254,7 +254,7 @@ def export(
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False)],
-    device: Annotated[str, typer.Option(help="Where to merge (cpu, cuda).")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to merge: cpu, cuda, mps, xpu.")] = "cpu",
     cuda: Annotated[bool, typer.Option("--cuda", help="The same as --device cuda.")] = False,
     max_shard_size: Annotated[
         str,

@@ -9,7 +9,7 @@ from math import sin
 
 import numpy as np
 
-from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Subset, failure
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Part, Shard, Subset, failure
 from evomerge.config.base import Split
 from evomerge.errors import WorkerPoisoned
 from evomerge.events import Listener, unheard
@@ -37,10 +37,13 @@ class FakePool:
         dies_after: int | None = None,
         order: Sequence[str] = (),
         follower: Follower | None = None,
+        fails_at: int = 0,
     ) -> None:
         """order: ids of candidates that finish one after the other, before chance decides.
         follower: answers jobs that ask for gradients.
+        fails_at: the shard in which a candidate fails, if it does.
         """
+        self._fails_at = fails_at
         self._follower = follower
         self._names, self._scorer, self._size, self._order = names, scorer, size, deque(order)
         self._random = np.random.default_rng(seed)
@@ -62,13 +65,22 @@ class FakePool:
         job = self._jobs.pop(self._next())
         if job.descent is not None:
             return job, self._followed(job.candidate, job.descent)
-        self.evaluated.append((job.candidate.id, job.split))
+        what = job.split if job.shard is None else f"{job.study}, shard {job.shard.number}"
+        self.evaluated.append((job.candidate.id, what))
+        if job.shard is not None and job.shard.number != self._fails_at:
+            return job, Part(job.shard, None)
+        assert [part.shard.number for part in job.parts] == list(range(len(job.parts)))
         takes_split = len(inspect.signature(self._scorer).parameters) > 1
         result = self._scorer(job.candidate, job.split) if takes_split else self._scorer(job.candidate)
         if isinstance(result, str):
             return job, failure(result)
+        if job.shard is not None:
+            return job, Part(job.shard, None)
         scores = dict(zip(self._names, result, strict=True))
         return job, Evaluation(scores=scores, items=10, fingerprint=job.candidate.recipe.content_id())
+
+    def drop(self, job: Job) -> None:
+        self._jobs = [other for other in self._jobs if other.whole.key != job.key]
 
     def _followed(self, candidate: Candidate, descent: Descent) -> Result:
         self.evaluated.append((candidate.id, f"shard {descent.shard} of step {descent.step}"))
@@ -137,6 +149,15 @@ class FakeWorker:
         fingerprint = split if weight != 5 else "x" * (150 * 2**20)
         return Evaluation(scores={"score": weight}, items=1, fingerprint=fingerprint)
 
+    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard) -> Part:
+        whole = self.evaluate(recipe, split, subset)
+        assert whole.scores is not None
+        return Part(shard, whole.scores["score"] / shard.count, fingerprint=whole.fingerprint, seconds=1.0)
+
+    def join(self, split: Split, subset: Subset | None, parts: Sequence[Part]) -> Evaluation:
+        scores = {"score": sum(part.answers for part in parts)}
+        return Evaluation(scores, items=len(parts), fingerprint=split, seconds=sum(part.seconds for part in parts))
+
     def descend(self, recipe: Recipe, descent: Descent) -> Gradient:
         scored = self.evaluate(recipe, "search")
         assert scored.scores is not None
@@ -154,6 +175,12 @@ class WorkerThatNamesItsGpus:
 
     def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
         return Evaluation(scores={"score": 0.0}, items=1, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
+
+    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard) -> Part:
+        return Part(shard, None, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
+
+    def join(self, split: Split, subset: Subset | None, parts: Sequence[Part]) -> Evaluation:
+        return Evaluation(scores={"score": 0.0}, items=1, fingerprint=parts[0].fingerprint)
 
     def descend(self, recipe: Recipe, descent: Descent) -> Gradient:
         return Gradient({}, {}, os.environ["CUDA_VISIBLE_DEVICES"])

@@ -68,13 +68,21 @@ class Record:
 class Archive:
     """The recorded evaluations of one run directory, in memory and in its storage."""
 
-    def __init__(self, directory: Path, config: SearchConfig, genes: Sequence[Gene], prefix: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: SearchConfig,
+        genes: Sequence[Gene],
+        prefix: str | None = None,
+        writer: Any = None,
+    ) -> None:
         """Opens the archive of a run, or creates it.
 
         directory: the run directory.
         config: the search.
         genes: the entries of a genome.
         prefix: what the names of its studies begin with; by default what the directory and the config say.
+        writer: what evaluations are written with (see `presence`); by default the storage's own connections.
         Raises InputError where it holds another search, or cannot be read.
         """
         self._config, self._genes = config, genes
@@ -85,9 +93,9 @@ class Archive:
             with quiet():
                 storage = open_storage(storage_url(directory, config))
                 self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
-                self._trials = Trials(storage.engine)
+                self._trials = Trials(writer or storage.engine)
                 learns = any(name == "learned" for name in config.optimizer.names)
-                self._gradients = Gradients(storage.engine, self._prefix, writing=learns)
+                self._gradients = Gradients(writer or storage.engine, self._prefix, writing=learns)
             self._check_format(directory)
             self._check_config(directory)
             self._genes = self._recorded_genes()
@@ -281,6 +289,8 @@ class Archive:
                 if not (tried and written()):
                     write()
                 return
+            except EvomergeError:  # the run's lock is lost
+                raise
             except Exception as error:
                 passing, reason = refusal(error)
                 if not passing or time.monotonic() + pause > deadline:

@@ -1,6 +1,7 @@
 """Opening Optuna's storage, and its errors in one sentence."""
 
 import hashlib
+import secrets
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,10 @@ from typing import Any
 
 from evomerge.config.search import SearchConfig
 from evomerge.config.storage_url import expanded, masked
-from evomerge.errors import InputError
+from evomerge.errors import EvomergeError, InputError, WorkFailed
 from evomerge.files import DATABASE
 
+_HOLDERS = "evomerge_holders"  # the table of the processes that last took the lock of each run
 _LASTING = ("full", "no space", "readonly", "read-only", "no such", "does not exist", "permission", "password")
 
 
@@ -69,23 +71,76 @@ def check_storage(url: str | None) -> None:
 
 
 @contextmanager
-def presence(url: str | None, name: str) -> Iterator[None]:
+def presence(url: str | None, name: str) -> Iterator[Any]:
     """Holds a run's lock in a PostgreSQL while a process writes to the run. The server frees it when the process dies.
 
-    url: of the storage; nothing is locked in storages of other kinds.
+    Yields what the run's evaluations must be written with: its only connection is the one that holds the lock. Where
+    the connection is lost, and the lock with it, the next one takes the lock again before anything is written, and
+    raises WorkFailed where another process has had it meanwhile. None for storages of other kinds, which have no lock.
+
+    url: of the storage.
     name: of the lock.
     Raises InputError where another process holds the lock.
     """
     if url is None or not is_postgres(url):
-        yield
+        yield None
         return
-    with held(expanded(url), name) as free:
-        if not free:
-            raise InputError(
-                f"storage {masked(expanded(url))}: another process is at work on {name.rstrip('-')}; wait for it or "
-                "stop it."
+    import sqlalchemy
+
+    full, holder = expanded(url), secrets.token_hex(16)
+    engine = sqlalchemy.create_engine(full, pool_size=1, max_overflow=0, pool_pre_ping=True)
+    before: list[bool] = []  # whether this process has had the lock
+
+    def take(connection: Any, _: Any) -> None:
+        if not _taken(connection, name, holder, again=bool(before)):
+            connection.close()
+            raise _elsewhere(masked(full), name.rstrip("-"), lost=bool(before))
+        before.append(True)
+
+    sqlalchemy.event.listen(engine, "connect", take)
+    try:
+        engine.connect().close()
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _taken(connection: Any, name: str, holder: str, again: bool) -> bool:
+    """Whether a connection could take a lock; and where the same process takes it again, no other had it in between.
+
+    connection: psycopg's.
+    name: of the lock.
+    holder: names this process.
+    again: whether this process has had the lock before.
+    """
+    with connection.cursor() as ask:
+        taken = ask.execute("SELECT pg_try_advisory_lock(%s)", [_key(name)]).fetchone()[0]
+        if taken and again:
+            row = ask.execute(f"SELECT holder FROM {_HOLDERS} WHERE name = %s", [name]).fetchone()
+            taken = row is not None and row[0] == holder
+        elif taken:
+            ask.execute("SELECT pg_advisory_xact_lock(%s)", [_key(_HOLDERS)])  # two must not make the table at once
+            ask.execute(f"CREATE TABLE IF NOT EXISTS {_HOLDERS} (name TEXT PRIMARY KEY, holder TEXT NOT NULL)")
+            ask.execute(
+                f"INSERT INTO {_HOLDERS} VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET holder = excluded.holder",
+                [name, holder],
             )
-        yield
+    connection.commit()
+    return bool(taken)
+
+
+def _elsewhere(storage: str, run: str, lost: bool) -> EvomergeError:
+    if lost:
+        return WorkFailed(
+            f"storage {storage}: the connection was lost, and another process has begun to work on {run} meanwhile; "
+            "nothing was lost, and this process stops."
+        )
+    return InputError(f"storage {storage}: another process is at work on {run}; wait for it or stop it.")
+
+
+def _key(name: str) -> int:
+    """The number of a lock of the server."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
 
 
 @contextmanager
@@ -100,8 +155,7 @@ def held(url: str, name: str) -> Iterator[bool]:
     engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
     try:
         with engine.connect() as connection:
-            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-            yield bool(connection.scalar(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}))
+            yield bool(connection.scalar(sqlalchemy.text("SELECT pg_try_advisory_lock(:key)"), {"key": _key(name)}))
     finally:
         engine.dispose()
 

@@ -1,13 +1,15 @@
 """How a search runs: its optimizer and stages, its controls, its workers."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
+    field_validator,
     model_validator,
 )
 
 from evomerge.config.base import Settings
+from evomerge.config.documents import shown
 from evomerge.config.tables import LEARNED, OPTIMIZERS, POOLS, OptimizerName, OptimizerRow, PoolName, StageName
 
 
@@ -165,7 +167,11 @@ class WorkersConfig(Settings):
     num_gpus: GPUs of a worker: a share of one (such as 0.5), or several, which share the layers of its models.
     placement_timeout: how long to wait for workers to start, in seconds.
     attempts: how many workers a candidate may take down before it counts as failed.
-    time_limit: after how many seconds a worker is killed and its candidate counts as failed; None for no limit.
+    time_limit: after how many seconds a worker is killed and its candidate counts as failed; None for no limit. Where
+        evaluations are divided, this is the limit of a shard.
+    shards: into how many shards an evaluation is divided, which workers score side by side; `auto` is decided by the
+        size of the model and the number of search items. A shard is at least a batch (`evaluation.batch_size`). The
+        scores are the same to the bit for any number.
     """
 
     pool: PoolName = "ray"
@@ -176,6 +182,14 @@ class WorkersConfig(Settings):
     placement_timeout: float = Field(default=45, gt=0)
     attempts: int = Field(default=2, ge=1)
     time_limit: float | None = Field(default=None, gt=0)
+    shards: int | Literal["auto"] = "auto"
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _some_or_auto(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int) and value is not True and value > 0):
+            return value
+        raise ValueError(f"it is {shown(value)}; use auto, or a whole number of at least 1")
 
     @model_validator(mode="after")
     def _limit(self) -> Self:

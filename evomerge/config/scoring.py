@@ -189,7 +189,8 @@ class EvaluationConfig(Settings):
     What is not set here is as in lm-eval 0.4.13, with two exceptions: log-probabilities are taken in float32 whatever
     the model's dtype, and sampled texts start from the same seed for every candidate.
 
-    device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    device: `auto`, `cpu`, or an accelerator that torch knows, such as `cuda`, `cuda:N`, `mps` or `xpu`; `auto` is the
+        accelerator where there is one, and under Ray what the cluster has.
     dtype: the dtype of models in memory; `auto` is the one that most of the base's tensors are stored in.
     batch_size: how many rows a model reads at a time.
     threads: CPU threads of a worker.

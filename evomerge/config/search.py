@@ -98,8 +98,11 @@ class SearchConfig(Settings):
         if not self.models and self.space.merging is not None:
             raise ValueError(".models is {}; give at least one")
         device, gpus = self.evaluation.device, self.workers.num_gpus or 0
-        if gpus > 1 and device.startswith("cuda:"):
-            raise ValueError(f".evaluation.device is {device}, but workers.num_gpus is {gpus:g}; use cuda for several")
+        if gpus > 1 and ":" in device:
+            raise ValueError(
+                f".evaluation.device is {device}, but workers.num_gpus is {gpus:g}; use "
+                f"{device.partition(':')[0]} for several"
+            )
         if all(objective.weight == 0 for objective in self.objectives):
             raise ValueError(".objectives are all costs; add a task, or give a cost a weight")
         return self

@@ -4,7 +4,6 @@ Sampled texts are always drawn from the same seed. A batch stops as soon as each
 end token or by a stop string of the task.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from evomerge.devices import seeded
 from evomerge.errors import InputError
 
 SAMPLING_SEED = 1234
@@ -61,7 +61,7 @@ class TransformersWriter:
 
     def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
         """See `Writer`."""
-        with _seeded(self._lm.device):
+        with seeded([self._lm.device], SAMPLING_SEED):
             return [
                 self._lm._model_generate(
                     context=batch.ids, attention_mask=batch.mask, stop=batch.stop, **batch.arguments
@@ -119,16 +119,39 @@ class GenerationPlan:
             limits = {"max_length": ids.shape[1] + fresh, **arguments}
             yield GenerationBatch(batch, ids.to(self._lm.device), mask.to(self._lm.device), stop, limits)
 
-    def run(self, writer: Writer) -> list[list[str]]:
-        """The texts of each instance, as many as its task asks for. The same weights give the same texts."""
+    @property
+    def draws(self) -> bool:
+        """Whether texts are drawn. All of them then follow from one seed, so that they must be written together."""
+        return any(batch.arguments.get("do_sample") for batch in self.batches)
+
+    def answers(self, writer: Writer, chosen: Sequence[int]) -> list[list[str]]:
+        """For each of some batches, its texts. The same weights give the same texts.
+
+        chosen: the numbers of the batches, ascending; all of them where texts are drawn.
+        """
         from lm_eval.models.utils import postprocess_generated_text
 
+        batches = [self.batches[number] for number in chosen]
+        written = writer.write(batches) if batches else []
+        return [
+            [
+                postprocess_generated_text(
+                    generation=self._lm.tok_decode(tokens), stop=batch.stop, think_end_token=None
+                )
+                for tokens in texts
+            ]
+            for batch, texts in zip(batches, written, strict=True)
+        ]
+
+    def texts(self, answered: Mapping[int, Sequence[str]]) -> list[list[str]]:
+        """The texts of each instance, as many as its task asks for.
+
+        answered: the texts of every batch, by its number.
+        """
         texts: list[list[str]] = [[] for _ in self._instances]
-        written = writer.write(self.batches) if self.batches else []
-        for batch, texts_of_batch in zip(self.batches, written, strict=True):
-            for number, tokens in zip(batch.members, texts_of_batch, strict=True):
-                text = self._lm.tok_decode(tokens)
-                texts[number].append(postprocess_generated_text(generation=text, stop=batch.stop, think_end_token=None))
+        for number, batch in enumerate(self.batches):
+            for member, text in zip(batch.members, answered[number], strict=True):
+                texts[member].append(text)
         return [
             answers * (instance.repeats // len(answers))
             for instance, answers in zip(self._instances, texts, strict=True)
@@ -141,11 +164,3 @@ class GenerationPlan:
             rows, length = max((len(batch.members), batch.arguments["max_length"]) for batch in self.batches)
             ids = torch.zeros((rows, length), dtype=torch.int64, device=self._lm.device)
             self._lm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """A context in which torch's global generators, from which texts are sampled, start from a fixed seed."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(SAMPLING_SEED)
-        yield

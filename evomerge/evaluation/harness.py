@@ -6,14 +6,14 @@ aggregations turn its responses into scores.
 
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from evomerge.candidate import Descent, Subset
+from evomerge.candidate import Descent, Shard, Subset
 from evomerge.config.base import Split
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
@@ -21,7 +21,7 @@ from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
-from evomerge.evaluation.likelihoods import PreparedRequests, Request, Response, tolerance
+from evomerge.evaluation.likelihoods import Answers, PreparedRequests, Request, Response, tolerance
 from evomerge.evaluation.loading import (
     Target,
     cause,
@@ -39,6 +39,8 @@ from evomerge.quiet import quiet
 from evomerge.seen import Digests
 
 _SUBSETS_KEPT = 4  # the generations that are in flight at once share a few
+_WRITING = 10  # how many tokens can be read while one is written, roughly; it decides only how evenly shards are cut
+WHOLE = Shard(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,18 @@ class SplitScores:
     outcomes: Mapping[str, Outcomes]
     items: int
     truncated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardAnswers:
+    """What a model answered to one shard of the batches of some metrics.
+
+    likelihoods: the answers to log-likelihood requests.
+    texts: the texts of each batch.
+    """
+
+    likelihoods: Answers
+    texts: list[list[str]]
 
 
 class Harness:
@@ -152,8 +166,21 @@ class Harness:
         split: the split.
         model: by default the resident model; it may also be one with other layers than that.
         subset: the items to be scored; None for all of the split.
-        Raises CandidateFailed where a metric is not finite, and InputError for a model with other layers where vLLM
-        writes the texts.
+        Raises CandidateFailed and InputError as `answers` and `scores` do.
+        """
+        return self.scores(split, subset, [(WHOLE, self.answers(split, model, subset))])
+
+    def answers(
+        self, split: Split, model: Any = None, subset: Subset | None = None, shard: Shard = WHOLE
+    ) -> list[ShardAnswers]:
+        """What a model answers to one shard of a split, or of a subset of its items.
+
+        Shards are made of whole batches, so an answer is the same to the bit however many shards there are.
+
+        split, model, subset: as in `evaluate`.
+        shard: which shard.
+        Raises CandidateFailed where vLLM disagrees with the model, and InputError for a model with other layers where
+        vLLM writes the texts.
         """
         if self._writer is not None and model not in (None, self._model):
             raise InputError(
@@ -164,7 +191,28 @@ class Harness:
         self._lm._model = self._model if model is None else model
         with quiet():
             writer = self._writer or TransformersWriter(self._lm)
-            return _joined([prepared.run(self._lm._model, subset, writer) for prepared in parts])
+            return [prepared.answers(self._lm._model, subset, writer, shard) for prepared in parts]
+
+    def is_empty(self, split: Split, subset: Subset | None, shard: Shard) -> bool:
+        """Whether a shard has nothing to be scored, since there are fewer batches than shards."""
+        return all(prepared.is_empty(subset, shard) for prepared in self._prepared(split))
+
+    def scores(
+        self, split: Split, subset: Subset | None, answered: Sequence[tuple[Shard, Sequence[ShardAnswers]]]
+    ) -> SplitScores:
+        """The scores that follow from the answers to all shards.
+
+        split, subset: as in `evaluate`.
+        answered: every shard with its answers, in any order.
+        Raises CandidateFailed where a metric is not finite.
+        """
+        with quiet():
+            return _joined(
+                [
+                    prepared.scores(subset, [(shard, answers[number]) for shard, answers in answered])
+                    for number, prepared in enumerate(self._prepared(split))
+                ]
+            )
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         """The share of one shard in the mean loss of each metric, on search items. Runs the backward passes of their
@@ -275,9 +323,15 @@ class _PreparedSplit:
                 f"{difference:.2g} from those without; set it to 'none'."
             )
 
-    def run(self, model: Any, subset: Subset | None, writer: Writer) -> SplitScores:
+    def answers(self, model: Any, subset: Subset | None, writer: Writer, shard: Shard) -> ShardAnswers:
+        return self._subset(subset).answers(model, writer, shard)
+
+    def is_empty(self, subset: Subset | None, shard: Shard) -> bool:
+        return not self._subset(subset).units(shard)
+
+    def scores(self, subset: Subset | None, answered: Sequence[tuple[Shard, ShardAnswers]]) -> SplitScores:
         batches = self._subset(subset)
-        answers = batches.run(model, writer)
+        answers = batches.respond(answered)
         results = {
             id(task.task): task.results(chosen, answers)
             for task, chosen in zip(self._tasks, batches.chosen, strict=True)
@@ -331,6 +385,37 @@ class _Results:
     chosen: list[bool]
 
 
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Batches that must be run by one worker: one batch, or all that write texts from one seed.
+
+    likelihoods: the numbers of batches of log-likelihood requests.
+    texts: the numbers of batches of texts.
+    cost: roughly how long they take, in tokens.
+    """
+
+    likelihoods: tuple[int, ...]
+    texts: tuple[int, ...]
+    cost: int
+
+
+def _cost(batch: GenerationBatch) -> int:
+    """Roughly how long it takes to write the texts of a batch, in tokens that are read."""
+    return batch.ids.numel() + _WRITING * len(batch.ids) * batch.fresh
+
+
+def _evenly(units: Sequence[_Unit], count: int) -> list[list[_Unit]]:
+    """Units divided into shards of about the same cost: the dearest first, each to the cheapest shard so far (Graham
+    1969). Some shards are empty where there are fewer units than shards."""
+    shards: list[list[_Unit]] = [[] for _ in range(count)]
+    costs = [0] * count
+    for unit in sorted(units, key=lambda unit: -unit.cost):
+        cheapest = costs.index(min(costs))
+        shards[cheapest].append(unit)
+        costs[cheapest] += unit.cost
+    return shards
+
+
 class _Batches:
     """The requests of chosen documents as frozen batches."""
 
@@ -363,20 +448,60 @@ class _Batches:
             packed=config.evaluation.prefix_sharing == "mask",
         )
         self.texts = GenerationPlan(lm, self.generations, config.evaluation.batch_size)
+        self._together = self.texts.draws or config.evaluation.backend == "vllm"
+        self._shards: dict[int, list[list[_Unit]]] = {}
 
     @property
     def truncated(self) -> int:
         return self.requests.truncated + self.texts.truncated
 
-    def run(self, model: Any, writer: Writer) -> dict[int, list[Response]]:
+    def units(self, shard: Shard) -> "list[_Unit]":
+        """The batches of a shard, in their order."""
+        if shard.count not in self._shards:
+            self._shards[shard.count] = _evenly(list(self._all_units()), shard.count)
+        return self._shards[shard.count][shard.number]
+
+    def _all_units(self) -> "Iterator[_Unit]":
+        for number, batch in enumerate(self.requests.batches):
+            yield _Unit((number,), (), batch.ids.numel())
+        texts = tuple(range(len(self.texts.batches)))
+        for chosen in [texts] if texts and self._together else [(number,) for number in texts]:
+            batches = [self.texts.batches[number] for number in chosen]
+            yield _Unit(
+                (), chosen, sum(batch.ids.numel() + _WRITING * len(batch.ids) * batch.fresh for batch in batches)
+            )
+
+    def _chosen(self, shard: Shard) -> tuple[list[int], list[int]]:
+        """The numbers of a shard's batches: those of log-likelihoods, and those of texts."""
+        units = self.units(shard)
+        likelihoods, texts = ([unit.likelihoods for unit in units], [unit.texts for unit in units])
+        return sorted(sum(likelihoods, ())), sorted(sum(texts, ()))
+
+    def answers(self, model: Any, writer: Writer, shard: Shard) -> ShardAnswers:
+        """What a model answers to a shard."""
+        likelihoods, texts = self._chosen(shard)
+        return ShardAnswers(self.requests.answers(model, likelihoods), self.texts.answers(writer, texts))
+
+    def respond(self, answered: Sequence[tuple[Shard, ShardAnswers]]) -> dict[int, list[Response]]:
         """Puts all responses where lm-eval looks for them. Returns the responses to log-likelihood requests, by
-        the `id()` of the instance."""
-        responses = iter(self.requests.run(model))
+        the `id()` of the instance.
+
+        answered: every shard with its answers.
+        """
+        chosen = [self._chosen(shard) for shard, _ in answered]
+        given = [own for _, own in answered]
+        read = [(numbers, own.likelihoods) for (numbers, _), own in zip(chosen, given, strict=True)]
+        written = {
+            number: texts
+            for (_, numbers), own in zip(chosen, given, strict=True)
+            for number, texts in zip(numbers, own.texts, strict=True)
+        }
+        responses = iter(self.requests.responses(read))
         answers = {}
         for instance, span in zip(self.likelihoods, self._spans, strict=True):
             answers[id(instance)] = [next(responses) for _ in range(span)]
             _respond(instance, answers[id(instance)])
-        for instance, texts in zip(self.generations, self.texts.run(writer), strict=True):
+        for instance, texts in zip(self.generations, self.texts.texts(written), strict=True):
             instance.resps, instance.filtered_resps = texts, {}
         return answers
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from evomerge.evaluation.packing import PADDING, PackedRow, Tokens, attention, pack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+Answers = NDArray[np.float64]  # for each request: its log-likelihood, how many tokens are not greedy, its margin
 MOST_READS = 4096  # per batch: each read column costs a row of logits over the whole vocabulary
 
 
@@ -147,23 +148,44 @@ class PreparedRequests:
         scored_rows = [_scored(packed_row, owners) for rows in documents.values() for packed_row in pack(rows)]
         return sorted(scored_rows, key=lambda row: (-row.length, row.packed.tokens))
 
-    @torch.inference_mode()
     def run(self, model: torch.nn.Module) -> list[Response]:
         """A response per request, in their order."""
-        if not self.batches:
-            return []
-        scores = torch.cat([_score(model, batch) for batch in self.batches], dim=1)
-        chosen, greedy, margins = scores.cpu().numpy().astype(np.float64)
-        owners = np.concatenate([batch.owners for batch in self.batches])
-        count = len(self.requests)
-        likelihoods, misses, closest = np.zeros(count), np.zeros(count), np.full(count, np.inf)
-        np.add.at(likelihoods, owners, chosen)
-        np.add.at(misses, owners, 1 - greedy)
-        np.minimum.at(closest, owners, margins)
-        return [
-            Response(value, miss == 0, margin)
-            for value, miss, margin in zip(likelihoods.tolist(), misses.tolist(), closest.tolist(), strict=True)
-        ]
+        everything = range(len(self.batches))
+        return self.responses([(everything, self.answers(model, everything))])
+
+    @torch.inference_mode()
+    def answers(self, model: torch.nn.Module, chosen: Sequence[int]) -> Answers:
+        """What a model answers to the requests of some batches; shape (3, requests of these batches).
+
+        chosen: the numbers of the batches, ascending. A request is in one batch, and a batch runs as it is, so its
+            answers do not depend on which others are chosen.
+        """
+        if not chosen:
+            return np.zeros((3, 0))
+        scores = torch.cat([_score(model, self.batches[number]) for number in chosen], dim=1)
+        chances, greedy, margins = scores.cpu().numpy().astype(np.float64)
+        owners, places = np.unique(self._owners(chosen), return_inverse=True)
+        answers = np.zeros((3, len(owners)))
+        answers[2] = np.inf
+        np.add.at(answers[0], places, chances)
+        np.add.at(answers[1], places, 1 - greedy)
+        np.minimum.at(answers[2], places, margins)
+        return answers
+
+    def responses(self, answered: Sequence[tuple[Sequence[int], Answers]]) -> list[Response]:
+        """A response per request, in their order.
+
+        answered: numbers of batches with their answers; every batch once.
+        """
+        answers = np.zeros((3, len(self.requests)))
+        for chosen, own in answered:
+            if chosen:
+                answers[:, np.unique(self._owners(chosen))] = own
+        return [Response(value, missed == 0, margin) for value, missed, margin in answers.T.tolist()]
+
+    def _owners(self, chosen: Sequence[int]) -> NDArray[np.int64]:
+        """The number of the request of each scored token of some batches."""
+        return np.concatenate([self.batches[number].owners for number in chosen])
 
     @torch.inference_mode()
     def rehearse(self, model: torch.nn.Module) -> None:

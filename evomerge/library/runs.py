@@ -55,7 +55,7 @@ def search(
     `warnings.warn`.
     """
     directory, overrides = Path(output).expanduser(), overriding(settings)
-    made = partial(prepared, search, objectives, overrides)
+    made = partial(prepared, search, objectives, overrides, address)
     where = search if isinstance(search, str | Path) else GIVEN
     listen = listener_of([_warned, *_shown(progress), *callbacks])
     with suppress(StopSearch):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ GIVEN = "the search"  # what messages call a search that is no file
 AnySearch = str | Path | Mapping[str, Any] | SearchConfig
 
 
-def prepared(search: AnySearch, objectives: Iterable[Mapping[str, Any]] | None, overrides: Sequence[str]) -> Prepared:
+def prepared(
+    search: AnySearch, objectives: Iterable[Mapping[str, Any]] | None, overrides: Sequence[str], address: str | None
+) -> Prepared:
     """The prepared search.
 
     search: a search file, its content as a mapping, or a config.
     objectives: take the place of the search's, where they are given.
     overrides: settings that replace others, as KEY.PATH=VALUE.
+    address: a Ray cluster's; None for this machine.
     Raises InputError for a search that cannot run.
     """
     where: str | Path
@@ -34,7 +38,7 @@ def prepared(search: AnySearch, objectives: Iterable[Mapping[str, Any]] | None, 
         document["objectives"] = [dict(objective) for objective in objectives]
     config = files.of_document(document, where, folder, overrides)
     with naming(where):
-        return prepare(config)
+        return prepare(config, address or os.environ.get("RAY_ADDRESS"))
 
 
 def _content(search: Mapping[str, Any] | SearchConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from evomerge.archive.archive import Archive
 from evomerge.archive.storage import check_storage, presence, study_prefix
@@ -44,7 +45,8 @@ def start(
     again: whether the run is resumed where the directory already holds this very search.
     Raises InputError before anything is written, so the pool is made first.
     """
-    return begin(partial(prepare_file, search_file, overrides), search_file, directory, address, listener, again)
+    make = partial(prepare_file, search_file, overrides, address or os.environ.get("RAY_ADDRESS"))
+    return begin(make, search_file, directory, address, listener, again)
 
 
 def begin(
@@ -77,11 +79,11 @@ def begin(
     listener(WorkersAwaited())
     with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
-        with run_lock(directory), _present(directory, prepared.config):
+        with run_lock(directory), _present(directory, prepared.config) as writer:
             if (directory / SEARCH_FILE).exists():  # somebody was faster
                 raise InputError(_occupied(directory, prepared.config))
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
-            return _run(OpenRun(directory, prepared, _archive(directory, prepared)), pool, listener)
+            return _run(OpenRun(directory, prepared, _archive(directory, prepared, writer)), pool, listener)
 
 
 def resume(directory: Path, overrides: Sequence[str], address: str | None, listener: Listener) -> OpenRun:
@@ -98,8 +100,8 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     _check_archive_kept(directory, prepared.config)
-    with run_lock(directory), _present(directory, prepared.config):
-        run = OpenRun(directory, prepared, _archive(directory, prepared))
+    with run_lock(directory), _present(directory, prepared.config) as writer:
+        run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
             listener(Warned(warning))
         check_sources(run)
@@ -147,7 +149,7 @@ def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     return files.load(directory / SEARCH_FILE, overrides)
 
 
-def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[None]:
+def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[Any]:
     """A lock on the run's study, where the archive is shared: processes see it that use other directories."""
     return presence(config.storage, study_prefix(directory, config))
 
@@ -163,8 +165,8 @@ def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
         )
 
 
-def _archive(directory: Path, prepared: Prepared) -> Archive:
-    return Archive(directory, prepared.config, prepared.space.genes)
+def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive:
+    return Archive(directory, prepared.config, prepared.space.genes, writer=writer)
 
 
 def _held(directory: Path) -> list[str]:

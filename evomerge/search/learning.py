@@ -164,6 +164,7 @@ class Learning:
         result: what the worker said.
         """
         assert job.descent is not None
+        assert isinstance(result, Gradient | Evaluation)
         slopes = self._sensitivity_at(job.candidate).by_gene(result.slopes if isinstance(result, Gradient) else {})
         return GradientRecord(
             step=job.descent.step,

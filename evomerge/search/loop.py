@@ -38,6 +38,7 @@ from evomerge.search.watching import Watch
 from evomerge.spaces import SearchSpace
 from evomerge.versions import versions
 from evomerge.workers import Job, Result, WorkerPool
+from evomerge.workers.sharing import Sharing
 
 
 def _without_difference(controls: Sequence[Evaluation], config: SearchConfig) -> Iterator[str]:
@@ -179,6 +180,8 @@ class Search:
         where the archive does not fit the search.
         """
         self.pool.listener = self.archive.listener = self.listener
+        shards = self.config.workers.shards
+        self._workers = Sharing(self.pool, 1 if shards == "auto" else shards)  # a config from before shards has auto
         essential = FixedList(essential_controls(self.config))
         self._drain([essential])
         further = FixedList(further_controls(self.config, self.space))
@@ -272,17 +275,17 @@ class Search:
         """
         owners: dict[Any, Schedule] = {}
         while True:
-            while len(owners) <= 2 * self.pool.size:
+            while len(owners) <= 2 * self._workers.size:
                 schedule, job = self._next(schedules)
                 if job is None or schedule is None:
                     break
                 if self._replayed(schedule, job):
                     continue
                 owners[job.key] = schedule
-                self.pool.submit(job)
+                self._workers.submit(job)
             if not owners:
                 return
-            job, result = self.pool.wait()
+            job, result = self._workers.wait()
             self._received(owners.pop(job.key), job, result)
 
     def _replayed(self, schedule: Schedule, job: Job) -> bool:

@@ -16,10 +16,11 @@ from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.config.tables import COSTS, OPTIMIZERS, TRACKERS, imported
-from evomerge.devices import resolve_compile, resolve_dtype
+from evomerge.devices import dtype_notes, resolve_compile, resolve_device, resolve_dtype
 from evomerge.errors import InputError, choices, naming
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.tensor_files import parameter_count, torch_dtypes
 from evomerge.optimizers.make import following_gradients, learns, resolve
 from evomerge.search.controls import check_controls, count_controls
 from evomerge.seen import encoded
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from evomerge.evaluation.loading import Target
 
 _WORTH_A_SUBSET = 100  # search items
+_WORTH_A_SHARD = 4e9  # parameters times search items: on one core some seconds
+_MOST_SHARDS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +57,24 @@ class Prepared:
     seen: str | None = None
 
 
-def prepare_file(search_file: Path, overrides: Sequence[str] = ()) -> Prepared:
+def prepare_file(search_file: Path, overrides: Sequence[str] = (), address: str | None = None) -> Prepared:
     """The prepared search of a search file.
 
     search_file: the file.
     overrides: settings that replace those of the file, as KEY=VALUE.
+    address: of the Ray cluster that the search will run on; None for this machine.
     Raises InputError, opened by the name of the file, for every mistake in it.
     """
     config = load(search_file, overrides)
     with naming(search_file):
-        return prepare(config)
+        return prepare(config, address)
 
 
-def prepare(config: SearchConfig) -> Prepared:
+def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     """The prepared search of a config: models, space, tasks and device are checked, and automatic settings decided.
 
+    config: as the user wrote it.
+    address: of the Ray cluster that the search will run on; None for this machine.
     Raises InputError for every mistake in the config.
     """
     from evomerge.evaluation import few_shots, soundness
@@ -112,16 +118,21 @@ def prepare(config: SearchConfig) -> Prepared:
     resolved = config.model_copy(
         update={
             "optimizer": resolve(config.optimizer, len(space.genes), len(config.objectives), space.genes),
-            "evaluation": _evaluation(config, prepared.models),
+            "evaluation": _evaluation(config, prepared.models, address),
         }
     )
     _check_optimizer(resolved, space)
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
-    resolved = resolved.model_copy(update={"subsets": resolve_subsets(resolved, fewest, whole)})
+    parameters = sum(math.prod(info.shape) for info in prepared.models.table.values())
+    items = sum(len(division.of(task, "search")) for task in distinct_tasks(searched))
+    workers = config.workers.model_copy(update={"shards": resolve_shards(config, parameters, items)})
+    subsets = resolve_subsets(resolved, fewest, whole)
+    resolved = resolved.model_copy(update={"subsets": subsets, "workers": workers})
     warnings = (
         *prepared.warnings,
         *filter(None, [doubt]),
+        *dtype_notes(resolved.evaluation.device, resolved.evaluation.dtype, torch_dtypes(prepared.models.table)),
         *exam_warnings(searched),
         *_passed_over(division.left_out),
         *doubts,
@@ -136,23 +147,24 @@ def _check_trackers(config: SearchConfig) -> None:
         row = TRACKERS[name]
         if find_spec(row.package) is None:
             raise InputError(
-                f"trackers[{index}] is {name}, which is not installed; pip install 'evomerge[{row.extra}]', or remove it."
+                f"trackers[{index}] is {name}, which is not installed; pip install 'evomerge[{row.extra}]', or remove "
+                "it."
             )
 
 
-def _evaluation(config: SearchConfig, models: Models) -> EvaluationConfig:
+def _evaluation(config: SearchConfig, models: Models, address: str | None) -> EvaluationConfig:
     """The evaluation settings of a search, in which everything that this machine and the base decide is decided."""
     from evomerge.evaluation.packing_probe import takes_packed_rows
 
-    settings, device = config.evaluation, _device(config)
+    settings, device = config.evaluation, _device(config, address)
     sharing = settings.prefix_sharing
     if sharing == "auto":
         sharing = "mask" if takes_packed_rows(models.base.folder) else "none"
     return settings.model_copy(
         update={
             "device": device,
-            "dtype": resolve_dtype(settings.dtype, models.table),
-            "compile": resolve_compile(settings.compile, device, models.table),
+            "dtype": resolve_dtype(settings.dtype, torch_dtypes(models.table), device),
+            "compile": resolve_compile(settings.compile, device, parameter_count(models.table)),
             "prefix_sharing": sharing,
             "fewshot_as_multiturn": settings.multiturn,
         }
@@ -237,14 +249,20 @@ def _pinned(config: SearchConfig) -> tuple[SearchConfig, Models]:
     return config.model_copy(update={"base": models.base.pinned, "models": named}), models.pinned()
 
 
-def _device(config: SearchConfig) -> str:
-    """The device that the workers will have. Ray's workers may run on machines with GPUs though this one has none."""
-    from evomerge.devices import resolve_device
-
+def _device(config: SearchConfig, address: str | None) -> str:
+    """The device that the workers will have. Ray's workers may run on machines with GPUs though this one has none, so
+    the cluster is asked."""
     name, workers = config.evaluation.device, config.workers
-    if workers.pool == "ray" and (name == "cuda" or (name == "auto" and workers.num_gpus)):
-        return "cuda"
-    return resolve_device(name)
+    if workers.pool != "ray" or name not in ("auto", "cuda", "xpu"):
+        return resolve_device(name)
+    if name != "auto":
+        return name
+    if workers.num_gpus is None and address is not None:
+        from evomerge.workers.ray_pool import cluster_device
+
+        return cluster_device(address)
+    here = resolve_device(name)
+    return "cuda" if workers.num_gpus and here == "cpu" else here
 
 
 def _check_engine(config: SearchConfig) -> None:
@@ -279,6 +297,19 @@ def identities(prepared: Prepared) -> dict[str, str]:
     keys = {"base": prepared.config.base}
     keys |= {f"models.{name}": reference for name, reference in prepared.config.models.items()}
     return {key: prepared.models[reference].identity for key, reference in keys.items()}
+
+
+def resolve_shards(config: SearchConfig, parameters: int, items: int) -> int:
+    """Into how many shards an evaluation is divided. `auto` makes as many as are worth sending to a worker: small
+    models and few items stay whole.
+
+    config: the search's.
+    parameters: how many the base has.
+    items: how many search items all tasks have together.
+    """
+    if config.workers.shards != "auto":
+        return config.workers.shards
+    return min(max(1, round(parameters * items / _WORTH_A_SHARD)), _MOST_SHARDS)
 
 
 def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool:

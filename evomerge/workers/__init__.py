@@ -4,16 +4,17 @@ To add a pool: in a file of its own, write a class with this protocol and a func
 row to `POOLS` in the config, and run the pool through the contract in tests/contracts/pool.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Study, Subset, failure
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Part, Shard, Study, Subset, failure
 from evomerge.config.base import Split
 from evomerge.errors import EvomergeError, first_line
 from evomerge.events import Listener
 from evomerge.recipe import Recipe
 
-Result = Evaluation | Gradient
+Result = Evaluation | Gradient | Part
 
 
 class Evaluator(Protocol):
@@ -23,6 +24,14 @@ class Evaluator(Protocol):
         """The evaluation of a recipe on a split, or on a subset of its items."""
         ...
 
+    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard, /) -> Part | Evaluation:
+        """One shard of a recipe's evaluation; a failed evaluation where the candidate fails."""
+        ...
+
+    def join(self, split: Split, subset: Subset | None, parts: Sequence[Part], /) -> Evaluation:
+        """The evaluation that follows from all its shards."""
+        ...
+
     def descend(self, recipe: Recipe, descent: Descent, /) -> Gradient | Evaluation:
         """The gradient of a recipe's loss on a shard of a mini-batch; a failed evaluation where there is none."""
         ...
@@ -30,18 +39,33 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A candidate to be scored on a split, or a candidate whose loss's gradient is asked for.
+    """A candidate to be scored on a split or on one shard of it, or the shards of an evaluation to be joined, or a
+    candidate whose loss's gradient is asked for.
 
     candidate: the candidate.
     split: the split.
     subset: the part of the search items to score it on; None for all items of the split.
     descent: what gradient is asked for; None for scores.
+    shard: the shard of the evaluation that is asked for; None for the whole.
+    parts: all shards of the evaluation, to be joined; empty where something is to be scored.
     """
 
     candidate: Candidate
     split: Split
     subset: Subset | None = None
     descent: Descent | None = None
+    shard: Shard | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is neither a shard nor the joining of shards."""
+        return self.shard is None and not self.parts
+
+    @property
+    def whole(self) -> "Job":
+        """The job that it is a shard of, or itself."""
+        return self if self.is_whole else replace(self, shard=None, parts=())
 
     @property
     def study(self) -> Study:
@@ -50,7 +74,7 @@ class Job:
 
     @property
     def key(self) -> tuple[str, Study, int | None]:
-        """What sets the job apart from all others of a search."""
+        """What sets the job apart from all others of a search; its shards have the same."""
         return self.candidate.id, self.study, None if self.descent is None else self.descent.shard
 
 
@@ -68,7 +92,12 @@ class WorkerPool(Protocol):
         ...
 
     def submit(self, job: Job) -> None:
-        """Takes a job and returns at once. Jobs start in the order of submission."""
+        """Takes a job and returns at once. Candidates start in the order of submission; the jobs of one candidate go to
+        a worker that holds it, if that is free (`waiting`)."""
+        ...
+
+    def drop(self, job: Job) -> None:
+        """Forgets all shards of a job that do not run yet."""
         ...
 
     def wait(self) -> tuple[Job, Result]:
@@ -84,21 +113,27 @@ class WorkerPool(Protocol):
         ...
 
 
-def run_guarded(
-    evaluator: Evaluator, recipe: Recipe, split: Split, subset: Subset | None = None, descent: Descent | None = None
-) -> Result:
+def run_guarded(evaluator: Evaluator, job: Job) -> Result:
     """The result of a job. An exception that is not an EvomergeError becomes the candidate's failure.
 
-    evaluator: merges and scores the recipe.
-    recipe: the candidate's.
-    split: the split to score it on.
-    subset: the part of the search items to score it on; None for all items.
-    descent: what gradient is asked for; None for scores.
+    evaluator: merges and scores the candidate.
+    job: the job.
     Raises EvomergeError as the evaluator does.
     """
     try:
-        return evaluator.evaluate(recipe, split, subset) if descent is None else evaluator.descend(recipe, descent)
+        return _run(evaluator, job)
     except EvomergeError:
         raise
     except Exception as error:
         return failure(first_line(error))
+
+
+def _run(evaluator: Evaluator, job: Job) -> Result:
+    recipe = job.candidate.recipe
+    if job.descent is not None:
+        return evaluator.descend(recipe, job.descent)
+    if job.parts:
+        return evaluator.join(job.split, job.subset, job.parts)
+    if job.shard is not None:
+        return evaluator.evaluate_shard(recipe, job.split, job.subset, job.shard)
+    return evaluator.evaluate(recipe, job.split, job.subset)

@@ -1,12 +1,13 @@
 """A pool with one worker in this process, without Ray: for small searches, tests and scoring by hand."""
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
 from evomerge.events import Listener, unheard
 from evomerge.workers import Evaluator, Job, Result, run_guarded
+from evomerge.workers.waiting import Waiting
 
 
 def make(_config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "LocalPool":
@@ -31,7 +32,8 @@ class LocalPool:
     def __init__(self, make_worker: Callable[[], Evaluator]) -> None:
         """make_worker: makes the worker; it is called once, here."""
         self._worker = make_worker()
-        self._jobs: deque[Job] = deque()
+        self._jobs = Waiting()
+        self._holds: str | None = None
         self.listener: Listener = unheard
 
     @property
@@ -41,12 +43,18 @@ class LocalPool:
 
     def submit(self, job: Job) -> None:
         """Takes a job, which runs in a later call of `wait`."""
-        self._jobs.append(job)
+        self._jobs.add(job)
+
+    def drop(self, job: Job) -> None:
+        """Forgets all shards of a job that have not run."""
+        self._jobs.drop(job)
 
     def wait(self) -> tuple[Job, Result]:
-        """The job that was submitted first, and its result, which is made here."""
-        job = self._jobs.popleft()
-        return job, run_guarded(self._worker, job.candidate.recipe, job.split, job.subset, job.descent)
+        """The next job, and its result, which is made here."""
+        job = self._jobs.take(self._holds, Counter())
+        assert job is not None, "there is no job to wait for"
+        self._holds = self._holds if job.parts else job.candidate.id
+        return job, run_guarded(self._worker, job)
 
     def close(self) -> None:
         """Drops all jobs that have not run."""

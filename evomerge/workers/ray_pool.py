@@ -4,7 +4,7 @@ Actors are requested one by one, and those that get a place load their models in
 the user is told instead of waiting forever. The other actors join when there is room. Where no count is given, more are
 requested as nodes join.
 
-When an actor dies, Ray restarts it, it loads its models again, and its job is run again. A job that has taken
+When an actor dies, Ray restarts it, it loads its models again, and its job is run again. A candidate that has taken
 `attempts` actors down is recorded as failed; the loss of a node does not count. A job that takes longer than the time
 limit is recorded as failed too, and its actor is killed. The pool goes on with the actors that are left, and gives up
 only when none has come back for a long time.
@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ from evomerge.events import (
 )
 from evomerge.workers import Evaluator, Job, Result, run_guarded
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
+from evomerge.workers.waiting import Waiting
 
 _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver
 _BACKOFF = 0.3
@@ -46,6 +47,7 @@ _POLL = 5.0
 _PATIENCE = 300.0
 _GROWTH = 10.0
 _COMPANY = 5.0  # for actors beyond the minimum; what an earlier driver held may take longer to come free
+_GPUS = ("cuda", "xpu")  # the kinds of devices that Ray counts as GPUs
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
@@ -64,6 +66,7 @@ class _Actor:
     killed: the id of the process that the pool has killed, in which nothing must be loaded any more.
     busy_since: when it began its present job, in seconds of the monotonic clock.
     gone_since: when it was lost or requested, in the same seconds; of no meaning while the actor is ready.
+    holds: the id of the candidate whose merge it holds, or will hold once it has done the jobs that it has.
     """
 
     number: int
@@ -73,6 +76,7 @@ class _Actor:
     killed: str | None = None
     busy_since: float = 0.0
     gone_since: float = 0.0
+    holds: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +85,10 @@ class _Attempt:
 
     job: the job.
     actor: the actor that has it.
-    deaths: how many actors have died of the job before.
     """
 
     job: Job
     actor: _Actor
-    deaths: int
 
 
 def make(config: SearchConfig, make_worker: Callable[[], Evaluator], address: str | None) -> "RayPool":
@@ -99,8 +101,52 @@ def make(config: SearchConfig, make_worker: Callable[[], Evaluator], address: st
     """
     num_gpus = config.workers.num_gpus
     if num_gpus is None:
-        num_gpus = 1.0 if config.evaluation.device.startswith("cuda") else 0.0
+        num_gpus = 1.0 if config.evaluation.device.startswith(_GPUS) else 0.0
     return RayPool(config.workers, make_worker, num_gpus, address)
+
+
+def cluster_device(address: str) -> str:
+    """The kind of device that the workers of a cluster can have: a GPU where it has one now, else `cpu`.
+
+    address: a Ray cluster's.
+    Raises InputError where Ray cannot be reached.
+    """
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    ray = sys.modules["ray"] if connected else connect(address)
+    try:
+        resources: dict[str, float] = ray.cluster_resources()
+    finally:
+        if not connected:
+            ray.shutdown()
+    if not resources.get("GPU"):
+        return "cpu"
+    return "xpu" if any(name.startswith("accelerator_type:Intel-GPU") for name in resources) else "cuda"
+
+
+def connect(address: str | None) -> Any:
+    """Ray, connected to a cluster, or started here.
+
+    address: the cluster's; None to start one here.
+    Raises InputError where Ray cannot be reached.
+    """
+    os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        if address:
+            reach(address)
+        else:
+            _keep_to_this_machine()
+        import ray
+
+        with _own_sigterm():
+            ray.init(address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        where = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "--address"
+        raise InputError(
+            f"{where} {address}: cannot connect to Ray ({first_line(error).rstrip('.')}); start a cluster there, "
+            "or leave the address out to start one here."
+        ) from None
+    return ray
 
 
 @dataclass
@@ -121,7 +167,8 @@ class RayPool:
     address: str | None = None
     _actors: list[_Actor] = field(init=False, default_factory=list)
     _free: deque[_Actor] = field(init=False, default_factory=deque)  # each actor once for every job that it can take
-    _waiting: deque[tuple[Job, int]] = field(init=False, default_factory=deque)
+    _waiting: Waiting = field(init=False, default_factory=Waiting)
+    _deaths: Counter[Any] = field(init=False, default_factory=Counter)  # of actors, by the key of the job
     _running: dict[Any, _Attempt] = field(init=False, default_factory=dict)
     _reviving: dict[Any, _Actor] = field(init=False, default_factory=dict)
     _resting: deque[tuple[float, _Actor]] = field(init=False, default_factory=deque)  # (until when, actor)
@@ -131,40 +178,18 @@ class RayPool:
 
     def __post_init__(self) -> None:
         self.listener: Listener = unheard
-        os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
         self._started_ray = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
         address = self.address or os.environ.get("RAY_ADDRESS")
         self._own_ray = self._started_ray and not address
         try:
             if self._started_ray:
-                self._connect(address)
+                self._ray = connect(address)
             else:
                 self._ray = sys.modules["ray"]
             self._place()
         except BaseException:
             self.close()
             raise
-
-    def _connect(self, address: str | None) -> None:
-        local: dict[str, Any] = {} if address else {"include_dashboard": False}
-        try:
-            if address:
-                reach(address)
-            else:
-                _keep_to_this_machine()
-            import ray
-
-            self._ray = ray
-            with _own_sigterm():
-                ray.init(
-                    address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local
-                )
-        except (OSError, OverflowError, ValueError, RuntimeError) as error:
-            where = "--address" if self.address else "RAY_ADDRESS"
-            raise InputError(
-                f"{where} {address}: cannot connect to Ray ({first_line(error).rstrip('.')}); start a cluster there, "
-                "or leave the address out to start one here."
-            ) from None
 
     def _place(self) -> None:
         """Waits until `minimum` actors have a place, and a moment longer for all others that should have room now.
@@ -267,20 +292,47 @@ class RayPool:
         return max(1, len(self._actors) - len(self._reviving) - len(self._resting))
 
     def submit(self, job: Job) -> None:
-        """Takes a job, which goes to the next free actor."""
-        self._waiting.append((job, 0))
+        """Takes a job, which goes to the next free actor. Actors that have nothing to do help with the candidates of
+        others only in `wait`, since more candidates may be submitted until then."""
+        self._waiting.add(job)
         self._dispatch()
 
-    def _dispatch(self) -> None:
-        while self._waiting and self._free:
-            (job, deaths), actor = self._waiting.popleft(), self._free.popleft()
-            if not self._held(actor):
-                actor.busy_since = time.monotonic()
-            try:
-                reference = actor.handle.run.remote(job.candidate.recipe, job.split, job.subset, job.descent)
-            except self._full as error:
-                raise WorkFailed(_no_room(error)) from None
-            self._running[reference] = _Attempt(job, actor, deaths)
+    def drop(self, job: Job) -> None:
+        """Forgets all shards of a job that no actor has."""
+        self._waiting.drop(job)
+
+    def _dispatch(self, helping: bool = False) -> None:
+        """Hands waiting jobs to actors.
+
+        helping: whether actors that have nothing to do may help with candidates that only others hold.
+        """
+        for helps in (False, True) if helping else (False,):
+            while len(self._waiting) and self._started(helps):
+                pass
+
+    def _started(self, helps: bool) -> bool:
+        """Whether there was a job for a free actor, which then has it. Actors that have nothing to do come first."""
+        room = Counter(self._free)
+        held = Counter(actor.holds for actor in self._actors if actor.holds is not None)
+        for actor in sorted(room, key=lambda actor: -room[actor]):
+            job = self._waiting.take(actor.holds, held, helps and room[actor] == _DEPTH)
+            if job is not None:
+                self._start(job, actor)
+                return True
+        return False
+
+    def _start(self, job: Job, actor: _Actor) -> None:
+        """Hands a job to an actor."""
+        self._free.remove(actor)
+        if not self._held(actor):
+            actor.busy_since = time.monotonic()
+        if not job.parts:
+            actor.holds = job.candidate.id
+        try:
+            reference = actor.handle.run.remote(job)
+        except self._full as error:
+            raise WorkFailed(_no_room(error)) from None
+        self._running[reference] = _Attempt(job, actor)
 
     def _held(self, actor: _Actor) -> list[Any]:
         """The references of an actor's jobs. The first job is running."""
@@ -299,7 +351,7 @@ class RayPool:
         while True:
             self._grow()
             self._wake()
-            self._dispatch()
+            self._dispatch(helping=True)
             overdue = self._overdue()
             if overdue is not None:
                 return overdue
@@ -354,10 +406,11 @@ class RayPool:
         lost = not any(node["Alive"] and node["NodeID"] == actor.node for node in self._ray.nodes())
         self.listener(WorkerLost(actor.number, actor.node, lost, reason))
         first = self._release(actor)
-        deaths = first.deaths + (not lost)
+        self._deaths[first.job.key] += not lost
+        deaths = self._deaths[first.job.key]
         if deaths >= self.config.attempts:
             return first.job, failure(f"took {deaths} workers down ({reason})")
-        self._waiting.appendleft((first.job, deaths))
+        self._waiting.put_back([first.job])
         self.listener(CandidateRetried(first.job.candidate.id, first.job.study, deaths))
         return None
 
@@ -366,7 +419,8 @@ class RayPool:
         self._revive(actor, time.monotonic())
         self._free = deque(free for free in self._free if free is not actor)
         first, *queued = [self._running.pop(reference) for reference in self._held(actor)]
-        self._waiting.extendleft((attempt.job, attempt.deaths) for attempt in reversed(queued))
+        self._waiting.put_back(attempt.job for attempt in queued)
+        actor.holds = None
         return first
 
     @property
@@ -494,9 +548,9 @@ class EvaluationActor:
             return str(error), node, process
         return None, node, process
 
-    def run(self, recipe: Any, split: Any, subset: Any, descent: Any) -> Result:
+    def run(self, job: Job) -> Result:
         """The result of a job; see `run_guarded`."""
-        return run_guarded(self._make_worker(), recipe, split, subset, descent)
+        return run_guarded(self._make_worker(), job)
 
     def _make_worker(self) -> Evaluator:
         """The worker; the first call makes it."""

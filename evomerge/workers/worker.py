@@ -2,20 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 
-from evomerge.candidate import Descent, Evaluation, Gradient, Subset, failure
+from evomerge.candidate import Descent, Evaluation, Gradient, Part, Shard, Subset, failure
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
-from evomerge.devices import count_gpus, resolve_device
+from evomerge.devices import count_gpus, empty_cache, resolve_device, synchronize
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line, naming
 from evomerge.evaluation.engine import Engine
-from evomerge.evaluation.harness import Harness
+from evomerge.evaluation.harness import WHOLE, Harness
 from evomerge.evaluation.loading import Target
 from evomerge.merging.methods import METHODS
 from evomerge.merging.naming import named_weights
@@ -72,6 +72,7 @@ class Worker:
         self._checkpointing = config.optimizer.learning.checkpointing
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
+        self._held: tuple[Recipe, str] | None = None  # the recipe whose merge is in memory, with its fingerprint
         for split in config.splits:  # all of them now, so that an item that cannot be scored shows before the search
             self._harness.prepare(split)
         if engine is not None:
@@ -86,6 +87,7 @@ class Worker:
 
         Where the search follows gradients, one is computed, too.
         """
+        self._held = None
         self.models.rehearse(recipe)
         self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
         wanted = METHODS[recipe.merge_method].slopes
@@ -102,22 +104,54 @@ class Worker:
         Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, and InputError for a
         recipe that does not fit the models.
         """
-        started = time.perf_counter()
+        part = self.evaluate_shard(recipe, split, subset, WHOLE)
+        return part if isinstance(part, Evaluation) else self.join(split, subset, [part])
 
-        def score(fingerprint: str) -> Evaluation:
+    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard) -> Part | Evaluation:
+        """One shard of a recipe's evaluation; a failed evaluation where the candidate fails.
+
+        recipe, split, subset: as in `evaluate`.
+        shard: the shard.
+        Raises WorkerPoisoned and InputError as `evaluate` does.
+        """
+        started = time.perf_counter()
+        if self._harness.is_empty(split, subset, shard) and shard.number > 0:
+            return Part(shard, self._harness.answers(split, None, subset, shard))
+
+        def score(fingerprint: str) -> Part:
             before = time.perf_counter()
-            scores = self._harness.evaluate(split, self.models.candidate, subset)
+            answers = self._harness.answers(split, self.models.candidate, subset, shard)
             costs = self._costs(time.perf_counter() - before)
-            return Evaluation(
-                scores={**scores.scores, **costs},
-                outcomes=dict(scores.outcomes),
-                items=scores.items,
-                fingerprint=fingerprint,
-                seconds=time.perf_counter() - started,
-                truncated=scores.truncated,
-            )
+            return Part(shard, answers, costs, fingerprint, time.perf_counter() - started)
 
         return self._of_merge(recipe, score)
+
+    def join(self, split: Split, subset: Subset | None, parts: Sequence[Part]) -> Evaluation:
+        """The evaluation that follows from all its shards, in any order. No model is needed for it.
+
+        split, subset: as in `evaluate`.
+        parts: what workers said to the shards.
+        """
+        started = time.perf_counter()
+        fingerprints = sorted({part.fingerprint for part in parts if part.fingerprint is not None})
+        if len(fingerprints) > 1:
+            return failure(f"workers made different weights of it (fingerprints {', '.join(fingerprints)})")
+        try:
+            scores = self._harness.scores(split, subset, [(part.shard, part.answers) for part in parts])
+        except CandidateFailed as error:
+            return failure(str(error), fingerprints[0])
+        except InputError:
+            raise
+        except Exception as error:
+            return failure(first_line(error), fingerprints[0])
+        return Evaluation(
+            scores={**scores.scores, **_joined_costs(parts)},
+            outcomes=dict(scores.outcomes),
+            items=scores.items,
+            fingerprint=fingerprints[0],
+            seconds=sum(part.seconds for part in parts) + time.perf_counter() - started,
+            truncated=scores.truncated,
+        )
 
     def descend(self, recipe: Recipe, descent: Descent) -> Gradient | Evaluation:
         """The gradient of a recipe's loss on a shard of a mini-batch; a failed evaluation where there is none.
@@ -139,7 +173,8 @@ class Worker:
         return self._of_merge(recipe, follow)
 
     def _of_merge(self, recipe: Recipe, work: Callable[[str], T]) -> T | Evaluation:
-        """What some work on a recipe's merge returns; a failed evaluation where the merge or the work fails.
+        """What some work on a recipe's merge returns; a failed evaluation where the merge or the work fails. A merge
+        that is in memory is not made again.
 
         recipe: the candidate's.
         work: is given the fingerprint of the merge, which is in memory.
@@ -147,7 +182,7 @@ class Worker:
         """
         fingerprint = None
         try:
-            fingerprint = self.models.materialize(recipe)
+            fingerprint = self._materialized(recipe)
             return work(fingerprint)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
@@ -156,6 +191,13 @@ class Worker:
         except Exception as error:
             self._check_alive(error)
             return failure(first_line(error), fingerprint)
+
+    def _materialized(self, recipe: Recipe) -> str:
+        """The fingerprint of a recipe's merge, which is in memory afterwards."""
+        if self._held is None or self._held[0] != recipe:
+            self._held = None  # until the merge is whole
+            self._held = recipe, self.models.materialize(recipe)
+        return self._held[1]
 
     def _layers_again(self) -> AbstractContextManager[None]:
         """A context in which layers are computed again on the way back, where the config asks for it."""
@@ -170,16 +212,23 @@ class Worker:
 
     def _check_alive(self, error: Exception) -> None:
         """Frees what a failed evaluation may have left on a GPU. Raises WorkerPoisoned where this fails too."""
-        if self.models.devices[0].type != "cuda":
-            return
         try:
-            torch.cuda.empty_cache()
-            for device in self.models.devices:
-                torch.cuda.synchronize(device)
+            empty_cache(self.models.devices)
+            synchronize(self.models.devices)
         except Exception:
             raise WorkerPoisoned(
                 f"the GPU computes nothing any more ({first_line(error)}); resume in a new process."
             ) from None
+
+
+def _joined_costs(parts: Sequence[Part]) -> dict[str, float]:
+    """The costs of a candidate: those that depend on its items are summed up, and all others are the same in all
+    parts."""
+    measured = [part.costs for part in parts if part.fingerprint is not None]
+    return {
+        cost: sum(costs[cost] for costs in measured) if COSTS[cost].of_items else value
+        for cost, value in measured[0].items()
+    }
 
 
 def base_tokenizer(config: SearchConfig, base: Model) -> Any:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,36 @@ def administration(url: str) -> Iterator[Callable[[str], object]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("there", [True, False], ids=["and is there", "and has gone again"])
+def test_a_driver_that_lost_its_lock_writes_nothing_once_another_has_begun(
+    postgres: str, guest: str, search_file: WriteSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    monkeypatch.setenv("EVOMERGE_STORAGE", guest)
+    prepared = prepare_file(search_file(storage="${EVOMERGE_STORAGE}", optimizer={"name": "random_search"}), ())
+    name, drop = "run", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'guest'"
+    with ExitStack() as others, presence(prepared.config.storage, name) as writer, administration(postgres) as ask:
+
+        def another_begins(candidate: Candidate) -> Sequence[float]:
+            if candidate.id == "g0000-01":
+                ask(drop)
+                another = others.enter_context(ExitStack())
+                another.enter_context(presence(prepared.config.storage, name))
+                if not there:
+                    another.close()
+            return (0.5, 0.25)
+
+        archive = Archive(tmp_path / name, prepared.config, prepared.space.genes, writer=writer)
+        pool = FakePool([each.name for each in prepared.config.objectives], another_begins)
+        with pytest.raises(WorkFailed, match=r"connection was lost, and another process has begun to work on run"):
+            Search(prepared.config, prepared.space, archive, pool, unheard).run()
+        held = [
+            record.candidate.id for record in Archive(tmp_path / name, prepared.config, prepared.space.genes).records()
+        ]
+        assert held
+        assert "g0000-01" not in held
+
+
+@pytest.mark.slow
 def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
     postgres: str, guest: str, search_file: WriteSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,9 +177,9 @@ def test_a_server_that_drops_its_connections_or_takes_rights_away_loses_nothing(
             incidents.pop(candidate.id, lambda: None)()
             return (0.5, 0.25)
 
-        archive = Archive(tmp_path / name, prepared.config, prepared.space.genes)
         pool = FakePool([each.name for each in prepared.config.objectives], scorer)
-        with presence(prepared.config.storage, name):
+        with presence(prepared.config.storage, name) as writer:
+            archive = Archive(tmp_path / name, prepared.config, prepared.space.genes, writer=writer)
             Search(prepared.config, prepared.space, archive, pool, unheard).run()
         return archive, pool
 

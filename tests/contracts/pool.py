@@ -5,6 +5,7 @@ from dataclasses import replace
 from evomerge.candidate import Candidate, Descent, Evaluation, Gradient
 from evomerge.recipe import linear
 from evomerge.workers import Job, WorkerPool
+from evomerge.workers.sharing import Sharing
 
 
 def job(name: str, weight: float) -> Job:
@@ -47,6 +48,23 @@ class PoolContract:
         assert results["bad"].failed
         assert "a bug in the worker" in (results["bad"].error or "")
         assert results["good"].scores == {"score": 0.5}
+
+    def test_shards_of_candidates_come_back_joined_and_a_failed_shard_is_the_one_failure_of_its_candidate(self) -> None:
+        shared = Sharing(self.pool, 4)
+        weights = {"whole": 0.5, "fails": -1.0, "other": 0.25}
+        for name, weight in weights.items():
+            shared.submit(job(name, weight))
+        results = {done.candidate.id: (done, result) for done, result in (shared.wait() for _ in weights)}
+        assert set(results) == set(weights)
+        assert all(done.is_whole for done, _ in results.values())
+        for name in ("whole", "other"):
+            evaluation = results[name][1]
+            assert isinstance(evaluation, Evaluation)
+            assert evaluation.scores == {"score": weights[name]}
+            assert (evaluation.items, evaluation.seconds) == (4, 4.0)
+        failed = results["fails"][1]
+        assert isinstance(failed, Evaluation)
+        assert "a bug in the worker" in (failed.error or "")
 
     def test_more_jobs_than_workers_can_be_submitted_between_waits(self) -> None:
         for i in range(self.pool.size + 3):

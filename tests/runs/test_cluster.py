@@ -168,7 +168,7 @@ def test_a_live_port_that_is_not_ray_is_told_in_seconds(monkeypatch: pytest.Monk
 
 
 def test_a_driver_without_a_gpu_takes_the_searchs_word_for_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 0)
     smoke = files.load(
         REPOSITORY / "search_spaces" / "smoke.yaml", ("workers.pool=ray", "items={search: 4, heldout: 4}")
     )
@@ -182,6 +182,19 @@ def test_a_driver_without_a_gpu_takes_the_searchs_word_for_its_workers(monkeypat
     assert device() == device(num_gpus=0) == "cpu"
     with pytest.raises(InputError, match="torch sees 0 CUDA devices here"):
         device(device="cuda", pool="local")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu"])
+def test_auto_is_what_the_cluster_has_where_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 0)
+    monkeypatch.setattr("evomerge.workers.ray_pool.cluster_device", lambda address: asked.append(address) or kind)
+    changes = ["items={search: 4, heldout: 4}", "workers.pool=ray"]
+    smoke = REPOSITORY / "search_spaces" / "smoke.yaml"
+    assert prepare(files.load(smoke, changes), "head:6379").config.evaluation.device == kind
+    assert prepare(files.load(smoke, [*changes, "workers.num_gpus=1"]), "head:6379").config.evaluation.device == "cuda"
+    assert prepare(files.load(smoke, changes[:1]), "head:6379").config.evaluation.device == "cpu"  # in this process
+    assert asked == ["head:6379"]
 
 
 class Page(http.server.BaseHTTPRequestHandler):

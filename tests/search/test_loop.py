@@ -75,6 +75,40 @@ def test_the_archive_depends_neither_on_the_number_of_workers_nor_on_who_finishe
     assert content(together, prepared) == content(alone, prepared)
 
 
+def divided(prepared: Prepared, shards: int) -> Prepared:
+    workers = prepared.config.workers.model_copy(update={"shards": shards})
+    return Prepared(prepared.config.model_copy(update={"workers": workers}), prepared.space, prepared.models)
+
+
+@pytest.mark.parametrize(("size", "seed", "fails_at"), [(1, 1, 0), (3, 2, 1), (16, 3, 2)])
+def test_the_archive_does_not_depend_on_how_workers_share_the_shards_of_candidates(
+    prepared: Prepared, tmp_path: Path, size: int, seed: int, fails_at: int
+) -> None:
+    whole, _ = run(prepared, tmp_path / "whole")
+    shared, pool = run(divided(prepared, 3), tmp_path / "shared", size=size, seed=seed, fails_at=fails_at)
+    assert content(shared, prepared) == content(whole, prepared)
+    fine = Counter(name for name, what in pool.evaluated if what.startswith("search, shard"))
+    assert {count for name, count in fine.items() if not name.endswith("-02")} == {3}
+
+
+def test_a_shared_search_killed_anywhere_resumes_to_the_archive_of_one_that_shared_nothing(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    expected = content(run(prepared, tmp_path / "whole")[0], prepared)
+    shared, directory = divided(with_budget(prepared, 15), 3), tmp_path / "killed"
+    directory.mkdir()
+    for attempt in range(100):
+        archive = Archive(directory, shared.config, shared.space.genes)
+        pool = FakePool(names(shared.config), some_fail, size=4, seed=attempt, dies_after=9 + attempt)
+        try:
+            Search(shared.config, shared.space, archive, pool, unheard).run()
+        except Killed:
+            continue
+        break
+    assert attempt > 2
+    assert content(archive, prepared) == expected
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_archive_and_repeats_no_finished_evaluation(
     prepared: Prepared, tmp_path: Path

@@ -45,6 +45,12 @@ def pool(ray_here: Any) -> Iterator[RayPool]:
     made.close()
 
 
+def test_the_cluster_is_asked_for_the_kind_of_its_gpus(ray_here: Any) -> None:
+    assert ray_pool.cluster_device(ray_here.address) == "cuda"
+    assert ray_here.address  # the connection that was there before is still there
+    assert RayPool(WorkersConfig(count=1, num_cpus=1), make_fake_worker, num_gpus=0).close() is None
+
+
 class TestRayPool(PoolContract):
     @pytest.fixture(autouse=True)
     def _pool(self, pool: RayPool) -> None:

@@ -1,14 +1,16 @@
 """A worker on the zoo, in this process: what goes wrong with one candidate stays with that candidate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import zoo
-from evomerge.candidate import Descent, Gradient
+from evomerge.candidate import Descent, Gradient, Shard
 from evomerge.config import files
 from evomerge.config.running import WorkersConfig
-from evomerge.devices import count_gpus, resolve_device
+from evomerge.devices import accelerator, count_gpus, resolve_device
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.naming import named_weights
@@ -66,6 +68,25 @@ def test_a_recipe_evaluates_bit_for_bit_the_same_before_and_after_others(split, 
     assert other.fingerprint != before.fingerprint
 
 
+@pytest.mark.parametrize("count", [2, 5])
+def test_shards_joined_in_any_order_are_the_whole_evaluation_and_take_one_merge(worker, monkeypatch, count):
+    whole, merges = worker.evaluate(merge(0.6), "search"), []
+    worker.evaluate(merge(0.3), "search")
+    materialize = worker.models.materialize
+    monkeypatch.setattr(worker.models, "materialize", lambda recipe: merges.append(recipe) or materialize(recipe))
+    parts = [worker.evaluate_shard(merge(0.6), "search", None, Shard(number, count)) for number in range(count)]
+    worker.evaluate_shard(merge(0.1), "search", None, Shard(0, 1))  # it holds another candidate when it joins
+    assert without_time(worker.join("search", None, parts[::-1])) == without_time(whole)
+    assert len(merges) == 2
+
+
+def test_shards_of_different_weights_are_no_evaluation(worker):
+    parts = [worker.evaluate_shard(merge(0.2 + number), "search", None, Shard(number, 2)) for number in (0, 1)]
+    if parts[1].fingerprint is None:  # one batch holds all items
+        parts[1] = replace(parts[0], shard=Shard(1, 2), fingerprint="0" * 16)
+    assert worker.join("search", None, parts).error.startswith("workers made different weights of it")
+
+
 def test_two_workers_agree_to_the_bit(worker, search):
     assert without_time(Worker(search).evaluate(merge(0.6), "search")) == without_time(
         worker.evaluate(merge(0.6), "search")
@@ -110,15 +131,15 @@ def test_only_the_named_models_are_held(search):
 
 def test_an_unknown_device_is_an_input_error():
     assert resolve_device("cpu") == "cpu"
-    assert resolve_device("auto") in ("cpu", "cuda")
-    with pytest.raises(InputError, match=r"evaluation.device is 'abacus'; use auto, cpu, cuda or cuda:N"):
+    assert resolve_device("auto") == accelerator()
+    with pytest.raises(InputError, match=r"evaluation.device is 'abacus'; valid names: auto, cpu, cuda, cuda:N"):
         resolve_device("abacus")
     with pytest.raises(InputError, match=r"evaluation.device is 'cuda:99'"):
         resolve_device("cuda:99")
 
 
 def test_a_worker_spreads_its_models_over_the_whole_gpus_that_it_has(search, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 2)
 
     def count(gpus, device="cuda"):
         return count_gpus(search.model_copy(update={"workers": WorkersConfig(num_gpus=gpus)}), device)

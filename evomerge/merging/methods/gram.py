@@ -2,6 +2,7 @@
 
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import ordered_total
 
@@ -25,7 +26,7 @@ def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
 
 def _product(inputs: Inputs, i: int, j: int, origin: torch.Tensor | None) -> torch.Tensor:
     def flat(tensor: torch.Tensor, piece: slice) -> torch.Tensor:
-        return tensor.reshape(-1)[piece].to(torch.float64)
+        return widened(tensor.reshape(-1)[piece])
 
     def vector(index: int, piece: slice) -> torch.Tensor:
         tensor = inputs.base if index < 0 else inputs.tensors[index]

@@ -10,6 +10,7 @@ from functools import partial, reduce
 
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs, each_time
 from evomerge.merging.methods.gram import gram
 from evomerge.merging.methods.kernels import (
@@ -111,9 +112,10 @@ def _least_variances(variance: torch.Tensor, shares: Sequence[float]) -> torch.T
 
 def _variance(inputs: Inputs) -> torch.Tensor:
     base = _base(inputs).to(torch.float32)
-    wide = [(tensor.to(torch.float32) - base).flatten().to(torch.float64) for tensor in inputs.tensors]
+    wide = [widened((tensor.to(torch.float32) - base).flatten()) for tensor in inputs.tensors]
     mean = reduce(torch.add, wide) / len(wide)
-    return (reduce(torch.add, [(delta - mean).square() for delta in wide]) / len(wide)).to(torch.float32)
+    variance = reduce(torch.add, [(delta - mean).square() for delta in wide]) / len(wide)
+    return variance.to(torch.float32).to(inputs.device)
 
 
 def _masked_square(inputs: Inputs, index: int, mask: torch.Tensor) -> torch.Tensor:
@@ -203,15 +205,15 @@ def _swap_important(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torc
 def _important(inputs: Inputs) -> torch.Tensor:
     """The mask of the important changes: flat, bytes."""
     base, other = (tensor.to(torch.float32) for tensor in (_base(inputs), inputs.tensors[0]))
-    importance = (other.to(torch.float64) - base).abs() * _divergence(other, base)
+    importance = (widened(other) - widened(base)).abs() * _divergence(other, base)
     last = importance.numel() - 1
     low, middle, high = (kth_smallest(importance, last * quarter // 4) for quarter in (1, 2, 3))
-    return (importance >= middle + 1.5 * (high - low)).flatten().to(torch.uint8)
+    return (importance >= middle + 1.5 * (high - low)).flatten().to(torch.uint8).to(inputs.device)
 
 
 def _divergence(other: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """KL(softmax(other) || softmax(base)) of each row; the last dimension stays with size 1."""
-    p, q = (_softmax(tensor.to(torch.float64)) + _SMOOTHING for tensor in (other, base))
+    p, q = (_softmax(widened(tensor)) + _SMOOTHING for tensor in (other, base))
     return ordered_sum(p * torch.log(p / q))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from evomerge.devices import devices_of
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
@@ -57,7 +58,7 @@ class ResidentModels:
         head_apart: bool = False,
     ) -> None:
         """models: the models that recipes may name. Every merge has the base's config.
-        device: where they are, such as `cpu` or `cuda`.
+        device: where they are, such as `cpu`.
         dtype: the dtype of merges, such as `bfloat16`.
         compiled: whether large tensors are merged by compiled code.
         rehearsal: whether everything is made on the meta device, without data, but otherwise as on `device`.
@@ -66,7 +67,7 @@ class ResidentModels:
             source does not tie it, the head is a tensor of its own in any case.
         Raises InputError for models that cannot be loaded, or do not fit.
         """
-        self.devices = [torch.device(device)] if count == 1 else [torch.device(device, n) for n in range(count)]
+        self.devices = devices_of(device, count)
         self.devices = [torch.device("meta")] if rehearsal else self.devices
         self.compiled = compiled and not rehearsal
         self._planes = compiled and torch.device(device).type == "cpu"

@@ -1,7 +1,9 @@
 """Tensors in safetensors files: what the header says of them, and their values, read one tensor at a time."""
 
 import json
+import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,16 @@ class TensorInfo:
     shape: tuple[int, ...]
     stored: str
     piece: Piece | None = None
+
+
+def torch_dtypes(table: Mapping[str, TensorInfo]) -> list[str]:
+    """What torch calls the dtypes of tensors."""
+    return [FLOATS[info.dtype] for info in table.values()]
+
+
+def parameter_count(table: Mapping[str, TensorInfo]) -> int:
+    """How many elements all tensors have."""
+    return sum(math.prod(info.shape) for info in table.values())
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
