@@ -4,6 +4,7 @@ import torch
 
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import ordered_total
+from evomerge.merging.methods.parts import Elements, part_of
 
 
 def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
@@ -23,9 +24,9 @@ def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
     return torch.stack([torch.cat([rows[max(i, j)][min(i, j)] for j in range(count)]) for i in range(count)])
 
 
-def _product(inputs: Inputs, i: int, j: int, origin: torch.Tensor | None) -> torch.Tensor:
-    def flat(tensor: torch.Tensor, piece: slice) -> torch.Tensor:
-        return tensor.reshape(-1)[piece].to(torch.float64)
+def _product(inputs: Inputs, i: int, j: int, origin: Elements | None) -> torch.Tensor:
+    def flat(tensor: Elements, piece: slice) -> torch.Tensor:
+        return part_of(tensor, piece).to(torch.float64)
 
     def vector(index: int, piece: slice) -> torch.Tensor:
         tensor = inputs.base if index < 0 else inputs.tensors[index]

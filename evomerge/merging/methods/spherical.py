@@ -10,6 +10,7 @@ from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import Coefficient, around, combination, heaviest
 from evomerge.merging.methods.gram import gram
 from evomerge.merging.methods.kernels import divisor, ordered_sum
+from evomerge.merging.methods.parts import whole_of
 from evomerge.merging.methods.passes import Pass
 
 _NO_NORM = 1e-8
@@ -51,13 +52,13 @@ def merge_nuslerp(inputs: Inputs) -> Pass | torch.Tensor:
 
 
 def _nuslerp_by_lines(inputs: Inputs, t: float, axis: int) -> torch.Tensor:
-    points = [tensor.to(torch.float64) for tensor in inputs.tensors]
+    points = [whole_of(tensor).to(torch.float64) for tensor in inputs.tensors]
     if inputs.base is not None:
-        points = [point - inputs.base.to(torch.float64) for point in points]
+        points = [point - whole_of(inputs.base).to(torch.float64) for point in points]
     a, b = (point.transpose(axis, -1) for point in points)
     from_a, from_b = _on_arc(*_nuslerp_cosine(ordered_sum(a * b), ordered_sum(a * a), ordered_sum(b * b)), t)
     merged = (from_a * a + from_b * b).transpose(axis, -1)
-    return (merged if inputs.base is None else inputs.base.to(torch.float64) + merged).to(torch.float32)
+    return (merged if inputs.base is None else whole_of(inputs.base).to(torch.float64) + merged).to(torch.float32)
 
 
 def _nuslerp_cosine(
