@@ -28,6 +28,8 @@ OWNERS = {
         "reports/page/importance.py",
     },
     "plotly": {"reports/page/figures.py"},
+    "pandas": {"library/candidates.py", "library/runs.py"},
+    "IPython": {"library/notebook.py"},
     "jinja2": {"evaluation/loading.py", "reports/page/html.py"},
     "rich": {"reports/terminal.py"},
     "typer": {"cli.py"},

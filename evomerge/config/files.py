@@ -18,13 +18,32 @@ def load(path: Path, overrides: Sequence[str] = ()) -> SearchConfig:
     overrides: KEY.PATH=VALUE each (`documents.set_value`).
     Raises InputError, with the file and the key path, for the first problem.
     """
+    return of_document(read(path), path, path.parent, overrides)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a search file. Raises InputError for a file that is none."""
     document = read_yaml(path)
     _check_kind(document, path)
+    return document
+
+
+def of_document(
+    document: dict[str, Any], where: Path | str, folder: Path, overrides: Sequence[str] = ()
+) -> SearchConfig:
+    """The config in the content of a search file, with absolute paths.
+
+    document: the content; overrides change it.
+    where: what opens an error's message.
+    folder: what relative paths are relative to.
+    overrides: KEY.PATH=VALUE each (`documents.set_value`).
+    Raises InputError, with the key path, for the first problem.
+    """
     for override in overrides:
         set_value(document, override)
-    config = validate(SearchConfig, document, path)
-    with naming(path):
-        return _anchored(config, path.parent)
+    config = validate(SearchConfig, document, where)
+    with naming(where):
+        return _anchored(config, folder)
 
 
 def _check_kind(document: Mapping[str, Any], path: Path) -> None:

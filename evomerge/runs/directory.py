@@ -5,8 +5,9 @@ last two are derived from the first two.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, suppress
+from functools import partial
 from pathlib import Path
 
 from evomerge.archive.archive import Archive
@@ -42,16 +43,33 @@ def start(
     again: whether the run is resumed where the directory already holds this very search.
     Raises InputError before anything is written, so the pool is made first.
     """
+    return begin(partial(prepare_file, search_file, overrides), search_file, directory, address, listener, again)
+
+
+def begin(
+    make: Callable[[], Prepared],
+    where: Path | str,
+    directory: Path,
+    address: str | None,
+    listener: Listener,
+    again: bool = False,
+) -> OpenRun:
+    """Runs a prepared search in a new directory, and returns the run once it has finished.
+
+    make: prepares the search; it is called once the directory is known to be free.
+    where: where the search comes from, which opens an error's message.
+    The other parameters are those of `start`, which raises the same errors.
+    """
     held = _held(directory)
     if held and SEARCH_FILE not in held:
         raise InputError(f"{directory}: is not empty (it holds {held[0]}); choose another --output.")
-    prepared = prepare_file(search_file, overrides)
+    prepared = make()
     if SEARCH_FILE in held:
         if not again or not _same_search(directory, prepared.config):
             raise InputError(_occupied(directory, prepared.config))
         return _go_on(directory, prepared, address, listener)
     check_writable(directory)
-    with naming(search_file):
+    with naming(where):
         check_storage(prepared.config.storage)
     for warning in prepared.warnings:
         listener(Warned(warning))

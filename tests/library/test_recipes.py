@@ -22,7 +22,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_the_public_names_are_those_that_are_promised() -> None:
-    assert dir(evomerge) == sorted(["__version__", "load_recipe", "merge"])
+    names = ["Run", "StopSearch", "__version__", "load_recipe", "merge", "open_run", "search"]
+    assert dir(evomerge) == sorted(names)
     assert all(hasattr(evomerge, name) for name in dir(evomerge))
     with pytest.raises(AttributeError, match="no attribute 'search_for_me'"):
         evomerge.search_for_me  # noqa: B018

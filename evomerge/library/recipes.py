@@ -1,4 +1,4 @@
-"""What a program calls: recipes read and merged as the commands do it, without a terminal."""
+"""Recipes, read and merged as the commands do it."""
 
 import warnings
 from pathlib import Path
