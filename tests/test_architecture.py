@@ -1,6 +1,7 @@
 """Data flows one way, and each heavy dependency lives behind one place."""
 
 import ast
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -52,8 +53,8 @@ FLOORS = (
     "evaluation",
     "conversion",
     "spaces",
-    "devices",
     "merging",
+    "devices",
     "events",
     "candidate",
     "recipe",
@@ -161,6 +162,12 @@ def test_no_imports_go_in_a_circle() -> None:
         list(TopologicalSorter({module: own_imports(module) for module in MODULES}).static_order())
     except CycleError as circle:
         pytest.fail(" imports ".join(reversed(circle.args[1])))
+
+
+def test_what_only_some_devices_have_is_asked_for_in_one_file() -> None:
+    kinds = re.compile(r"\btorch\.(cuda|mps|xpu|accelerator|get_device_module)\b|\.pin_memory\(|pin_memory=|\.cuda\(")
+    users = {str(path.relative_to(PACKAGE)) for path in MODULES.values() if kinds.search(path.read_text())}
+    assert users == {"devices.py"}
 
 
 def test_nothing_opens_pickles_or_runs_remote_code() -> None:

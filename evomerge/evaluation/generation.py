@@ -4,7 +4,6 @@ Sampled texts are always drawn from the same seed. A batch stops as soon as each
 end token or by a stop string of the task.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from evomerge.devices import seeded
 from evomerge.errors import InputError
 
 SAMPLING_SEED = 1234
@@ -61,7 +61,7 @@ class TransformersWriter:
 
     def write(self, batches: Sequence[GenerationBatch]) -> list[list[list[int]]]:
         """See `Writer`."""
-        with _seeded(self._lm.device):
+        with seeded([self._lm.device], SAMPLING_SEED):
             return [
                 self._lm._model_generate(
                     context=batch.ids, attention_mask=batch.mask, stop=batch.stop, **batch.arguments
@@ -141,11 +141,3 @@ class GenerationPlan:
             rows, length = max((len(batch.members), batch.arguments["max_length"]) for batch in self.batches)
             ids = torch.zeros((rows, length), dtype=torch.int64, device=self._lm.device)
             self._lm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """A context in which torch's global generators, from which texts are sampled, start from a fixed seed."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(SAMPLING_SEED)
-        yield

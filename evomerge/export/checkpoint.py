@@ -11,6 +11,7 @@ from evomerge.export.names import public_names
 from evomerge.merging.sources.located import located
 from evomerge.merging.sources.models import Models, find_models
 from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.tensor_files import torch_dtypes
 from evomerge.merging.sources.weights import RECIPE
 from evomerge.recipe import Provenance, Recipe
 from evomerge.seen import encoded
@@ -53,7 +54,7 @@ def merge(
     models = find_models(recipe.references[0], recipe.references)
     for warning in preflight(models, same_tensors=False):
         warn(warning)
-    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", models.base.table)
+    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", torch_dtypes(models.base.table))
     size = parse_size(shard_size, getattr(torch, dtype).itemsize)
     merged = StreamedMerge(recipe, models, where, device, dtype)
     if merged.unknown_tokens:

@@ -19,6 +19,7 @@ from evomerge.devices import resolve_compile, resolve_dtype
 from evomerge.errors import InputError, choices, naming
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.tensor_files import parameter_count, torch_dtypes
 from evomerge.optimizers.make import following_gradients, learns, resolve
 from evomerge.search.controls import check_controls, count_controls
 from evomerge.seen import encoded
@@ -139,8 +140,8 @@ def _evaluation(config: SearchConfig, models: Models) -> EvaluationConfig:
     return settings.model_copy(
         update={
             "device": device,
-            "dtype": resolve_dtype(settings.dtype, models.table),
-            "compile": resolve_compile(settings.compile, device, models.table),
+            "dtype": resolve_dtype(settings.dtype, torch_dtypes(models.table)),
+            "compile": resolve_compile(settings.compile, device, parameter_count(models.table)),
             "prefix_sharing": sharing,
             "fewshot_as_multiturn": settings.multiturn,
         }

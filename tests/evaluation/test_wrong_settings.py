@@ -18,14 +18,14 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "no folder of tasks": ({"tasks.paths": ["./nowhere"]}, "tasks.paths[0] is", "which does not exist"),
     "an unknown device": (
         {"evaluation.device": "banana"},
-        "evaluation.device is 'banana'; use auto, cpu, cuda or cuda:N",
+        "evaluation.device is 'banana'; valid names: auto, cpu, cuda, cuda:N",
     ),
     "a device that is not there": (
         {"evaluation.device": "cuda:99"},
         "evaluation.device is 'cuda:99'",
         "CUDA devices here",
     ),
-    "a device for no weights": ({"evaluation.device": "meta"}, "evaluation.device is 'meta'; use auto"),
+    "a device for no weights": ({"evaluation.device": "meta"}, "evaluation.device is 'meta'; valid names: auto"),
     "an unknown way to share prefixes": (
         {"evaluation.prefix_sharing": "masks"},
         "evaluation.prefix_sharing is \"masks\"; did you mean 'mask'?",
@@ -64,6 +64,6 @@ def test_more_examples_in_a_prompt_than_there_are_items_are_refused(search: Writ
 def test_a_gpu_is_refused_where_there_is_none(
     search: WriteSearch, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 0)
     says = ("evaluation.device is 'cuda', but torch sees 0 CUDA devices here; use auto or cpu",)
     refuses("run", search({"evaluation.device": "cuda"}), "--output", "new/run", says=says)

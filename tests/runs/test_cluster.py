@@ -168,7 +168,7 @@ def test_a_live_port_that_is_not_ray_is_told_in_seconds(monkeypatch: pytest.Monk
 
 
 def test_a_driver_without_a_gpu_takes_the_searchs_word_for_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 0)
     smoke = files.load(
         REPOSITORY / "search_spaces" / "smoke.yaml", ("workers.pool=ray", "items={search: 4, heldout: 4}")
     )

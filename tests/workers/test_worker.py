@@ -8,7 +8,7 @@ from evomerge import zoo
 from evomerge.candidate import Descent, Gradient
 from evomerge.config import files
 from evomerge.config.running import WorkersConfig
-from evomerge.devices import count_gpus, resolve_device
+from evomerge.devices import accelerator, count_gpus, resolve_device
 from evomerge.errors import InputError
 from evomerge.evaluation.harness import Harness
 from evomerge.merging.naming import named_weights
@@ -110,15 +110,15 @@ def test_only_the_named_models_are_held(search):
 
 def test_an_unknown_device_is_an_input_error():
     assert resolve_device("cpu") == "cpu"
-    assert resolve_device("auto") in ("cpu", "cuda")
-    with pytest.raises(InputError, match=r"evaluation.device is 'abacus'; use auto, cpu, cuda or cuda:N"):
+    assert resolve_device("auto") == accelerator()
+    with pytest.raises(InputError, match=r"evaluation.device is 'abacus'; valid names: auto, cpu, cuda, cuda:N"):
         resolve_device("abacus")
     with pytest.raises(InputError, match=r"evaluation.device is 'cuda:99'"):
         resolve_device("cuda:99")
 
 
 def test_a_worker_spreads_its_models_over_the_whole_gpus_that_it_has(search, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 2)
 
     def count(gpus, device="cuda"):
         return count_gpus(search.model_copy(update={"workers": WorkersConfig(num_gpus=gpus)}), device)

@@ -2,6 +2,7 @@
 
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import ordered_total
 from evomerge.merging.methods.parts import Elements, part_of
@@ -26,7 +27,7 @@ def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
 
 def _product(inputs: Inputs, i: int, j: int, origin: Elements | None) -> torch.Tensor:
     def flat(tensor: Elements, piece: slice) -> torch.Tensor:
-        return part_of(tensor, piece).to(torch.float64)
+        return widened(part_of(tensor, piece))
 
     def vector(index: int, piece: slice) -> torch.Tensor:
         tensor = inputs.base if index < 0 else inputs.tensors[index]

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.drawn import Drawn, Field, draw, field_part, key_of
 from evomerge.merging.methods.passes import for_each_chunk
 
@@ -143,17 +144,17 @@ def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 def l1_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """|delta| in whole numbers of `largest` / 2^30, int64 (see `exact_l1`)."""
-    return (_of_largest(delta.abs(), largest) * _L1_STEPS).round().to(torch.int64)
+    return (_of_largest(delta.abs(), largest) * _L1_STEPS).round().to(torch.int64).to(delta.device)
 
 
 def square_steps(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """delta^2 in whole numbers of `largest`^2 / 2^30, int64 (see `exact_l1`)."""
-    return (_of_largest(delta, largest).square() * _L1_STEPS).round().to(torch.int64)
+    return (_of_largest(delta, largest).square() * _L1_STEPS).round().to(torch.int64).to(delta.device)
 
 
 def sum_of_squares(steps: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """The sum of squares, float64, that a sum of `square_steps` stands for."""
-    return steps.to(torch.float64) * (largest.to(torch.float64).square() / _L1_STEPS)
+    return widened(steps) * (widened(largest).square() / _L1_STEPS)
 
 
 def sums_below(field: Field, count: int, steps: Callable[[slice], torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -172,7 +173,7 @@ def sums_below(field: Field, count: int, steps: Callable[[slice], torch.Tensor],
 
 
 def _of_largest(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.float64) / largest.to(torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+    return widened(values) / widened(largest).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def ascending(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,7 +204,7 @@ def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
     The second half is added to the first until one element is left. This order is fixed, so the bits are the same on
     every device and with any number of threads.
     """
-    total = tensor.to(torch.float64)
+    total = widened(tensor)
     while (count := total.shape[-1]) > 1:
         half, odd = divmod(count, 2)
         folded = total[..., :half] + total[..., half : 2 * half]

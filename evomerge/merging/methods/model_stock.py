@@ -4,6 +4,7 @@ from itertools import combinations
 
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import around
 from evomerge.merging.methods.gram import gram
@@ -33,8 +34,8 @@ def _by_rows(inputs: Inputs) -> torch.Tensor:
     count, rows = len(inputs.tensors), inputs.base.shape[0]
     out = torch.empty(inputs.base.shape, dtype=torch.float32, device=inputs.device)
     for piece in pieces(rows, inputs.device, inputs.count // max(1, rows)):
-        base = _rows(inputs.base, piece).to(torch.float64)
-        deltas = [_rows(tensor, piece).to(torch.float64) - base for tensor in inputs.tensors]
+        base = widened(_rows(inputs.base, piece))
+        deltas = [widened(_rows(tensor, piece)) - base for tensor in inputs.tensors]
         products = {(i, j): ordered_sum(deltas[i] * deltas[j]) for i in range(count) for j in range(i, count)}
         average = deltas[0]
         for delta in deltas[1:]:

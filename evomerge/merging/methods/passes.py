@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from evomerge.devices import accelerator, device_count
 from evomerge.merging.methods.drawn import Drawn, Field, draw, field_part
 from evomerge.merging.methods.parts import STAGED, Elements, walk, whole_of
 
@@ -61,7 +62,7 @@ def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -
     moved = iter(torch.tensor(plain, dtype=torch.float32).to(device).unbind())
 
     def scalar(value: float | torch.Tensor) -> torch.Tensor:
-        return value.reshape(()).to(torch.float32) if isinstance(value, torch.Tensor) else next(moved)
+        return value.reshape(()).to(torch.float32).to(device) if isinstance(value, torch.Tensor) else next(moved)
 
     return {name: tuple(scalar(value) for value in group) for name, group in values.items()}
 
@@ -150,7 +151,7 @@ def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device
 @cache
 def _compiled(element: Element, made: tuple[bool, ...]) -> Callable[[torch.Tensor, Tensors, Tensors, Numbers], None]:
     """made: which of the fields are made again from counters (`drawn.Drawn.counters`)."""
-    limit = _ELEMENT_LIMIT * max(1, torch.cuda.device_count())
+    limit = _ELEMENT_LIMIT * max(1, device_count(accelerator()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
     def step(out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers) -> None:

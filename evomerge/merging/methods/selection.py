@@ -10,6 +10,7 @@ from functools import partial, reduce
 
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs, each_time
 from evomerge.merging.methods.gram import gram
 from evomerge.merging.methods.kernels import (
@@ -114,7 +115,7 @@ def _variance(inputs: Inputs) -> torch.Tensor:
     """The variance of every element's change between the models: flat, float32, computed piece by piece."""
     variance = torch.empty(inputs.count, dtype=torch.float32, device=inputs.device)
     for piece in pieces(inputs.count, inputs.device):
-        wide = [delta_in(inputs, index, piece).to(torch.float64) for index in range(len(inputs.tensors))]
+        wide = [widened(delta_in(inputs, index, piece)) for index in range(len(inputs.tensors))]
         mean = reduce(torch.add, wide) / len(wide)
         variance[piece].copy_(reduce(torch.add, [(delta - mean).square() for delta in wide]) / len(wide))
     return variance
@@ -209,15 +210,15 @@ def _swap_important(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torc
 def _important(inputs: Inputs) -> torch.Tensor:
     """The mask of the important changes: flat, bytes."""
     base, other = (whole_of(tensor).to(torch.float32) for tensor in (_base(inputs), inputs.tensors[0]))
-    importance = (other.to(torch.float64) - base).abs() * _divergence(other, base)
+    importance = (widened(other) - widened(base)).abs() * _divergence(other, base)
     last = importance.numel() - 1
     low, middle, high = (kth_smallest(importance, last * quarter // 4) for quarter in (1, 2, 3))
-    return (importance >= middle + 1.5 * (high - low)).flatten().to(torch.uint8)
+    return (importance >= middle + 1.5 * (high - low)).flatten().to(torch.uint8).to(inputs.device)
 
 
 def _divergence(other: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """KL(softmax(other) || softmax(base)) of each row; the last dimension stays with size 1."""
-    p, q = (_softmax(tensor.to(torch.float64)) + _SMOOTHING for tensor in (other, base))
+    p, q = (_softmax(widened(tensor)) + _SMOOTHING for tensor in (other, base))
     return ordered_sum(p * torch.log(p / q))
 
 

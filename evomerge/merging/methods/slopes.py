@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evomerge.devices import exact_device, widened
 from evomerge.merging.methods.base import Inputs, Method
 from evomerge.merging.methods.drawn import field_part
 from evomerge.merging.methods.kernels import piece_size
@@ -37,7 +38,8 @@ def smooth_parameters(method: Method, shared: Mapping[str, Any], wanted: Iterabl
 
 
 def slopes(method: Method, inputs: Inputs, gradient: torch.Tensor, wanted: Iterable[str]) -> dict[Key, torch.Tensor]:
-    """The derivatives of a loss by parameters of the merge of one tensor, float64 scalars on the inputs' device.
+    """The derivatives of a loss by parameters of the merge of one tensor, float64 scalars on the inputs' device,
+    or on the CPU where it has no float64.
 
     Masks, elected signs and thresholds are held fixed.
 
@@ -69,12 +71,13 @@ def slopes(method: Method, inputs: Inputs, gradient: torch.Tensor, wanted: Itera
     products = _products(work, gradient)
     follows = {key: number for key, number in _numbers(work).items() if key in products and number.requires_grad}
     if follows:
-        torch.autograd.backward(list(follows.values()), [products[key].to(torch.float32) for key in follows])
+        derivatives = [products[key].to(torch.float32).to(number.device) for key, number in follows.items()]
+        torch.autograd.backward(list(follows.values()), derivatives)
     return {key: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for key, leaf in leaves.items()}
 
 
 def _leaf(value: float, device: torch.device) -> torch.Tensor:
-    return torch.tensor(float(value), dtype=torch.float64, device=device, requires_grad=True)
+    return torch.tensor(float(value), dtype=torch.float64, device=exact_device(device), requires_grad=True)
 
 
 def _numbers(work: Pass) -> dict[tuple[str, int], torch.Tensor]:
@@ -92,11 +95,11 @@ def _products(work: Pass, gradient: torch.Tensor) -> dict[tuple[str, int], torch
     def add(start: int) -> None:
         piece = slice(start, min(start + size, flat.numel()))
         wide = tuple(part_of(tensor, piece).to(torch.float32, copy=True) for tensor in tensors)
-        own = flat[piece].to(torch.float64)
+        own = widened(flat[piece])
         fields = tuple(field_part(field, piece, flat.device) for field in work.fields)
         assert work.slopes is not None
         for name, index, slope in work.slopes(wide, fields, numbers):
-            product = torch.dot(own, slope.to(torch.float64))
+            product = torch.dot(own, widened(slope))
             totals[name, index] = totals[name, index] + product if (name, index) in totals else product
 
     size = piece_size(flat.device)

@@ -6,6 +6,7 @@ Gram matrix alone, in float64. The number of threads changes no bit; another dev
 
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import Coefficient, around, combination, heaviest
 from evomerge.merging.methods.gram import gram
@@ -52,13 +53,13 @@ def merge_nuslerp(inputs: Inputs) -> Pass | torch.Tensor:
 
 
 def _nuslerp_by_lines(inputs: Inputs, t: float, axis: int) -> torch.Tensor:
-    points = [whole_of(tensor).to(torch.float64) for tensor in inputs.tensors]
+    points = [widened(whole_of(tensor)) for tensor in inputs.tensors]
     if inputs.base is not None:
-        points = [point - whole_of(inputs.base).to(torch.float64) for point in points]
+        points = [point - widened(whole_of(inputs.base)) for point in points]
     a, b = (point.transpose(axis, -1) for point in points)
     from_a, from_b = _on_arc(*_nuslerp_cosine(ordered_sum(a * b), ordered_sum(a * a), ordered_sum(b * b)), t)
     merged = (from_a * a + from_b * b).transpose(axis, -1)
-    return (merged if inputs.base is None else whole_of(inputs.base).to(torch.float64) + merged).to(torch.float32)
+    return (merged if inputs.base is None else widened(whole_of(inputs.base)) + merged).to(torch.float32)
 
 
 def _nuslerp_cosine(

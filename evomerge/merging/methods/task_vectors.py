@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.drawn import Field, field_part
 from evomerge.merging.methods.kernels import UNIFORM_STEPS, divisor, exact_l1, indicator, l1_steps, pieces, sums_below
@@ -205,10 +206,10 @@ def _scale(inputs: Inputs, index: int, how: str, numbers: Values) -> float | tor
     if inputs.rescale == "density":
         return 1.0 / max(density, _FINEST)
     largest = inputs.once("largest magnitude", (-1, index), lambda: largest_magnitude(inputs, index))
-    before, after = _l1(inputs, index, how, numbers, largest)
-    unit = largest.to(torch.float64) / (1 << 30)
+    before, after = map(widened, _l1(inputs, index, how, numbers, largest))
+    unit = widened(largest) / (1 << 30)
     negligible = (before * unit < _NEGLIGIBLE_L1) | (after * unit < _NEGLIGIBLE_L1)
-    ratio = before.to(torch.float64) / after.to(torch.float64).clamp(min=1.0)
+    ratio = before / after.clamp(min=1.0)
     return torch.where(negligible, torch.ones_like(ratio), ratio)
 
 

@@ -5,7 +5,6 @@ hooks bind a new `forward` to a module, and a view copies modules, so its hooks 
 tensors of a parameter are on the parameter's device.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evomerge.devices import free_memory
 from evomerge.errors import InputError
 from evomerge.layers import is_layer
 from evomerge.quiet import quiet
@@ -89,7 +89,7 @@ def _longest_prefix(name: str, keys: dict[str, Any]) -> str:
 
 
 def _room(device: torch.device) -> float:
-    return _KEPT * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    return _KEPT * free_memory(device)
 
 
 def _fetch(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

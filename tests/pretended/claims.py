@@ -1,0 +1,143 @@
+"""What holds on an accelerator, claimed of a pretended one. `test_pretended.py` runs this in a process of its own."""
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evomerge import devices
+from evomerge.errors import InputError
+from evomerge.events import unheard
+from evomerge.merging.methods import METHODS
+from evomerge.merging.resident.models import ResidentModels
+from evomerge.runs import directory as runs
+from evomerge.search.preparation import prepare_file
+from evomerge.workers.memory import _typical, plan_memory
+from evomerge.workers.worker import Worker
+from tests.commands import content
+from tests.merging.resident.test_models import recipe
+from tests.models import load_models
+from tests.pretended import accelerator
+from tests.searches import WriteSearch
+
+PRETEND = accelerator.install()
+HERE = torch.device(accelerator.NAME, 0)
+SEARCHES: dict[str, dict[str, Any]] = {
+    "evolution": {"optimizer": {"evaluations": 8, "population": 4}},
+    "gradients": {
+        "space": {"layer_granularity": 6, "density": {"fixed": 1.0}, "tensor_weights": True},
+        "optimizer": {
+            "evaluations": 5,
+            "population": 4,
+            "learning": {"steps": 2, "every": 2, "share": 0.25, "shards": 2, "checkpointing": True},
+            "stages": [{"name": "learned", "genes": ["weight"]}, {"name": "group_evolution", "genes": ["weight"]}],
+        },
+    },
+    "views": {"space": {"kind": "data_flow", "max_layers": 8, "scale": {"low": 0.5, "high": 1.5}, "head": "free"}},
+    "texts": {"objectives": [{"task": "math_a_words"}, {"task": "base_qa"}]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    yield
+    PRETEND.refused.clear()
+    PRETEND.room = 1 << 40
+
+
+@pytest.fixture
+def searched(search_file: WriteSearch, tmp_path: Path) -> Callable[..., Any]:
+    """What a search on a device leaves, without its times and what names the device."""
+
+    def run(name: str, device: str, gpus: int | None = None) -> Any:
+        changes = SEARCHES[name]
+        settings = {"optimizer": {"evaluations": 8, "population": 4}} | changes
+        workers = {"pool": "local", "num_gpus": gpus}
+        evaluation = {"device": device, "batch_size": 16}
+        path = search_file(**settings, items={"search": 8, "heldout": 8}, evaluation=evaluation, workers=workers)
+        place = tmp_path / f"{name}-{device}-{gpus}"
+        runs.start(path, place, (), None, unheard)
+        return [
+            {key: row[key] for key in ("id", "genome", "scores", "state", "fingerprint", "heldout") if key in row}
+            for rows in content(place)
+            for row in rows
+        ]
+
+    return run
+
+
+def test_tensors_answer_to_their_device_refuse_others_and_are_counted() -> None:
+    gc.collect()
+    before, copies = PRETEND.live[1], PRETEND.copies.copy()
+    tensor = torch.arange(6.0, device="pretend:1").view(2, 3)
+    assert (str(tensor.device), PRETEND.live[1] - before) == ("pretend:1", 24)
+    for other in (torch.ones(2, 3), torch.ones(2, 3, device="pretend:0")):
+        with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+            tensor + other
+    assert torch.equal((tensor[0] * 2).cpu(), torch.tensor([0.0, 2.0, 4.0]))
+    assert PRETEND.copies["pretend:1", "cpu"] - copies["pretend:1", "cpu"] == 1
+    del tensor
+    assert PRETEND.live[1] == before
+
+
+def test_auto_takes_the_accelerator_and_other_kinds_are_refused_in_a_sentence() -> None:
+    assert devices.resolve_device("auto") == "pretend"
+    assert devices.resolve_device("pretend:1") == "pretend:1"
+    with pytest.raises(InputError, match="torch sees 2 PRETEND devices here; use auto, cpu or pretend:0 to"):
+        devices.resolve_device("pretend:2")
+    with pytest.raises(InputError, match="is 'pretent'; did you mean 'pretend'"):
+        devices.resolve_device("pretent")
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["with float64", "without float64"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_leaves_the_fingerprint_of_the_cpu(
+    tiny_models: dict[str, Path], method: str, count: int, double: bool
+) -> None:
+    def resident(device: str, count: int) -> ResidentModels:
+        return load_models(tiny_models, tiny_models["base"], device, "float32", False, False, count)
+
+    expected = resident("cpu", 1).materialize(recipe(method))
+    PRETEND.refused |= set() if double else {torch.float64}
+    devices._supports.cache_clear()
+    models = resident("pretend", count)
+    assert {parameter.device.index for parameter in models.model.parameters()} == set(range(count))
+    assert models.materialize(recipe(method)) == expected
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_leaves_the_scores_and_fingerprints_of_the_cpu(searched: Callable[..., Any], name: str) -> None:
+    expected = searched(name, "cpu")
+    assert all(row["state"] == "done" for row in expected if "state" in row)
+    assert searched(name, "pretend") == expected
+
+
+def test_a_search_over_two_devices_leaves_the_scores_and_fingerprints_of_the_cpu(searched: Callable[..., Any]) -> None:
+    assert searched("evolution", "pretend", 2) == searched("evolution", "cpu")
+
+
+def test_a_search_without_float64_leaves_the_scores_and_fingerprints_of_the_cpu(searched: Callable[..., Any]) -> None:
+    expected = searched("gradients", "cpu")
+    PRETEND.refused.add(torch.float64)
+    devices._supports.cache_clear()
+    assert searched("gradients", "pretend") == expected
+
+
+def test_a_worker_takes_the_memory_that_the_plan_says(search_file: WriteSearch) -> None:
+    prepared = prepare_file(search_file(evaluation={"device": "pretend"}))
+    plan = plan_memory(prepared.config, prepared.space, prepared.models, prepared.targets)
+    gc.collect()
+    before = devices.used_memory(HERE)
+    worker = Worker(prepared.config, prepared.models, prepared.targets)
+    assert before is not None
+    models = devices.used_memory(HERE) - before
+    devices.reset_peak_memory(HERE)
+    for merge in _typical(prepared.space):
+        assert not worker.evaluate(merge, "search").failed
+    peak = devices.peak_memory(HERE) - before
+    assert models == pytest.approx(plan.models, rel=0.02)
+    assert peak == pytest.approx(plan.total, rel=0.1)
