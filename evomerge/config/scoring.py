@@ -205,6 +205,11 @@ class EvaluationConfig(Settings):
     threads: CPU threads of a worker.
     compile: whether merges run as compiled code; `auto` compiles those of large models on CPUs that have a compiler,
         where the bits are those of uncompiled code.
+    sources: where the models that are merged live, which changes no bit. `device` holds them where they are merged,
+        once per worker. `host` maps them into memory that the workers of a node share, and copies chunks to the device.
+        `disk` maps them, too, and gives the memory back behind the merge. `auto` is the first of these that fits.
+    fields: whether the random numbers of DARE and DELLA, and what else is kept for each weight, are `kept` for all
+        candidates or `made` again for each of them, which changes no bit. `auto` keeps them where they fit.
     num_fewshot: how many examples precede a question; None for what a task says.
     apply_chat_template: whether prompts are put into the model's chat template.
     fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
@@ -222,6 +227,8 @@ class EvaluationConfig(Settings):
     batch_size: int = Field(default=128, ge=1)
     threads: int = Field(default=1, ge=1)
     compile: bool | Literal["auto"] = "auto"
+    sources: Literal["auto", "device", "host", "disk"] = "auto"
+    fields: Literal["auto", "kept", "made"] = "auto"
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None

@@ -210,6 +210,8 @@ class SearchConfig(Settings):
 
 _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
     "report": [],
+    "evaluation.sources": "auto",
+    "evaluation.fields": "auto",
     "optimizer.stop_after": None,
     "optimizer.learning": LearningConfig().model_dump(mode="json"),
     "optimizer.stages.scaled": False,

@@ -176,7 +176,7 @@ def test_a_path_may_take_its_embeddings_and_head_from_models_without_layers_in_i
     for name, tensor in found.items():
         if layer_index(name) is None:
             model = "second" if "embed" in name else "base"
-            assert torch.equal(tensor, resident._sources[references[model]][name])
+            assert torch.equal(tensor, resident._sources[references[model]][name].on(tensor.device))
 
 
 def test_neighbors_in_one_model_with_one_scale_are_one_slice():
