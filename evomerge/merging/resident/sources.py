@@ -143,13 +143,15 @@ class _Behind:
         return self._flat[piece]
 
     def ahead(self, piece: slice) -> None:
-        if self._leaving is not None:
-            longest = max(piece.stop - piece.start, _AHEAD // self.dtype.itemsize)
-            self._leaving.need(slice(piece.start, piece.start + longest))
+        block = _AHEAD // self.dtype.itemsize
+        if self._leaving is not None and piece.start // block != piece.stop // block:
+            self._leaving.need(slice(piece.stop, piece.stop + block))
 
     def done(self, piece: slice) -> None:
-        if self._leaving is not None:
-            self._leaving.release(piece)
+        """Gives memory back block by block, since a call for every small chunk would take longer than its merge."""
+        block = _AHEAD // self.dtype.itemsize
+        if self._leaving is not None and piece.start // block != piece.stop // block:
+            self._leaving.release(slice(piece.start // block * block, piece.stop))
 
 
 class _Fetched(_Behind):
