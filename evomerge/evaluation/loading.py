@@ -172,7 +172,7 @@ def _check_metric(where: str, wanted: ObjectiveConfig | ConstraintConfig | Repor
     where: the metric's key path.
     """
     goals = target.goals()
-    if wanted.metric not in goals and "metric" not in wanted.model_fields_set:
+    if goals and wanted.metric not in goals and "metric" not in wanted.model_fields_set:
         raise InputError(
             f"{where}.metric is missing, and task '{wanted.task}' does not report acc; choose one of its metrics: "
             f"{', '.join(goals)}."
