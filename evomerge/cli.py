@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Finds the recipe: evolutionary search over merges of language models.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 SearchFile = Annotated[Path, typer.Argument(metavar="SEARCH.yaml", help="The search to run.", show_default=False)]
@@ -44,6 +45,7 @@ RunOrStorage = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output and nothing else.")]
 
+_SMALL = "smoke.yaml"
 _DASHBOARD = "http://127.0.0.1:8265"
 
 
@@ -115,10 +117,14 @@ def _search(
         else:
             finished = runs.resume(directory, overrides, address, listen)
     except KeyboardInterrupt:
-        view.close()
-        if (directory / "search.yaml").exists():
-            terminal.fail(f"interrupted; go on with `evomerge resume {directory}`.")
-        raise
+        view.close(interrupted=True)
+        started = (directory / "search.yaml").exists()
+        terminal.fail(
+            f"interrupted; go on with `evomerge resume {directory}`."
+            if started
+            else "interrupted before the search began; nothing was written."
+        )
+        raise typer.Exit(130) from None
     finally:
         view.close()
     terminal.show_result(output, finished)
@@ -169,15 +175,14 @@ def status(directory: RunOrStorage, as_json: AsJson = False) -> None:
 def _read(target: str) -> "tuple[Results, bool]":
     """What a run has found, given by its directory or by the URL of its storage, and whether it is running."""
     from evomerge.archive import shared
-    from evomerge.runs import directory as runs
+    from evomerge.runs import reading
     from evomerge.runs.lock import is_running
     from evomerge.search.results import Results
 
     if "://" in target or target.startswith("${"):
         archive, config, running = shared.open_shared(target)
         return Results(archive, config), running
-    opened = runs.read(Path(target))
-    return opened.results, is_running(opened.directory)
+    return reading.results(Path(target)), is_running(Path(target))
 
 
 @app.command()
@@ -355,29 +360,24 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
 def doctor(
     search: Annotated[
         Path | None,
-        typer.Argument(metavar="SEARCH.yaml", help="The search to try [default: a small one]", show_default=False),
+        typer.Argument(metavar="SEARCH.yaml", help="The search to try [default: smoke.yaml]", show_default=False),
     ] = None,
     address: Address = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Find out whether evomerge works on this machine or cluster: devices, memory, fingerprints, scores, a search."""
-    import tempfile
     from dataclasses import asdict
 
     from evomerge.doctor import examination
     from evomerge.reports import terminal
-    from evomerge.zoo.small import write_search
+    from evomerge.zoo import shared
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = search or write_search(Path(folder) / "small")
-        findings = []
-        for finding in examination.examine(path, tuple(set_ or ()), address):
-            findings.append(finding)
-            if not as_json:
-                terminal.fail(
-                    f"{finding.check}, {finding.where}: {'as expected' if finding.good else 'NOT AS EXPECTED'}"
-                )
+    findings = []
+    for finding in examination.examine(search or shared("search_spaces") / _SMALL, tuple(set_ or ()), address):
+        findings.append(finding)
+        if not as_json:
+            terminal.fail(f"{finding.check}, {finding.where}: {'as expected' if finding.good else 'NOT AS EXPECTED'}")
     healthy = bool(findings) and all(finding.good for finding in findings)
     if as_json:
         _print_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
@@ -474,6 +474,51 @@ def convert(
         )
     for sentence in converted.lost:
         terminal.warn(f"not kept: {sentence}")
+
+
+@app.command()
+def init(
+    base: Annotated[str, typer.Option(metavar="MODEL", help="The model that the others were tuned from.")],
+    model: Annotated[list[str], typer.Option(metavar="NAME=MODEL", help="A model to merge; give the option for each.")],
+    task: Annotated[
+        list[str], typer.Option(metavar="TASK[:METRIC[:FILTER]]", help="What to improve; give the option for each.")
+    ],
+    task_path: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="Where your own tasks are found.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="300|2h", help="How many candidates, or how long [default: 300].")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The search file to write.")] = Path("search.yaml"),
+) -> None:
+    """Write a search file for your models and tasks, with comments, that passes `check`."""
+    from evomerge import starting
+    from evomerge.conversion.convert import check_new, write_new
+    from evomerge.reports import terminal
+
+    amount = starting.parse_budget(budget)
+    check_new(output)
+    write_new(output, starting.search_file(base, model, task, task_path or [], amount, output.parent))
+    terminal.console().print(
+        f"{output} written; read its comments, then `evomerge check {output}` and `evomerge run {output}`", markup=False
+    )
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where everything goes.")] = Path("runs/demo"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A short search, in seconds.")] = False,
+) -> None:
+    """Search over the models that come with evomerge, show it as a page, export the best recipe and merge it."""
+    import shutil
+
+    from evomerge import starting
+
+    _search(directory, [], None, starting.demo_file(smoke), again=True)
+    report(directory, directory / "report.html")
+    export(directory, output=directory / "recipe.yaml")
+    shutil.rmtree(directory / "merged", ignore_errors=True)  # of an earlier time
+    merge(directory / "recipe.yaml", directory / "merged")
 
 
 @app.command()
@@ -637,7 +682,7 @@ def main() -> None:
     except typer.TyperException as error:
         _fail(_usage(error), getattr(error, "exit_code", 2))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        _fail("interrupted.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -646,8 +691,22 @@ def main() -> None:
     sys.exit(result if isinstance(result, int) else 0)
 
 
+_HABITS = {  # options of other programs, with what stands for them
+    "--lazy-unpickle": "weights are read as they are needed, and pickles never",
+    "--trust-remote-code": "code that comes with a model never runs",
+    "--allow-crimes": "models of different architectures are refused",
+    "--low-cpu-memory": "a merge never holds more than it needs",
+    "--model_args": "the model is the argument, and dtype and batch size stand in the search file",
+    "--tasks": "tasks stand below objectives in the search file",
+    "--limit": "how many items there are stands below items in the search file",
+}
+
+
 def _usage(error: Any) -> str:
     """What is wrong with the command line, and where it is explained."""
+    option = getattr(error, "option_name", None)
+    if isinstance(error, typer.TyperException) and option in _HABITS:
+        return f"{option} is an option of another program; leave it out: {_HABITS[option]}."
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "evomerge"
     return f"{error.format_message().rstrip('.')} (see `{command} --help`)."

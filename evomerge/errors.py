@@ -10,6 +10,7 @@ Every message is one sentence: where (file and key path), what was expected, wha
 Anything else that escapes is a bug in evomerge.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -60,8 +61,11 @@ def closest(name: str, valid: Iterable[str]) -> str | None:
     valid: the valid names.
     """
     by_lower = {other.lower(): other for other in sorted(valid)}
-    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return by_lower[close[0]] if close else None
+    lower = name.lower()
+    near, far = (get_close_matches(lower, by_lower, n=1, cutoff=cutoff) for cutoff in (0.75, 0.5))
+    begins = [other for other in by_lower if other == re.split(r"[^a-z]", lower)[0]]  # base, of base_model
+    found = near or begins or far
+    return by_lower[found[0]] if found else None
 
 
 def choices(name: str, valid: Iterable[str]) -> str:

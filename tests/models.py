@@ -21,9 +21,9 @@ def models(sources: Mapping[str, ModelSource | Path], base: Path) -> Models:
     return Models(found(str(base), base), {name: found(name, source) for name, source in sources.items()})
 
 
-def load_models(sources: Mapping[str, ModelSource | Path], base: Path, *given: Any, **named: Any) -> ResidentModels:
+def load_models(sources_: Mapping[str, ModelSource | Path], base: Path, *given: Any, **named: Any) -> ResidentModels:
     """These models in memory."""
-    return ResidentModels(models(sources, base), *given, **named)
+    return ResidentModels(models(sources_, base), *given, **named)
 
 
 def check_models(base: str, references: Mapping[str, str]) -> list[str]:

@@ -43,6 +43,7 @@ OWNERS = {
 FLOORS = (
     "library",
     "cli",
+    "starting",
     "reports",
     "doctor",
     "runs",

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.merging.methods import METHODS
 from evomerge.spaces.parameter import ParameterSpace
 from tests.bad_input import Refuses
+from tests.conftest import REPOSITORY
 from tests.searches import WriteSearch
 
 
@@ -44,6 +46,21 @@ def test_help_imports_nothing_heavy() -> None:
         "spaces",
     ):
         assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["status", "front", "candidates"])
+def test_what_reads_a_run_opens_no_model_and_imports_no_library_of_models(command: str, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "tests" / "data" / "format_1" / "run", tmp_path / "run")
+    code = (
+        f"import sys; sys.argv = ['evomerge', {command!r}, {str(tmp_path / 'run')!r}]\n"
+        "from evomerge.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'ray', 'lm_eval', 'transformers', 'datasets', 'cma', 'scipy.stats'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "g0000-07" in done.stdout
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -116,6 +133,7 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "a negative number of workers": (("--workers", "-1"), "--workers is -1; give the number of workers, or 0"),
     "a word for the number of workers": (("--workers", "many"), "--workers", "valid integer", "`evomerge run --help`"),
     "an unknown option": (("--outptu", "x"), "--outptu", "see `evomerge run --help`"),
+    "a habit of mergekit": (("--lazy-unpickle",), "--lazy-unpickle is an option of another program; leave it out"),
     "an option without value": (("--set",), "--set", "requires an argument"),
     "one argument too many": (("more",), "more", "see `evomerge run --help`"),
 }

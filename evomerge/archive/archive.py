@@ -12,8 +12,9 @@ An evaluation is one transaction, written by `trials`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Archive:
         self,
         directory: Path,
         config: SearchConfig,
-        genes: Sequence[Gene],
+        genes: Sequence[Gene] | Callable[[], Sequence[Gene]],
         prefix: str | None = None,
         writer: Any = None,
     ) -> None:
@@ -81,12 +82,12 @@ class Archive:
 
         directory: the run directory.
         config: the search.
-        genes: the entries of a genome.
+        genes: the entries of a genome, or what makes them. It is called where the archive has not recorded them.
         prefix: what the names of its studies begin with; by default what the directory and the config say.
         writer: what evaluations are written with (see `presence`); by default the storage's own connections.
         Raises InputError where it holds another search, or cannot be read.
         """
-        self._config, self._genes = config, genes
+        self._config, self._given = config, genes
         self.listener: Listener = unheard  # is told of StorageRetried
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
@@ -163,7 +164,7 @@ class Archive:
                     created.set_metric_names(self._names)
             study.set_user_attr("format", FORMAT)
             study.set_user_attr("versions", versions())
-            study.set_user_attr("genes", [asdict(gene) for gene in self._genes])
+            study.set_user_attr("genes", [asdict(gene) for gene in self._made_genes()])
             study.set_user_attr("config", current)  # last: after a kill before it, all of this is done again
             return
         recorded = _completed(recorded)
@@ -181,7 +182,10 @@ class Archive:
     def _recorded_genes(self) -> Sequence[Gene]:
         """The genes as the archive recorded them, since a later version may give them other names."""
         recorded = self._studies["search"].user_attrs.get("genes")
-        return self._genes if recorded is None else TypeAdapter(list[Gene]).validate_python(recorded)
+        return self._made_genes() if recorded is None else TypeAdapter(list[Gene]).validate_python(recorded)
+
+    def _made_genes(self) -> Sequence[Gene]:
+        return self._given() if callable(self._given) else self._given
 
     def _load(self, study: Study) -> dict[str, Record]:
         trials = self._studies[study].get_trials(deepcopy=False)
@@ -247,6 +251,8 @@ class Archive:
             distributions=distributions,
             user_attrs=_attributes(candidate, evaluation, arrival) | self._guards(evaluation),
         )
+        ended = datetime.now()  # as Optuna has it
+        trial.datetime_start, trial.datetime_complete = ended - timedelta(seconds=evaluation.seconds), ended
         self._patiently(
             candidate.id,
             lambda: self._trials.add(self._prefix + study, trial),
@@ -473,15 +479,26 @@ def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
         return recorded
 
 
-def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key path, in order, at which two configs differ in something that decides the archive."""
+def _first_difference(was: Any, now: Any) -> tuple[str, Any, Any] | None:
+    return next(differences(was, now), None)
+
+
+def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The key paths, in order, at which two configs differ in something that decides the archive, with both values.
+
+    was: a config, as JSON has it.
+    now: the other.
+    key: the path at which they stand.
+    """
     if key in _FREE_TO_CHANGE or was == now:
-        return None
+        return
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*was, *now])
         pairs = [(was.get(name), now.get(name), f"{key}.{name}" if key else name) for name in names]
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         pairs = [(*pair, f"{key}[{index}]") for index, pair in enumerate(zip(was, now, strict=True))]
     else:
-        return key, was, now
-    return next((difference for pair in pairs if (difference := _first_difference(*pair)) is not None), None)
+        yield key, was, now
+        return
+    for pair in pairs:
+        yield from differences(*pair)

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -44,6 +45,18 @@ class GeneConfig(Settings):
         if self.start is not None and not self.low <= self.start <= self.high:
             raise ValueError(f".start is {self.start:g}; use a value from low to high ({self.low:g} to {self.high:g})")
         return self
+
+
+def metric_name(value: str) -> str:
+    """A metric's name, unless it is written as lm-eval prints it, with its filter behind a comma."""
+    metric, comma, after = value.partition(",")
+    if not comma:
+        return value
+    named = f" and filter: {after}" if after != "none" else ""
+    raise ValueError(f"'{value}' is a metric with its filter, as lm-eval prints them; write metric: {metric}{named}")
+
+
+MetricName = Annotated[str, AfterValidator(metric_name)]
 
 
 class GeneChange(Settings):

@@ -97,7 +97,10 @@ def _first_problem(document: Mapping[str, Any], errors: Sequence[Any]) -> tuple[
     form that was understood furthest.
     """
     located = [(error, _location(document, error)) for error in errors]
+    wrong = [path for error, path in located if error["type"] != "missing"]
     first = located[0][1]
+    if located[0][0]["type"] == "missing":  # where something else is wrong beside it, that may be what is missing
+        first = next((path for path in wrong if path[: len(first) - 1] == first[:-1]), first)
     branches = [(error, path) for error, path in located if path[: len(first)] == first]
     error, path = max(branches, key=lambda branch: (len(branch[1]), branch[0]["type"] == "finite_number"))
     plain = error["type"] == "finite_number" or len(path) > len(first)

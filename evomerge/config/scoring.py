@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from evomerge.config.base import Settings
+from evomerge.config.base import MetricName, Settings
 from evomerge.config.documents import shown
 from evomerge.config.tables import CostName
 
@@ -29,7 +29,7 @@ class ObjectiveConfig(Settings):
     """
 
     task: str = ""
-    metric: str = "acc"
+    metric: MetricName = "acc"
     filter: str | None = None
     cost: CostName | None = None
     goal: Literal["maximize", "minimize"] | None = None
@@ -40,6 +40,8 @@ class ObjectiveConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _cost(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"{shown(value)} is only a name; write {{task: {value}}}")
         if isinstance(value, Mapping) and value.get("cost") is not None:
             return {"goal": "minimize", "weight": 0.0, **value}
         return value
@@ -80,7 +82,7 @@ class ConstraintConfig(Settings):
     """
 
     task: str
-    metric: str = "acc"
+    metric: MetricName = "acc"
     filter: str | None = None
     goal: Literal["maximize", "minimize"] | None = None
     retain: float = Field(gt=0, le=1)
@@ -109,7 +111,7 @@ class ReportConfig(Settings):
     """
 
     task: str
-    metric: str = "acc"
+    metric: MetricName = "acc"
     filter: str | None = None
     _names_filter: bool = PrivateAttr(default=False)
 
@@ -138,6 +140,13 @@ class TasksConfig(Settings):
     paths: tuple[str, ...] = ()
     allow_code: tuple[str, ...] = ()
     data_root: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folders(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("it is a list, but holds where tasks are found (paths); list the tasks in objectives")
+        return value
 
 
 class ItemsConfig(Settings):
@@ -198,6 +207,11 @@ class EvaluationConfig(Settings):
         memory. The best of them are then scored again unquantized, and only such scores choose among them.
     compile: whether merges run as compiled code; `auto` compiles those of large models on CPUs that have a compiler,
         where the bits are those of uncompiled code.
+    sources: where the models that are merged live, which changes no bit. `device` holds them where they are merged,
+        once per worker. `host` maps them into memory that the workers of a node share, and copies chunks to the device.
+        `disk` maps them, too, and gives the memory back behind the merge. `auto` is the first of these that fits.
+    fields: whether the random numbers of DARE and DELLA, and what else is kept for each weight, are `kept` for all
+        candidates or `made` again for each of them, which changes no bit. `auto` keeps them where they fit.
     num_fewshot: how many examples precede a question; None for what a task says.
     apply_chat_template: whether prompts are put into the model's chat template.
     fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
@@ -216,6 +230,8 @@ class EvaluationConfig(Settings):
     threads: int = Field(default=1, ge=1)
     quantize: Literal["int8"] | None = None
     compile: bool | Literal["auto"] = "auto"
+    sources: Literal["auto", "device", "host", "disk"] = "auto"
+    fields: Literal["auto", "kept", "made"] = "auto"
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None

@@ -7,7 +7,7 @@ copy in a run directory says everything that the archive depends on. Paths are r
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -79,7 +79,11 @@ class SearchConfig(Settings):
     def _named_models(cls, value: Any) -> Any:
         """Names the models of a plain list by the last part of their references; an adapter's name counts before the
         model's."""
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list):
+            return value
+        if any(isinstance(item, Mapping) and "model" in item for item in value):
+            raise ValueError("they are listed as in a merge recipe; write NAME: MODEL for each, without its parameters")
+        if not all(isinstance(item, str) for item in value):
             return value
         paths = [item.rpartition("+")[2].partition("@")[0] for item in value]
         names = [Path(path.removeprefix("zoo:")).name for path in paths]
@@ -207,6 +211,8 @@ class SearchConfig(Settings):
 _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
     "report": [],
     "evaluation.quantize": None,
+    "evaluation.sources": "auto",
+    "evaluation.fields": "auto",
     "optimizer.stop_after": None,
     "optimizer.learning": LearningConfig().model_dump(mode="json"),
     "optimizer.stages.scaled": False,

@@ -45,7 +45,7 @@ def convert(path: Path, folder: Path, options: Options) -> Converted:
     else:
         raise InputError(f"{path}: {_other(document)}")
     config = validate(SearchConfig, draft.settings, f"{path}, as a search file")
-    return Converted(config, draft.text(path.name), draft.lost)
+    return Converted(config, draft.text(f"Made by `evomerge convert` of {path.name}."), draft.lost)
 
 
 def _other(document: Mapping[str, Any]) -> str:
@@ -55,6 +55,12 @@ def _other(document: Mapping[str, Any]) -> str:
     return "expected genome (a config of mergekit-evolve) or merge_method (a merge recipe) at the top of the file."
 
 
+def check_new(path: Path) -> None:
+    """Raises InputError where a file exists, which may have been edited."""
+    if path.exists():
+        raise InputError(f"{path}: exists already; choose another -o, since it may have been edited.")
+
+
 def write_new(path: Path, text: str) -> None:
     """Writes a search file that does not exist yet.
 
@@ -62,8 +68,7 @@ def write_new(path: Path, text: str) -> None:
     text: its content.
     Raises InputError where it exists or cannot be written.
     """
-    if path.exists():
-        raise InputError(f"{path}: exists already; choose another -o, since it may have been edited.")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path.parent)

@@ -54,12 +54,12 @@ class Draft:
         """The sentences on what could not be translated, in the order of the file."""
         return [_one_line(note.text) for note in self._sorted() if note.lost]
 
-    def text(self, source: str) -> str:
+    def text(self, opening: str) -> str:
         """The search file in YAML, with its comments above the keys that they are about.
 
-        source: what the file was made of.
+        opening: its first sentence.
         """
-        blocks = [_comment([f"Made by `evomerge convert` of {source}.", *self._about("")])]
+        blocks = [_comment([opening, *self._about("")])]
         for key, value in self.settings.items():
             written = yaml.safe_dump(
                 {key: value},

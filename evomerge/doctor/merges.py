@@ -1,46 +1,73 @@
 """Whether all ways to make a merge make the same weights."""
 
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from evomerge.config.search import SearchConfig
-from evomerge.devices import resolve_compile
+from evomerge.devices import free_memory, is_accelerator, resolve_compile
 from evomerge.doctor import Finding, Patient
-from evomerge.errors import EvomergeError, InputError
+from evomerge.errors import InputError, first_line
 from evomerge.export import checkpoint
 from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.resident.sources import Kept, Where
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Recipe
 from evomerge.spaces import at
 
 _DRAWN = 2  # recipes, besides the one in the middle of the space
+_OFF_DEVICE: tuple[Where, ...] = ("host", "disk")
+_FILLED = 0.9  # of the free memory, at most
 _ROOM = 1.5  # times the size of a checkpoint, which must be free to write one
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to make merges.
+
+    name: says on which device, and how.
+    ready: loads what it needs, and returns what makes the fingerprint of a recipe's merge. Only one way at a time holds
+        models.
+    missing: why this machine has too little memory or room for it; None where it has enough.
+    """
+
+    name: str
+    ready: Callable[[], Callable[[Recipe], str]]
+    missing: str | None = None
+
+
 def fingerprints(patient: Patient) -> Iterator[Finding]:
-    """The fingerprints of some recipes of the space, made in every way that this machine has."""
+    """The fingerprints of some recipes of the space, made in every way that this machine has room for."""
     recipes = list(_recipes(patient))
     expected: list[str] = []
     first = ""
-    for name, make in _ways(patient).items():
-        try:
-            fingerprint = make()
-            found = [fingerprint(recipe) for recipe in recipes]
-            del fingerprint  # with the models that it holds
-        except EvomergeError as error:
-            yield Finding("fingerprints", name, "a merge", str(error), False)
+    for way in _ways(patient):
+        if way.missing is not None:
+            yield Finding("fingerprints", way.name, "those of the other ways", f"left out: {way.missing}", True)
             continue
+        try:
+            found = _made(way, recipes)
+        except Exception as error:  # a way that is broken must not hide the others
+            yield Finding("fingerprints", way.name, "a merge", first_line(error), False)
+            continue
+        wanted = f"those of {first}" if expected else f"{len(recipes)} merges"
+        yield Finding("fingerprints", way.name, wanted, ", ".join(found), not expected or found == expected)
         if not expected:
-            expected, first = found, name
-            yield Finding("fingerprints", name, f"{len(recipes)} merges", ", ".join(found), True)
-        else:
-            yield Finding("fingerprints", name, f"those on {first}", ", ".join(found), found == expected)
+            expected, first = found, way.name
+    if not expected:
+        yield Finding("fingerprints", "this machine", "room for a merge", "none", False)
+
+
+def _made(way: Way, recipes: Sequence[Recipe]) -> list[str]:
+    fingerprint = way.ready()
+    return [fingerprint(recipe) for recipe in recipes]
 
 
 def recipe_in_the_middle(patient: Patient) -> Recipe:
@@ -56,28 +83,73 @@ def _recipes(patient: Patient) -> Iterator[Recipe]:
         yield space.decode(space.draw(counter_rng(config.seed, "doctor", index)))
 
 
-def _ways(patient: Patient) -> dict[str, Callable[[], Callable[[Recipe], str]]]:
-    """By name, what makes ready for merging in a way. Only one of them holds models at a time."""
-    config = patient.prepared.config
-    ways: dict[str, Callable[[], Callable[[Recipe], str]]] = {}
-
-    def add(name: str, device: str, compiled: bool = False, quantized: bool = False) -> None:
-        def ready() -> Callable[[Recipe], str]:
-            models = ResidentModels(
-                patient.prepared.models, device, config.evaluation.dtype, compiled, quantized=quantized
-            )
-            return lambda recipe: models.materialize(recipe, quantized)
-
-        ways[name] = ready
-
+def _ways(patient: Patient) -> Iterator[Way]:
     for device in patient.devices:
-        add(f"{device}", device)
-        if not config.space.changes_layers:
-            add(f"{device}, before it is quantized", device, quantized=True)
+        yield _way(patient, device, device)
+        for place in _OFF_DEVICE:
+            yield _way(patient, f"{device}, sources on the {place}", device, sources=place)
+        yield _way(patient, f"{device}, fields made again", device, fields="made")
+        if not patient.prepared.config.space.changes_layers:
+            yield _way(patient, f"{device}, before they are quantized", device, quantized=True)
     if _compiles():
-        add("cpu, compiled", "cpu", compiled=True)
-    ways["cpu, as `evomerge merge` writes it"] = lambda: _written(patient)
-    return ways
+        yield _way(patient, "cpu, compiled", "cpu", compiled=True)
+    yield Way("cpu, as `evomerge merge` writes them", lambda: _written(patient), _no_room(patient))
+
+
+def _way(
+    patient: Patient,
+    name: str,
+    device: str,
+    sources: Where = "device",
+    fields: Kept = "kept",
+    compiled: bool = False,
+    quantized: bool = False,
+) -> Way:
+    """The way of a worker. Where the sources are off the device, it reads them in pieces."""
+    prepared = patient.prepared
+
+    def ready() -> Callable[[Recipe], str]:
+        models = ResidentModels(
+            prepared.models,
+            device,
+            prepared.config.evaluation.dtype,
+            compiled,
+            sources=sources,
+            fields=fields,
+            quantized=quantized,
+        )
+        return lambda recipe: models.materialize(recipe, quantized)
+
+    return Way(name, ready, _too_little(patient, torch.device(device), sources))
+
+
+def _too_little(patient: Patient, device: torch.device, sources: Where) -> str | None:
+    """A clause where the memory of a device or of the host does not hold a merge and what else is kept there."""
+    size, count = _size(patient), len(patient.prepared.models)
+    there = size * (1 + count * (sources == "device"))
+    here = size * count * (sources == "host") + (0 if is_accelerator(device) else there)
+    for name, needed, free in (
+        (str(device), there if is_accelerator(device) else 0, free_memory(device)),
+        ("the host", here, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")),
+    ):
+        if needed > _FILLED * free:
+            return f"{name} has {free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} are needed"
+    return None
+
+
+def _size(patient: Patient) -> int:
+    """How many bytes a merge has."""
+    width: int = getattr(torch, patient.prepared.config.evaluation.dtype).itemsize
+    return width * sum(math.prod(info.shape) for info in patient.prepared.models.table.values())
+
+
+def _no_room(patient: Patient) -> str | None:
+    """A clause where there is too little room for a checkpoint on the disk."""
+    folder = tempfile.gettempdir()
+    free, needed = shutil.disk_usage(folder).free, _ROOM * _size(patient)
+    if free >= needed:
+        return None
+    return f"{folder} has {free / 2**30:.1f} GiB free, and a checkpoint takes {needed / 2**30:.1f} (TMPDIR is another)"
 
 
 def _compiles() -> bool:
@@ -88,18 +160,8 @@ def _compiles() -> bool:
 
 
 def _written(patient: Patient) -> Callable[[Recipe], str]:
-    """Writes checkpoints to a temporary folder. Raises InputError where there is too little room on the disk."""
-    config = patient.prepared.config
-    width: int = getattr(torch, config.evaluation.dtype).itemsize
-    needed = _ROOM * width * sum(math.prod(info.shape) for info in patient.prepared.models.table.values())
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if free < needed:
-        raise InputError(
-            f"{tempfile.gettempdir()}: {free / 2**30:.1f} GiB are free, and a checkpoint takes {needed / 2**30:.1f}; "
-            "set TMPDIR to a larger disk."
-        )
-    head_apart = patient.prepared.models.head_apart
-    return lambda recipe: _write(recipe, config, head_apart)
+    """Writes checkpoints to a temporary folder."""
+    return lambda recipe: _write(recipe, patient.prepared.config, patient.prepared.models.head_apart)
 
 
 def _write(recipe: Recipe, config: SearchConfig, head_apart: bool) -> str:

@@ -5,6 +5,7 @@ InputError.
 """
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -26,7 +27,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, choices
 from evomerge.evaluation.items import Division, both_splits
 from evomerge.evaluation.rendering import selection_split
-from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks
+from evomerge.evaluation.tasks import TaskFile, TaskGroup, absolute_data_files, find_tasks, local_files
 from evomerge.quiet import quiet
 
 LIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
@@ -95,6 +96,7 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
     filters that contradict each other.
     """
     _check_generation(config.evaluation)
+    config = _with_only_metrics(config, targets)
     objectives = tuple(
         objective
         if objective.cost is not None
@@ -116,6 +118,24 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
             )
     _check_filters({"objectives": objectives, "constraints": constraints, "report": config.report}, targets)
     return config.model_copy(update={"objectives": objectives, "constraints": tuple(constraints)})
+
+
+def _with_only_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> SearchConfig:
+    """The config with the task's metric wherever none is written and the task has only one, which is not accuracy."""
+    content = config.model_dump(mode="json", by_alias=True)
+    chosen = False
+    for key in ("objectives", "constraints", "report"):
+        for metric, written in zip(getattr(config, key), content[key], strict=True):
+            only = None if "metric" in metric.model_fields_set or not metric.task else _only(targets[metric.task])
+            if only is not None:
+                written["metric"], chosen = only, True
+    return SearchConfig.model_validate(content) if chosen else config
+
+
+def _only(target: Target) -> str | None:
+    """The metric of a task that has a single one, unless that is the default."""
+    goals = list(target.goals())
+    return goals[0] if len(goals) == 1 and goals != ["acc"] else None
 
 
 def _check_filters(
@@ -152,6 +172,11 @@ def _check_metric(where: str, wanted: ObjectiveConfig | ConstraintConfig | Repor
     where: the metric's key path.
     """
     goals = target.goals()
+    if goals and wanted.metric not in goals and "metric" not in wanted.model_fields_set:
+        raise InputError(
+            f"{where}.metric is missing, and task '{wanted.task}' does not report acc; choose one of its metrics: "
+            f"{', '.join(goals)}."
+        )
     if wanted.metric not in goals:
         raise InputError(
             f"{where}.metric is '{wanted.metric}', which task '{wanted.task}' does not report; "
@@ -350,6 +375,7 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
         from lm_eval.tasks._yaml_loader import load_yaml
 
         _prepare_templates()
+        content: dict[str, Any] = {}
         try:
             content = {**load_yaml(file.path), **file.overrides, "task": file.name}
             content = absolute_data_files(content, file.path.parent, tasks.data_root)
@@ -363,6 +389,9 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
         except EvomergeError:
             raise
         except Exception as error:
+            broken = _broken_line(content)
+            if broken is not None:
+                raise InputError(broken) from None
             raise InputError(f"{file.path}: {_unloadable(file.name, error)}.") from None
     own = selection_split(task)
     if own is not None and own not in task.dataset:
@@ -373,6 +402,21 @@ def _load(file: TaskFile, tasks: TasksConfig, evaluation: EvaluationConfig) -> A
     if task.OUTPUT_TYPE not in OUTPUT_TYPES:
         raise InputError(f"{file.path}: output_type {task.OUTPUT_TYPE} of task '{file.name}' is not supported.")
     return task
+
+
+def _broken_line(content: Mapping[str, Any]) -> str | None:
+    """A sentence about the first line of a task's JSON Lines files that is no JSON object; None where all lines are."""
+    for file in local_files(content):
+        if not file.endswith(".jsonl") or not Path(file).is_file():
+            continue
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            try:
+                found = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                return f"{file}, line {number}: not valid JSON ({error}); each line holds one object."
+            if not isinstance(found, dict):
+                return f"{file}, line {number}: expected an object with the task's fields, got {shown(found)}."
+    return None
 
 
 def _unloadable(name: str, error: Exception) -> str:

@@ -335,11 +335,18 @@ def data_files(names: Sequence[str], config: TasksConfig) -> dict[Path, str]:
     for target in find_tasks(names, config).values():
         for task in target.tasks if isinstance(target, TaskGroup) else [target]:
             content = {**_read(task.path)[0], **task.overrides, "task": task.name}
-            kwargs = absolute_data_files(content, task.path.parent, config.data_root).get("dataset_kwargs") or {}
-            for file in _flat(kwargs.get("data_files", [])):
-                if "://" not in file:
-                    files[Path(file)] = task.name
+            for file in local_files(absolute_data_files(content, task.path.parent, config.data_root)):
+                files[Path(file)] = task.name
     return files
+
+
+def local_files(content: Mapping[str, Any]) -> list[str]:
+    """The data files that a task's config names on this machine.
+
+    content: the config, with absolute paths (`absolute_data_files`).
+    """
+    kwargs = content.get("dataset_kwargs") or {}
+    return [file for file in _flat(kwargs.get("data_files", [])) if "://" not in file]
 
 
 def _flat(files: Any) -> Iterator[str]:

@@ -15,10 +15,11 @@ from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from evomerge.archive.archive import steering
+from evomerge.candidate import Candidate
 from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
 from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
@@ -66,7 +67,11 @@ class SearchView:
         self._finished: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._live: Live | None = None
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}")
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[pace]}"),
         )
         self._task: Any = None
         self._count, self._passes = 0, 0.0
@@ -77,7 +82,7 @@ class SearchView:
         """A listener of `Search`."""
         match event:
             case WorkersAwaited() if self._console.is_terminal:
-                self._say("starting workers ...")
+                self._say("starting workers: each loads the models and prepares the tasks ...")
             case Warned(message):
                 self._say(f"warning: {message}")
             case Opened(run):
@@ -126,7 +131,9 @@ class SearchView:
         self._count += 1
         self._finished.append(time.monotonic())
         if self._live is not None:
-            self._progress.update(self._task, completed=self._count, pace=self._pace())
+            self._progress.update(
+                self._task, completed=self._count, pace=self._pace(), description=_phase(event.candidate)
+            )
             if self._finished[-1] - self._drawn >= _REDRAW:  # a front of thousands takes a while to work out
                 self._drawn = self._finished[-1]
                 self._live.update(Group(*self._tables(), self._progress))
@@ -156,7 +163,18 @@ class SearchView:
         best = status.best
         none = "none keeps to the constraints yet" if status.infeasible else "nothing scored yet"
         shown = f"best {status.mean} {_mean(best.mean)} ({best.id})" if best else none
-        return f"{self._count}/{self._total}  {shown}  front {status.front_size}  {self._pace()}".rstrip()
+        rivals = [row for row in (status.best_parent, status.best_control) if row is not None]
+        bars = "; ".join(f"{row.id} {_mean(row.mean)}" for row in rivals)
+        parts = [
+            f"{self._count}/{self._total}",
+            shown,
+            f"to beat: {bars}" if bars else "",
+            f"controls {status.controls.done}/{status.controls.total}",
+            f"front {status.front_size}",
+            f"failed {status.failed}" if status.failed else "",
+            self._pace(),
+        ]
+        return "  ".join(filter(None, parts))
 
     def _tables(self) -> list[Table]:
         assert self._run is not None
@@ -166,11 +184,25 @@ class SearchView:
         target = self._live.console if self._live is not None else self._console
         target.print(escape(text))
 
-    def close(self) -> None:
-        """Ends the live table."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    def close(self, interrupted: bool = False) -> None:
+        """Ends the live table.
+
+        interrupted: whether the search ended early, so that no table follows and the last one stays.
+        """
+        if self._live is None:
+            return
+        self._live.stop()
+        self._live = None
+        if interrupted:
+            for table in self._tables():
+                self._console.print(table)
+
+
+def _phase(candidate: Candidate) -> str:
+    """Where a search is, by the candidate that was scored last."""
+    if candidate.kind == "control":
+        return "controls"
+    return f"generation {candidate.generation}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,7 +444,8 @@ def _note(row: views.CandidateView) -> str:
 
 
 def progress_tables(status: views.StatusView, config: SearchConfig, width: int) -> list[Table]:
-    """Tables of the best candidate so far, and of the best score on each objective; none while there is no best.
+    """Tables of the best candidate so far, of the parent and the control that it must beat, and of the best score on
+    each objective; none while there is no best.
 
     status: the run's.
     config: the search's.
@@ -422,16 +455,23 @@ def progress_tables(status: views.StatusView, config: SearchConfig, width: int) 
     if best is None or best.scores is None:
         return []
     leaders = status.best_per_objective
-    columns = [Column("", [f"best, {best.id}", "best on each"], left=True)]
+    rivals = [row for row in (status.best_parent, status.best_control) if row is not None and row.id != best.id]
+    rows = [(f"best, {best.id}", best), *((f"to beat, {row.id}", row) for row in rivals)]
+    columns = [Column("", [*(title for title, _ in rows), "best on each"], left=True)]
     for name in (objective.name for objective in config.objectives):
         leader = leaders[name]
-        columns.append(Column(name, [number(best.scores[name]), number(leader.score) if leader else "–"]))
+        columns.append(
+            Column(name, [*(_score(row.scores, name) for _, row in rows), number(leader.score) if leader else "–"])
+        )
+    columns.append(Column(status.mean, [*(_mean(row.mean) for _, row in rows), ""]))
+    blank = [""] * len(rows)
     figures = {
-        status.mean: _mean(best.mean),
         "front": str(status.front_size),
         "failed": str(status.failed),
     }
-    return tables("", [*columns, *(Column(name, [figure, ""]) for name, figure in figures.items())], width)
+    columns += [Column(name, [figure, *blank]) for name, figure in figures.items()]
+    columns.append(Column("items", [*(str(row.items) for _, row in rows), ""], extra=True))
+    return tables("", columns, width)
 
 
 def show_status(output: Console, status: views.StatusView, config: SearchConfig) -> None:

@@ -3,7 +3,7 @@
 Nothing in a view of candidates depends on when or where a candidate ran.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from evomerge.evidence.table import compared
 from evomerge.reports.progress import Pace
 from evomerge.search import failures
 from evomerge.search.best import HELDOUT_FRONT, best_of, means
-from evomerge.search.controls import count_controls
+from evomerge.search.controls import BASE, PARENT, count_controls, family
 from evomerge.search.criteria import Criteria
 from evomerge.search.results import Results
 
@@ -140,6 +140,8 @@ class StatusView:
     best_per_objective: the best candidate on each objective; None where no candidate keeps to the constraints.
     mean: what the mean is called.
     best: the best candidate; None where no candidate keeps to the constraints.
+    best_parent: the best parent, which a search must beat; None while none is scored.
+    best_control: the best of the controls that are neither base nor parents; None likewise.
     evidence: what held-out items say about the best candidate.
     rate: evaluations per minute; None where the run has stopped or its log does not say.
     seconds_left: seconds until the last evaluation; None likewise.
@@ -160,6 +162,8 @@ class StatusView:
     best_per_objective: dict[str, Leader | None]
     mean: str
     best: CandidateView | None
+    best_parent: CandidateView | None = None
+    best_control: CandidateView | None = None
     evidence: EvidenceView | None = None
     rate: float | None = None
     seconds_left: int | None = None
@@ -326,7 +330,17 @@ def status(results: Results, running: bool) -> StatusView:
         best_per_objective=_best_per_objective(records, criteria),
         mean=criteria.mean_name,
         best=looked.at(best) if best else None,
+        best_parent=_best_of(records, lambda kind: kind == PARENT, criteria, looked),
+        best_control=_best_of(records, lambda kind: kind not in ("search", BASE, PARENT), criteria, looked),
     )
+
+
+def _best_of(
+    records: Sequence[Record], wanted: Callable[[str], bool], criteria: Criteria, looked: _Look
+) -> CandidateView | None:
+    """The best candidate of some families."""
+    best = best_of([record for record in records if wanted(family(record.candidate))], criteria)
+    return looked.at(best) if best is not None else None
 
 
 def _best_per_objective(records: Sequence[Record], criteria: Criteria) -> dict[str, Leader | None]:

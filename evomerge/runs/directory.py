@@ -11,20 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evomerge.archive.archive import Archive
+from evomerge.archive.archive import Archive, differences
 from evomerge.archive.storage import check_storage, presence, study_prefix
-from evomerge.config import files
+from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
-from evomerge.files import DATABASE, SEARCH_FILE, TASKS, check_writable, write_text
-from evomerge.runs.journal import LOG_FILE, Journal, Opened, OpenRun
+from evomerge.files import SEARCH_FILE, TASKS, check_writable, write_text
+from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
+from evomerge.runs.reading import check_archive_kept, check_readable, read_config
 from evomerge.runs.trackers.tracking import Tracking
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.workers import WorkerPool
 from evomerge.workers.pools import make_pool
+
+_DIFFERENCES = 3  # between two searches that a message names
 
 
 def start(
@@ -99,7 +102,7 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
-    _check_archive_kept(directory, prepared.config)
+    check_archive_kept(directory, prepared.config)
     with run_lock(directory), _present(directory, prepared.config) as writer:
         run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
@@ -118,14 +121,12 @@ def check_sources(run: OpenRun) -> None:
 
 
 def read(directory: Path) -> OpenRun:
-    """A run as it stands, for reading only; another process may be writing to it.
+    """A run as it stands, with its models, for reading only; another process may be writing to it.
 
     Raises InputError where the directory is no run directory, or nothing has been evaluated yet.
     """
     prepared = _reopen(directory)
-    _check_archive_kept(directory, prepared.config)
-    if prepared.config.storage is None and not (directory / DATABASE).exists():
-        raise InputError(f"{directory}: {DATABASE} is missing, so nothing has been evaluated; resume the run first.")
+    check_readable(directory, prepared.config)
     return OpenRun(directory, prepared, _archive(directory, prepared))
 
 
@@ -135,34 +136,9 @@ def _reopen(directory: Path, overrides: Sequence[str] = ()) -> Prepared:
         return reopen(config)
 
 
-def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:
-    """The config of a run.
-
-    directory: the run directory.
-    overrides: settings that replace those of the run, as KEY=VALUE.
-    Raises InputError where the directory is no run directory.
-    """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such run directory; give the folder that `evomerge run` made.")
-    if not (directory / SEARCH_FILE).exists():
-        raise InputError(f"{directory}: holds no {SEARCH_FILE}, so it is no run directory; check the path.")
-    return files.load(directory / SEARCH_FILE, overrides)
-
-
 def _present(directory: Path, config: SearchConfig) -> AbstractContextManager[Any]:
     """A lock on the run's study, where the archive is shared: processes see it that use other directories."""
     return presence(config.storage, study_prefix(directory, config))
-
-
-def _check_archive_kept(directory: Path, config: SearchConfig) -> None:
-    """Raises InputError where the log tells of an archive that is gone. Else the search would silently start anew."""
-    database = directory / DATABASE
-    gone = not database.exists() or (database.is_file() and database.stat().st_size == 0)
-    if config.storage is None and gone and (directory / LOG_FILE).exists():
-        raise InputError(
-            f"{database}: is {'empty' if database.exists() else 'missing'}, though {LOG_FILE} tells of evaluations; "
-            "restore it from a copy, or run the search again in a new directory."
-        )
 
 
 def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive:
@@ -192,9 +168,19 @@ def _occupied(directory: Path, config: SearchConfig) -> str:
     if _same_search(directory, config):
         return f"{directory}: already holds this search; go on with `evomerge resume {directory}`."
     return (
-        f"{directory}: already holds another search; choose another --output, or resume that one with "
-        f"`evomerge resume {directory}`."
+        f"{directory}: already holds another search ({_differing(read_config(directory), config)}); choose another "
+        f"--output, or resume that one with `evomerge resume {directory}`."
     )
+
+
+def _differing(held: SearchConfig, config: SearchConfig) -> str:
+    """How a search differs from the one that a directory holds."""
+    was, now = (one.model_dump(mode="json", by_alias=True, exclude={"storage"}) for one in (held, config))
+    found = [f"{key} is {shown(there)} there and {shown(here)} here" for key, there, here in differences(was, now)]
+    if held.storage != config.storage:
+        found.append("its storage is another")
+    more = f", and {len(found) - _DIFFERENCES} more" if len(found) > _DIFFERENCES else ""
+    return ", ".join(found[:_DIFFERENCES]) + more
 
 
 def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:

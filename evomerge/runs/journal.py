@@ -6,16 +6,17 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from evomerge.archive.archive import Archive, Record, steering
 from evomerge.config.search import SearchConfig
 from evomerge.events import Evaluated, Event, Finished
-from evomerge.export.recipe import shared_recipe
 from evomerge.files import unwritten, write_text
 from evomerge.search.best import means
-from evomerge.search.preparation import Prepared
 from evomerge.search.results import Results
+
+if TYPE_CHECKING:
+    from evomerge.search.preparation import Prepared  # what only shows a run waits for no model library
 
 LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
 
@@ -30,7 +31,7 @@ class OpenRun:
     """
 
     directory: Path
-    prepared: Prepared
+    prepared: "Prepared"
     archive: Archive
 
     @property
@@ -80,6 +81,8 @@ class Journal:
             self._write_best()
 
     def _write_best(self) -> None:
+        from evomerge.export.recipe import shared_recipe
+
         best = self._run.results.best()
         if best is None:
             (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search may have changed the choice

@@ -1,6 +1,7 @@
 """Worker: holds the models, merges recipes in place and scores them. It knows nothing of Ray or of the search."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from evomerge.candidate import Descent, Evaluation, Gradient, Part, Shard, Subse
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
-from evomerge.devices import count_gpus, empty_cache, resolve_device, synchronize
+from evomerge.devices import count_gpus, devices_of, empty_cache, resolve_device, synchronize
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line, naming
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import WHOLE, Harness
@@ -21,6 +22,7 @@ from evomerge.merging.methods import METHODS
 from evomerge.merging.naming import named_weights
 from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.resident.sources import Kept, Where, resolve
 from evomerge.merging.sources.models import Model, Models, models_of
 from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.recipe import Recipe
@@ -65,7 +67,8 @@ class Worker:
             rehearsal,
             count,
             head_apart,
-            bool(evaluation.quantize),
+            *_placed(config, models, device, count, rehearsal),
+            quantized=bool(evaluation.quantize),
         )
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
@@ -242,6 +245,17 @@ def _joined_costs(parts: Sequence[Part]) -> dict[str, float]:
         cost: sum(costs[cost] for costs in measured) if COSTS[cost].of_items else value
         for cost, value in measured[0].items()
     }
+
+
+def _placed(config: SearchConfig, models: Models, device: str, count: int, rehearsal: bool) -> tuple[Where, Kept]:
+    """Where the models live, and whether uniform fields are kept. A rehearsal takes `auto` for the most memory."""
+    sources, fields = config.evaluation.sources, config.evaluation.fields
+    if rehearsal:
+        return "device" if sources == "auto" else sources, "kept" if fields == "auto" else fields
+    workers = 1 if config.workers.pool == "local" else config.workers.count or os.cpu_count() or 1
+    used = devices_of(device, count)
+    chosen = resolve(sources, fields, models, config.evaluation.dtype, used[0], workers)
+    return chosen.sources, chosen.fields
 
 
 def base_tokenizer(config: SearchConfig, base: Model) -> Any:

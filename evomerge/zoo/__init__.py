@@ -21,3 +21,10 @@ def path(name: str) -> Path:
     if name not in shipped:
         raise InputError(f"zoo:{name} is no model of the zoo; {choices(name, shipped)}.")
     return MODELS / name
+
+
+def shared(folder: str) -> Path:
+    """A folder that comes with evomerge: `evals`, the zoo's tasks, or `search_spaces`. An installation has it in the
+    package, a clone beside it."""
+    packed = Path(__file__).parent / "shared" / folder
+    return packed if packed.is_dir() else Path(__file__).parents[2] / folder

@@ -42,6 +42,30 @@ def test_a_path_without_a_file_is_refused(command: str, tmp_path: Path, refuses:
 
 
 WRONG_VALUES: dict[str, tuple[Any, ...]] = {
+    "what stands for a missing key is named, and not that it is missing": (
+        {"objectives": REMOVED, "objective": [{"task": "base_qa"}]},
+        "objective is not a known key; did you mean 'objectives'?",
+    ),
+    "mergekit's name of the base": (
+        {"base": REMOVED, "base_model": "zoo:base"},
+        "base_model is not a known key; did you mean 'base'?",
+    ),
+    "mergekit's list of models": (
+        {"models": [{"model": "zoo:math", "parameters": {"weight": 1}}]},
+        "models: they are listed as in a merge recipe; write NAME: MODEL for each",
+    ),
+    "mergekit-evolve's list of tasks": (
+        {"objectives": REMOVED, "tasks": [{"name": "base_qa", "weight": 1}]},
+        "tasks: it is a list, but holds where tasks are found (paths); list the tasks in objectives",
+    ),
+    "lm-eval's name of a metric": (
+        {"objectives.0.metric": "acc,none"},
+        "objectives[0].metric: 'acc,none' is a metric with its filter, as lm-eval prints them; write metric: acc.",
+    ),
+    "lm-eval's name of a filtered metric": (
+        {"objectives.0.metric": "exact_match,strict-match"},
+        "write metric: exact_match and filter: strict-match",
+    ),
     "an unknown key gets the closest one": (
         {"optimiser": {}},
         "optimiser is not a known key; did you mean 'optimizer'?",
@@ -63,7 +87,10 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "a model with a blank in its name": ({"models": {"a b": "zoo:math"}}, 'models.a b is "a b"; use letters'),
     "a model named like a control": ({"models": {"base": "zoo:math"}}, "models.base", "choose another"),
     "no objectives": ({"objectives": []}, "objectives is []; give at least one"),
-    "an objective without its key": ({"objectives": ["base_qa"]}, 'objectives[0] is "base_qa"; write keys and values'),
+    "an objective without its key": (
+        {"objectives": ["base_qa"]},
+        'objectives[0]: "base_qa" is only a name; write {task: base_qa}',
+    ),
     "one path in place of several": ({"tasks.paths": "../evals"}, 'tasks.paths is "../evals"; write a list'),
     "a negative seed": ({"seed": -1}, "seed is -1; use a value greater than or equal to 0"),
 }

@@ -83,7 +83,12 @@ def test_a_task_that_cannot_be_scored_is_refused(claim: str, tmp_path: Path, ref
     ("items", "fragments"),
     [
         pytest.param("", ("data file a.jsonl of task 'mine' is empty",), id="none"),
-        pytest.param("{not json\n", ("mine.yaml: ", "JSON parse error"), id="broken ones"),
+        pytest.param(
+            ITEMS + "{not json\n",
+            ("a.jsonl, line 11: not valid JSON (", "each line holds one object"),
+            id="a broken one",
+        ),
+        pytest.param(ITEMS + "[1]\n", ("a.jsonl, line 11: expected an object",), id="one that is a list"),
         pytest.param(ITEMS[: len(ITEMS) // 2], ("items.search asks for 8 items", "has only 5"), id="too few"),
         pytest.param('{"question": "copy"}\n' * 10, ("mine.yaml: ", "'answer' is undefined"), id="without answers"),
     ],

@@ -149,3 +149,17 @@ def test_searching_on_the_items_of_published_scores_is_warned_of(changes, warned
     assert len(found) == (warned is not None)
     if warned is not None:
         assert found[0].startswith(f"objective qa: the search would choose by items of the {warned} split of owner/")
+
+
+def test_where_no_metric_is_written_the_only_one_of_the_task_is_taken(written, search_config) -> None:
+    given = [{"task": "t", "filter": "last"}]
+    config = checked(search_config(objectives=given, constraints=[{"task": "t", "retain": 0.5, "filter": "last"}]))
+    assert [metric.name for metric in (*config.objectives, *config.constraints)] == ["t:exact_match"] * 2
+    named = [{**given[0], "metric": "exact_match"}]
+    assert checked(search_config(objectives=named)).objectives == config.objectives
+
+
+def test_where_no_metric_is_written_and_there_are_several_they_are_listed(qa_task, search_config) -> None:
+    qa_task(metric_list=[{"metric": "perplexity"}, {"metric": "likelihood"}])
+    with pytest.raises(InputError, match=r"objectives\[0\].metric is missing, .*: perplexity, likelihood\.$"):
+        check(search_config(objectives=[{"task": "qa"}]))

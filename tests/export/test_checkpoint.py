@@ -91,6 +91,6 @@ def test_a_merge_goes_nowhere_but_to_a_new_folder(
     refuses("merge", recipe(), "full", says=("full: exists and is not empty; choose a new folder",))
     refuses("merge", recipe(), "recipe.yaml", says=("recipe.yaml: exists",))
     refuses("merge", recipe(), "recipe.yaml/merged", says=("is a file; choose a path inside a folder",))
-    refuses("merge", recipe(), "merged", "--device", "banana", says=("--device is 'banana'; use auto, cpu",))
+    refuses("merge", recipe(), "merged", "--device", "banana", says=("--device is 'banana'; valid names: auto, cpu",))
     refuses("merge", recipe(), "merged", "--max-shard-size", "5", says=("--max-shard-size is '5'; use a size such",))
     refuses("merge", "nowhere.yaml", "merged", says=("nowhere.yaml: no such file; check the path",))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,11 @@ def test_optuna_dashboard_reads_the_archive(undisturbed: Path) -> None:
     names = {param["name"] for param in searched[0]["params"]}
     assert names >= {"weight:math:model.embed_tokens.weight", "density:lang:head"}
     assert all(len(trial["values"]) == 2 for trial in searched)
+    told = [{entry["key"]: entry["value"] for entry in trial["user_attrs"]} for trial in study["trials"]]
+    assert sum("control" in row["kind"] for row in told) == 4  # to filter by, beside the id
+    for trial, row in zip(study["trials"], told, strict=True):
+        start, end = (datetime.fromisoformat(trial[f"datetime_{which}"]) for which in ("start", "complete"))
+        assert (end - start).total_seconds() == pytest.approx(float(row["seconds"]), abs=1e-3)
 
 
 def test_a_run_whose_constraints_nobody_meets_says_so_and_exports_nothing(

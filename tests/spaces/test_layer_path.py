@@ -124,7 +124,7 @@ def test_views_share_their_weights_with_the_sources_and_leave_the_resident_model
     before = fingerprint(dict(resident.model.named_parameters()))
     path = random_path(references, 8, architecture not in UNSCALED)
     resident.materialize(recipe_of(path, resident, references))
-    shared = {t.data_ptr() for table in resident._sources.values() for t in table.values()}
+    shared = {held.tensor.data_ptr() for table in resident._sources.values() for held in table.values()}
     copied = [name for name, tensor in resident.candidate.named_parameters() if tensor.data_ptr() not in shared]
     parts = SCALE_RULES[resident.model.config.model_type].mlp
     assert all(parts is not None and parts in name for name in copied)
@@ -176,7 +176,7 @@ def test_a_path_may_take_its_embeddings_and_head_from_models_without_layers_in_i
     for name, tensor in found.items():
         if layer_index(name) is None:
             model = "second" if "embed" in name else "base"
-            assert torch.equal(tensor, resident._sources[references[model]][name])
+            assert torch.equal(tensor, resident._sources[references[model]][name].on(tensor.device))
 
 
 def test_neighbors_in_one_model_with_one_scale_are_one_slice():

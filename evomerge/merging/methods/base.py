@@ -6,7 +6,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
+from evomerge.merging.methods.drawn import Field
 from evomerge.merging.methods.kernels import UNIFORM_STEPS
+from evomerge.merging.methods.parts import Elements
 from evomerge.merging.methods.passes import Pass, write
 
 T = TypeVar("T")
@@ -71,7 +73,7 @@ class Inputs:
     tensors: the other models' tensors, in recipe order, all of one shape.
     per_model: each model's parameters by name, in the order of `tensors`.
     shared: the parameters that all models share, by name.
-    uniforms: index of a model -> its uniform field for this tensor, made on first use (`kernels.as_field`).
+    uniforms: index of a model -> its uniform field for this tensor: kept (`kernels.as_field`), or made again.
     rescale: `density` or `l1`.
     once: keeps what depends on the sources alone.
     drawn: for each model, what its uniform field depends on; empty where nothing that depends on fields is kept.
@@ -79,11 +81,11 @@ class Inputs:
     in_layer: whether the tensor belongs to a layer; embeddings, the final norm and the head do not.
     """
 
-    base: torch.Tensor | None
-    tensors: tuple[torch.Tensor, ...]
+    base: Elements | None
+    tensors: tuple[Elements, ...]
     per_model: tuple[Mapping[str, Any], ...]
     shared: Mapping[str, Any]
-    uniforms: Callable[[int], torch.Tensor]
+    uniforms: Callable[[int], Field]
     rescale: str
     once: Once = each_time
     drawn: tuple[Hashable, ...] = ()
@@ -108,7 +110,7 @@ class MergeFunction(Protocol):
     """Returns the merge, or the pass that makes it. Before a pass it computes only what needs more than one element,
     such as a norm or a threshold."""
 
-    def __call__(self, inputs: Inputs, /) -> Pass | torch.Tensor: ...
+    def __call__(self, inputs: Inputs, /) -> Pass | Elements: ...
 
 
 @dataclass(frozen=True, slots=True)

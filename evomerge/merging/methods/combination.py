@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from evomerge.merging.methods.parts import Elements
 from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
 
 Coefficient = float | torch.Tensor
 
 
-def around(
-    anchor: torch.Tensor, tensors: Sequence[torch.Tensor], own: Coefficient, others: Sequence[Coefficient]
-) -> Pass:
+def around(anchor: Elements, tensors: Sequence[Elements], own: Coefficient, others: Sequence[Coefficient]) -> Pass:
     """The pass that computes own * anchor + sum_i others_i (x_i - anchor).
 
     Differences from one of the models make float32 enough for equal models to come back bit for bit.
@@ -28,7 +27,7 @@ def around(
 
 
 def combination(
-    tensors: Sequence[torch.Tensor], coefficients: Sequence[Coefficient], total: Coefficient, anchor: int = 0
+    tensors: Sequence[Elements], coefficients: Sequence[Coefficient], total: Coefficient, anchor: int = 0
 ) -> Pass:
     """The pass that computes sum_i coefficients_i x_i. An anchor that has all of the weight comes back bit for bit.
 

@@ -5,6 +5,7 @@ import torch
 from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import ordered_total
+from evomerge.merging.methods.parts import Elements, part_of
 
 
 def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
@@ -24,9 +25,9 @@ def gram(inputs: Inputs, with_base: bool = False) -> torch.Tensor:
     return torch.stack([torch.cat([rows[max(i, j)][min(i, j)] for j in range(count)]) for i in range(count)])
 
 
-def _product(inputs: Inputs, i: int, j: int, origin: torch.Tensor | None) -> torch.Tensor:
-    def flat(tensor: torch.Tensor, piece: slice) -> torch.Tensor:
-        return widened(tensor.reshape(-1)[piece])
+def _product(inputs: Inputs, i: int, j: int, origin: Elements | None) -> torch.Tensor:
+    def flat(tensor: Elements, piece: slice) -> torch.Tensor:
+        return widened(part_of(tensor, piece))
 
     def vector(index: int, piece: slice) -> torch.Tensor:
         tensor = inputs.base if index < 0 else inputs.tensors[index]

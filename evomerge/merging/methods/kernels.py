@@ -4,7 +4,6 @@ Uniform numbers, sums that scale a delta, and fingerprints are computed with int
 order.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -12,29 +11,16 @@ import numpy as np
 import torch
 
 from evomerge.devices import widened
+from evomerge.merging.methods.drawn import Drawn, Field, draw, field_part, key_of
 from evomerge.merging.methods.passes import for_each_chunk
 
 UNIFORM_STEPS = 1 << 16
-_MASK32 = 0xFFFFFFFF
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _SPLITMIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _L1_STEPS = float(1 << 30)
 NEGLIGIBLE_WEIGHT = 1e-8
 _PIECE = 1 << 20  # numbers that are added up at a time; another size would change the order of a sum, and so its bits
 _COLUMNS = 1 << 15
-
-
-def _key(*parts: object) -> bytes:
-    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-
-
-def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """A bijective hash of 32-bit integers held in int64 ("lowbias32", Wellons 2018)."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
 
 
 def pieces(count: int, device: torch.device, elements: int = 1) -> Iterator[slice]:
@@ -65,14 +51,9 @@ def uniform_field(seed: int, position: int, name: str, count: int, device: torch
     count: how many elements the tensor has.
     device: where the field is made.
     """
-    key = _key(seed, position, name)
-    low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-    field = torch.empty(count, dtype=torch.int16, device=device)
+    made, field = Drawn(seed, position, name, count), torch.empty(count, dtype=torch.int16, device=device)
     for piece in pieces(count, field.device):
-        index = torch.arange(piece.start, piece.stop, dtype=torch.int64, device=device)
-        mixed = _mix32((index & _MASK32) ^ low)
-        mixed = _mix32((mixed + (index >> 32) * 0x9E3779B1 + high) & _MASK32)
-        field[piece].copy_((mixed >> 16) - 32768)
+        field[piece].copy_(draw(made.counters(piece.start, field.device), piece.stop - piece.start))
     return field
 
 
@@ -176,17 +157,18 @@ def sum_of_squares(steps: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return widened(steps) * (widened(largest).square() / _L1_STEPS)
 
 
-def sums_below(field: torch.Tensor, count: int, steps: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+def sums_below(field: Field, count: int, steps: Callable[[slice], torch.Tensor], device: torch.device) -> torch.Tensor:
     """A table of sums, int64, shape (65537,): entry k adds up the values of the elements whose field number, counted
     from 0, is less than k.
 
     field: one number per element.
     count: how many elements there are.
     steps: slice of the elements -> their values, whole numbers.
+    device: where the values are.
     """
-    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=field.device)
-    for piece in pieces(count, field.device):
-        table.index_add_(0, field_steps(field[..., piece]).to(torch.int64) + 1, steps(piece))
+    table = torch.zeros(UNIFORM_STEPS + 1, dtype=torch.int64, device=device)
+    for piece in pieces(count, device):
+        table.index_add_(0, field_steps(field_part(field, piece, device)).to(torch.int64) + 1, steps(piece))
     return table.cumsum(0)
 
 
@@ -253,7 +235,7 @@ def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
     tensor: of any dtype.
     name: the tensor's name, which is part of the checksum like its shape and its dtype.
     """
-    salt = int.from_bytes(_key(name, tuple(tensor.shape), tensor.dtype), "little", signed=True)
+    salt = int.from_bytes(key_of(name, tuple(tensor.shape), tensor.dtype), "little", signed=True)
     words = _words(tensor)
     columns = _columns(words.device)
     whole = words.numel() // _COLUMNS * _COLUMNS

@@ -14,6 +14,7 @@ import torch
 
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import Coefficient, around
+from evomerge.merging.methods.parts import Elements, whole_of
 from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
 from evomerge.merging.methods.task_vectors import total_of
 
@@ -84,10 +85,10 @@ def _unless_broken(make: Callable[[Matrices], Matrices], deltas: Matrices) -> Ma
     return [torch.full_like(part, torch.nan) for part in make([torch.zeros_like(delta) for delta in deltas])]
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
+def wide(tensor: Elements) -> torch.Tensor:
     """A float64 copy on the CPU; on the meta device where the tensor has no data."""
-    device = tensor.device if tensor.device.type == "meta" else torch.device("cpu")
-    return tensor.to(device).to(torch.float64).contiguous()
+    whole = whole_of(tensor)
+    return whole.to(whole.device if whole.is_meta else "cpu").to(torch.float64).contiguous()
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def on_one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def added(base: torch.Tensor, own: Sequence[torch.Tensor], coefficients: Sequence[Coefficient]) -> Pass:
+def added(base: Elements, own: Sequence[torch.Tensor], coefficients: Sequence[Coefficient]) -> Pass:
     """The pass that computes base + sum_i coefficients_i p_i.
 
     base: the base's tensor.

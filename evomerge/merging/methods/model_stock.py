@@ -9,6 +9,7 @@ from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import around
 from evomerge.merging.methods.gram import gram
 from evomerge.merging.methods.kernels import ordered_sum, pieces
+from evomerge.merging.methods.parts import Elements, part_of
 from evomerge.merging.methods.passes import Pass
 
 _LEAST_NORM = 1e-6
@@ -21,7 +22,7 @@ def merge_model_stock(inputs: Inputs) -> Pass | torch.Tensor:
     With `filter_wise` each row has a t of its own; otherwise the tensor has one t.
     """
     assert inputs.base is not None
-    if inputs.shared["filter_wise"] and inputs.base.dim() > 1:
+    if inputs.shared["filter_wise"] and len(inputs.base.shape) > 1:
         return _by_rows(inputs)
     products, count = gram(inputs), len(inputs.tensors)
     step = _ratio({(i, j): products[i, j] for i in range(count) for j in range(count)}, count) / count
@@ -33,14 +34,19 @@ def _by_rows(inputs: Inputs) -> torch.Tensor:
     count, rows = len(inputs.tensors), inputs.base.shape[0]
     out = torch.empty(inputs.base.shape, dtype=torch.float32, device=inputs.device)
     for piece in pieces(rows, inputs.device, inputs.count // max(1, rows)):
-        base = widened(inputs.base[piece])
-        deltas = [widened(tensor[piece]) - base for tensor in inputs.tensors]
+        base = widened(_rows(inputs.base, piece))
+        deltas = [widened(_rows(tensor, piece)) - base for tensor in inputs.tensors]
         products = {(i, j): ordered_sum(deltas[i] * deltas[j]) for i in range(count) for j in range(i, count)}
         average = deltas[0]
         for delta in deltas[1:]:
             average = average + delta
         out[piece].copy_(base + _ratio(products, count) * (average / count))
     return out
+
+
+def _rows(tensor: Elements, rows: slice) -> torch.Tensor:
+    width = tensor.numel() // max(1, tensor.shape[0])
+    return part_of(tensor, slice(rows.start * width, rows.stop * width)).view(-1, *tensor.shape[1:])
 
 
 def _ratio(products: dict[tuple[int, int], torch.Tensor], count: int) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 
 from evomerge.devices import accelerator, device_count
+from evomerge.merging.methods.drawn import Drawn, Field, draw, field_part
+from evomerge.merging.methods.parts import STAGED, Elements, walk, whole_of
 
 Numbers = Mapping[str, tuple[torch.Tensor, ...]]
 Tensors = tuple[torch.Tensor, ...]
@@ -34,18 +36,18 @@ class Pass:
     element: (tensors, fields, numbers) -> float32 tensor. Each element of the result depends only on the same element
         of the tensors and fields. The tensors are float32 copies, which it may overwrite. It is hashable, since
         compiled code is kept under it.
-    tensors: the models' tensors, of any float dtype.
+    tensors: the models' tensors, of any float dtype, wherever they lie.
     numbers: scalar tensors by name.
-    fields: integer tensors whose last dimension is the elements.
+    fields: integer tensors whose last dimension is the elements, or fields that are made again chunk by chunk.
     factor: the number that the only tensor is multiplied by, where `element` does nothing else; otherwise None.
     slopes: takes what `element` takes, and yields for numbers on which the result depends smoothly their name, their
         index, and the derivative of each element; None where there is none.
     """
 
     element: Element
-    tensors: Tensors
+    tensors: tuple[Elements, ...]
     numbers: Numbers = field(default_factory=dict)
-    fields: Tensors = ()
+    fields: tuple[Field, ...] = ()
     factor: float | None = None
     slopes: Slopes | None = None
 
@@ -70,7 +72,7 @@ def room_on(device: torch.device) -> int:
     return ROOM if device.type == "cpu" else _WIDE_ROOM
 
 
-def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, room: int | None = None) -> None:
+def write(out: torch.Tensor, work: Pass | Elements, compiled: bool = False, room: int | None = None) -> None:
     """Writes the result of a pass into `out`, rounded once into its dtype.
 
     out: a tensor of the shape of the merge.
@@ -81,36 +83,59 @@ def write(out: torch.Tensor, work: Pass | torch.Tensor, compiled: bool = False, 
     if isinstance(work, torch.Tensor):
         out.copy_(work.reshape(out.shape))
         return
-    if work.factor is not None and work.tensors[0].dtype == out.dtype:
+    if isinstance(work, Pass) and work.factor is not None and work.tensors[0].dtype == out.dtype:
         # torch multiplies any dtype by a number in float32 and rounds once, so no copy has to be widened.
-        torch.mul(work.tensors[0].reshape(out.shape), work.factor, out=out.detach())
+        if isinstance(work.tensors[0], torch.Tensor) or not out.is_contiguous():
+            torch.mul(whole_of(work.tensors[0]).reshape(out.shape), work.factor, out=out.detach())
+            return
+        for piece, (part,) in walk(work.tensors, range(0, out.numel(), STAGED)):
+            torch.mul(part, work.factor, out=out.detach().view(-1)[piece])
         return
     if not out.is_contiguous():
         whole = torch.empty(out.shape, dtype=torch.float32, device=out.device)
         write(whole, work, compiled, room)
         out.copy_(whole)
         return
-    flat, tensors = out.detach().view(-1), tuple(tensor.reshape(-1) for tensor in work.tensors)
-    if compiled and flat.numel() >= _COMPILED_FROM:
-        _compiled(work.element)(flat, tensors, work.fields, dict(work.numbers))
-        return
-    per_element = 4 * len(tensors) + sum(field.nbytes for field in work.fields) // max(1, flat.numel())
-    _in_chunks(flat, tensors, work, max(1, (room or room_on(flat.device)) // per_element))
+    flat = out.detach().view(-1)
+    if not isinstance(work, Pass):
+        for piece, (part,) in walk((work,), range(0, flat.numel(), STAGED)):
+            flat[piece].copy_(part)
+    elif compiled and flat.numel() >= _COMPILED_FROM:
+        _compiled_chunks(flat, work)
+    else:
+        per_element = 4 * len(work.tensors) + sum(_width(field) for field in work.fields)
+        _in_chunks(flat, work, max(1, (room or room_on(flat.device)) // per_element))
 
 
-def _in_chunks(flat: torch.Tensor, tensors: Tensors, work: Pass, size: int) -> None:
+def _width(field: Field) -> int:
+    """How many bytes a field has for each element; while numbers are made, there are some of 32 bits."""
+    return 12 if isinstance(field, Drawn) else field.nbytes // max(1, field.shape[-1])
+
+
+def _in_chunks(flat: torch.Tensor, work: Pass, size: int) -> None:
     """Writes the result of a pass chunk by chunk. All chunks are widened into the same memory, which stays in the
     cache."""
+    size = min(1 << size.bit_length() - 1, STAGED)  # a power of two: no chunk crosses a multiple of 2^32
     longest = min(size, flat.numel())
-    room = [torch.empty(longest, dtype=torch.float32, device=flat.device) for _ in tensors]
+    room = [torch.empty(longest, dtype=torch.float32, device=flat.device) for _ in work.tensors]
+    for piece, parts in walk(work.tensors, range(0, flat.numel(), size)):
+        out = flat[piece]
+        wide = tuple(own[: len(out)].copy_(part) for own, part in zip(room, parts, strict=True))
+        fields = tuple(field_part(field, piece, flat.device) for field in work.fields)
+        out.copy_(work.element(wide, fields, work.numbers))
 
-    def one(start: int) -> None:
-        out = flat[start : start + size]
-        chunk = slice(start, start + len(out))
-        wide = tuple(own[: len(out)].copy_(tensor[chunk]) for own, tensor in zip(room, tensors, strict=True))
-        out.copy_(work.element(wide, tuple(numbers[..., chunk] for numbers in work.fields), work.numbers))
 
-    for_each_chunk(one, range(0, flat.numel(), size), flat.device)
+def _compiled_chunks(flat: torch.Tensor, work: Pass) -> None:
+    """Writes the result of a pass by compiled code: all at once where all of it is in the device's memory."""
+    made = tuple(isinstance(field, Drawn) for field in work.fields)
+    kept = all(isinstance(tensor, torch.Tensor) for tensor in work.tensors) and not any(made)
+    step = _compiled(work.element, made)
+    for piece, parts in walk(work.tensors, range(0, flat.numel(), flat.numel() if kept else STAGED)):
+        fields = tuple(
+            field.counters(piece.start, flat.device) if isinstance(field, Drawn) else field[..., piece]
+            for field in work.fields
+        )
+        step(flat[piece], parts, fields, dict(work.numbers))
 
 
 def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device) -> list[T]:
@@ -124,12 +149,14 @@ def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device
 
 
 @cache
-def _compiled(element: Element) -> Callable[[torch.Tensor, Tensors, Tensors, Numbers], None]:
+def _compiled(element: Element, made: tuple[bool, ...]) -> Callable[[torch.Tensor, Tensors, Tensors, Numbers], None]:
+    """made: which of the fields are made again from counters (`drawn.Drawn.counters`)."""
     limit = _ELEMENT_LIMIT * max(1, device_count(accelerator()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
     def step(out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers) -> None:
         wide = tuple(tensor.to(torch.float32, copy=True) for tensor in tensors)
-        out.copy_(element(wide, fields, numbers))
+        numbered = [draw(own, out.numel()) if again else own for own, again in zip(fields, made, strict=True)]
+        out.copy_(element(wide, tuple(numbered), numbers))
 
     return torch.compile(step, dynamic=True, fullgraph=True)

@@ -26,8 +26,9 @@ from evomerge.merging.methods.kernels import (
     sum_of_squares,
     sums_below,
 )
+from evomerge.merging.methods.parts import Elements, whole_of
 from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
-from evomerge.merging.methods.sparsify import delta_in, magnitude
+from evomerge.merging.methods.sparsify import delta_in, largest_magnitude
 from evomerge.merging.methods.task_vectors import deltas_of, sign_of, sum_of, total_of
 
 _NEGLIGIBLE = 1e-6
@@ -111,15 +112,17 @@ def _least_variances(variance: torch.Tensor, shares: Sequence[float]) -> torch.T
 
 
 def _variance(inputs: Inputs) -> torch.Tensor:
-    base = _base(inputs).to(torch.float32)
-    wide = [widened((tensor.to(torch.float32) - base).flatten()) for tensor in inputs.tensors]
-    mean = reduce(torch.add, wide) / len(wide)
-    variance = reduce(torch.add, [(delta - mean).square() for delta in wide]) / len(wide)
-    return variance.to(torch.float32).to(inputs.device)
+    """The variance of every element's change between the models: flat, float32, computed piece by piece."""
+    variance = torch.empty(inputs.count, dtype=torch.float32, device=inputs.device)
+    for piece in pieces(inputs.count, inputs.device):
+        wide = [widened(delta_in(inputs, index, piece)) for index in range(len(inputs.tensors))]
+        mean = reduce(torch.add, wide) / len(wide)
+        variance[piece].copy_(reduce(torch.add, [(delta - mean).square() for delta in wide]) / len(wide))
+    return variance
 
 
 def _masked_square(inputs: Inputs, index: int, mask: torch.Tensor) -> torch.Tensor:
-    largest, total = magnitude(inputs, index).amax(), torch.zeros(1, dtype=torch.int64, device=inputs.device)
+    largest, total = largest_magnitude(inputs, index), torch.zeros(1, dtype=torch.int64, device=inputs.device)
     for piece in pieces(inputs.count, inputs.device):
         total += (square_steps(delta_in(inputs, index, piece), largest) * mask[piece]).sum()
     return sum_of_squares(total, largest)
@@ -128,8 +131,10 @@ def _masked_square(inputs: Inputs, index: int, mask: torch.Tensor) -> torch.Tens
 def _squares_below(inputs: Inputs, index: int, ranks: torch.Tensor) -> torch.Tensor:
     """A table of sums, float64, shape (65537,): entry k adds up the squared changes of the elements whose rank is less
     than k."""
-    largest = magnitude(inputs, index).amax()
-    steps = sums_below(ranks, inputs.count, lambda piece: square_steps(delta_in(inputs, index, piece), largest))
+    largest = largest_magnitude(inputs, index)
+    steps = sums_below(
+        ranks, inputs.count, lambda piece: square_steps(delta_in(inputs, index, piece), largest), inputs.device
+    )
     return sum_of_squares(steps, largest)
 
 
@@ -204,7 +209,7 @@ def _swap_important(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torc
 
 def _important(inputs: Inputs) -> torch.Tensor:
     """The mask of the important changes: flat, bytes."""
-    base, other = (tensor.to(torch.float32) for tensor in (_base(inputs), inputs.tensors[0]))
+    base, other = (whole_of(tensor).to(torch.float32) for tensor in (_base(inputs), inputs.tensors[0]))
     importance = (widened(other) - widened(base)).abs() * _divergence(other, base)
     last = importance.numel() - 1
     low, middle, high = (kth_smallest(importance, last * quarter // 4) for quarter in (1, 2, 3))
@@ -222,6 +227,6 @@ def _softmax(rows: torch.Tensor) -> torch.Tensor:
     return raised / ordered_sum(raised)
 
 
-def _base(inputs: Inputs) -> torch.Tensor:
+def _base(inputs: Inputs) -> Elements:
     assert inputs.base is not None
     return inputs.base

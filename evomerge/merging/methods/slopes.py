@@ -13,7 +13,9 @@ import torch
 
 from evomerge.devices import exact_device, widened
 from evomerge.merging.methods.base import Inputs, Method
+from evomerge.merging.methods.drawn import field_part
 from evomerge.merging.methods.kernels import piece_size
+from evomerge.merging.methods.parts import part_of
 from evomerge.merging.methods.passes import Pass, for_each_chunk
 
 Key = tuple[str, int | None]
@@ -86,16 +88,17 @@ def _numbers(work: Pass) -> dict[tuple[str, int], torch.Tensor]:
 def _products(work: Pass, gradient: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
     """The scalar product of a gradient with the derivative by each number of a pass, float64, by name and index."""
     assert work.slopes is not None
-    flat, tensors = gradient.reshape(-1), tuple(tensor.reshape(-1) for tensor in work.tensors)
+    flat, tensors = gradient.reshape(-1), work.tensors
     numbers = {name: tuple(number.detach() for number in group) for name, group in work.numbers.items()}
     totals: dict[tuple[str, int], torch.Tensor] = {}
 
     def add(start: int) -> None:
-        piece = slice(start, start + size)
-        wide = tuple(tensor[piece].to(torch.float32, copy=True) for tensor in tensors)
+        piece = slice(start, min(start + size, flat.numel()))
+        wide = tuple(part_of(tensor, piece).to(torch.float32, copy=True) for tensor in tensors)
         own = widened(flat[piece])
+        fields = tuple(field_part(field, piece, flat.device) for field in work.fields)
         assert work.slopes is not None
-        for name, index, slope in work.slopes(wide, tuple(field[..., piece] for field in work.fields), numbers):
+        for name, index, slope in work.slopes(wide, fields, numbers):
             product = torch.dot(own, widened(slope))
             totals[name, index] = totals[name, index] + product if (name, index) in totals else product
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from evomerge.merging.methods.base import Inputs, each_time
+from evomerge.merging.methods.drawn import Field
 from evomerge.merging.methods.kernels import (
     UNIFORM_STEPS,
     as_field,
@@ -18,9 +19,11 @@ from evomerge.merging.methods.kernels import (
     field_steps,
     indicator,
     kth_smallest,
+    pieces,
     steps_of,
 )
 from evomerge.merging.methods.order import order_statistics
+from evomerge.merging.methods.parts import part_of, whole_of
 from evomerge.merging.methods.passes import Tensors
 
 Values = Mapping[str, float | torch.Tensor]
@@ -40,7 +43,7 @@ class Sparsifier(Protocol):
         """
         ...
 
-    def fields(self, inputs: Inputs, index: int) -> Tensors:
+    def fields(self, inputs: Inputs, index: int) -> tuple[Field, ...]:
         """The fields that the choice reads for one model. All models have the same number of fields.
 
         inputs: the tensors of all models.
@@ -67,7 +70,7 @@ class Sparsifier(Protocol):
 
 
 class _Plain:
-    def fields(self, inputs: Inputs, index: int) -> Tensors:
+    def fields(self, inputs: Inputs, index: int) -> tuple[Field, ...]:
         return ()
 
     def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -124,7 +127,7 @@ class Uniform(_Plain):
     def numbers(self, inputs: Inputs, index: int) -> Values:
         return {"steps": steps_of(min(max(inputs.per_model[index]["density"], 0.0), 1.0))}
 
-    def fields(self, inputs: Inputs, index: int) -> Tensors:
+    def fields(self, inputs: Inputs, index: int) -> tuple[Field, ...]:
         return (inputs.uniforms(index),)
 
     def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -144,7 +147,7 @@ class MagPrune:
         epsilon = inputs.per_model[index]["epsilon"] if 0 < density < 1 and last else 0.0
         return {"density": density, "epsilon": epsilon, "last": float(max(last, 1))}
 
-    def fields(self, inputs: Inputs, index: int) -> Tensors:
+    def fields(self, inputs: Inputs, index: int) -> tuple[Field, ...]:
         ranks = inputs.once("ranks in rows", (-1, index), lambda: _row_ranks(inputs, index))
         return (inputs.uniforms(index), ranks)
 
@@ -171,7 +174,18 @@ def magnitude(inputs: Inputs, index: int) -> torch.Tensor:
     index: the model's index in `inputs.tensors`.
     """
     assert inputs.base is not None
-    return (inputs.tensors[index].to(torch.float32) - inputs.base.to(torch.float32)).abs()
+    base, tensor = whole_of(inputs.base), whole_of(inputs.tensors[index])
+    return (tensor.to(torch.float32) - base.to(torch.float32)).abs()
+
+
+def largest_magnitude(inputs: Inputs, index: int) -> torch.Tensor:
+    """The largest |delta| of one model, a scalar, found piece by piece.
+
+    inputs: the tensors of all models, and the base.
+    index: the model's index in `inputs.tensors`.
+    """
+    cuts = pieces(inputs.count, inputs.device)
+    return torch.stack([delta_in(inputs, index, piece).abs_().amax() for piece in cuts]).amax()
 
 
 def delta_in(inputs: Inputs, index: int, piece: slice) -> torch.Tensor:
@@ -182,8 +196,8 @@ def delta_in(inputs: Inputs, index: int, piece: slice) -> torch.Tensor:
     piece: which elements.
     """
     assert inputs.base is not None
-    base, tensor = inputs.base.reshape(-1), inputs.tensors[index].reshape(-1)
-    return tensor[piece].to(torch.float32) - base[piece].to(torch.float32)
+    base, tensor = part_of(inputs.base, piece), part_of(inputs.tensors[index], piece)
+    return tensor.to(torch.float32) - base.to(torch.float32)
 
 
 def _magnitude_at(inputs: Inputs, index: int, rank: int, beyond: int = 0) -> torch.Tensor:

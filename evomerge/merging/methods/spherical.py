@@ -11,6 +11,7 @@ from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.combination import Coefficient, around, combination, heaviest
 from evomerge.merging.methods.gram import gram
 from evomerge.merging.methods.kernels import divisor, ordered_sum
+from evomerge.merging.methods.parts import whole_of
 from evomerge.merging.methods.passes import Pass
 
 _NO_NORM = 1e-8
@@ -52,13 +53,13 @@ def merge_nuslerp(inputs: Inputs) -> Pass | torch.Tensor:
 
 
 def _nuslerp_by_lines(inputs: Inputs, t: float, axis: int) -> torch.Tensor:
-    points = [widened(tensor) for tensor in inputs.tensors]
+    points = [widened(whole_of(tensor)) for tensor in inputs.tensors]
     if inputs.base is not None:
-        points = [point - widened(inputs.base) for point in points]
+        points = [point - widened(whole_of(inputs.base)) for point in points]
     a, b = (point.transpose(axis, -1) for point in points)
     from_a, from_b = _on_arc(*_nuslerp_cosine(ordered_sum(a * b), ordered_sum(a * a), ordered_sum(b * b)), t)
     merged = (from_a * a + from_b * b).transpose(axis, -1)
-    return (merged if inputs.base is None else widened(inputs.base) + merged).to(torch.float32)
+    return (merged if inputs.base is None else widened(whole_of(inputs.base)) + merged).to(torch.float32)
 
 
 def _nuslerp_cosine(

@@ -15,9 +15,10 @@ import torch
 
 from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.drawn import Field, field_part
 from evomerge.merging.methods.kernels import UNIFORM_STEPS, divisor, exact_l1, indicator, l1_steps, pieces, sums_below
 from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
-from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, delta_in, magnitude
+from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, delta_in, largest_magnitude
 
 _NEGLIGIBLE_L1 = 1e-7
 _FINEST = 1.0 / UNIFORM_STEPS  # the least density above 0 that a mask can have
@@ -45,7 +46,7 @@ class TaskVectorMerge:
             "lambda": [inputs.shared["lambda"]],
             "by": [by],
         }
-        fields: tuple[torch.Tensor, ...] = ()
+        fields: tuple[Field, ...] = ()
         if chosen is not None:
             sparsifier, models = SPARSIFIERS[chosen], range(len(inputs.tensors))
             choices = [sparsifier.numbers(inputs, index) for index in models]
@@ -204,7 +205,7 @@ def _scale(inputs: Inputs, index: int, how: str, numbers: Values) -> float | tor
         return 0.0
     if inputs.rescale == "density":
         return 1.0 / max(density, _FINEST)
-    largest = inputs.once("largest magnitude", (-1, index), lambda: magnitude(inputs, index).amax())
+    largest = inputs.once("largest magnitude", (-1, index), lambda: largest_magnitude(inputs, index))
     before, after = map(widened, _l1(inputs, index, how, numbers, largest))
     unit = widened(largest) / (1 << 30)
     negligible = (before * unit < _NEGLIGIBLE_L1) | (after * unit < _NEGLIGIBLE_L1)
@@ -228,7 +229,8 @@ def _l1(
     before, after = [], []
     for piece in pieces(inputs.count, inputs.device):
         delta = delta_in(inputs, index, piece)
-        kept = sparsifier.keep(delta, tuple(field[..., piece] for field in fields), numbers)
+        own = tuple(field_part(field, piece, inputs.device) for field in fields)
+        kept = sparsifier.keep(delta, own, numbers)
         before.append(exact_l1(delta, largest))
         after.append(exact_l1(delta * kept, largest))
     return torch.stack(before).sum(), torch.stack(after).sum()
@@ -238,4 +240,6 @@ def _l1_below(inputs: Inputs, index: int, largest: torch.Tensor) -> torch.Tensor
     """A table of L1 norms, int64, shape (65537,): entry k adds up |delta| over the elements whose uniform number is
     less than k, in units of `largest` / 2^30."""
     field = inputs.uniforms(index)
-    return sums_below(field, inputs.count, lambda piece: l1_steps(delta_in(inputs, index, piece), largest))
+    return sums_below(
+        field, inputs.count, lambda piece: l1_steps(delta_in(inputs, index, piece), largest), inputs.device
+    )

@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from evomerge.devices import devices_of
+from evomerge.devices import CopyStream, devices_of, is_accelerator
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
 from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.drawn import Drawn, Field
 from evomerge.merging.methods.kernels import as_field, checksum, uniform_field
+from evomerge.merging.methods.parts import whole_of
 from evomerge.merging.methods.passes import room_on
 from evomerge.merging.methods.slopes import Key, slopes, smooth_parameters
 from evomerge.merging.naming import check_view, naming_of
@@ -28,6 +30,7 @@ from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.gradients import Followed, followed
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.quantized import int8_layers, quantize, restore
+from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Rehearsed, Source, Where, finite
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
@@ -36,6 +39,7 @@ from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
+_SMALL = 1 << 20  # bytes up to which a table is kept even where fields are not
 _LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own
 
 
@@ -57,6 +61,8 @@ class ResidentModels:
         rehearsal: bool = False,
         count: int = 1,
         head_apart: bool = False,
+        sources: Where = "device",
+        fields: Kept = "kept",
         quantized: bool = False,
     ) -> None:
         """models: the models that recipes may name. Every merge has the base's config.
@@ -67,6 +73,8 @@ class ResidentModels:
         count: how many devices to use, the first ones of that kind.
         head_apart: whether the head is a tensor of its own even where all sources tie it to their embedding. Where one
             source does not tie it, the head is a tensor of its own in any case.
+        sources: where the tensors of the models live.
+        fields: whether what is kept for each element is made again for every candidate.
         quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
         Raises InputError for models that cannot be loaded, or do not fit.
         """
@@ -89,8 +97,11 @@ class ResidentModels:
         self._naming = naming_of(config, skeleton)
         if quantized:
             quantize(self.model, self._naming)
-        place(self.model, self.devices, 1 + len(models))
+        place(self.model, self.devices, 1 + len(models) * (sources == "device"))
         self._find()
+        self._where, self._fields = sources, fields
+        self._off_device = sources != "device" and (not rehearsal or is_accelerator(torch.device(device)))
+        self._streams: dict[torch.device, CopyStream] = {}
         self._sources = {reference: self._resident(source) for reference, source in weights.items()}
         self._kept: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
@@ -114,7 +125,7 @@ class ResidentModels:
             restore(self.model)
         self._find()
 
-    def _resident(self, weights: Weights) -> dict[str, torch.Tensor]:
+    def _resident(self, weights: Weights) -> dict[str, Source]:
         source, infos = weights.source, {}
         for name, parameter in self._parameters.items():
             info = weights.find(name)
@@ -130,13 +141,26 @@ class ResidentModels:
                 )
             infos[name] = info
         if self.model.device.type == "meta":
-            return {name: _empty(info) for name, info in infos.items()}
-        resident = {name: weights.read(name).to(served.device) for name, served in self._parameters.items()}
-        finite = _gathered(torch.isfinite(tensor).all() for tensor in resident.values()).tolist()
-        for name, good in zip(resident, finite, strict=True):
+            empty = {name: _empty(info) for name, info in infos.items()}
+            held = Rehearsed if self._off_device else OnDevice
+            return {name: held(tensor) for name, tensor in empty.items()}
+        resident = {name: self._source(weights, name, served.device) for name, served in self._parameters.items()}
+        checks = _gathered(self._checked(source, self._parameters[name].device) for name, source in resident.items())
+        for name, good in zip(resident, checks.tolist(), strict=True):
             if not good:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
+
+    def _source(self, weights: Weights, name: str, device: torch.device) -> Source:
+        if not self._off_device:
+            return OnDevice(weights.read(name).to(device))
+        return OffDevice(weights, name, self._parameters[name].shape, self._streams, leaves=self._where == "disk")
+
+    def _checked(self, source: Source, device: torch.device) -> torch.Tensor:
+        """Whether a source is finite. What is off the device is checked where it lies."""
+        good = finite(source.on(torch.device("cpu") if self._off_device else device))
+        source.release()
+        return good
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """The plan of a recipe for these models. Raises InputError for what cannot be merged."""
@@ -245,10 +269,15 @@ class ResidentModels:
 
     def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
         plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._room)
+        base = [(tensor.base, tensor.base_source)] if tensor.base is not None else []
+        for model, name in [*base, *zip(tensor.models, tensor.sources, strict=True)]:
+            self._sources[model][name].release()
 
     def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
         """A source's tensor. Where it has to change its dtype or device, one copy serves all candidates."""
-        tensor = self._sources[reference][name]
+        tensor = whole_of(self._sources[reference][name].on(device))
+        if self._off_device:  # one copy for all candidates would bring all sources to the device
+            return tensor.to(device, self._dtype)
         if (tensor.dtype, tensor.device) == (self._dtype, device):
             return tensor
         return self._converted.setdefault((reference, name, device), tensor.to(device, self._dtype))
@@ -258,8 +287,8 @@ class ResidentModels:
         given = list(zip(tensor.models, tensor.sources, strict=True))
         base = (tensor.base, tensor.base_source) if tensor.base is not None else None
         return Inputs(
-            base=self._sources[base[0]][base[1]].to(device) if base is not None else None,
-            tensors=tuple(self._sources[model][name].to(device) for model, name in given),
+            base=self._sources[base[0]][base[1]].on(device) if base is not None else None,
+            tensors=tuple(self._sources[model][name].on(device) for model, name in given),
             per_model=tensor.per_model,
             shared=tensor.shared,
             uniforms=lambda index: self._uniform(plan.seed, tensor, index, device),
@@ -279,18 +308,28 @@ class ResidentModels:
         """
         key = (name, what, given[0], *(given[index + 2] for index in models))
         if key not in self._kept:
-            self._kept[key] = tree_map_only(torch.Tensor, _lasting, make())
+            made = make()
+            if self._fields == "made" and _bytes(made) > _SMALL:
+                return made
+            self._kept[key] = tree_map_only(torch.Tensor, _lasting, made)
         kept: T = self._kept[key]
         return kept
 
-    def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> torch.Tensor:
+    def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> Field:
         position, name = tensor.positions[index], tensor.name
+        count = self._sources[tensor.models[index]][tensor.sources[index]].shape.numel()
+        if self._fields == "made":
+            return Drawn(seed, position, name, count)
 
         def make() -> torch.Tensor:
-            count = self._sources[tensor.models[index]][tensor.sources[index]].numel()
             return as_field(uniform_field(seed, position, name, count, device), self._planes)
 
         return self._once(name, (device,), ("uniforms", seed, position), (), make)
+
+
+def _bytes(made: Any) -> int:
+    """The bytes of all tensors in a result."""
+    return sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))
 
 
 def _lasting(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import mmap
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,3 +114,75 @@ class TensorFiles:
     def close(self) -> None:
         """Closes the files; tensors that were read stay valid."""
         self._open.clear()
+
+
+class MappedTensor:
+    """A tensor in a safetensors file, mapped into memory that all processes of a node share.
+
+    tensor: its values. Nothing may be written into it.
+    """
+
+    def __init__(self, info: TensorInfo, memory: mmap.mmap, start: int, stop: int) -> None:
+        """info: what the tensor is.
+        memory: its file.
+        start: where its first byte lies in the file.
+        stop: where its last byte ends.
+        """
+        import torch
+
+        self._memory, self._start, self._stop = memory, start, stop
+        dtype, count = getattr(torch, FLOATS[info.dtype]), math.prod(info.shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            self.tensor: torch.Tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=start)
+        self.tensor = self.tensor.view(info.shape)
+
+    def need(self, piece: slice) -> None:
+        """Has elements read soon from the file.
+
+        piece: which elements of the flat tensor.
+        """
+        self._advise(piece, "MADV_WILLNEED")
+
+    def release(self, piece: slice) -> None:
+        """Gives the memory of elements back; where they are used again, they are read again.
+
+        piece: which elements of the flat tensor.
+        """
+        self._advise(piece, "MADV_DONTNEED")
+
+    def _advise(self, piece: slice, advice: str) -> None:
+        size = self.tensor.itemsize
+        start = (self._start + piece.start * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = min(self._start + piece.stop * size, self._stop)
+        if hasattr(mmap, advice) and stop > start:
+            self._memory.madvise(getattr(mmap, advice), start, stop - start)
+
+
+class MappedFiles:
+    """Safetensors files that are mapped into memory once, whatever number of their tensors is used."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[mmap.mmap, int, dict[str, Any]]] = {}
+
+    def find(self, info: TensorInfo) -> MappedTensor | None:
+        """A tensor as it lies in its file; None where it is only a piece of one, or empty, or not aligned.
+
+        Raises InputError for a file that cannot be mapped.
+        """
+        if info.piece is not None or 0 in info.shape or info.dtype not in FLOATS:
+            return None
+        try:
+            memory, start, header = self._open.get(info.file) or self._map(info.file)
+        except (OSError, ValueError, struct.error) as error:
+            raise InputError(f"{info.file}: cannot be read ({error}); copy or download it again.") from None
+        first, last = (start + offset for offset in header[info.stored]["data_offsets"])
+        aligned = first % ((last - first) // math.prod(info.shape)) == 0
+        return MappedTensor(info, memory, first, last) if aligned else None
+
+    def _map(self, file: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
+        with file.open("rb") as stream:
+            memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        (length,) = struct.unpack("<Q", memory[:8])
+        self._open[file] = memory, 8 + length, json.loads(memory[8 : 8 + length])
+        return self._open[file]

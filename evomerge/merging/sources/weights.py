@@ -21,7 +21,7 @@ from evomerge.merging.sources.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from evomerge.merging.sources.adapters import Adapter, load_adapter
 from evomerge.merging.sources.references import ModelSource
 from evomerge.merging.sources.tensor_files import FLOATS as FLOATS
-from evomerge.merging.sources.tensor_files import TensorFiles, read_header
+from evomerge.merging.sources.tensor_files import MappedFiles, MappedTensor, TensorFiles, read_header
 from evomerge.merging.sources.tensor_files import TensorInfo as TensorInfo
 from evomerge.recipe import load as load_recipe
 from evomerge.seen import Digests
@@ -84,7 +84,7 @@ class Weights:
         Raises InputError for files that cannot be read or merged.
         """
         self.source = source if isinstance(source, ModelSource) else ModelSource(source)
-        self._files = TensorFiles()
+        self._files, self._mapped = TensorFiles(), MappedFiles()
         self._stored = self.table = _model_table(self.source.folder)
         self._adapter: Adapter | None = None
         if self.source.adapter is not None:
@@ -117,6 +117,14 @@ class Weights:
             raise InputError(f"{self.source}: the weights lack {name}; {choices(name, self._stored)}.")
         tensor = self._files.read(self._stored[own])
         return tensor if self._adapter is None else self._adapter.adapt(own, tensor, self._files.read)
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        """A tensor that `find` finds as it lies in its file; None where what `read` gives lies in no file."""
+        own = self._name(name)
+        adapter = self._adapter
+        if adapter is not None and (own in adapter.replaced or own in adapter.low_rank or own in adapter.shifts):
+            return None
+        return self._mapped.find(self._stored[own])
 
     def close(self) -> None:
         """Gives back the memory that reading has mapped, once no tensor needs it."""

@@ -86,6 +86,11 @@ def derived_again(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tenso
     base, own = inputs.base.double(), inputs.per_model
     deltas = [(tensor.double() - base).numpy() for tensor in inputs.tensors]
     models, alone = range(len(deltas)), np.eye(len(deltas))
+    whole = method.name in ("tsv", "iso", "wudi", "ace")
+    if whole and not (inputs.in_layer and deltas[0].ndim == 2):  # their authors average what is no matrix of a layer
+        ones = [leaves["alpha", None]] * len(deltas) if ("alpha", None) in leaves else None
+        weights = ones or [leaves["weight", index] * leaves["lambda", None] for index in models]
+        return base + sum(w * torch.from_numpy(d) for w, d in zip(weights, deltas, strict=True)) / len(deltas)
     if ("alpha", None) in leaves:
         part = derived.iso(deltas) if method.name == "iso" else derived.ace(deltas, inputs.shared["eps"])
         return base + leaves["alpha", None] * torch.from_numpy(part)

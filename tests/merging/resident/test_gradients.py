@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM
 
-from evomerge.layers import is_layer
+from evomerge.layers import is_layer, layer_index
 from evomerge.merging.building import load_config
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
@@ -107,6 +107,7 @@ def given(plan: MergePlan, merge: TensorMerge, weights: Weights) -> Inputs:
         shared=merge.shared,
         uniforms=lambda i: uniform_field(plan.seed, merge.positions[i], merge.name, tensors[i].numel(), "cpu"),
         rescale=plan.rescale,
+        in_layer=layer_index(merge.name) is not None,
     )
 
 

@@ -18,6 +18,7 @@ from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.kernels import uniform_field
 from evomerge.merging.plan import make_plan
 from evomerge.merging.resident.models import ResidentModels, fingerprint
+from evomerge.merging.resident.sources import OnDevice
 from evomerge.recipe import FilteredValue, Parameters, Provenance, Recipe, Slice, Source
 from tests.models import load_models
 
@@ -243,7 +244,7 @@ def test_a_model_with_a_value_that_is_not_finite_is_refused_when_it_is_loaded(ch
 
 def test_non_finite_weights_fail_the_candidate_and_name_the_first_tensor(tiny_models):
     models = load_models(tiny_models, tiny_models["base"], "cpu", "float32")
-    models._sources["first"]["model.layers.2.mlp.up_proj.weight"] = torch.full((48, 32), float("nan"))
+    models._sources["first"]["model.layers.2.mlp.up_proj.weight"] = OnDevice(torch.full((48, 32), float("nan")))
     for method in METHODS:
         with pytest.raises(CandidateFailed, match=r"non-finite weights .* in model\.layers\.2\.mlp\.up_proj\.weight$"):
             models.materialize(recipe(method))

@@ -55,6 +55,15 @@ def test_a_quantized_candidate_has_the_fingerprint_of_the_merge_and_nearly_its_a
     assert (approximate - exact).std() < 0.05 * exact.std()
 
 
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_quantized_weights_are_the_same_wherever_the_sources_live(tiny_models, place):
+    here, there = resident(tiny_models, quantized=True), resident(tiny_models, quantized=True, sources=place)
+    with torch.no_grad():
+        assert here.materialize(recipe("dare_ties"), True) == there.materialize(recipe("dare_ties"), True)
+    pairs = zip(here.model.state_dict().items(), there.model.state_dict().items(), strict=True)
+    assert all(one == other and torch.equal(mine, theirs) for (one, mine), (other, theirs) in pairs)
+
+
 def test_a_model_that_was_quantized_answers_like_one_that_never_was(tiny_models):
     tokens = torch.arange(12).view(1, 12)
     models, plain = resident(tiny_models, quantized=True), resident(tiny_models)

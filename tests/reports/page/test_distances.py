@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evomerge import library
+import evomerge
 from evomerge.recipe import single
 from evomerge.reports.page import distances as module
 from evomerge.reports.page.distances import Distances, distances
@@ -30,7 +30,7 @@ def test_distances_are_those_between_the_checkpoints(finished: Path, tmp_path: P
     assert best is not None
     recipe = best.candidate.recipe.model_copy(update={"dtype": run.config.evaluation.dtype})
     with pytest.warns(UserWarning, match="license"):
-        library.merge(recipe, tmp_path / "merged")
+        evomerge.merge(recipe, tmp_path / "merged")
     folders = {"base": run.config.base, **run.config.models, "merge": str(tmp_path / "merged")}
     tensors = {name: load_file(Path(folder) / "model.safetensors") for name, folder in folders.items()}
 
