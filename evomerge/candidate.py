@@ -9,7 +9,8 @@ from evomerge.outcomes import Outcomes
 from evomerge.recipe import Recipe
 
 Kind = Literal["control", "search"]
-Study = Literal["search", "subset", "selection", "heldout"]  # scores on a split's items, or on some of the search's
+# Scores on a split's items; on some of the search's; on all of the search's, with quantized weights.
+Study = Literal["search", "subset", "quantized", "selection", "heldout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,7 @@ class Evaluation:
     seconds: how long the evaluation took.
     truncated: how many prompts lost their beginning because the model's context is shorter.
     subset: the subset that was scored; None for the whole split.
+    quantize: how the weights were quantized before they were scored; None where they were not.
     """
 
     scores: Mapping[str, float] | None
@@ -154,6 +156,7 @@ class Evaluation:
     seconds: float = 0.0
     truncated: int = 0
     subset: Subset | None = None
+    quantize: str | None = None
 
     @property
     def failed(self) -> bool:

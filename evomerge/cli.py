@@ -356,6 +356,42 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
 
 
 @app.command()
+def doctor(
+    search: Annotated[
+        Path | None,
+        typer.Argument(metavar="SEARCH.yaml", help="The search to try [default: a small one]", show_default=False),
+    ] = None,
+    address: Address = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find out whether evomerge works on this machine or cluster: devices, memory, fingerprints, scores, a search."""
+    import tempfile
+    from dataclasses import asdict
+
+    from evomerge.doctor import examination
+    from evomerge.reports import terminal
+    from evomerge.zoo.small import write_search
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = search or write_search(Path(folder) / "small")
+        findings = []
+        for finding in examination.examine(path, tuple(set_ or ()), address):
+            findings.append(finding)
+            if not as_json:
+                terminal.fail(
+                    f"{finding.check}, {finding.where}: {'as expected' if finding.good else 'NOT AS EXPECTED'}"
+                )
+    healthy = bool(findings) and all(finding.good for finding in findings)
+    if as_json:
+        _print_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
+    else:
+        terminal.show_findings(terminal.console(), findings)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
 def convert(
     config: Annotated[
         Path, typer.Argument(metavar="FILE.yml", help="A mergekit-evolve config, or a recipe.", show_default=False)

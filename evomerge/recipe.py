@@ -174,6 +174,7 @@ class Provenance(Settings):
     candidate: the id of the candidate in its search.
     fingerprint: that of the merged weights.
     scores: the candidate's scores on search items, by objective.
+    quantized: how its weights were quantized for these scores; None where they were not.
     heldout: its scores on held-out items, by objective.
     table: those of the controls beside them, with intervals.
     verdicts: sentences that compare it with the best parent and the best control on held-out items.
@@ -189,6 +190,7 @@ class Provenance(Settings):
     candidate: str | None = None
     fingerprint: str | None = None
     scores: dict[str, float | None] | None = None
+    quantized: str | None = None
     heldout: dict[str, float | None] | None = None
     table: HeldoutTable | None = None
     verdicts: tuple[str, ...] = ()

@@ -134,7 +134,9 @@ class FakeWorker:
     """A worker that obeys the weight of a recipe's first model: negative raises, 2 kills the process, 3 hangs, 4 leaves
     a worker that is good for nothing, 5 makes a result of 150 MiB."""
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False
+    ) -> Evaluation:
         assert recipe.models is not None
         weight = recipe.models[0].parameters["weight"]
         assert isinstance(weight, float)
@@ -149,7 +151,9 @@ class FakeWorker:
         fingerprint = split if weight != 5 else "x" * (150 * 2**20)
         return Evaluation(scores={"score": weight}, items=1, fingerprint=fingerprint)
 
-    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard) -> Part:
+    def evaluate_shard(
+        self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard, quantized: bool = False
+    ) -> Part:
         whole = self.evaluate(recipe, split, subset)
         assert whole.scores is not None
         return Part(shard, whole.scores["score"] / shard.count, fingerprint=whole.fingerprint, seconds=1.0)
@@ -173,10 +177,14 @@ def make_fake_worker() -> FakeWorker:
 class WorkerThatNamesItsGpus:
     """Gives the GPUs that torch would see as its fingerprint."""
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False
+    ) -> Evaluation:
         return Evaluation(scores={"score": 0.0}, items=1, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
 
-    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard) -> Part:
+    def evaluate_shard(
+        self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard, quantized: bool = False
+    ) -> Part:
         return Part(shard, None, fingerprint=os.environ["CUDA_VISIBLE_DEVICES"])
 
     def join(self, split: Split, subset: Subset | None, parts: Sequence[Part]) -> Evaluation:

@@ -45,6 +45,7 @@ FLOORS = (
     "cli",
     "starting",
     "reports",
+    "doctor",
     "runs",
     "export",
     "evidence",

@@ -6,6 +6,7 @@ The archive is a set of Optuna studies in one storage, so that any Optuna dashbo
 - `heldout` has the scores of chosen candidates on items that the search never saw.
 - `selection`, where the config asks for it, has the scores on the items that decide among them.
 - `subset` has the scores on a subset of the search items; `search` then has only candidates scored on all of them.
+- `quantized` has the scores of quantized merges; `search` then has only the finalists, scored again unquantized.
 
 An evaluation is one transaction, written by `trials`.
 """
@@ -214,6 +215,7 @@ class Archive:
             seconds=attributes["seconds"],
             truncated=attributes.get("truncated", 0),
             subset=Subset(*attributes["subset"]) if "subset" in attributes else None,
+            quantize=attributes.get("quantize"),
         )
         arrival = Arrival(*attributes["arrival"]) if "arrival" in attributes else None
         return Record(candidate, evaluation, arrival)
@@ -338,13 +340,24 @@ class Archive:
         return sorted(self._records[study].values(), key=lambda record: place(record.candidate))
 
     def tried(self) -> list[Record]:
-        """Every candidate, in the same order as `records`: scored on all search items, or else on a subset of them."""
-        latest = {**self._records.get("subset", {}), **self._records["search"]}
+        """Every candidate, in the same order as `records`: scored on all search items, or else quantized, or else on a
+        subset of the items."""
+        latest = {record.candidate.id: record for record in self.steered()} | self._records["search"]
+        return sorted(latest.values(), key=lambda record: place(record.candidate))
+
+    def steered(self) -> list[Record]:
+        """Every candidate as `tried` has it, but with the scores that the search went by: where these are quantized,
+        finalists have them, too."""
+        latest = {**self._records.get("subset", {}), **self._records[steering(self._config)]}
         return sorted(latest.values(), key=lambda record: place(record.candidate))
 
     def arrivals(self) -> list[Record]:
         """The search candidates of an asynchronous search in the order in which their evaluations came."""
-        recorded = [(record.arrival.number, record) for record in self._records["search"].values() if record.arrival]
+        recorded = [
+            (record.arrival.number, record)
+            for record in self._records[steering(self._config)].values()
+            if record.arrival
+        ]
         return [record for _, record in sorted(recorded, key=lambda pair: pair[0])]
 
     def record_end(self, budget: float) -> None:
@@ -437,6 +450,8 @@ def _attributes(candidate: Candidate, evaluation: Evaluation, arrival: Arrival |
         attributes["error"] = evaluation.error
     if evaluation.subset is not None:
         attributes["subset"] = [evaluation.subset.number, evaluation.subset.share]
+    if evaluation.quantize is not None:
+        attributes["quantize"] = evaluation.quantize
     if evaluation.truncated:
         attributes["truncated"] = evaluation.truncated
     if evaluation.outcomes:
@@ -446,7 +461,14 @@ def _attributes(candidate: Candidate, evaluation: Evaluation, arrival: Arrival |
 
 def studies(config: SearchConfig) -> tuple[Study, ...]:
     """The studies that a search keeps."""
-    return ("subset", *config.splits) if config.subsets is True else config.splits
+    kept: list[Study] = ["subset"] if config.subsets is True else []
+    kept += ["quantized"] if config.evaluation.quantize is not None else []
+    return (*kept, *config.splits)
+
+
+def steering(config: SearchConfig) -> Study:
+    """The study of the scores on all search items that a search goes by."""
+    return "quantized" if config.evaluation.quantize is not None else "search"
 
 
 def _completed(recorded: dict[str, Any]) -> dict[str, Any]:

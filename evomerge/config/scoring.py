@@ -203,6 +203,8 @@ class EvaluationConfig(Settings):
     dtype: the dtype of models in memory; `auto` is the one that most of the base's tensors are stored in.
     batch_size: how many rows a model reads at a time.
     threads: CPU threads of a worker.
+    quantize: `int8` keeps the linear layers of candidates in 8 bits while the search goes on, for cards with little
+        memory. The best of them are then scored again unquantized, and only such scores choose among them.
     compile: whether merges run as compiled code; `auto` compiles those of large models on CPUs that have a compiler,
         where the bits are those of uncompiled code.
     sources: where the models that are merged live, which changes no bit. `device` holds them where they are merged,
@@ -226,6 +228,7 @@ class EvaluationConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: int = Field(default=128, ge=1)
     threads: int = Field(default=1, ge=1)
+    quantize: Literal["int8"] | None = None
     compile: bool | Literal["auto"] = "auto"
     sources: Literal["auto", "device", "host", "disk"] = "auto"
     fields: Literal["auto", "kept", "made"] = "auto"

@@ -212,6 +212,7 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "report": [],
     "evaluation.sources": "auto",
     "evaluation.fields": "auto",
+    "evaluation.quantize": None,
     "optimizer.stop_after": None,
     "optimizer.learning": LearningConfig().model_dump(mode="json"),
     "optimizer.stages.scaled": False,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evomerge.archive.archive import Record
-from evomerge.config.base import Split
+from evomerge.candidate import Study
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
 from evomerge.evidence.statistics import Floats, holm, interval, mcnemar, sign_flip, weighted_difference
@@ -87,7 +87,7 @@ class Kept:
 
     parent: str
     metric: str
-    items: Split
+    items: Study
     parent_score: float
     score: float
     kept: float | None
@@ -283,7 +283,7 @@ def retention(results: Results, candidate: str) -> list[Kept]:
     candidate: the candidate's id.
     """
     archive = results.archive
-    split: Split = "heldout" if archive.find(candidate, "heldout") is not None else "search"
+    split: Study = "heldout" if archive.find(candidate, "heldout") is not None else results.study
     rows = []
     for name in results.config.models:
         metric = _own_best(results, f"{PARENT}-{name}", split)
@@ -302,9 +302,9 @@ def retention(results: Results, candidate: str) -> list[Kept]:
     return rows
 
 
-def _own_best(results: Results, parent: str, split: Split) -> ObjectiveConfig | None:
+def _own_best(results: Results, parent: str, split: Study) -> ObjectiveConfig | None:
     measured, reported = results.config.measured, results.config.reported
-    lead, metric = _leading(results, parent, measured, "search")
+    lead, metric = _leading(results, parent, measured, results.study)
     if lead > 0 or split != "heldout":
         return metric
     lead, other = _leading(results, parent, reported[len(measured) :], "heldout")
@@ -312,11 +312,11 @@ def _own_best(results: Results, parent: str, split: Split) -> ObjectiveConfig | 
 
 
 def _leading(
-    results: Results, parent: str, metrics: Sequence[ObjectiveConfig], split: Split
+    results: Results, parent: str, metrics: Sequence[ObjectiveConfig], study: Study
 ) -> tuple[float, ObjectiveConfig | None]:
     """By how much a parent leads the base on its best metric, 0 where it leads on none, and that metric."""
     names = [BASE, *(f"{PARENT}-{name}" for name in results.config.models)]
-    records = {name: results.archive.find(name, split) for name in names}
+    records = {name: results.archive.find(name, study) for name in names}
     scores = {name: record.evaluation.scores for name, record in records.items() if record and record.evaluation.scores}
     if parent not in scores or BASE not in scores:
         return 0.0, None

@@ -29,7 +29,7 @@ def compared(results: Results) -> list[tuple[str, Record]]:
 
     Of a family of controls, the best on search items is shown; of the essential controls, all are.
     """
-    records = results.archive.records()
+    records = results.records()
     rows = []
     for name in dict.fromkeys(family(record.candidate) for record in records):
         members = [record for record in records if family(record.candidate) == name]

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from evomerge.archive.archive import Record
-from evomerge.config.base import Split
+from evomerge.candidate import Study
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.evidence.comparison import against, sentence
 from evomerge.search.best import best_of, means
-from evomerge.search.criteria import Criteria
 from evomerge.search.results import Results, all_failed, none_feasible
 
 
@@ -22,11 +21,11 @@ def choose(results: Results, candidate: str | None, prefer: Sequence[str]) -> Re
     Raises InputError for an id or preferences that cannot be used, and WorkFailed where all candidates failed or none
     keeps to the constraints.
     """
-    records = results.archive.records()
+    records = results.records()
     if candidate is not None and prefer:
         raise InputError(f"--candidate {candidate} and --prefer {prefer[0]} were both given; give one of them.")
     if candidate is not None:
-        return _by_id(records, results.criteria(), candidate)
+        return _by_id(results, candidate)
     best = _preferred(results, prefer) if prefer else results.best()
     if best is None and all(record.evaluation.failed for record in records):
         raise InputError("the archive holds no successful evaluation yet, so there is nothing to export.")
@@ -38,8 +37,9 @@ def choose(results: Results, candidate: str | None, prefer: Sequence[str]) -> Re
     return best
 
 
-def _by_id(records: Sequence[Record], criteria: Criteria, candidate: str) -> Record:
-    by_id = {record.candidate.id: record for record in records}
+def _by_id(results: Results, candidate: str) -> Record:
+    whole = [record for record in results.archive.tried() if record.evaluation.subset is None]
+    by_id = {record.candidate.id: record for record in whole}
     if candidate not in by_id:
         shown = choices(candidate, by_id) if len(by_id) <= 12 else "`evomerge candidates` lists them"
         raise InputError(f"--candidate {candidate}: no such candidate in this run; {shown}.")
@@ -47,7 +47,7 @@ def _by_id(records: Sequence[Record], criteria: Criteria, candidate: str) -> Rec
         raise InputError(f"--candidate {candidate} failed ({by_id[candidate].evaluation.error}); choose another.")
     broken = [
         f"{limit}, while it reaches {scores[limit.name]:.3f}"
-        for limit in criteria.limits
+        for limit in results.judge(by_id[candidate]).limits
         if (scores := by_id[candidate].evaluation.scores) is not None and limit.violation(by_id[candidate].evaluation)
     ]
     if broken:
@@ -99,11 +99,16 @@ def warnings(record: Record, results: Results) -> list[str]:
             else "a model unchanged"
         )
         sentences.append(f"{record.candidate.id} is a control, {what}, and no candidate of the search.")
-    splits: dict[Split, str] = {"search": "search", "heldout": "held-out"}
-    for split, items in splits.items():
-        records = results.archive.records(split)
-        mine = results.archive.find(record.candidate.id, split)
-        criteria = results.criteria(split)
+    if record.evaluation.quantize is not None:
+        sentences.append(
+            f"{record.candidate.id} was scored with quantized weights ({record.evaluation.quantize}), and what ships "
+            "is unquantized; `evomerge evaluate` scores that."
+        )
+    studies: dict[Study, str] = {results.study: "search", "heldout": "held-out"}
+    for study, items in studies.items():
+        records = results.archive.records(study)
+        mine = results.archive.find(record.candidate.id, study)
+        criteria = results.criteria(study)
         rival = best_of([other for other in records if other.candidate.kind == "control"], criteria)
         if mine is None or rival is None or rival.candidate.id == record.candidate.id:
             continue

@@ -37,6 +37,7 @@ def shared_recipe(record: Record, results: Results, models: Models) -> Recipe:
             "candidate": record.candidate.id,
             "fingerprint": record.evaluation.fingerprint,
             "scores": _scores(record),
+            "quantized": record.evaluation.quantize,
             "heldout": _scores(heldout) if heldout else None,
             "table": heldout_table(results, record.candidate.id),
             "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},

@@ -18,8 +18,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from evomerge.archive.archive import steering
 from evomerge.candidate import Candidate
 from evomerge.config.search import SearchConfig
+from evomerge.doctor import Finding
 from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
 from evomerge.evidence.comparison import sentence
 from evomerge.optimizers.make import FORWARD_PASSES
@@ -28,7 +30,13 @@ from evomerge.reports.progress import pace_of
 from evomerge.runs.journal import Opened, OpenRun
 from evomerge.search.results import Results
 
-TITLES = {"subset": "search", "search": "search", "selection": "selection", "heldout": "held-out"}
+TITLES = {
+    "subset": "search",
+    "quantized": "search",
+    "search": "search",
+    "selection": "selection",
+    "heldout": "held-out",
+}
 _RATE_WINDOW = 40
 _PLAIN_EVERY = 25
 _FRONT_ROWS = 8
@@ -113,11 +121,12 @@ class SearchView:
             self._say(f"warning: {study} items: {truncation(truncated)}")
         if event.evaluation.failed:
             self._say(f"{candidate} failed: {event.evaluation.error}")
-        if study not in ("search", "subset"):
+        if study not in (steering(self._run.config), "subset"):
             if self._live is not None:
-                self._progress.update(self._task, description=f"{TITLES[study]} scores", pace="")
+                title = "unquantized" if study == "search" else TITLES[study]
+                self._progress.update(self._task, description=f"{title} scores", pace="")
             return
-        if study == "search" and self._run.archive.find(candidate, "subset") is not None:
+        if study != "subset" and self._run.archive.find(candidate, "subset") is not None:
             return  # counted when it was scored on the subset
         self._count += 1
         self._finished.append(time.monotonic())
@@ -390,7 +399,8 @@ def show_front(output: Console, results: Results, most: int | None = None) -> No
         *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in results.config.measured),
         Column(mean, [f"{_mean(row.mean)} / {_mean(row.heldout_mean)}" for row in rows]),
     ]
-    show_table(output, f"{title}, on search / held-out items", [*columns, *_notes(rows)])
+    how = " (quantized)" if results.study == "quantized" else ""
+    show_table(output, f"{title}, on search{how} / held-out items", [*columns, *_notes(rows)])
     _explain(output, mean)
 
 
@@ -429,7 +439,8 @@ def _note(row: views.CandidateView) -> str:
     if row.error:
         return f"failed: {row.error}"
     breaks = ["breaks a constraint"] if row.feasible is False else []
-    return "; ".join(dict.fromkeys([*breaks, *filter(None, [row.heldout_missing])]))
+    scored = [f"scored in {row.quantize}"] if row.quantize is not None else []
+    return "; ".join(dict.fromkeys([*scored, *breaks, *filter(None, [row.heldout_missing])]))
 
 
 def progress_tables(status: views.StatusView, config: SearchConfig, width: int) -> list[Table]:
@@ -494,6 +505,24 @@ def _spent(status: views.StatusView, config: SearchConfig) -> str:
     steps = f"{status.steps} steps along gradients, " if status.steps else ""
     spent = f"{status.equivalents:.1f} of {config.limit:g} forward-pass equivalents"
     return f"{spent} ({steps}{status.evaluations} candidates)"
+
+
+def show_findings(output: Console, findings: Sequence[Finding]) -> None:
+    """Prints what the doctor found.
+
+    output: where it is printed.
+    findings: in the order of the checks.
+    """
+    columns = [
+        Column("", ["ok" if finding.good else "OFF" for finding in findings], left=True),
+        Column("check", [finding.check for finding in findings], words=True),
+        Column("where", [finding.where for finding in findings], words=True),
+        Column("expected", [finding.expected for finding in findings], words=True),
+        Column("found", [finding.found for finding in findings], words=True),
+    ]
+    show_table(output, "", columns)
+    off = sum(not finding.good for finding in findings)
+    output.print(f"{len(findings)} findings, {f'{off} of them off' if off else 'all as expected'}", markup=False)
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:

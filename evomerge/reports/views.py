@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from evomerge.archive.archive import Record
-from evomerge.candidate import Evaluation
-from evomerge.config.base import SPLITS, Split
+from evomerge.archive.archive import Record, steering
+from evomerge.candidate import Evaluation, Study
+from evomerge.config.base import SPLITS
 from evomerge.evidence.comparison import Comparison, Kept, against, retention
 from evomerge.evidence.table import compared
 from evomerge.reports.progress import Pace
@@ -39,6 +39,9 @@ class CandidateView:
     error: why it failed; None where it did not.
     items: how many items it was scored on.
     subset: the share of the search items that it was scored on; None where it was scored on all.
+    quantize: how its weights were quantized for `scores`, which compare only with scores of the same kind; None where
+        they were not.
+    quantized: a finalist's scores from when its weights were quantized; None where it has none besides `scores`.
     fingerprint: of its weights; None where it failed before they were merged.
     mean: the weighted mean of the scores on search items; None where it failed.
     selection: the scores on selection items; None where it has none.
@@ -60,6 +63,8 @@ class CandidateView:
     error: str | None
     items: int
     subset: float | None
+    quantize: str | None
+    quantized: ScoresByName | None
     fingerprint: str | None
     mean: float | None
     selection: ScoresByName | None
@@ -206,13 +211,16 @@ class _Look:
 
     def __init__(self, results: Results) -> None:
         self._archive = results.archive
-        self._criteria: Mapping[Split, Criteria] = {split: results.criteria(split) for split in SPLITS}
-        self.why = _HeldoutReasons(results, self._criteria["search"])
+        known: list[Study] = list(dict.fromkeys([*SPLITS, steering(results.config)]))
+        self._criteria: Mapping[Study, Criteria] = {study: results.criteria(study) for study in known}
+        self.why = _HeldoutReasons(results, self._criteria[results.study])
 
     def at(self, record: Record) -> CandidateView:
         candidate, evaluation = record.candidate, record.evaluation
         selection, heldout = (self._archive.find(candidate.id, split) for split in SPLITS[1:])
-        whole = evaluation.subset is None
+        whole, how = evaluation.subset is None, evaluation.quantize
+        before = self._archive.find(candidate.id, "quantized") if how is None else None
+        criteria = self._criteria["search" if how is None else "quantized"]
         return CandidateView(
             id=candidate.id,
             kind=candidate.kind,
@@ -222,12 +230,14 @@ class _Look:
             genes=self._archive.genes(candidate),
             scores=_scores(evaluation),
             state="failed" if evaluation.failed else "done",
-            feasible=self._criteria["search"].feasible(evaluation) if whole else None,
+            feasible=criteria.feasible(evaluation) if whole else None,
             error=evaluation.error,
             items=evaluation.items,
             subset=evaluation.subset.share if evaluation.subset is not None else None,
+            quantize=how,
+            quantized=_scores(before.evaluation) if before else None,
             fingerprint=evaluation.fingerprint,
-            mean=_mean(record, self._criteria["search"]),
+            mean=_mean(record, criteria),
             selection=_scores(selection.evaluation) if selection else None,
             selection_mean=_mean(selection, self._criteria["selection"]),
             heldout=_scores(heldout.evaluation) if heldout else None,
@@ -275,6 +285,8 @@ class _HeldoutReasons:
             return "failed"
         if evaluation.subset is not None:
             return "scored on a subset of the search items only"
+        if evaluation.quantize is not None and self._results.study == "search":
+            return "scored with quantized weights only, and not among the finalists"
         if name in self._chosen:
             return "not scored on held-out items yet"
         if name in self._on_front:
@@ -297,7 +309,9 @@ def status(results: Results, running: bool) -> StatusView:
     running: whether a process is at work on the run.
     """
     archive, config, criteria = results.archive, results.config, results.criteria()
-    records, tried, best = archive.records(), archive.tried(), results.best()
+    records, tried, best = results.records(), archive.tried(), results.best()
+    steered = archive.records(steering(config))
+    told = results.criteria(steering(config))
     looked = _Look(results)
     searched = [record for record in tried if record.candidate.kind == "search"]
     controls = Count(len(tried) - len(searched), count_controls(config))
@@ -308,10 +322,10 @@ def status(results: Results, running: bool) -> StatusView:
         equivalents=round(results.equivalents, 2),
         steps=results.steps,
         controls=controls,
-        on_all_items=sum(record.candidate.kind == "search" for record in records),
+        on_all_items=sum(record.candidate.kind == "search" for record in steered),
         failed=sum(record.evaluation.failed for record in tried),
         failures=failures.counted(record.evaluation for record in tried),
-        infeasible=sum(not record.evaluation.failed and not criteria.feasible(record.evaluation) for record in records),
+        infeasible=sum(not record.evaluation.failed and not told.feasible(record.evaluation) for record in steered),
         front_size=len(looked.why.front),
         best_per_objective=_best_per_objective(records, criteria),
         mean=criteria.mean_name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from evomerge.archive.archive import Archive, Record
+from evomerge.archive.archive import Archive, Record, steering
 from evomerge.config.search import SearchConfig
 from evomerge.events import Evaluated, Event, Finished
 from evomerge.files import unwritten, write_text
@@ -59,8 +59,9 @@ class Journal:
     def __init__(self, run: OpenRun) -> None:
         self._run = run
         _end_line(run.directory / LOG_FILE)
-        best = run.results.best()
-        self._best = means([best], run.results.criteria())[0] if best else -math.inf
+        best, study = run.results.best(), run.results.study
+        alike = best is not None and study == steering(run.config)
+        self._best = means([best], run.results.criteria())[0] if best and alike else -math.inf
 
     def __call__(self, event: Event) -> None:
         """A listener of `Search`. Raises WorkFailed where the log cannot be written."""
@@ -70,8 +71,8 @@ class Journal:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
             raise unwritten(self._run.directory / LOG_FILE, error) from None
-        if isinstance(event, Evaluated) and event.study == "search":
-            criteria = self._run.results.criteria()
+        if isinstance(event, Evaluated) and event.study == steering(self._run.config):
+            criteria = self._run.results.criteria(event.study)
             mean = means([Record(event.candidate, event.evaluation)], criteria)[0]
             if mean > self._best and criteria.feasible(event.evaluation):
                 self._best = mean

@@ -11,6 +11,7 @@ from evomerge.optimizers.ranking import weighted_means
 from evomerge.search.controls import ESSENTIAL, family
 from evomerge.search.criteria import Criteria
 
+FINALISTS = 8  # of every family; a score of quantized weights is a little off, so the very best may lie behind others
 HELDOUT_FRONT = 20  # candidates: with many objectives a front is long, and held-out scores cost evaluations too
 
 
@@ -66,6 +67,29 @@ def front_of(records: Sequence[Record], criteria: Criteria) -> list[Record]:
     distinct = list(first.values())
     values = means(distinct, criteria)
     return [distinct[i] for i in sorted(range(len(distinct)), key=lambda i: -values[i])]
+
+
+def finalists(records: Sequence[Record], criteria: Criteria) -> list[Candidate]:
+    """The candidates that are scored again unquantized, in the order of the search.
+
+    These are the essential controls, the best of every family, as many of the search's as of any controls, and the best
+    of the front.
+
+    records: the records of quantized candidates on all search items.
+    criteria: those of these records.
+    """
+    chosen = [record for record in records if family(record.candidate) in ESSENTIAL]
+    for name in dict.fromkeys(family(record.candidate) for record in records):
+        rivals = [record for record in records if family(record.candidate) == name]
+        while rivals and sum(family(record.candidate) == name for record in chosen) < FINALISTS:
+            best = best_of(rivals, criteria)
+            if best is None:
+                break
+            chosen.append(best)
+            rivals = [record for record in rivals if record.evaluation.fingerprint != best.evaluation.fingerprint]
+    chosen += front_of(records, criteria)[:HELDOUT_FRONT]
+    by_id = {record.candidate.id: record.candidate for record in chosen if not record.evaluation.failed}
+    return sorted(by_id.values(), key=place)
 
 
 def reported(records: Sequence[Record], criteria: Criteria, watched: Collection[str] = ()) -> list[Candidate]:

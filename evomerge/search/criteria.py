@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.archive.archive import Archive
-from evomerge.candidate import Evaluation
-from evomerge.config.base import Split
+from evomerge.archive.archive import Archive, steering
+from evomerge.candidate import Evaluation, Study
 from evomerge.config.scoring import ConstraintConfig, ObjectiveConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
@@ -35,6 +34,7 @@ _OTHER_SCALES = {  # metrics whose scores may lie between 0 and 1 by chance
     "chrf",
     "ter",
 }
+_ON_SEARCH_ITEMS: tuple[Study, ...] = ("search", "quantized")
 _NEARLY_NOTHING = 1e-3  # of the largest score of a control: a smaller range says nothing about an objective's scale
 
 
@@ -156,39 +156,39 @@ def sign_of(metric: ObjectiveConfig | ConstraintConfig) -> float:
     return -1.0 if metric.goal == "minimize" else 1.0
 
 
-def criteria_of(archive: Archive, config: SearchConfig, split: Split = "search") -> Criteria:
-    """A search's criteria on a split, by the scores that base and parents have there.
+def criteria_of(archive: Archive, config: SearchConfig, study: Study = "search") -> Criteria:
+    """A search's criteria for the scores of a study, by those that base and parents have there.
 
     Costs are limited only on search items, since the time of an evaluation depends on how many items there are.
 
     archive: the search's.
     config: the search's.
-    split: the split.
+    study: the study.
     """
     names = [BASE, *(f"{PARENT}-{name}" for name in config.models)]
-    records = {name: archive.find(name, split) for name in names}
+    records = {name: archive.find(name, study) for name in names}
     parents = {name: record.evaluation for name, record in records.items() if record is not None}
     limits = [_limit(constraint, config, parents) for constraint in config.constraints]
-    if split == "search":
+    if study in _ON_SEARCH_ITEMS:
         limits += [Limit(cost.name, -1.0, -cost.max, "max") for cost in config.objectives if cost.max is not None]
-    return Criteria(config.objectives, tuple(limits), _scales(archive, config, split))
+    return Criteria(config.objectives, tuple(limits), _scales(archive, config, study))
 
 
-def _scales(archive: Archive, config: SearchConfig, split: Split) -> dict[str, Scale]:
-    """How scores on a split become gains, by objective. The gain of the base on that split is 0; the unit is the same
+def _scales(archive: Archive, config: SearchConfig, study: Study) -> dict[str, Scale]:
+    """How scores of a study become gains, by objective. The gain of the base in that study is 0; the unit is the same
     on all splits.
 
     Empty where all objectives with a weight lie between 0 and 1, and while no control has been scored.
     """
     names = [BASE, *(f"{PARENT}-{name}" for name in config.models), UNIFORM]
-    searched = [archive.find(name, "search") for name in names]
+    searched = [archive.find(name, study if study in _ON_SEARCH_ITEMS else "search") for name in names]
     control_scores = [
         record.evaluation.scores for record in searched if record is not None and record.evaluation.scores
     ]
     weighted = [objective for objective in config.objectives if objective.weight]
     if not control_scores or all(_between_0_and_1(objective, control_scores) for objective in weighted):
         return {}
-    base = archive.find(BASE, split)
+    base = archive.find(BASE, study)
     start = base.evaluation.scores if base is not None and base.evaluation.scores else control_scores[0]
     return {objective.name: _scale(objective, control_scores, start) for objective in weighted}
 
@@ -257,13 +257,13 @@ def check_limits(archive: Archive, config: SearchConfig, criteria: Criteria) -> 
 
     archive: the search's.
     config: the search's.
-    criteria: those of the search items.
+    criteria: those of the scores that the search goes by.
     Raises WorkFailed where a constraint has none, since the parent could not be scored.
     """
     for index, constraint in enumerate(config.constraints):
         limit = criteria.limits[index]
         name = references(constraint, config)[0]
-        record = archive.find(name, "search")
+        record = archive.find(name, steering(config))
         if np.isnan(limit.bound) and record is not None:
             raise WorkFailed(
                 f"constraints[{index}] keeps a share of what {name} scores on {limit.name}, but {name} could not be "

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from evomerge.archive.archive import Archive, Arrival, Record
+from evomerge.archive.archive import Archive, Arrival, Record, steering
 from evomerge.archive.gradients import GradientRecord, digest_of
 from evomerge.candidate import Candidate, Evaluation
 from evomerge.config.base import Split
@@ -180,12 +180,14 @@ class Search:
         where the archive does not fit the search.
         """
         self.pool.listener = self.archive.listener = self.listener
+        quantized = self.config.evaluation.quantize is not None
         shards = self.config.workers.shards
         self._workers = Sharing(self.pool, 1 if shards == "auto" else shards)  # a config from before shards has auto
         essential = FixedList(essential_controls(self.config))
-        self._drain([essential])
+        self._drain([essential], quantized)
         further = FixedList(further_controls(self.config, self.space))
-        self._drain([self._proposals(essential), further])
+        self._drain([self._proposals(essential), further], quantized)
+        self._drain([FixedList(self._results.finalists())])
         chosen = self._results.reported()
         for split in self.config.splits[1:]:
             self._drain([FixedList(chosen, split)])
@@ -201,7 +203,7 @@ class Search:
 
         essential: the essential controls, evaluated.
         """
-        criteria = self._results.criteria()
+        criteria = self._results.criteria(steering(self.config))
         scores = criteria.told(list(essential.evaluations.values()))
         ranking = Ranking(criteria.weights, elite=self.config.optimizer.ranking == "elite")
         ranking.observe(scores)
@@ -232,7 +234,7 @@ class Search:
         optimizer = make_optimizer(self.config.optimizer, problem)
         schedule = AsyncSchedule(optimizer, self.space, self.config, criteria.told)
         for record in self.archive.arrivals():
-            job = schedule.replayed(record)
+            job = replace(schedule.replayed(record), quantized=record.evaluation.quantize is not None)
             self._check_replay(job, record)
             schedule.receive(job, record.evaluation)
         return schedule
@@ -268,10 +270,13 @@ class Search:
         first, spent = (learning.candidates, learning.cost) if learning is not None else (0, 0.0)
         return Generations(optimizer, self.space, self.config, criteria, subsets, watch, first, spent)
 
-    def _drain(self, schedules: Sequence[Schedule]) -> None:
+    def _drain(self, schedules: Sequence[Schedule], quantized: bool = False) -> None:
         """Carries out all jobs that the schedules hand out. Jobs of an earlier schedule go first.
 
         Two jobs per worker and one more are kept in the pool, so that no worker waits for the archive.
+
+        schedules: where jobs come from.
+        quantized: whether merges are quantized before they are scored.
         """
         owners: dict[Any, Schedule] = {}
         while True:
@@ -279,6 +284,7 @@ class Search:
                 schedule, job = self._next(schedules)
                 if job is None or schedule is None:
                     break
+                job = replace(job, quantized=quantized)
                 if self._replayed(schedule, job):
                     continue
                 owners[job.key] = schedule
@@ -311,7 +317,8 @@ class Search:
             owner.receive_gradient(gradient)
             return
         assert isinstance(result, Evaluation)
-        evaluation = replace(result, subset=job.subset)
+        quantize = self.config.evaluation.quantize if job.quantized else None
+        evaluation = replace(result, subset=job.subset, quantize=quantize)
         self.archive.record(job.candidate, evaluation, job.study, owner.arrival())
         self.listener(Evaluated(job.candidate, evaluation, job.study))
         owner.receive(job, evaluation)

@@ -31,6 +31,7 @@ from evomerge.spaces.sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from evomerge.evaluation.loading import Target
+    from evomerge.workers.memory import MemoryPlan
 
 _WORTH_A_SUBSET = 100  # search items
 _WORTH_A_SHARD = 4e9  # parameters times search items: on one core some seconds
@@ -102,6 +103,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     loaded = load_targets(config.reported, config.tasks, config.evaluation)
     targets = forked(loaded)
     config = check_metrics(config, targets)
+    _check_quantized(config)
     if config.evaluation.backend == "vllm":
         check_greedy(targets, base.folder)
         _check_engine(config)
@@ -192,6 +194,8 @@ def _learning(
     prepared = replace(prepared, config=config, space=make_space(config, prepared.models))
     moved = _smooth_kinds(config, prepared)
     reason = None if moved else "none of its genes has a derivative by the first method"
+    if config.evaluation.quantize is not None:
+        reason = f"evaluation.quantize is {config.evaluation.quantize}, through which none of them can be followed"
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
         chat = config.evaluation.apply_chat_template
@@ -276,6 +280,19 @@ def _check_engine(config: SearchConfig) -> None:
         )
     assert config.evaluation.vllm.python is not None  # as the config has been checked
     check_interpreter(config.evaluation.vllm.python)
+
+
+def _check_quantized(config: SearchConfig) -> None:
+    """Raises InputError where the config asks for quantized candidates that there cannot be."""
+    hindrance = None
+    if config.space.changes_layers:
+        hindrance = f"space.kind is {config.space.kind}, whose candidates share most weights with the models in memory"
+    elif config.evaluation.backend == "vllm":
+        hindrance = "evaluation.backend is vllm, whose engine reads unquantized weights"
+    elif config.optimizer.stop_after is not None:
+        hindrance = "optimizer.stop_after asks for selection scores all along, which are never quantized"
+    if config.evaluation.quantize is not None and hindrance is not None:
+        raise InputError(f"evaluation.quantize is {config.evaluation.quantize}, but {hindrance}; remove one of them.")
 
 
 def reopen(config: SearchConfig) -> Prepared:
@@ -394,12 +411,21 @@ def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
             )
 
 
+def unquantized(config: SearchConfig) -> SearchConfig:
+    """The config of a search whose candidates are never quantized."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": None})})
+
+
 def summarize(prepared: Prepared) -> dict[str, Any]:
     """What a search will take, for JSON and tables: genes, candidates, items, and memory per worker in GiB."""
     from evomerge.workers.memory import plan_memory, shortage
 
     config = prepared.config
-    plan = plan_memory(config, prepared.space, prepared.models, prepared.targets)
+    loaded = prepared.models, prepared.targets
+    plan = plan_memory(unquantized(config), prepared.space, *loaded)
+    quantized = {}
+    if config.evaluation.quantize is not None:
+        quantized = {"gib_per_worker_quantized": _in_gib(plan_memory(config, prepared.space, *loaded))}
     short = shortage(config, plan)
     return {
         "models": {"base": config.base, **config.models},
@@ -422,6 +448,11 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "dtype": config.evaluation.dtype,
         "prefix_sharing": config.evaluation.prefix_sharing,
         "subsets": config.subsets,
-        "gib_per_worker": {name: round(size / 2**30, 3) for name, size in plan.parts().items()},
+        "gib_per_worker": _in_gib(plan),
+        **quantized,
         "warnings": [*prepared.warnings, *([short] if short else [])],
     }
+
+
+def _in_gib(plan: "MemoryPlan") -> dict[str, float]:
+    return {name: round(size / 2**30, 3) for name, size in plan.parts().items()}

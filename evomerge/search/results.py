@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.archive.archive import Archive, Record
-from evomerge.candidate import Candidate
-from evomerge.config.base import Split
+from evomerge.archive.archive import Archive, Record, steering
+from evomerge.candidate import Candidate, Study
 from evomerge.config.search import SearchConfig
 from evomerge.optimizers.make import FORWARD_PASSES
-from evomerge.search.best import best_of, best_searched, front_of, reported
+from evomerge.search.best import best_of, best_searched, finalists, front_of, reported
 from evomerge.search.controls import count_controls
 from evomerge.search.criteria import Criteria, criteria_of
 from evomerge.search.failures import counted
@@ -26,36 +25,59 @@ class Results:
     archive: Archive
     config: SearchConfig
 
-    def criteria(self, split: Split = "search") -> Criteria:
-        """What makes one candidate better than another on a split, by the scores of base and parents there."""
-        return criteria_of(self.archive, self.config, split)
+    def criteria(self, study: Study | None = None) -> Criteria:
+        """What makes one candidate better than another, by the scores of base and parents in a study; by default in
+        `study`."""
+        return criteria_of(self.archive, self.config, study or self.study)
+
+    @property
+    def study(self) -> Study:
+        """The study of the scores on all search items that choose the best and the front. Quantized scores do only
+        until all finalists have others, and are never compared with others."""
+        chosen = self.finalists()
+        whole = chosen and all(self.archive.find(candidate.id, "search") for candidate in chosen)
+        return "search" if whole or steering(self.config) == "search" else "quantized"
+
+    def finalists(self) -> list[Candidate]:
+        """The candidates that are scored again on search items, unquantized; none where nothing is quantized."""
+        if steering(self.config) == "search":
+            return []
+        return finalists(self.archive.records("quantized"), self.criteria("quantized"))
+
+    def records(self) -> list[Record]:
+        """The evaluations on all search items that can be compared with each other, in the order of the search."""
+        return self.archive.records(self.study)
+
+    def judge(self, record: Record) -> Criteria:
+        """The criteria for a record on search items, which may be quantized."""
+        return self.criteria("search" if record.evaluation.quantize is None else "quantized")
 
     def best(self) -> Record | None:
         """The best search candidate, or while there is none the best control; None where no candidate keeps to the
         limits.
 
-        It is chosen by scores on search items. Where the config asks for selection items, it is chosen among the
-        reported candidates by scores on selection items, once all reported candidates have these.
+        It is chosen by scores on search items (see `records`). Where the config asks for selection items, it is chosen
+        among the reported candidates by scores on selection items, once all reported candidates have these.
         """
-        records, criteria = self.archive.records(), self.criteria()
+        records, criteria = self.records(), self.criteria()
         contenders = self._contenders(criteria)
         if contenders is None:
             return best_searched(records, criteria)
         best = best_searched(contenders, self.criteria("selection"))
-        return self.archive.find(best.candidate.id, "search") if best is not None else None
+        return self.archive.find(best.candidate.id, self.study) if best is not None else None
 
     def _contenders(self, criteria: Criteria) -> list[Record] | None:
         """The records on selection items of the reported candidates that are feasible on search items.
 
         None where the config asks for no selection items, and until all reported candidates have such a record.
         """
-        if not self.config.items.selection:
+        if not self.config.items.selection or self.study == "quantized":
             return None
         chosen = [self.archive.find(candidate.id, "selection") for candidate in self.reported()]
         scored = [record for record in chosen if record is not None]
         if not scored or len(scored) < len(chosen):
             return None
-        feasible = {record.candidate.id for record in self.archive.records() if criteria.feasible(record.evaluation)}
+        feasible = {record.candidate.id for record in self.records() if criteria.feasible(record.evaluation)}
         return [record for record in scored if record.candidate.id in feasible]
 
     @property
@@ -64,7 +86,7 @@ class Results:
         counts as the share of the items that it is scored on, and a step along gradients as three times that."""
         learning = self.config.optimizer.learning
         records = (
-            self.archive.records("search"),
+            self.archive.records(steering(self.config)),
             self.archive.records("subset") if self.config.subsets is True else [],
         )
         searched = [record.evaluation for study in records for record in study if record.candidate.kind == "search"]
@@ -87,17 +109,19 @@ class Results:
         searched = sum(record.candidate.kind == "search" for record in tried)
         if searched < config.budget or len(tried) - searched < count_controls(config):
             return False
+        if self.study != "search":
+            return False
         return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in self.reported())
 
     def front(self) -> list[Record]:
         """The Pareto front on all search items, best mean first."""
-        return front_of(self.archive.records(), self.criteria())
+        return front_of(self.records(), self.criteria())
 
     def reported(self) -> list[Candidate]:
         """The candidates that get selection and held-out scores. Those that were scored on selection items while the
         search went on are among them."""
         watched = self.archive.records("selection") if self.config.optimizer.stop_after is not None else []
-        return reported(self.archive.records(), self.criteria(), [record.candidate.id for record in watched])
+        return reported(self.records(), self.criteria(), [record.candidate.id for record in watched])
 
 
 _REASONS = 3  # of failure that a sentence names
@@ -118,16 +142,19 @@ def none_feasible(results: Results) -> str:
     """A sentence for a search in which no candidate keeps to the constraints: what they ask, and which candidate comes
     closest."""
     archive = results.archive
-    selected = best_of(archive.records(), results.criteria()) is not None
-    split: Split = "selection" if selected else "search"  # where some keep to them on search items, none does there
+    selected = best_of(results.records(), results.criteria()) is not None
+    split: Study = (
+        "selection" if selected else results.study
+    )  # where some keep to them on search items, none does there
     criteria = results.criteria(split)
     asked = " and ".join(str(limit) for limit in criteria.limits)
     records = [record for record in archive.records(split) if not record.evaluation.failed]
     totals = criteria.violations([record.evaluation for record in records]).sum(axis=1)
+    items = "search" if split == "quantized" else split
     closest = records[int(np.argmin(totals))]
     scores = closest.evaluation.scores or {}
     reached = ", ".join(f"{name} {scores[name]:.3f}" for name in dict.fromkeys(limit.name for limit in criteria.limits))
     return (
-        f"no candidate keeps to the constraints on {split} items: {asked}; {closest.candidate.id} comes closest with "
+        f"no candidate keeps to the constraints on {items} items: {asked}; {closest.candidate.id} comes closest with "
         f"{reached}, so there is nothing to export; search longer, or ask for less."
     )

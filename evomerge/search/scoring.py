@@ -13,7 +13,7 @@ from evomerge.merging.sources import located
 from evomerge.merging.sources.models import Models, find_models
 from evomerge.merging.sources.preflight import preflight
 from evomerge.search.criteria import mean_of_scores
-from evomerge.search.preparation import prepare_file
+from evomerge.search.preparation import prepare_file, unquantized
 
 
 def score(
@@ -38,7 +38,7 @@ def score(
     if wanted is None:
         raise InputError(f"--split is {split}, but {search_file} has no items.selection; use search or heldout.")
     recipe = located.read(target, warn)
-    config, models = prepared.config, find_models(prepared.config.base, recipe.references)
+    config, models = unquantized(prepared.config), find_models(prepared.config.base, recipe.references)
     if recipe.models is not None and len(models) == 1:
         (alone,) = models.values()
         if layer_count(alone.table) != layer_count(prepared.models.table):  # a path's checkpoint stands for itself

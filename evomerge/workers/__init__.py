@@ -20,11 +20,15 @@ Result = Evaluation | Gradient | Part
 class Evaluator(Protocol):
     """What a pool runs: a `Worker`, or a stand-in in tests."""
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None, /) -> Evaluation:
-        """The evaluation of a recipe on a split, or on a subset of its items."""
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False, /
+    ) -> Evaluation:
+        """The evaluation of a recipe on a split, or on a subset of its items; of its quantized merge, if asked."""
         ...
 
-    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard, /) -> Part | Evaluation:
+    def evaluate_shard(
+        self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard, quantized: bool = False, /
+    ) -> Part | Evaluation:
         """One shard of a recipe's evaluation; a failed evaluation where the candidate fails."""
         ...
 
@@ -48,6 +52,7 @@ class Job:
     descent: what gradient is asked for; None for scores.
     shard: the shard of the evaluation that is asked for; None for the whole.
     parts: all shards of the evaluation, to be joined; empty where something is to be scored.
+    quantized: whether the merge is quantized before it is scored.
     """
 
     candidate: Candidate
@@ -56,6 +61,7 @@ class Job:
     descent: Descent | None = None
     shard: Shard | None = None
     parts: tuple[Part, ...] = ()
+    quantized: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -69,8 +75,10 @@ class Job:
 
     @property
     def study(self) -> Study:
-        """The study of the archive in which the evaluation is kept: the split's, or `subset`."""
-        return self.split if self.subset is None else "subset"
+        """The study of the archive in which the evaluation is kept: the split's, `subset`, or `quantized`."""
+        if self.subset is not None:
+            return "subset"
+        return "quantized" if self.quantized else self.split
 
     @property
     def key(self) -> tuple[str, Study, int | None]:
@@ -135,5 +143,5 @@ def _run(evaluator: Evaluator, job: Job) -> Result:
     if job.parts:
         return evaluator.join(job.split, job.subset, job.parts)
     if job.shard is not None:
-        return evaluator.evaluate_shard(recipe, job.split, job.subset, job.shard)
-    return evaluator.evaluate(recipe, job.split, job.subset)
+        return evaluator.evaluate_shard(recipe, job.split, job.subset, job.shard, job.quantized)
+    return evaluator.evaluate(recipe, job.split, job.subset, job.quantized)

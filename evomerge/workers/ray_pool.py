@@ -37,6 +37,7 @@ from evomerge.events import (
     WorkerRestarted,
     unheard,
 )
+from evomerge.versions import versions
 from evomerge.workers import Evaluator, Job, Result, run_guarded
 from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
 from evomerge.workers.waiting import Waiting
@@ -45,6 +46,7 @@ _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need n
 _BACKOFF = 0.3
 _POLL = 5.0
 _PATIENCE = 300.0
+_ANSWERED = 120.0  # seconds in which a node must say its versions
 _GROWTH = 10.0
 _COMPANY = 5.0  # for actors beyond the minimum; what an earlier driver held may take longer to come free
 _GPUS = ("cuda", "xpu")  # the kinds of devices that Ray counts as GPUs
@@ -121,6 +123,38 @@ def cluster_device(address: str) -> str:
     if not resources.get("GPU"):
         return "cpu"
     return "xpu" if any(name.startswith("accelerator_type:Intel-GPU") for name in resources) else "cuda"
+
+
+def versions_by_node(address: str | None) -> dict[str, dict[str, str] | str]:
+    """The versions of everything that a score depends on, on each node of a cluster, by the node's name; or why a node
+    did not say them.
+
+    address: the cluster's; None for a Ray that is started here.
+    Raises InputError where Ray cannot be reached.
+    """
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    ray = sys.modules["ray"] if connected else connect(address)
+    try:
+        asked = {node["NodeName"]: _asked_for_versions(ray, node["NodeID"]) for node in ray.nodes() if node["Alive"]}
+        return {name: _answer(ray, reference) for name, reference in asked.items()}
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _asked_for_versions(ray: Any, node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return ray.remote(versions).options(num_cpus=0, scheduling_strategy=there).remote()
+
+
+def _answer(ray: Any, reference: Any) -> dict[str, str] | str:
+    try:
+        told: dict[str, str] = ray.get(reference, timeout=_ANSWERED)
+    except Exception as error:  # whatever a broken node raises
+        return first_line(error)
+    return told
 
 
 def connect(address: str | None) -> Any:

@@ -68,6 +68,7 @@ class Worker:
             count,
             head_apart,
             *_placed(config, models, device, count, rehearsal),
+            bool(evaluation.quantize),
         )
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
@@ -81,7 +82,7 @@ class Worker:
         self._checkpointing = config.optimizer.learning.checkpointing
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
-        self._held: tuple[Recipe, str] | None = None  # the recipe whose merge is in memory, with its fingerprint
+        self._held: tuple[Recipe, bool, str] | None = None  # the recipe whose merge is in memory, with its fingerprint
         for split in config.splits:  # all of them now, so that an item that cannot be scored shows before the search
             self._harness.prepare(split)
         if engine is not None:
@@ -104,22 +105,27 @@ class Worker:
             with self.models.following(wanted), self._layers_again():
                 self._harness.rehearse_descent(self.models.candidate)
 
-    def evaluate(self, recipe: Recipe, split: Split, subset: Subset | None = None) -> Evaluation:
+    def evaluate(
+        self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False
+    ) -> Evaluation:
         """The evaluation of a recipe. Failures of the candidate are recorded in it, not raised.
 
         recipe: the candidate's.
         split: the split to score it on.
         subset: the part of the search items to score it on; None for all items.
+        quantized: whether the merge is quantized before it is scored.
         Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, and InputError for a
         recipe that does not fit the models.
         """
-        part = self.evaluate_shard(recipe, split, subset, WHOLE)
+        part = self.evaluate_shard(recipe, split, subset, WHOLE, quantized)
         return part if isinstance(part, Evaluation) else self.join(split, subset, [part])
 
-    def evaluate_shard(self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard) -> Part | Evaluation:
+    def evaluate_shard(
+        self, recipe: Recipe, split: Split, subset: Subset | None, shard: Shard, quantized: bool = False
+    ) -> Part | Evaluation:
         """One shard of a recipe's evaluation; a failed evaluation where the candidate fails.
 
-        recipe, split, subset: as in `evaluate`.
+        recipe, split, subset, quantized: as in `evaluate`.
         shard: the shard.
         Raises WorkerPoisoned and InputError as `evaluate` does.
         """
@@ -133,7 +139,7 @@ class Worker:
             costs = self._costs(time.perf_counter() - before)
             return Part(shard, answers, costs, fingerprint, time.perf_counter() - started)
 
-        return self._of_merge(recipe, score)
+        return self._of_merge(recipe, score, quantized)
 
     def join(self, split: Split, subset: Subset | None, parts: Sequence[Part]) -> Evaluation:
         """The evaluation that follows from all its shards, in any order. No model is needed for it.
@@ -181,17 +187,18 @@ class Worker:
 
         return self._of_merge(recipe, follow)
 
-    def _of_merge(self, recipe: Recipe, work: Callable[[str], T]) -> T | Evaluation:
+    def _of_merge(self, recipe: Recipe, work: Callable[[str], T], quantized: bool = False) -> T | Evaluation:
         """What some work on a recipe's merge returns; a failed evaluation where the merge or the work fails. A merge
         that is in memory is not made again.
 
         recipe: the candidate's.
         work: is given the fingerprint of the merge, which is in memory.
+        quantized: whether the merge is quantized.
         Raises WorkerPoisoned and InputError as `evaluate` does.
         """
         fingerprint = None
         try:
-            fingerprint = self._materialized(recipe)
+            fingerprint = self._materialized(recipe, quantized)
             return work(fingerprint)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
@@ -201,12 +208,12 @@ class Worker:
             self._check_alive(error)
             return failure(first_line(error), fingerprint)
 
-    def _materialized(self, recipe: Recipe) -> str:
-        """The fingerprint of a recipe's merge, which is in memory afterwards."""
-        if self._held is None or self._held[0] != recipe:
+    def _materialized(self, recipe: Recipe, quantized: bool) -> str:
+        """The fingerprint of a recipe's merge, which is in memory afterwards, quantized if asked."""
+        if self._held is None or self._held[:2] != (recipe, quantized):
             self._held = None  # until the merge is whole
-            self._held = recipe, self.models.materialize(recipe)
-        return self._held[1]
+            self._held = recipe, quantized, self.models.materialize(recipe, quantized)
+        return self._held[2]
 
     def _layers_again(self) -> AbstractContextManager[None]:
         """A context in which layers are computed again on the way back, where the config asks for it."""

@@ -73,7 +73,7 @@ def test_shards_joined_in_any_order_are_the_whole_evaluation_and_take_one_merge(
     whole, merges = worker.evaluate(merge(0.6), "search"), []
     worker.evaluate(merge(0.3), "search")
     materialize = worker.models.materialize
-    monkeypatch.setattr(worker.models, "materialize", lambda recipe: merges.append(recipe) or materialize(recipe))
+    monkeypatch.setattr(worker.models, "materialize", lambda *given: merges.append(given[0]) or materialize(*given))
     parts = [worker.evaluate_shard(merge(0.6), "search", None, Shard(number, count)) for number in range(count)]
     worker.evaluate_shard(merge(0.1), "search", None, Shard(0, 1))  # it holds another candidate when it joins
     assert without_time(worker.join("search", None, parts[::-1])) == without_time(whole)

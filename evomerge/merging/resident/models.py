@@ -29,6 +29,7 @@ from evomerge.merging.naming import check_view, naming_of
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.gradients import Followed, followed
 from evomerge.merging.resident.placement import place
+from evomerge.merging.resident.quantized import int8_layers, quantize, restore
 from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Rehearsed, Source, Where, finite
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
@@ -62,6 +63,7 @@ class ResidentModels:
         head_apart: bool = False,
         sources: Where = "device",
         fields: Kept = "kept",
+        quantized: bool = False,
     ) -> None:
         """models: the models that recipes may name. Every merge has the base's config.
         device: where they are, such as `cpu`.
@@ -73,6 +75,7 @@ class ResidentModels:
             source does not tie it, the head is a tensor of its own in any case.
         sources: where the tensors of the models live.
         fields: whether what is kept for each element is made again for every candidate.
+        quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
         Raises InputError for models that cannot be loaded, or do not fit.
         """
         self.devices = devices_of(device, count)
@@ -91,9 +94,11 @@ class ResidentModels:
             if rehearsal
             else load_model(skeleton, self._dtype, *([config] if apart else []))
         )
-        place(self.model, self.devices, 1 + len(models) * (sources == "device"))
         self._naming = naming_of(config, skeleton)
-        self._parameters = self._naming.weights(self.model)
+        if quantized:
+            quantize(self.model, self._naming)
+        place(self.model, self.devices, 1 + len(models) * (sources == "device"))
+        self._find()
         self._where, self._fields = sources, fields
         self._off_device = sources != "device" and (not rehearsal or is_accelerator(torch.device(device)))
         self._streams: dict[torch.device, CopyStream] = {}
@@ -102,6 +107,23 @@ class ResidentModels:
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
         self._plan: MergePlan | None = None
+
+    def _find(self) -> None:
+        """Finds the tensors of the resident model, and which of them are quantized."""
+        self._parameters = self._naming.weights(self.model)
+        self._int8 = int8_layers(self.model, self._naming)
+
+    def _hold(self, quantized: bool) -> None:
+        """Gives the resident model room for quantized candidates or for whole ones, and frees the other's."""
+        if quantized == bool(self._int8):
+            return
+        self._int8.clear()
+        self._parameters = {}
+        if quantized:
+            quantize(self.model, self._naming)
+        else:
+            restore(self.model)
+        self._find()
 
     def _resident(self, weights: Weights) -> dict[str, Source]:
         source, infos = weights.source, {}
@@ -145,22 +167,33 @@ class ResidentModels:
         return make_plan(recipe, self._parameters)
 
     @torch.no_grad()
-    def materialize(self, recipe: Recipe) -> str:
+    def materialize(self, recipe: Recipe, quantized: bool = False) -> str:
         """The fingerprint of a recipe's merge, which becomes `candidate` until the next one is made.
 
+        recipe: the candidate's.
+        quantized: whether `candidate` is quantized. The fingerprint is that of the merge before it is quantized.
         Raises CandidateFailed where a weight is not finite, and InputError for what cannot be merged.
         """
         plan = self.plan(recipe)
         _check_tokenizer(recipe)
-        parameters, made = self._make(plan)
-        bad = (~torch.isfinite(_extremes(made)).all(1)).nonzero().flatten().tolist() if made else []
+        self._hold(quantized)
+        if quantized:
+            sums, extremes = self._make_quantized(plan)
+            names = [tensor.name for tensor in plan.tensors]
+        else:
+            parameters, made = self._make(plan)
+            extremes, names = _extremes(made) if made else torch.zeros(0, 2), list(made)
+        bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
         if bad:
-            raise CandidateFailed(f"non-finite weights after the merge in {list(made)[bad[0]]}")
-        return fingerprint(parameters)
+            raise CandidateFailed(f"non-finite weights after the merge in {names[bad[0]]}")
+        return _joined(sums) if quantized else fingerprint(parameters)
 
     @torch.no_grad()
     def rehearse(self, recipe: Recipe) -> None:
         """Does everything that a candidate makes the device do, but reads no result back."""
+        if self._int8:
+            self._make_quantized(self.plan(recipe))
+            return
         parameters, made = self._make(self.plan(recipe))
         if made:
             _extremes(made)
@@ -176,6 +209,23 @@ class ResidentModels:
         self._naming.settle(self.model, self._parameters)
         self.candidate = self.model
         return self._parameters, self._parameters
+
+    def _make_quantized(self, plan: MergePlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Makes a quantized merge, which has one tensor at a time before it is quantized, and sets `candidate` to it.
+        Returns the checksums and extremes of the tensors as they were before."""
+        assert self._in_place(plan)  # as preparation refuses spaces that change layers
+        sums, extremes = [], []
+        for tensor in plan.tensors:
+            layer = self._int8.get(tensor.name)
+            out = self._parameters[tensor.name] if layer is None else layer.empty()
+            self._merge(plan, tensor, out)
+            sums.append(checksum(out, tensor.name))
+            extremes.append(torch.stack(out.aminmax()).to(torch.float32))
+            if layer is not None:
+                layer.take(out)
+        self._naming.settle(self.model, self._parameters)
+        self._plan, self.candidate = plan, self.model
+        return _gathered(sums), _gathered(extremes)
 
     def following(self, wanted: Sequence[str]) -> AbstractContextManager[Followed]:
         """A context that sums up the derivatives of losses by parameters of the last candidate's merge, while backward
@@ -322,7 +372,11 @@ def _extremes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     """The fingerprint of weights, 16 hexadecimal digits: the sum of the tensors' checksums, the same in any order and
     on any device."""
-    return f"{sum(checksums(parameters).tolist()) % (1 << 64):016x}"
+    return _joined(checksums(parameters))
+
+
+def _joined(sums: torch.Tensor) -> str:
+    return f"{sum(sums.tolist()) % (1 << 64):016x}"
 
 
 def checksums(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:

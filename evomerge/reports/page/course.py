@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from evomerge.archive.archive import Record
+from evomerge.archive.archive import Record, steering, studies
 from evomerge.archive.gradients import GradientRecord
 from evomerge.candidate import is_learned
 from evomerge.config.running import StageConfig
@@ -97,7 +97,7 @@ class Costs:
 def course(results: Results) -> Course:
     """The course of a search. Search candidates come in the order of the search, or in the order of their arrival where
     the search waits for no generation."""
-    criteria = results.criteria()
+    criteria = results.criteria(steering(results.config))
     records = _in_order(results)
     spent = list(_spending(results, records))
     points: list[Point] = []
@@ -118,9 +118,8 @@ def costs(results: Results) -> Costs:
     last = list(_spending(results, records))[-1] if records else Spent()
     tried = archive.tried()
     seconds = sum(record.seconds for record in archive.gradients())
-    for study in ("search", "subset", "selection", "heldout"):
-        if study in ("search", "subset", *results.config.splits) and (study != "subset" or _subsets(results)):
-            seconds += sum(record.evaluation.seconds for record in archive.records(study))
+    for study in studies(results.config):
+        seconds += sum(record.evaluation.seconds for record in archive.records(study))
     ahead = [record for record in archive.gradients() if record.step > last.steps or not records]
     trailing = _learned(results, ahead)
     searched = _added(last, trailing)
@@ -141,16 +140,12 @@ def losses(gradients: Sequence[GradientRecord]) -> dict[str, tuple[tuple[int, fl
 
 
 def _in_order(results: Results) -> list[Record]:
-    records = [record for record in results.archive.tried() if record.candidate.kind == "search"]
+    records = [record for record in results.archive.steered() if record.candidate.kind == "search"]
     return sorted(records, key=lambda record: record.arrival.number if record.arrival else -1)
 
 
 def _mean(record: Record, criteria: Criteria) -> float | None:
     return None if record.evaluation.failed else means([record], criteria)[0]
-
-
-def _subsets(results: Results) -> bool:
-    return results.config.subsets is True
 
 
 def _spending(results: Results, records: Sequence[Record]) -> Iterator[Spent]:
@@ -191,7 +186,7 @@ def _learned(results: Results, gradients: Sequence[GradientRecord]) -> Spent:
 def _evaluated(results: Results, record: Record) -> Spent:
     """What a candidate cost: on all search items, and before that on a subset of them."""
     identity = record.candidate.id
-    found = [results.archive.find(identity, study) for study in ("search", "subset")]
+    found = [results.archive.find(identity, study) for study in (steering(results.config), "subset")]
     evaluations = [other.evaluation for other in found if other is not None]
     passes = sum(1.0 if evaluation.subset is None else evaluation.subset.share for evaluation in evaluations)
     items = sum(evaluation.items for evaluation in evaluations)
@@ -200,7 +195,7 @@ def _evaluated(results: Results, record: Record) -> Spent:
 
 def _all_items(results: Results) -> int:
     """How many search items there are in all tasks."""
-    return max((record.evaluation.items for record in results.archive.records()), default=0)
+    return max((record.evaluation.items for record in results.archive.records(steering(results.config))), default=0)
 
 
 def _stage_marks(records: Sequence[Record], stages: Sequence[StageConfig]) -> Iterator[Mark]:

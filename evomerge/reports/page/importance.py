@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from evomerge.archive.archive import Record
+from evomerge.archive.archive import Record, steering
 from evomerge.quiet import quiet
 from evomerge.search.best import means
 from evomerge.search.results import Results
@@ -75,14 +75,14 @@ def features(results: Results, genes: Sequence[Gene]) -> Features:
     """
     grouped = len(genes) > MOST_GENES
     found = tuple(_groups(genes) if grouped else map(_alone, genes))
-    records = [record for record in results.archive.records() if _tells(record)]
+    records = [record for record in results.archive.records(steering(results.config)) if _tells(record)]
     told = [results.archive.genes(record.candidate) or {} for record in records]
     return Features(
         found,
         grouped,
         tuple(record.candidate.id for record in records),
         tuple(tuple(feature.of(genes) for feature in found) for genes in told),
-        tuple(means(records, results.criteria())),
+        tuple(means(records, results.criteria(steering(results.config)))),
     )
 
 

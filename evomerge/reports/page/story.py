@@ -46,8 +46,10 @@ class Story:
 
     @cached_property
     def whole(self) -> list[views.CandidateView]:
-        """The candidates with scores on all search items."""
-        return [row for row in self.rows if row.scores is not None and row.subset is None]
+        """The candidates with scores on all search items that can be compared with each other."""
+        quantized = self.run.results.study == "quantized"
+        rows = [row for row in self.rows if row.scores is not None and row.subset is None]
+        return [row for row in rows if (row.quantize is not None) == quantized]
 
     @cached_property
     def front(self) -> list[Record]:
