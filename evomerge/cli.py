@@ -626,19 +626,7 @@ def methods(as_json: AsJson = False) -> None:
     ]
     if as_json:
         return _print_json(rows)
-    for row in rows:
-        terminal.console().print(
-            f"{row['name']}: {row['models']}, base {row['base']}; per model {', '.join(row['per_model']) or '-'}; "
-            f"shared {row['shared'] or '-'}; searched {_kinds(row['search'], True)}, on request "
-            f"{_kinds(row['search'], False)}; {row['paper']}",
-            markup=False,
-        )
-    return None
-
-
-def _kinds(genes: Sequence[dict[str, Any]], searched: bool) -> str:
-    """The kinds of genes that are searched anyway, or on request."""
-    return ", ".join(gene["kind"] for gene in genes if gene["searched"] is searched) or "-"
+    return terminal.show_methods(terminal.console(), rows)
 
 
 @app.command()
@@ -651,19 +639,7 @@ def spaces(as_json: AsJson = False) -> None:
     rows = [space_row(kind, space) for kind, space in SPACES.items()]
     if as_json:
         return _print_json(rows)
-    for row in rows:
-        lines = [f"{row['kind']}: {row['description']}; {row['paper']}", "  options:"]
-        lines += [f"    {name}: {json.dumps(value)}" for name, value in row["options"].items()]
-        lines += ["  genes:", *(f"    {_gene(gene)}" for gene in row["genes"])]
-        terminal.console().print("\n".join(lines), markup=False)
-    return None
-
-
-def _gene(gene: dict[str, Any]) -> str:
-    """A kind of gene in a line."""
-    values = gene.get("choices") or f"{gene['low']:g} to {gene['high']:g}"
-    asked = "" if gene["searched"] else ", on request"
-    return f"{gene['kind']}: {values}, one per {gene['per']} ({gene['where']}{asked})"
+    return terminal.show_spaces(terminal.console(), rows)
 
 
 def _print_json(content: Any) -> None:

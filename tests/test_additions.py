@@ -153,7 +153,7 @@ def test_a_space_is_settings_a_class_and_a_row(
     evomerge("run", search, "--output", tmp_path / "run")
     searched = [row for row in content(tmp_path / "run") if row["kind"] == "search"]
     assert all(0 <= row["genome"][0] <= 0.5 for row in searched)
-    assert "between: one share; nobody's" in evomerge("spaces")
+    assert "between: one share\nnobody's" in evomerge("spaces")
     evomerge("export", tmp_path / "run", "--candidate", searched[-1]["id"], "-o", tmp_path / "recipe.yaml")
 
 

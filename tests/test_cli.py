@@ -114,12 +114,18 @@ def test_merge_and_evaluate_tell_what_they_ignore_of_a_recipe(
 def test_spaces_and_methods_speak_to_people_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "slerp.t: 0 to 1, one per group of tensors (space.parameters.slerp.t)" in shown(
-        monkeypatch, capsys, "spaces"
-    )
-    listed = shown(monkeypatch, capsys, "methods")
-    assert "della: 1 or more models" in listed
-    assert "searched weight, density, on request lambda, della.epsilon" in listed
+    monkeypatch.setenv("COLUMNS", "160")
+    searched = rows_of(shown(monkeypatch, capsys, "spaces"))
+    assert ["slerp.t", "0 to 1", "group of tensors", "space.parameters.slerp.t", "yes"] in searched
+    listed = rows_of(shown(monkeypatch, capsys, "methods"))
+    assert ["della", "1 or more", "weight, density, epsilon"] in [row[:3] for row in listed]
+    assert "weight, density (lambda, epsilon)" in next(row for row in listed if row[0] == "della")
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of each line of printed tables."""
+    lines = [line for line in table.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
 WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {

@@ -5,8 +5,10 @@ To add a check: write a generator of findings that takes a `Patient`, and put it
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evomerge.search.preparation import Prepared
+if TYPE_CHECKING:
+    from evomerge.search.preparation import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Patient:
 
     search: Path
     overrides: tuple[str, ...]
-    prepared: Prepared
+    prepared: "Prepared"
     address: str | None = None
 
     @property

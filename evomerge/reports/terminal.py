@@ -2,12 +2,13 @@
 rich.
 """
 
+import json
 import os
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -551,3 +552,74 @@ def fail(message: str) -> None:
 def warn(message: str) -> None:
     """Prints a warning on standard error; the work goes on."""
     fail(f"warning: {message}")
+
+
+def show_methods(output: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the merge methods in groups, and then where each was published.
+
+    rows: the methods as `evomerge methods --json` prints them.
+    """
+    on_base = [row for row in rows if row["base"] == "required"]
+    groups = {
+        "Several models on their base": [row for row in on_base if row["models"] != "1 model"],
+        "One model and the base": [row for row in on_base if row["models"] == "1 model"],
+        "Models, with or without a base": [row for row in rows if row["base"] != "required"],
+    }
+    for title, group in groups.items():
+        columns = [
+            Column("method", [row["name"] for row in group], left=True),
+            Column("models", [re.sub(" models?$", "", row["models"]) for row in group], left=True),
+            Column("for each", [", ".join(row["per_model"]) for row in group], words=True, left=True),
+            Column("for all", [_defaults(row["shared"]) for row in group], words=True, left=True),
+            Column("searched (on request)", [_searched(row) for row in group], words=True, left=True),
+        ]
+        show_table(output, title, columns)
+    papers = [Column("method", [row["name"] for row in rows], left=True)]
+    show_table(output, "Sources", [*papers, Column("source", [row["paper"] for row in rows], words=True, left=True)])
+
+
+def _defaults(shared: Mapping[str, Any]) -> str:
+    return ", ".join(name if value is None else f"{name} {_plain(value)}" for name, value in shared.items())
+
+
+def _searched(row: Mapping[str, Any]) -> str:
+    """The kinds of a method's genes, in brackets those that are searched on request only. Its own kinds go without its
+    name."""
+    anyway, asked = (
+        ", ".join(
+            gene["kind"].removeprefix(f"{row['name']}.") for gene in row["search"] if gene["searched"] is searched
+        )
+        for searched in (True, False)
+    )
+    return f"{anyway} ({asked})".strip() if asked else anyway
+
+
+def show_spaces(output: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the kinds of search spaces, each with its options and its genes.
+
+    rows: the spaces as `evomerge spaces --json` prints them.
+    """
+    for row in rows:
+        output.print(f"{row['kind']}: {row['description']}", markup=False)
+        output.print(row["paper"], markup=False)
+        options, genes = row["options"], row["genes"]
+        values = Column("default", [_plain(value) for value in options.values()], words=True, left=True)
+        show_table(output, "Options", [Column("option", list(options), left=True), values])
+        columns = [
+            Column("gene", [gene["kind"] for gene in genes], left=True),
+            Column("values", [_values(gene) for gene in genes], words=True, left=True),
+            Column("one per", [gene["per"] for gene in genes], words=True, left=True),
+            Column("set by", [gene["where"] for gene in genes], left=True),
+            Column("searched", ["yes" if gene["searched"] else "on request" for gene in genes], left=True),
+        ]
+        show_table(output, "Genes", columns)
+
+
+def _values(gene: Mapping[str, Any]) -> str:
+    choices: str | None = gene.get("choices")
+    return choices or f"{gene['low']:g} to {gene['high']:g}"
+
+
+def _plain(value: Any) -> str:
+    """A value as a search file has it."""
+    return value if isinstance(value, str) else json.dumps(value)

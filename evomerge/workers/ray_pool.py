@@ -173,7 +173,8 @@ def connect(address: str | None) -> Any:
         import ray
 
         with _own_sigterm():
-            ray.init(address=address, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local)
+            there = address or "local"  # without an address, Ray would look for a cluster that may be gone
+            ray.init(address=there, namespace="evomerge", log_to_driver=False, logging_level=logging.ERROR, **local)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         where = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "--address"
         raise InputError(

@@ -29,11 +29,6 @@ PRETEND = accelerator.install()
 HERE = torch.device(accelerator.NAME, 0)
 SEARCHES: dict[str, dict[str, Any]] = {
     "evolution": {},
-    "gradients": {
-        "space": {"layer_granularity": 2, "density": {"fixed": 1.0}, "tensor_weights": True},
-        "optimizer.learning": {"steps": 2, "every": 2, "share": 0.25, "shards": 2, "checkpointing": True},
-        "optimizer.stages": [{"name": name, "genes": ["weight"]} for name in ("learned", "group_evolution")],
-    },
     "views": {"space": {"kind": "data_flow", "max_layers": 6, "scale": {"low": 0.5, "high": 1.5}, "head": "free"}},
 }
 
