@@ -1,20 +1,19 @@
 """Whether the nodes of a Ray cluster have what this machine has."""
 
-import os
 from collections.abc import Iterator
 
 from evomerge.doctor import Finding, Patient
 from evomerge.versions import versions
+from evomerge.workers.ray_address import given
 from evomerge.workers.ray_pool import versions_by_node
 
 
 def nodes(patient: Patient) -> Iterator[Finding]:
     """The versions on each node of the cluster, beside those here. There is no finding where no cluster is used."""
-    address = patient.address or os.environ.get("RAY_ADDRESS")
     if patient.prepared.config.workers.pool != "ray" and not patient.address:
         return
     mine = versions()
-    for node, theirs in versions_by_node(address).items():
+    for node, theirs in versions_by_node(given(patient.address)).items():
         yield Finding("Ray", node, _listed(mine), _told(mine, theirs), theirs == mine)
 
 

@@ -36,17 +36,14 @@ class RunCandidate:
         return f"<candidate {self.id}{mean}>"
 
     def _repr_html_(self) -> str:
-        shown = [(split, scores, mean) for split, scores, mean in self._scored() if scores is not None]
-        return f"<p>{escape(self.id)}</p>{table_html(shown, views.status(self._run.results, False).mean)}"
-
-    def _scored(self) -> list[tuple[str, dict[str, float], float | None]]:
         view = self._view
-        pairs = (
+        splits = (
             ("search", view.scores, view.mean),
             ("selection", view.selection, view.selection_mean),
             ("held-out", view.heldout, view.heldout_mean),
         )
-        return [(split, scores, mean) for split, scores, mean in pairs if scores is not None]
+        shown = [(split, scores, mean) for split, scores, mean in splits if scores is not None]
+        return f"<p>{escape(self.id)}</p>{table_html(shown, self._run.results.criteria().mean_name)}"
 
     @property
     def recipe(self) -> Recipe:

@@ -146,12 +146,11 @@ class Run:
         ]
 
     def candidate(self, id: str) -> RunCandidate:
-        """A candidate by its id. Raises InputError where there is none on all search items, or it failed."""
-        by_id = self._views
-        record = self._opened.archive.find(id, "search")
-        if record is None:
+        """A candidate or control by its id. Raises InputError where there is none."""
+        by_id = {record.candidate.id: record for record in self._opened.archive.tried()}
+        if id not in by_id:
             raise InputError(f"{id}: no such candidate in {self.directory}; {choices(id, by_id)}.")
-        return RunCandidate(self._opened, record, by_id[id])
+        return RunCandidate(self._opened, by_id[id], self._views[id])
 
     def preferring(self, **weights: float) -> RunCandidate:
         """The candidate of the front with the best mean by other weights of the objectives.

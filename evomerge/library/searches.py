@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from evomerge.config import files
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, naming
 from evomerge.search.preparation import Prepared, prepare
+from evomerge.workers.ray_address import given
 
 GIVEN = "the search"  # what messages call a search that is no file
 AnySearch = str | Path | Mapping[str, Any] | SearchConfig
@@ -38,7 +38,7 @@ def prepared(
         document["objectives"] = [dict(objective) for objective in objectives]
     config = files.of_document(document, where, folder, overrides)
     with naming(where):
-        return prepare(config, address or os.environ.get("RAY_ADDRESS"))
+        return prepare(config, given(address))
 
 
 def _content(search: Mapping[str, Any] | SearchConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.workers import WorkerPool
 from evomerge.workers.pools import make_pool
+from evomerge.workers.ray_address import given
 
 _DIFFERENCES = 3  # between two searches that a message names
 
@@ -48,7 +49,7 @@ def start(
     again: whether the run is resumed where the directory already holds this very search.
     Raises InputError before anything is written, so the pool is made first.
     """
-    make = partial(prepare_file, search_file, overrides, address or os.environ.get("RAY_ADDRESS"))
+    make = partial(prepare_file, search_file, overrides, given(address))
     return begin(make, search_file, directory, address, listener, again)
 
 
@@ -189,7 +190,6 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
         run.archive.record_seen(run.prepared.seen)
     journal = Journal(run)
     journal(Started(os.getpid(), len(run.archive.tried())))
-
     tracking = Tracking(listener)
 
     def tell(event: Event) -> None:
@@ -205,7 +205,7 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts
             stopped = Stopped(type(error).__name__, str(error))
-            tracking(stopped)
             journal(stopped)
+            tracking(stopped)
         raise
     return run

@@ -15,6 +15,15 @@ _QUESTIONS = {False: "/ray.rpc.NodeInfoGcsService/GetClusterId", True: "/ray.rpc
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's switch for "this machine is 127.0.0.1"
 
 
+def given(address: str | None) -> str | None:
+    """The address of the cluster to use: the one that a user gives, else that of the environment, which Ray itself sets
+    for jobs; None to start a Ray here.
+
+    address: as a user gives it.
+    """
+    return address or os.environ.get("RAY_ADDRESS")
+
+
 def token_header() -> dict[str, str]:
     """The header that carries Ray's token; empty where there is no token. It is read where Ray itself looks for it."""
     token = os.environ.get("RAY_AUTH_TOKEN", "")

@@ -39,7 +39,7 @@ from evomerge.events import (
 )
 from evomerge.versions import versions
 from evomerge.workers import Evaluator, Job, Result, run_guarded
-from evomerge.workers.ray_address import LOOPBACK_ONLY, reach, token_header
+from evomerge.workers.ray_address import LOOPBACK_ONLY, given, reach, token_header
 from evomerge.workers.waiting import Waiting
 
 _DEPTH = 2  # jobs per actor: one runs, one waits there, so that an actor need not wait for the driver
@@ -214,7 +214,7 @@ class RayPool:
     def __post_init__(self) -> None:
         self.listener: Listener = unheard
         self._started_ray = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
-        address = self.address or os.environ.get("RAY_ADDRESS")
+        address = given(self.address)
         self._own_ray = self._started_ray and not address
         try:
             if self._started_ray:

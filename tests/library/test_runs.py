@@ -123,3 +123,16 @@ def test_what_a_notebook_shows_is_text(run: evomerge.Run) -> None:
 
 def test_the_page_lies_beside_the_run(run: evomerge.Run) -> None:
     assert run.report().read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_candidate_that_was_only_screened_is_found_and_loads_unquantized(tmp_path: Path) -> None:
+    search = small_search(optimizer={"evaluations": 24, "population": 8}, evaluation={"quantize": "int8"})
+    run = evomerge.search(search, output=tmp_path / "run")
+    screened = [id for id, row in run.candidates.iterrows() if row["subset"] is None and row["kind"] == "search"]
+    finalists = {candidate.id for candidate in run._opened.results.finalists()}
+    only = next(id for id in screened if id not in finalists)
+    candidate = run.candidate(only)
+    assert candidate.scores is not None
+    assert fingerprint(named_weights(candidate.load())) == candidate.fingerprint
+    with pytest.raises(InputError, match="no such candidate"):
+        run.candidate("g9999-99")

@@ -15,7 +15,7 @@ class Tracker(Protocol):
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Takes numbers.
 
-        step: the number of evaluations so far.
+        step: the number of candidates and controls that have been scored so far.
         values: the numbers, by names such as `search/math`.
         """
         ...

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evomerge.archive.archive import Record
+from evomerge.archive.archive import Record, steering
 from evomerge.config.tables import TRACKERS, imported
 from evomerge.errors import first_line
 from evomerge.events import Evaluated, Event, Finished, Listener, Stepped, Stopped, Warned
@@ -27,7 +27,6 @@ class Tracking:
         self._listener = listener
         self._trackers: dict[str, Tracker] = {}
         self._run: OpenRun | None = None
-        self._count = 0
         self._due = 0.0
 
     def __call__(self, event: Event) -> None:
@@ -46,7 +45,6 @@ class Tracking:
 
     def _open(self, run: OpenRun) -> None:
         self._run = run
-        self._count = len(run.archive.tried())
         for name in run.config.trackers:
             try:
                 self._trackers[name] = imported(TRACKERS[name].make)(run)
@@ -57,15 +55,15 @@ class Tracking:
 
     def _evaluated(self, event: Evaluated) -> None:
         assert self._run is not None
-        if event.study == "search":
-            self._count += 1
-        values = {f"{event.study}/{name}": score for name, score in (event.evaluation.scores or {}).items()}
-        if event.study == "search" and event.evaluation.scores is not None:
-            criteria = self._run.results.criteria()
-            values["search/mean"] = means([Record(event.candidate, event.evaluation)], criteria)[0]
-        values["seconds"] = event.evaluation.seconds
-        if event.study in ("search", "subset"):
-            self._numbers(values)
+        study, evaluation = event.study, event.evaluation
+        goes_by = steering(self._run.config)  # the study of the scores that the search goes by
+        if study in (goes_by, "subset"):
+            name = "search" if study == goes_by else study
+            values = {f"{name}/{metric}": score for metric, score in (evaluation.scores or {}).items()}
+            if study == goes_by and evaluation.scores is not None:
+                criteria = self._run.results.criteria(study)
+                values["search/mean"] = means([Record(event.candidate, evaluation)], criteria)[0]
+            self._numbers({**values, "seconds": evaluation.seconds})
         if time.monotonic() >= self._due:
             began = time.monotonic()
             self._numbers(summary(self._run))
@@ -87,8 +85,10 @@ class Tracking:
         self._trackers.clear()
 
     def _numbers(self, values: dict[str, float]) -> None:
+        assert self._run is not None
+        step = len(self._run.archive.tried())
         finite = {name: float(value) for name, value in values.items() if np.isfinite(value)}
-        self._each(lambda tracker: tracker.numbers(self._count, finite))
+        self._each(lambda tracker: tracker.numbers(step, finite))
 
     def _each(self, tell: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -116,7 +116,7 @@ def summary(run: OpenRun) -> dict[str, float]:
     if best is not None:
         values["best/mean"] = means([best], criteria)[0]
         values |= {f"best/{name}": score for name, score in (best.evaluation.scores or {}).items()}
-    controls = [record.evaluation for record in run.archive.records() if family(record.candidate) in ESSENTIAL]
+    controls = [record.evaluation for record in results.records() if family(record.candidate) in ESSENTIAL]
     scored = [evaluation for evaluation in controls if not evaluation.failed]
     if front and scored and len(run.config.objectives) <= _MOST_OBJECTIVES:
         scores = criteria.told([record.evaluation for record in front])

@@ -11,6 +11,7 @@ import evomerge
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import TRACKERS, TrackerRow
 from evomerge.errors import InputError
+from evomerge.events import Evaluated, Event
 from evomerge.runs.journal import OpenRun
 from tests.searches import small_search
 
@@ -87,6 +88,36 @@ def test_a_tracker_that_fails_does_not_stop_the_search(
     with pytest.warns(UserWarning, match=r"notes failed \(OSError: the network is gone\) and is told nothing more"):
         run = evomerge.search(small_search(optimizer=BUDGET, trackers=["notes"]), output=tmp_path / "run")
     assert run.state == "finished"
+
+
+def test_scores_of_quantized_weights_are_told_as_those_that_the_search_goes_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = noted(monkeypatch)
+    search = small_search(optimizer=BUDGET, trackers=["notes"], evaluation={"quantize": "int8"})
+    run = evomerge.search(search, output=tmp_path / "run")
+    (notes,) = made
+    scored = [(step, values["search/base_qa"]) for step, values in notes.rows if "search/base_qa" in values]
+    screened = run._opened.archive.records("quantized")
+    assert [score for _, score in scored] == [(record.evaluation.scores or {})["base_qa"] for record in screened]
+    assert [step for step, _ in scored] == list(range(1, len(screened) + 1))
+    assert notes.rows[-1][1]["front/size"] == len(run.front)
+
+
+def test_the_log_says_why_a_search_stopped_though_a_tracker_fails_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    noted(monkeypatch, "close")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Evaluated) and event.candidate.kind == "search":
+            raise evomerge.StopSearch
+
+    search = small_search(optimizer=BUDGET, trackers=["notes"])
+    run = evomerge.search(search, output=tmp_path / "run", callbacks=[stop])
+    assert run.state == "interrupted"
+    last = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    assert '"event": "stopped"' in last
 
 
 def test_trackers_change_neither_the_archive_nor_who_may_resume_it() -> None:
