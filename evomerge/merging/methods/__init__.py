@@ -5,6 +5,7 @@ row with mergekit, or with a second derivation in NumPy where it says `mergekit=
 """
 
 from dataclasses import replace
+from functools import partial
 
 from evomerge.errors import InputError, choices
 from evomerge.merging.methods.base import Method, Parameter, Range
@@ -49,6 +50,11 @@ def _task_vectors(
         slopes=("weight", "lambda"),
     )
 
+
+# Rows of methods that mergekit has not. They are smooth by a weight for each model and lambda, or by one alpha.
+_beyond = partial(Method, base="required", mergekit=False)
+_weighted = partial(_beyond, per_model=(WEIGHT,), shared=(LAMBDA,), slopes=("weight", "lambda"))
+_scaled = partial(_beyond, shared=(ALPHA,), slopes=("alpha",))
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -213,72 +219,46 @@ METHODS: dict[str, Method] = {
             most=1,
             slopes=("scale",),
         ),
-        Method(
+        _weighted(
             name="consensus",
             paper="Wang et al. 2024, Localizing task information (TALL masks), arXiv:2405.07813",
             function=merge_consensus,
-            base="required",
             per_model=(WEIGHT, Parameter("threshold", float, 0.4, search=Range(0.0, 1.0, 0.4, 0.1))),
             shared=(Parameter("agree", int, 2, search=Range(1, 3, 2, 1)), LAMBDA),
-            slopes=("weight", "lambda"),
-            mergekit=False,
         ),
-        Method(
+        _weighted(
             name="localize_and_stitch",
             paper="He et al. 2024, Localize-and-Stitch, arXiv:2408.13656",
             function=merge_localize_and_stitch,
-            base="required",
             per_model=(WEIGHT, replace(DENSITY, default=0.05, cuts=True)),
-            shared=(LAMBDA,),
-            slopes=("weight", "lambda"),
-            mergekit=False,
         ),
-        Method(
+        _weighted(
             name="tsv",
             paper="Gargiulo et al. 2024, Task singular vectors, arXiv:2412.00081",
             function=merge_tsv,
-            base="required",
-            per_model=(WEIGHT,),
-            shared=(LAMBDA,),
-            slopes=("weight", "lambda"),
-            mergekit=False,
         ),
-        Method(
+        _scaled(
             name="iso",
             paper="Marczak et al. 2025, No task left behind (Iso-C), arXiv:2502.04959",
             function=merge_iso,
-            base="required",
-            shared=(ALPHA,),
-            slopes=("alpha",),
-            mergekit=False,
         ),
-        Method(
+        _beyond(
             name="knots",
             paper="Stoica et al. 2024, Model merging with SVD to tie the KnOTS, arXiv:2410.19735",
             function=merge_knots,
-            base="required",
             per_model=(WEIGHT, replace(DENSITY, cuts=True)),
             shared=(Parameter("normalize", bool, True), Parameter("rescale", bool, False), LAMBDA),
-            mergekit=False,
         ),
-        Method(
+        _weighted(
             name="wudi",
             paper="Cheng et al. 2025, Whoever started the interference should end it, arXiv:2503.08099",
             function=merge_wudi,
-            base="required",
-            per_model=(WEIGHT,),
-            shared=(LAMBDA,),
-            slopes=("weight", "lambda"),
-            mergekit=False,
         ),
-        Method(
+        _scaled(
             name="ace",
             paper="Xu et al. 2026, ACE-Merging, arXiv:2603.02945",
             function=merge_ace,
-            base="required",
             shared=(ALPHA, Parameter("eps", float, 1e-2)),
-            slopes=("alpha",),
-            mergekit=False,
         ),
     )
 }
