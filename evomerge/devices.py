@@ -278,26 +278,6 @@ def _locks_pages(kind: str) -> bool:
         return False
 
 
-def lock_pages(memory: torch.Tensor, device: torch.device) -> bool:
-    """Has memory that exists already (such as memory that several processes share) stay where it is, so that a device
-    can fetch from it by itself. Returns whether that has succeeded; where not, copies only take longer.
-
-    memory: a contiguous tensor on the CPU. It must stay alive until `unlock_pages`.
-    device: what the memory's contents will be copied to.
-    """
-    return device.type == "cuda" and _runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0) in (0, None)
-
-
-def unlock_pages(memory: torch.Tensor) -> None:
-    """Undoes a `lock_pages` that has succeeded."""
-    _runtime().cudaHostUnregister(memory.data_ptr())
-
-
-def _runtime() -> Any:
-    cuda: Any = torch.cuda
-    return cuda.cudart()
-
-
 class CopyStream:
     """Copies to one device beside its other work. Where a device has no streams, each copy is done at once.
 

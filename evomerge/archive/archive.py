@@ -168,7 +168,7 @@ class Archive:
             study.set_user_attr("config", current)  # last: after a kill before it, all of this is done again
             return
         recorded = _completed(recorded)
-        difference = _first_difference(recorded, current)
+        difference = next(differences(recorded, current), None)
         if difference is not None:
             key, was, now = difference
             raise InputError(
@@ -477,10 +477,6 @@ def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
         return SearchConfig.model_validate(recorded).model_dump(mode="json", by_alias=True, exclude={"storage"})
     except ValidationError:
         return recorded
-
-
-def _first_difference(was: Any, now: Any) -> tuple[str, Any, Any] | None:
-    return next(differences(was, now), None)
 
 
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

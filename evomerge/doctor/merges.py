@@ -1,6 +1,5 @@
 """Whether all ways to make a merge make the same weights."""
 
-import math
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from evomerge.errors import InputError, first_line
 from evomerge.export import checkpoint
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.sources import Kept, Where
+from evomerge.merging.sources.tensor_files import parameter_count
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Recipe
 from evomerge.spaces import at
@@ -140,7 +140,7 @@ def _too_little(patient: Patient, device: torch.device, sources: Where) -> str |
 def _size(patient: Patient) -> int:
     """How many bytes a merge has."""
     width: int = getattr(torch, patient.prepared.config.evaluation.dtype).itemsize
-    return width * sum(math.prod(info.shape) for info in patient.prepared.models.table.values())
+    return width * parameter_count(patient.prepared.models.table)
 
 
 def _no_room(patient: Patient) -> str | None:

@@ -455,21 +455,18 @@ class _Batches:
     def truncated(self) -> int:
         return self.requests.truncated + self.texts.truncated
 
-    def units(self, shard: Shard) -> "list[_Unit]":
+    def units(self, shard: Shard) -> list[_Unit]:
         """The batches of a shard, in their order."""
         if shard.count not in self._shards:
             self._shards[shard.count] = _evenly(list(self._all_units()), shard.count)
         return self._shards[shard.count][shard.number]
 
-    def _all_units(self) -> "Iterator[_Unit]":
+    def _all_units(self) -> Iterator[_Unit]:
         for number, batch in enumerate(self.requests.batches):
             yield _Unit((number,), (), batch.ids.numel())
         texts = tuple(range(len(self.texts.batches)))
         for chosen in [texts] if texts and self._together else [(number,) for number in texts]:
-            batches = [self.texts.batches[number] for number in chosen]
-            yield _Unit(
-                (), chosen, sum(batch.ids.numel() + _WRITING * len(batch.ids) * batch.fresh for batch in batches)
-            )
+            yield _Unit((), chosen, sum(_cost(self.texts.batches[number]) for number in chosen))
 
     def _chosen(self, shard: Shard) -> tuple[list[int], list[int]]:
         """The numbers of a shard's batches: those of log-likelihoods, and those of texts."""

@@ -15,8 +15,9 @@ _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
 _FALLS_TO = 0.1
 _AVERAGED = 0.25  # of the steps, at the end
-# The rate was chosen on zoos 101 and 102 (scripts/train_zoo --seed); no figure for `learned` is about these. With more
-# genes a step moves a merge farther. That the rate falls with their number follows one trial: .04 suited 272 a model.
+# The rate was chosen on zoos 101 and 102 (scripts/train_zoo --seed); the docs mark figures for `learned` on these. With
+# more genes a step moves a merge farther. That the rate falls with their number follows one trial: .04 suited 272 a
+# model.
 _RATE, _GENES = 0.15, 60
 
 

@@ -7,7 +7,7 @@ evaluation from there, once its genome has been compared.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -181,8 +181,6 @@ class Search:
         """
         self.pool.listener = self.archive.listener = self.listener
         quantized = self.config.evaluation.quantize is not None
-        shards = self.config.workers.shards
-        self._workers = Sharing(self.pool, 1 if shards == "auto" else shards)  # a config from before shards has auto
         essential = FixedList(essential_controls(self.config))
         self._drain([essential], quantized)
         further = FixedList(further_controls(self.config, self.space))
@@ -193,6 +191,12 @@ class Search:
             self._drain([FixedList(chosen, split)])
         self.archive.record_end(self.config.limit)
         self.listener(Finished(len(self.archive.records())))
+
+    @cached_property
+    def _workers(self) -> Sharing:
+        """The pool, whose workers share what is left of a candidate."""
+        shards = self.config.workers.shards
+        return Sharing(self.pool, 1 if shards == "auto" else shards)  # a config from before shards has auto
 
     @property
     def _results(self) -> Results:

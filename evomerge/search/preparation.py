@@ -30,11 +30,12 @@ from evomerge.spaces.make import make_space
 from evomerge.spaces.sensitivity import sensitivity
 
 if TYPE_CHECKING:
+    from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import Target
     from evomerge.workers.memory import MemoryPlan
 
 _WORTH_A_SUBSET = 100  # search items
-_WORTH_A_SHARD = 4e9  # parameters times search items: on one core some seconds
+_WORTH_A_SHARD = 4e9  # parameters times search items; an estimate, which only decides how evenly workers are used
 _MOST_SHARDS = 32
 
 
@@ -85,12 +86,10 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
         check_metrics,
         distinct_tasks,
         exam_warnings,
-        fewest_items,
         forked,
         load_targets,
         of_metrics,
         only_reported,
-        without_items,
     )
     from evomerge.workers.worker import base_tokenizer
 
@@ -117,20 +116,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     division = Division(distinct_tasks(searched), config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
     _check_vocabularies(config, prepared)
-    resolved = config.model_copy(
-        update={
-            "optimizer": resolve(config.optimizer, len(space.genes), len(config.objectives), space.genes),
-            "evaluation": _evaluation(config, prepared.models, address),
-        }
-    )
-    _check_optimizer(resolved, space)
-    _check_named_once(resolved)
-    whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
-    parameters = sum(math.prod(info.shape) for info in prepared.models.table.values())
-    items = sum(len(division.of(task, "search")) for task in distinct_tasks(searched))
-    workers = config.workers.model_copy(update={"shards": resolve_shards(config, parameters, items)})
-    subsets = resolve_subsets(resolved, fewest, whole)
-    resolved = resolved.model_copy(update={"subsets": subsets, "workers": workers})
+    resolved = _resolved(config, prepared, targets, division, address)
     warnings = (
         *prepared.warnings,
         *filter(None, [doubt]),
@@ -141,6 +127,44 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     )
     seen = division.digests("search", "selection").union(*(few_shots.shown(task, division) for task in tasks))
     return Prepared(resolved, space, prepared.models, warnings, loaded, encoded(seen))
+
+
+def _resolved(
+    config: SearchConfig,
+    prepared: Prepared,
+    targets: "Mapping[str, Target]",
+    division: "Division",
+    address: str | None,
+) -> SearchConfig:
+    """The config with all automatic settings decided.
+
+    prepared: the search's space and models.
+    targets: the tasks.
+    division: how their items are divided.
+    The other parameters are those of `prepare`.
+    Raises InputError for settings that contradict each other.
+    """
+    from evomerge.evaluation.loading import distinct_tasks, fewest_items, of_metrics, without_items
+
+    genes = prepared.space.genes
+    resolved = config.model_copy(
+        update={
+            "optimizer": resolve(config.optimizer, len(genes), len(config.objectives), genes),
+            "evaluation": _evaluation(config, prepared.models, address),
+        }
+    )
+    _check_optimizer(resolved, prepared.space)
+    _check_named_once(resolved)
+    whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
+    searched = distinct_tasks(of_metrics(config.measured, targets))
+    items = sum(len(division.of(task, "search")) for task in searched)
+    shards = resolve_shards(config, parameter_count(prepared.models.table), items)
+    return resolved.model_copy(
+        update={
+            "subsets": resolve_subsets(resolved, fewest, whole),
+            "workers": config.workers.model_copy(update={"shards": shards}),
+        }
+    )
 
 
 def _check_trackers(config: SearchConfig) -> None:

@@ -143,9 +143,8 @@ def none_feasible(results: Results) -> str:
     closest."""
     archive = results.archive
     selected = best_of(results.records(), results.criteria()) is not None
-    split: Study = (
-        "selection" if selected else results.study
-    )  # where some keep to them on search items, none does there
+    # where some keep to the constraints on search items, none does on selection items
+    split: Study = "selection" if selected else results.study
     criteria = results.criteria(split)
     asked = " and ".join(str(limit) for limit in criteria.limits)
     records = [record for record in archive.records(split) if not record.evaluation.failed]

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
+_KEPT: list[Any] = []  # what must live as long as the process
 _aten = torch.ops.aten
 _CROSSING = {_aten.copy_.default, _aten._to_copy.default}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # which take their indices from the CPU, too
@@ -286,5 +287,5 @@ def install() -> Module:
     for name, operation in _chosen_by_kind():
         library.impl(name, _dispatching(operation), "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
-    install.kept = library  # type: ignore[attr-defined]
+    _KEPT.append(library)
     return module

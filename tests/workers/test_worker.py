@@ -188,9 +188,13 @@ def test_a_step_along_the_gradient_changes_the_loss_as_it_says(worker):
     assert slope == pytest.approx((loss(0.5 + step) - loss(0.5 - step)) / (2 * step), rel=1e-2, abs=1e-3)
 
 
-def test_shards_of_a_gradient_sum_up_to_the_whole(worker):
-    whole = worker.descend(merge(0.6), descent())
+def test_shards_of_a_gradient_sum_up_to_the_whole_and_take_one_merge(worker, monkeypatch):
+    whole, merges = worker.descend(merge(0.6), descent()), []
+    worker.descend(merge(0.3), descent())
+    materialize = worker.models.materialize
+    monkeypatch.setattr(worker.models, "materialize", lambda *given: merges.append(given[0]) or materialize(*given))
     parts = [worker.descend(merge(0.6), descent(shard=shard, shards=3)) for shard in range(3)]
+    assert len(merges) == 1
     largest = max(map(abs, whole.slopes.values()))
     for place, slope in whole.slopes.items():
         assert sum(part.slopes.get(place, 0.0) for part in parts) == pytest.approx(slope, rel=1e-3, abs=1e-5 * largest)

@@ -6,8 +6,6 @@ that were never quantized, and PyTorch's product with packed integers takes thre
 the head, norms and all else outside of linear layers stay as they are.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -101,8 +99,6 @@ def _linear(model: nn.Module, naming: Naming) -> dict[str, str]:
 
 
 def _whole(module: Int8Linear) -> nn.Linear:
-    made: Any = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(made)
-    made.in_features, made.out_features, made.bias = module.in_features, module.out_features, module.bias
-    made.weight = nn.Parameter(module.empty())
-    return made  # type: ignore[no-any-return]
+    made = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")  # which fills nothing
+    made.weight, made.bias = nn.Parameter(module.empty()), module.bias
+    return made

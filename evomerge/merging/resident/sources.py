@@ -8,7 +8,6 @@ A tensor that is not stored as it is merged (of an adapter, or a permuted one) c
 process in the host's memory, and made again for every candidate on the disk.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
@@ -19,7 +18,7 @@ from evomerge.devices import CopyStream, free_memory, is_accelerator
 from evomerge.merging.methods.kernels import pieces
 from evomerge.merging.methods.parts import Elements, part_of
 from evomerge.merging.sources.models import Models
-from evomerge.merging.sources.tensor_files import FLOATS, MappedTensor, TensorInfo
+from evomerge.merging.sources.tensor_files import FLOATS, MappedTensor, TensorInfo, parameter_count
 from evomerge.merging.sources.weights import Weights
 
 Where = Literal["device", "host", "disk"]
@@ -232,7 +231,7 @@ def resolve(sources: str, fields: str, models: Models, dtype: str, device: torch
     device: where models are merged.
     workers: how many workers the node has.
     """
-    elements = [sum(math.prod(info.shape) for info in model.table.values()) for model in models.values()]
+    elements = [parameter_count(model.table) for model in models.values()]
     widths = [max((_width(info) for info in model.table.values()), default=2) for model in models.values()]
     candidate = max(elements, default=0) * getattr(torch, dtype).itemsize
     chosen = choose(
