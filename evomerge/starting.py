@@ -197,8 +197,8 @@ def _choose_space(draft: Draft, prepared: "Prepared", budget: int) -> None:
     draft.say("space", f"What may vary. {method}: {why}. A list, such as [{method}, linear], lets the search choose.")
     draft.say(
         "space",
-        f"layer_granularity: {granularity} of the {layers} layers share their numbers, which makes "
-        f"{math.ceil(layers / granularity)} groups, as many as the budget can tell apart (at most {_GROUPS}).",
+        f"layer_granularity: {granularity} of the {layers} layers share their numbers, since the budget can tell "
+        f"{math.ceil(layers / granularity)} of at most {_GROUPS} groups apart.",
     )
 
 
