@@ -394,9 +394,9 @@ def show_front(output: Console, results: Results, most: int | None = None) -> No
     """
     front, mean = views.front(results), results.criteria().mean_name
     rows = front[:most]
-    title = f"Pareto front: {len(front)} candidate{'s' * (len(front) != 1)}" + (
-        f", the best {most}" if most and most < len(front) else ""
-    )
+    title = f"Pareto front: {len(front)} candidate{'s' * (len(front) != 1)}"
+    if most and most < len(front):
+        title += f", the best {most}"
     columns = [
         Column("", [row.id for row in rows], left=True),
         *(Column(metric.name, [_both(row, metric.name) for row in rows]) for metric in results.config.measured),
