@@ -278,19 +278,27 @@ def _pinned(config: SearchConfig) -> tuple[SearchConfig, Models]:
 
 
 def _device(config: SearchConfig, address: str | None) -> str:
-    """The device that the workers will have. Ray's workers may run on machines with GPUs though this one has none, so
-    the cluster is asked."""
-    name, workers = config.evaluation.device, config.workers
-    if workers.pool != "ray" or name not in ("auto", "cuda", "xpu"):
-        return resolve_device(name)
-    if name != "auto":
-        return name
-    if workers.num_gpus is None and address is not None:
-        from evomerge.workers.ray_pool import cluster_device
+    """The device that the workers will have. Workers of a Ray cluster may run on machines with GPUs though this one has
+    none, so the search file is believed, or the cluster is asked. A Ray that is started here has what this machine has.
 
-        return cluster_device(address)
-    here = resolve_device(name)
-    return "cuda" if workers.num_gpus and here == "cpu" else here
+    Raises InputError where the workers would not have the device.
+    """
+    name, workers = config.evaluation.device, config.workers
+    if workers.pool == "ray" and address is not None and name in ("auto", "cuda", "xpu"):
+        if name != "auto":
+            return name
+        if workers.num_gpus is None:
+            from evomerge.workers.ray_pool import cluster_device
+
+            return cluster_device(address)
+        return "cuda" if workers.num_gpus and resolve_device(name) == "cpu" else resolve_device(name)
+    device = resolve_device(name)
+    if workers.pool == "ray" and name == "auto" and device == "cpu" and workers.num_gpus:
+        raise InputError(
+            f"workers.num_gpus is {workers.num_gpus:g}, but torch sees no GPU here; give the --address of a Ray "
+            "cluster that has some, or leave it out."
+        )
+    return device
 
 
 def _check_engine(config: SearchConfig) -> None:
