@@ -340,20 +340,18 @@ def evaluate(
 
 
 @app.command()
-def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None:
+def check(search: SearchFile, address: Address = None, set_: Set = None, as_json: AsJson = False) -> None:
     """Validate a search without running it: models, tasks, dimensions, memory, cost."""
     from evomerge.reports import terminal
     from evomerge.search import preparation
+    from evomerge.workers.ray_address import given
 
-    summary = preparation.summarize(preparation.prepare_file(search, set_ or []))
+    summary = preparation.summarize(preparation.prepare_file(search, set_ or [], given(address)))
     if as_json:
         return _print_json(summary)
     for warning in summary.pop("warnings"):
         terminal.warn(warning)
-    for key, value in summary.items():
-        shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
-        terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)
-    return None
+    return terminal.show_summary(terminal.console(), summary)
 
 
 @app.command()

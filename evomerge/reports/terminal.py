@@ -559,6 +559,34 @@ def show_findings(output: Console, findings: Sequence[Finding]) -> None:
     output.print(f"{len(findings)} findings, {f'{off} of them off' if off else 'all as expected'}", markup=False)
 
 
+def show_summary(output: Console, summary: Mapping[str, Any]) -> None:
+    """Prints what a search will take, a line for everything that it has.
+
+    output: where it is printed.
+    summary: as `evomerge check --json` prints it.
+    """
+    for key, value in summary.items():
+        parts = value.items() if isinstance(value, Mapping) else None
+        if parts is not None:
+            named = [f"{name} {_plainly(part)}" for name, part in parts]
+            shown = ("; " if any("," in part for part in named) else ", ").join(named)
+        elif isinstance(value, list | tuple):
+            shown = ", ".join(map(_plainly, value))
+        else:
+            shown = "" if value is None or (value == 0 and value is not False) else _plainly(value)
+        if shown:
+            _sentence(output, f"{key.replace('_', ' ')}: {shown}")
+
+
+def _plainly(value: Any) -> str:
+    """A value as people write it; large whole numbers in groups of three digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if value >= 10_000 else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def show_failures(output: Console, counts: dict[str, int]) -> None:
     """Prints the commonest reasons why candidates failed.
 

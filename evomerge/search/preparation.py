@@ -22,7 +22,7 @@ from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.tensor_files import parameter_count, torch_dtypes
 from evomerge.optimizers.make import following_gradients, learns, resolve
-from evomerge.search.controls import check_controls, count_controls
+from evomerge.search.controls import check_controls, count_controls, start_of_weights
 from evomerge.seen import encoded
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.data_flow import DataFlowSpace
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _WORTH_A_SUBSET = 100  # search items
 _WORTH_A_SHARD = 4e9  # parameters times search items; an estimate, which only decides how evenly workers are used
 _MOST_SHARDS = 32
+_FEW_GENERATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,17 +460,22 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
     if config.evaluation.quantize is not None:
         quantized = {"gib_per_worker_quantized": _in_gib(plan_memory(config, prepared.space, *loaded))}
     short = shortage(config, plan)
+    warnings = [*prepared.warnings, *filter(None, [short, _few_generations(config)])]
     return {
         "models": {"base": config.base, **config.models},
         "parameters": sum(math.prod(info.shape) for info in prepared.models.table.values()),
         "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
+        "groups": dict(Counter(gene.group for gene in prepared.space.genes)),
+        "starts": _starts(config, prepared.space),
         "optimizer": ", then ".join(config.optimizer.names),
         "population": config.optimizer.population,
         "candidates": config.budget,
+        "generations": _generations(config),
         "equivalents": config.optimizer.equivalents,
         "steps": config.optimizer.learning.steps if config.optimizer.follows_gradients else 0,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
+        "metrics": {metric.name: metric.metric for metric in config.reported if metric.cost is None},
         "constraints": {
             f"{constraint.name} of {constraint.of or 'the best parent'}": constraint.retain
             for constraint in config.constraints
@@ -482,8 +488,43 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "subsets": config.subsets,
         "gib_per_worker": _in_gib(plan),
         **quantized,
-        "warnings": [*prepared.warnings, *([short] if short else [])],
+        "warnings": warnings,
     }
+
+
+def _generations(config: SearchConfig) -> int:
+    """How many generations the budget is at most."""
+    return math.ceil(config.budget / (config.optimizer.population or 1))
+
+
+def _few_generations(config: SearchConfig) -> str | None:
+    """A sentence where an optimizer that learns from generations sees too few of them; None elsewhere."""
+    row, generations = OPTIMIZERS[config.optimizer.name], _generations(config)
+    if not row.learns_ranks or generations >= _FEW_GENERATIONS:
+        return None
+    return (
+        f"the budget of {config.budget} candidates is {generations} generation{'s' * (generations > 1)} of "
+        f"{config.optimizer.population}, from which {config.optimizer.name} learns little; ask for more, or for a "
+        "smaller optimizer.population."
+    )
+
+
+def _starts(config: SearchConfig, space: SearchSpace) -> dict[str, Any]:
+    """Where a search starts, by the kind of gene: a value, the least and the largest of several, or in words."""
+    if config.space.merging is None:
+        return {"path": "the best of base and parents"}
+    starts: dict[str, Any] = {}
+    for kind in dict.fromkeys(gene.kind for gene in space.genes):
+        values = [
+            gene.choices[int(gene.start)] if gene.choices else gene.start for gene in space.genes if gene.kind == kind
+        ]
+        if kind == "weight" and start_of_weights(config) is None:
+            starts[kind] = "the best of base, parents and uniform merge"
+        elif len(set(values)) == 1 or isinstance(values[0], str):
+            starts[kind] = values[0]
+        else:
+            starts[kind] = f"{min(values):g} to {max(values):g}"
+    return starts
 
 
 def _in_gib(plan: "MemoryPlan") -> dict[str, float]:
