@@ -23,7 +23,7 @@ MEAN = "mean of all"
 ROLES: Mapping[str, tuple[str, str, str, int]] = {  # title, color, symbol, size
     "search": ("candidates", "#8a97a8", "circle", 6),
     "front": ("front", "#2f7ed8", "circle", 9),
-    "control": ("other controls", "#a5673f", "x", 9),
+    "control": ("other controls", "#a5673f", "x", 7),
     "uniform": ("uniform merge", "#9b59b6", "triangle-up", 11),
     "base": ("base", "#6b7280", "square", 10),
     "parent": ("parents", "#2e9e5b", "diamond", 11),
@@ -171,6 +171,7 @@ def front(rows: Sequence[CandidateView], on_front: Sequence[str], winner: str | 
 
 def _points(role: str, texts: Sequence[str]) -> dict[str, Any]:
     title, color, symbol, size = ROLES[role]
+    many = role in ("search", "control")  # hundreds, which must not hide the others
     return {
         "type": "scatter",
         "mode": "markers",
@@ -179,8 +180,8 @@ def _points(role: str, texts: Sequence[str]) -> dict[str, Any]:
             "color": color,
             "symbol": symbol,
             "size": size,
-            "opacity": 0.55 if role == "search" else 1,
-            "line": {"width": 0 if role == "search" else 1, "color": "#ffffff"},
+            "opacity": 0.55 if many else 1,
+            "line": {"width": 0 if many else 1, "color": "#ffffff"},
         },
         "hoverinfo": "text",
         "hovertext": [label(text, 110) for text in texts],
@@ -192,7 +193,7 @@ def _names(role: str, members: Sequence[CandidateView]) -> dict[str, Any]:
     if role != "parent":
         return {}
     names = [label(row.id.removeprefix("parent-"), 16) for row in members]
-    return {"mode": "markers+text", "text": names, "textposition": "middle left", "cliponaxis": False}
+    return {"mode": "markers+text", "text": names, "textposition": "top center", "cliponaxis": False}
 
 
 def _scores_text(scores: Mapping[str, float] | None) -> str:

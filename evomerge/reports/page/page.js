@@ -26,7 +26,7 @@
     const made = Object.assign({}, layout, {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: "system-ui, sans-serif", size: 12, color: text },
+      font: { family: "system-ui, sans-serif", size: window.innerWidth < 600 && !printing ? 10 : 12, color: text },
       hoverlabel: { bgcolor: color("--back"), bordercolor: color("--line"), font: { color: text, size: 12 } },
     });
     ["xaxis", "yaxis"].forEach(function (axis) {
@@ -73,7 +73,16 @@
     const made = built(name);
     if (width) made.layout.width = width;
     element.style.minHeight = made.layout.height + "px";
-    return Plotly.react(element, made.data, made.layout, settings);
+    return Plotly.react(element, made.data, made.layout, settings).then(function () { makeRoom(element, made); });
+  }
+
+  function makeRoom(element, made) { // for a legend of several lines, which would take it from the plot
+    const legend = element.querySelector(".legend");
+    const more = legend ? Math.round(legend.getBBox().height) - 30 : 0;
+    if (more <= 0) return undefined;
+    const height = made.layout.height + more;
+    element.style.minHeight = height + "px";
+    return Plotly.react(element, made.data, Object.assign({}, made.layout, { height: height }), settings);
   }
 
   function drawAll(width) {
