@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
@@ -25,11 +26,15 @@ from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
 from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
 from evomerge.evidence.comparison import sentence
+from evomerge.export.card import percent
 from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
 from evomerge.reports.progress import pace_of
 from evomerge.runs.journal import Opened, OpenRun
 from evomerge.search.results import Results
+
+if TYPE_CHECKING:
+    from evomerge.export.adapter import WrittenAdapter
 
 TITLES = {
     "subset": "search",
@@ -323,6 +328,28 @@ def show_scores(
     show_table(output, title, columns)
     if beside:
         output.print(f"only reported, so neither searched on nor in the {mean}: {', '.join(beside)}", markup=False)
+
+
+def show_adapter(output: Console, folder: Path, written: "WrittenAdapter") -> None:
+    """Prints what a merge that was written as an adapter keeps.
+
+    output: where it is printed.
+    folder: the adapter's.
+    written: what was written.
+    """
+    rows = written.kinds
+    columns = [
+        Column("matrices", [kind for kind, *_ in rows], left=True),
+        Column("number", [str(count) for _, count, _, _ in rows]),
+        Column("largest rank", [str(rank) for _, _, rank, _ in rows]),
+        Column("kept, at least", [percent(kept) for *_, kept in rows]),
+    ]
+    show_table(output, f"What the LoRA keeps of the change of {written.base}", columns)
+    verdict = "the one that was scored" if written.checked else "the recipe records none to compare"
+    whole = len(written.whole)
+    output.print(f"kept of all changes: {percent(written.kept)}; tensors stored whole: {whole}", markup=False)
+    output.print(f"the merge: fingerprint {written.merged} ({verdict})", markup=False)
+    output.print(f"{folder}: fingerprint {written.fingerprint} (of {written.base} with the LoRA)", markup=False)
 
 
 def _score(scores: views.ScoresByName | None, name: str) -> str:
