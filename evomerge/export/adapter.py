@@ -405,7 +405,7 @@ class _Adapter:
         fitted = {(self._modules.find(name) or ("", ""))[0]: matrix.rank for name, matrix in self.matrices.items()}
         rank = max(fitted.values(), default=1)
         ranks = {re.escape(module): own for module, own in sorted(fitted.items()) if own != rank}
-        config = LoraConfig(
+        config: Any = LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
             revision=revision,
@@ -419,8 +419,8 @@ class _Adapter:
             fan_in_fan_out=self._modules.transposed,
             ensure_weight_tying=len(self._whole_modules & self._modules.ends) > 1,
             inference_mode=True,
-        ).to_dict()
-        settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        )
+        settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _rest(self) -> "dict[str, torch.Tensor]":
