@@ -412,6 +412,26 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
 
 
 @app.command()
+def diagnose(
+    search: SearchFile,
+    texts: Annotated[
+        int, typer.Option(min=0, help="Let the models read so many search items of each task, to compare layers.")
+    ] = 0,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the models' weights mean for a merge: distances, cosines and conflicts, layer by layer."""
+    from evomerge.diagnosis import diagnose as diagnosing
+    from evomerge.reports import terminal
+    from evomerge.search import preparation
+
+    diagnosis = diagnosing.diagnose(preparation.prepare_file(search, set_ or []), texts)
+    if as_json:
+        return _print_json(diagnosis.as_json())
+    return terminal.show_diagnosis(terminal.console(), diagnosis)
+
+
+@app.command()
 def doctor(
     search: Annotated[
         Path | None,

@@ -34,6 +34,7 @@ from evomerge.runs.journal import Opened, OpenRun
 from evomerge.search.results import Results
 
 if TYPE_CHECKING:
+    from evomerge.diagnosis.diagnose import Diagnosis
     from evomerge.export.adapter import WrittenAdapter
 
 TITLES = {
@@ -553,6 +554,38 @@ def show_findings(output: Console, findings: Sequence[Finding]) -> None:
     show_table(output, "", columns)
     off = sum(not finding.good for finding in findings)
     output.print(f"{len(findings)} findings, {f'{off} of them off' if off else 'all as expected'}", markup=False)
+
+
+def show_diagnosis(output: Console, diagnosis: "Diagnosis") -> None:
+    """Prints what a diagnosis found.
+
+    output: where it is printed.
+    diagnosis: what was found.
+    """
+    weights, layers = diagnosis.weights, diagnosis.layers or {}
+    columns = [Column("", [*weights.places, "all"], left=True)]
+    for name, own in weights.models.items():
+        columns.append(Column(f"{name}: distance", [number(value) for value in (*own.distance, own.whole)]))
+    for relation in weights.relations:
+        pair = " / ".join(relation.models)
+        columns.append(Column(f"{pair}: cosine", [number(value) for value in (*relation.cosine, relation.whole)]))
+        conflicts = (*relation.conflicts, relation.all_conflicts)
+        columns.append(Column(f"{pair}: conflicts", [number(value) for value in conflicts]))
+    for name, similar in layers.items():
+        by_layer = {str(layer): number(value) for layer, value in enumerate(similar.similarity)}
+        columns.append(Column(f"{name}: in / out", [by_layer.get(place, "") for place in (*weights.places, "all")]))
+    show_table(output, "Fine-tunes less their base, by layer", columns)
+    output.print(
+        "distance: norm of the change, as a share of the base's norm. cosine: of the angle between two changes. "
+        "conflicts: opposite signs where both change most.",
+        markup=False,
+    )
+    if layers:
+        output.print("in / out: cosine of a layer's input and output.", markup=False)
+    for sentence_ in diagnosis.findings:
+        output.print(f"- {sentence_}", markup=False)
+    if not diagnosis.findings:
+        output.print("nothing unusual", markup=False)
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:
