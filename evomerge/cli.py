@@ -17,6 +17,7 @@ from evomerge.errors import EvomergeError, InputError, WorkFailed
 
 if TYPE_CHECKING:
     from evomerge.events import Event
+    from evomerge.search.ablation import Ablation
     from evomerge.search.results import Results
 
 app = typer.Typer(
@@ -214,11 +215,21 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("report.html"),
     items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Write it again and again while the search runs.")] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="First score what is left of the winner without its parts.")
+    ] = False,
+    workers: Workers = None,
+    address: Address = None,
 ) -> None:
     """Write a page about a run: one HTML file with figures, which opens without a network."""
     from evomerge.reports import terminal
     from evomerge.reports.page import writing
 
+    writing.check_output(output)
+    if ablate:
+        _ablate(directory, workers, address, watch)
+    elif workers is not None or address is not None:
+        raise InputError("--workers and --address are for --ablate, since a page alone evaluates nothing.")
     if not watch:
         writing.write(directory, output, items)
         return terminal.console().print(f"{directory} shown in {output}; open it in a browser", markup=False)
@@ -226,6 +237,31 @@ def report(
         status = story.status
         terminal.console().print(f"{output} written: {status.state}, {status.evaluations} evaluations", markup=False)
     return None
+
+
+def _ablate(directory: Path, workers: int | None, address: str | None, watch: bool) -> None:
+    from evomerge.events import Evaluated, Warned
+    from evomerge.reports import terminal
+    from evomerge.runs import directory as runs
+
+    if watch:
+        raise InputError("--ablate needs a search that has ended, and --watch follows one that runs; give one of them.")
+    interruption = _Interruption()
+
+    def listen(event: "Event") -> None:
+        interruption.check()
+        if isinstance(event, Warned):
+            terminal.warn(event.message)
+        elif isinstance(event, Evaluated) and event.evaluation.failed:
+            terminal.fail(f"{event.candidate.id} failed: {event.evaluation.error}")
+
+    def tell(planned: "Ablation", left: int) -> None:
+        splits = " and ".join(terminal.TITLES[split] for split in planned.splits)
+        terminal.console().print(
+            f"{planned.winner.id} without its parts: {left} evaluations on {splits} items", markup=False
+        )
+
+    runs.ablate(directory, _worker_settings(workers), address, listen, tell)
 
 
 @app.command()

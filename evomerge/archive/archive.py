@@ -87,13 +87,13 @@ class Archive:
         writer: what evaluations are written with (see `presence`); by default the storage's own connections.
         Raises InputError where it holds another search, or cannot be read.
         """
-        self._config, self._given = config, genes
+        self._directory, self._config, self._given = directory, config, genes
         self.listener: Listener = unheard  # is told of StorageRetried
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
         try:
             with quiet():
-                storage = open_storage(storage_url(directory, config))
+                self._storage = storage = open_storage(storage_url(directory, config))
                 self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
                 self._trials = Trials(writer or storage.engine)
                 learns = any(name == "learned" for name in config.optimizer.names)
@@ -120,6 +120,27 @@ class Archive:
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(seed=0),
         )
+
+    def beside(self, name: str, writer: Any = None) -> "Archive":
+        """Another archive of the same search in the same storage, made where it is missing. It holds evaluations that
+        are none of the search's, so whatever it records changes nothing here.
+
+        name: sets it apart from others.
+        writer: what evaluations are written with, as when this archive was opened.
+        Raises InputError where it cannot be read.
+        """
+        return Archive(self._directory, self._config, self._genes, self._beside(name), writer)
+
+    def has_beside(self, name: str) -> bool:
+        """Whether the storage holds the archive that `beside` opens; nothing is made."""
+        import optuna
+
+        with quiet():
+            names = set(optuna.get_all_study_names(self._storage))
+        return all(self._beside(name) + study in names for study in studies(self._config))
+
+    def _beside(self, name: str) -> str:
+        return f"{self._prefix}{name}."
 
     @property
     def format(self) -> int:

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from evomerge.errors import EvomergeError
+from evomerge.evidence.ablation import Part
 from evomerge.evidence.comparison import Kept, phrase
 from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
@@ -47,6 +48,7 @@ def sections(story: Story) -> list[Section]:
         Section("search", "Course of the search", (_course(story), _losses(story))),
         Section("merge", "The recipe as a picture", (_recipe(story), _spread(story), _path(story))),
         Section("genes", "Genes", (_importances(story), _parallel(story))),
+        Section("parts", "Parts of the winner", (_ablation(story), _way(story))),
         Section("parents", "Parents and constraints", (_retention(story), _constraints(story), _distance(story))),
         Section("differences", "Items", (_items(story),)),
         Section("provenance", "Provenance", (_shipping(story), _rebuild(story), _origin(story))),
@@ -115,6 +117,9 @@ def _cost(story: Story) -> Block:
         ("controls evaluated besides", f"{whole.controls:,}"),
         ("work of all workers together", _hours(whole.hours)),
     ]
+    if story.ablated is not None:
+        seconds = story.ablated.seconds / 3600
+        rows.append(("parts of the winner scored besides", f"{story.ablated.evaluations:,} ({_hours(seconds)})"))
     says = (
         "What the search has cost. A candidate that is scored on all search items is one forward pass over them; a "
         f"step along a gradient costs {FORWARD_PASSES:g} times the share of the items that it reads. The first four "
@@ -376,6 +381,84 @@ def _parallel(story: Story) -> Block:
         notes += (f"{len(names)} of {len(story.features.features)} are drawn, {order}.",)
     drawing = figures.parallel(story.features, names, story.status.mean)
     return Block("parallel", title, says, drawing, notes=notes)
+
+
+# Parts of the winner
+
+
+def _ablation(story: Story) -> Block:
+    title, found = "What each part of the winner brings", story.ablated
+    if found is None:
+        command = f"evomerge report {shlex.quote(story.directory)} --ablate"
+        return Block(
+            "ablation",
+            title,
+            f"Nobody has asked yet what is left of the winner without its parts. `{command}` scores that, once the "
+            "search has ended.",
+        )
+    start = "the uniform merge" if found.from_uniform else "a model unchanged"
+    says = (
+        f"Each dot is what the winner loses on held-out items where one group of its genes is put back to {start}, or "
+        "where the weights of one model are set to 0; the line is the 95 % interval. Where the line crosses 0, the "
+        "part may bring nothing."
+    )
+    known = [part for part in found.parts if part.lead is not None]
+    rows = [(part.name, _PUT_BACK[part.kind], _score(part.mean), *_lead(part)) for part in found.parts]
+    head = ("part", "", "left without it", "brings (95 % interval)", "p-value (corrected)")
+    notes = [*_needed(found.parts), f"p-values are corrected for {len(known)} parts."]
+    notes.append(f"It took {found.evaluations} evaluations, which are not counted as the search's.")
+    drawing = figures.parts(known, story.status.mean) if known else None
+    return Block("ablation", title, says, drawing, (Table(head, rows),), tuple(notes))
+
+
+_PUT_BACK = {"group": "genes put back", "model": "weights set to 0"}
+
+
+def _lead(part: Part) -> tuple[str, str]:
+    if part.mean is None:
+        return "failed", ""
+    if part.lead is None:
+        return "", ""
+    low, high = part.lead.interval
+    return f"{part.lead.difference:+.3f} ({low:+.3f} to {high:+.3f})", _p_value(part.lead.p_value)
+
+
+def _needed(parts: Sequence[Part]) -> list[str]:
+    """Sentences about what the winner needs beyond chance, and what may be useless: groups, then models."""
+    told = []
+    for kind, what in (("group", "Parts of the genome"), ("model", "Models")):
+        listed = [part for part in parts if part.kind == kind and part.lead is not None]
+        needed = [part.name for part in listed if part.matters]
+        useless = [part.name for part in listed if not part.matters]
+        if needed:
+            told.append(f"{what} without which the winner is worse beyond chance: {', '.join(needed)}.")
+        if useless:
+            told.append(f"{what} that may be useless, as far as held-out items tell: {', '.join(useless)}.")
+    return told
+
+
+def _way(story: Story) -> Block:
+    title, found = "From the uniform merge to the winner", story.ablated
+    if found is None:
+        return Block("way", title, "The recipes between the uniform merge and the winner were not scored.")
+    start = "uniform merge" if found.from_uniform else "a model unchanged"
+    items = "selection" if found.split == "selection" else "search"
+    says = (
+        f"From left to right, one group of genes after the other becomes the winner's, beginning with the {start}. The "
+        f"order follows what each group brings alone on {items} items, the most first. Where the line is flat, the "
+        "groups there bring nothing to the others."
+    )
+    held = [stop.heldout for stop in found.way]
+    notes = []
+    whole = held[-1] - held[0] if held[-1] is not None and held[0] is not None else 0.0
+    if whole > 0 and held[0] is not None:
+        first = held[0]
+        enough = next(index for index, value in enumerate(held) if value is not None and value - first >= 0.9 * whole)
+        notes = [
+            f"{enough} of {len(held) - 1} groups reach nine tenths of what the winner is above the {start} on held-out "
+            f"items ({whole:+.3f})."
+        ]
+    return Block("way", title, says, figures.way(found.way, items, story.status.mean, start), notes=tuple(notes))
 
 
 # Parents
