@@ -134,15 +134,15 @@ def ablate(
     tell: is told what will be scored, and how many evaluations are left, before any of them begins.
     Raises InputError where the search has not ended, or its winner has nothing that could be put back.
     """
-    prepared = _reopen(directory)
-    check_readable(directory, prepared.config)
+    opened = read(directory)
+    _planned(opened)  # what is refused is refused before anything is written
+    prepared = opened.prepared
     working = _reopen(directory, overrides) if overrides else prepared
     with run_lock(directory), _present(directory, prepared.config) as writer:
         run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
             listener(Warned(warning))
-        with naming(directory):
-            planned = ablation.plan(run.results, prepared.space)
+        planned = _planned(run)
         beside = run.archive.beside(ablation.ARCHIVE, writer)
         left = planned.left(beside)
         if not left:
@@ -151,6 +151,11 @@ def ablate(
         tell(planned, left)
         with closing(make_pool(working.config, working.models, working.targets, address)) as pool:
             ablation.carry_out(planned, Search(working.config, working.space, beside, pool, listener))
+
+
+def _planned(run: OpenRun) -> Ablation:
+    with naming(run.directory):
+        return ablation.plan(run.results, run.prepared.space)
 
 
 def check_sources(run: OpenRun) -> None:

@@ -46,9 +46,9 @@ def test_a_page_without_it_says_how_to_ask(finished: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"space": {"kind": "data_flow"}},
+        {"space": {"kind": "data_flow"}, "optimizer": {"name": "random_search", "evaluations": 8}},
         {"space": {"kind": "hybrid", "parameter": {"layer_granularity": 2}, "path": {"max_layers": 6}}},
-        {"space": {"method": "karcher"}},
+        {"space": {"method": "karcher"}, "optimizer": {"name": "random_search", "evaluations": 8}},
         {"space": {"method": ["ties", "slerp"], "participate": True}},
         {"space": {"layer_granularity": "tensor"}},
     ],
