@@ -239,6 +239,28 @@ def report(
     return None
 
 
+@app.command()
+def serve(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.", show_default=False)],
+    port: Annotated[int, typer.Option(help="Where to listen on this machine; 0 for any port that is free.")] = 8642,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="How often pages are renewed, at most.")] = 10.0,
+    items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
+) -> None:
+    """Show runs side by side in a browser, live, until Ctrl-C. Only this machine can see it, with the token printed."""
+    from evomerge.reports import terminal
+    from evomerge.reports.serving import web
+    from evomerge.reports.serving.site import Site
+
+    if every <= 0:
+        raise InputError(f"--every is {every:g}; give a number of seconds above 0.")
+    listener, token = web.listening(port), web.new_token()
+    shown = f"{len(directories)} run{'s' * (len(directories) != 1)}"
+    terminal.console().print(
+        f"{shown} shown at http://{web.LOOPBACK}:{web.port_of(listener)}/?token={token} until Ctrl-C", markup=False
+    )
+    web.serve(Site([directory.expanduser() for directory in directories], every, items), listener, token)
+
+
 def _ablate(directory: Path, workers: int | None, address: str | None, watch: bool) -> None:
     from evomerge.events import Evaluated, Warned
     from evomerge.reports import terminal

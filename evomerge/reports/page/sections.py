@@ -25,19 +25,19 @@ _LONGEST = 800  # characters of a question
 _MOST_TEXT = 300_000  # characters of all questions together
 _MOST_NUMBERS = 2000  # items of one rival and metric whose numbers are listed
 
-QUESTIONS: tuple[tuple[str, str], ...] = (
-    ("Which layers matter?", "importances"),
-    ("What did the winner lose?", "retention"),
-    ("Is it luck?", "verdict"),
-    ("What would more budget bring?", "course"),
-    ("Which model is useless?", "recipe"),
-    ("What did it cost?", "cost"),
-    ("Can I ship it?", "shipping"),
-    ("How do I rebuild it?", "rebuild"),
-    ("How far is it from its parents?", "distance"),
-    ("Which items flipped?", "items"),
+QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Which layers matter?", ("ablation", "importances")),
+    ("What did the winner lose?", ("retention",)),
+    ("Is it luck?", ("verdict",)),
+    ("What would more budget bring?", ("course",)),
+    ("Which model is useless?", ("ablation", "recipe", "path")),
+    ("What did it cost?", ("cost",)),
+    ("Can I ship it?", ("shipping",)),
+    ("How do I rebuild it?", ("rebuild",)),
+    ("How far is it from its parents?", ("distance",)),
+    ("Which items flipped?", ("items",)),
 )
-"""What a newcomer asks, and the id of the block that answers it."""
+"""What a newcomer asks, and the ids of the blocks that answer it; the first that has something to show is the best."""
 
 
 def sections(story: Story) -> list[Section]:
@@ -53,6 +53,20 @@ def sections(story: Story) -> list[Section]:
         Section("differences", "Items", (_items(story),)),
         Section("provenance", "Provenance", (_shipping(story), _rebuild(story), _origin(story))),
     ]
+
+
+def answers(made: Sequence[Section]) -> list[tuple[str, str]]:
+    """Every question of a newcomer, and the id of the block of a page that answers it, or else says why it cannot.
+
+    made: the sections of the page; a page of something else than a run has no answers.
+    """
+    by_id = {block.id: block for section in made for block in section.blocks}
+    found = []
+    for question, names in QUESTIONS:
+        known = [by_id[name] for name in names if name in by_id]
+        told = [block for block in known if block.drawing is not None or block.tables or block.texts]
+        found += [(question, block.id) for block in (told or known[-1:])[:1]]
+    return found
 
 
 # Verdict
