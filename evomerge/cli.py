@@ -242,7 +242,9 @@ def report(
 @app.command()
 def serve(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.", show_default=False)],
-    port: Annotated[int, typer.Option(help="Where to listen on this machine; 0 for any port that is free.")] = 8642,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where to listen on this machine; 0 for any port that is free.")
+    ] = 8642,
     every: Annotated[float, typer.Option(metavar="SECONDS", help="How often pages are renewed, at most.")] = 10.0,
     items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
 ) -> None:

@@ -44,14 +44,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def listening(port: int) -> socket.socket:
     """A socket that listens on loopback.
 
-    port: the port; 0 for any that is free.
+    port: the port, up to 65535; 0 for any that is free.
     Raises InputError where the port cannot be had.
     """
     try:
         return socket.create_server((LOOPBACK, port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--port is {port}, which cannot be had ({reason}); give another, or 0 for any.") from None
+    except OSError as error:
+        raise InputError(f"--port is {port}, which cannot be had ({error.strerror}); give another, or 0.") from None
 
 
 def serve(site: Site, listener: socket.socket, token: str) -> None:
