@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 
 from evomerge.errors import EvomergeError
@@ -20,6 +21,7 @@ from evomerge.search.criteria import sign_of
 
 _MOST_CELLS = 40_000  # of all heat maps together
 _MOST_AXES = 14  # of parallel coordinates
+_FEW = 8  # candidates, of which no course can be read
 _MOST_FLIPS = 60  # questions of one rival and metric
 _LONGEST = 800  # characters of a question
 _MOST_TEXT = 300_000  # characters of all questions together
@@ -163,7 +165,9 @@ def _front(story: Story) -> Block:
         "marks of the front may lie behind others."
     )
     minimized = [objective.name for objective in story.run.config.objectives if sign_of(objective) < 0]
-    notes = [f"Smaller is better for {', '.join(minimized)}."] if minimized else []
+    apart = views.off_front(story.run.results)
+    notes = [apart] if apart is not None else []
+    notes += [f"Smaller is better for {', '.join(minimized)}."] if minimized else []
     if len(story.whole) > figures.MOST_POINTS:
         notes.append(f"Of {len(story.whole):,} candidates, evenly spaced ones are drawn.")
     drawing = figures.front(story.whole, story.front_ids, story.winner, story.objectives)
@@ -222,7 +226,16 @@ def _flat(shown: Course) -> list[str]:
         return []
     last = best.index(best[-1])
     after = len(best) - 1 - last
-    return [f"The best mean ({best[-1]:.3f}) was reached by {shown.points[last].id}; {after} candidates came after it."]
+    found = f"The best mean ({best[-1]:.3f}) was reached by {shown.points[last].id}; {after} candidates came after it."
+    half = best[(len(best) - 1) // 2]
+    if half is None or len(best) < _FEW:
+        return [found, "There are too few candidates to tell what more budget would bring."]
+    gained = best[-1] - half
+    brings = "may bring more" if gained > 0 else "promises little"
+    return [
+        found,
+        f"The second half of the candidates raised it by {gained:.3f}, so more budget of this kind {brings}.",
+    ]
 
 
 def _losses(story: Story) -> Block:
@@ -339,9 +352,12 @@ def _path(story: Story) -> Block:
         "layer; it is the wider, the larger the scale of the layer that it leads to."
     )
     path = found[0][1]
+    lanes = Counter(stop.lane for stop in path.stops)
     notes = (
         f"The winner has {len(path.stops)} layers. Its embeddings {_come(path.embeddings)}, its final norm and head "
         f"{_come(path.head)}.",
+        f"Its layers by where they come from: {', '.join(f'{lane} {count}' for lane, count in lanes.items())}. A model "
+        "that gives no layer is of no use to it.",
     )
     drawing = pictures.paths([name for name, _ in found], [shown for _, shown in found])
     return Block("path", title, says, drawing, notes=notes if story.winner is not None else ())
@@ -490,7 +506,20 @@ def _retention(story: Story) -> Block:
     )
     rows = [(one.parent, one.metric, _score(one.parent_score), _score(one.score), _share(one)) for one in kept]
     head = ("parent", "its best task", "its score", "winner's", "kept")
-    return Block("retention", title, says, figures.retention(kept), (Table(head, rows),))
+    return Block("retention", title, says, figures.retention(kept), (Table(head, rows),), _lost(kept, story))
+
+
+def _lost(kept: Sequence[Kept], story: Story) -> tuple[str, ...]:
+    """A sentence about where the winner is worse than a parent."""
+    signs = {metric.name: sign_of(metric) for metric in story.run.config.reported}
+    worse = [
+        f"{one.metric}, {_score(one.score)} instead of {one.parent}'s {_score(one.parent_score)}"
+        for one in kept
+        if signs[one.metric] * one.score < signs[one.metric] * one.parent_score
+    ]
+    if not worse:
+        return ("The winner has lost nothing of what its parents are best at.",)
+    return (f"What the winner has lost: {'; '.join(worse)}.",)
 
 
 def _share(one: Kept) -> str:
