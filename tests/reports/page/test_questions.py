@@ -21,15 +21,19 @@ ANSWERS = {
     "What would more budget bring?": (
         "course",
         "line",
-        r"raised it by \d\.\d+, so more budget .* (promises|may bring)",
+        r"raised it by \d\.\d+, so more .* (promises|may bring)",
     ),
-    "Which model is useless?": ("recipe", "line", r"Mean size of the weights of \S+: math \d\.\d+, lang \d\.\d+\."),
+    "Which model is useless?": (
+        "recipe",
+        "line",
+        r"Mean size of the weights of \S+: (\w+ \d\.\d+[,.] ?){2}$",
+    ),
     "What did it cost?": ("cost", "table", r"forward passes over all search items \d"),
     "Can I ship it?": ("shipping", "line", r"licen[sc]e|control|stands against it|distinguishable"),
     "How do I rebuild it?": (
         "rebuild",
         "text",
-        r"evomerge export .* -o recipe\.yaml\nevomerge merge recipe\.yaml merged",
+        r"evomerge export .* -o recipe\.yaml\nevomerge merge recipe\.yaml",
     ),
     "How far is it from its parents?": ("distance", "line", r"the merge is \d.*% from base, \d.*% from math"),
     "Which items flipped?": ("items", "folded", r"parent-math, base_qa: item numbers (gained|lost) (\d+|none)"),
@@ -38,9 +42,9 @@ WITH_PARTS = {
     "Which layers matter?": (
         "ablation",
         "line",
-        r"^Parts of the genome (without which|that may be useless).*layers?_\d",
+        r"^Parts of the genome (without|that may be useless).*layers?_\d",
     ),
-    "Which model is useless?": ("ablation", "line", r"^Models (without which|that may be useless).*(first|second)"),
+    "Which model is useless?": ("ablation", "line", r"^Models (without|that may be useless).*(first|second)"),
 }
 OF_A_PATH = {
     "Which model is useless?": ("path", "line", r"Its layers by where they come from: .* \d+\. A model that gives no"),
