@@ -47,6 +47,7 @@ FLOORS = (
     "starting",
     "reports",
     "doctor",
+    "diagnosis",
     "runs",
     "export",
     "evidence",
