@@ -17,6 +17,7 @@ from evomerge.errors import EvomergeError, InputError, WorkFailed
 
 if TYPE_CHECKING:
     from evomerge.events import Event
+    from evomerge.search.ablation import Ablation
     from evomerge.search.results import Results
 
 app = typer.Typer(
@@ -214,11 +215,21 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("report.html"),
     items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Write it again and again while the search runs.")] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="First score what is left of the winner without its parts.")
+    ] = False,
+    workers: Workers = None,
+    address: Address = None,
 ) -> None:
     """Write a page about a run: one HTML file with figures, which opens without a network."""
     from evomerge.reports import terminal
     from evomerge.reports.page import writing
 
+    writing.check_output(output)
+    if ablate:
+        _ablate(directory, workers, address, watch)
+    elif workers is not None or address is not None:
+        raise InputError("--workers and --address are for --ablate, since a page alone evaluates nothing.")
     if not watch:
         writing.write(directory, output, items)
         return terminal.console().print(f"{directory} shown in {output}; open it in a browser", markup=False)
@@ -226,6 +237,55 @@ def report(
         status = story.status
         terminal.console().print(f"{output} written: {status.state}, {status.evaluations} evaluations", markup=False)
     return None
+
+
+@app.command()
+def serve(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.", show_default=False)],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where to listen on this machine; 0 for any port that is free.")
+    ] = 8642,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="How often pages are renewed, at most.")] = 10.0,
+    items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
+) -> None:
+    """Show runs side by side in a browser, live, until Ctrl-C. Only this machine can see it, with the token printed."""
+    from evomerge.reports import terminal
+    from evomerge.reports.serving import web
+    from evomerge.reports.serving.site import Site
+
+    if every <= 0:
+        raise InputError(f"--every is {every:g}; give a number of seconds above 0.")
+    listener, token = web.listening(port), web.new_token()
+    shown = f"{len(directories)} run{'s' * (len(directories) != 1)}"
+    terminal.console().print(
+        f"{shown} shown at http://{web.LOOPBACK}:{web.port_of(listener)}/?token={token} until Ctrl-C", markup=False
+    )
+    web.serve(Site([directory.expanduser() for directory in directories], every, items), listener, token)
+
+
+def _ablate(directory: Path, workers: int | None, address: str | None, watch: bool) -> None:
+    from evomerge.events import Evaluated, Warned
+    from evomerge.reports import terminal
+    from evomerge.runs import directory as runs
+
+    if watch:
+        raise InputError("--ablate needs a search that has ended, and --watch follows one that runs; give one of them.")
+    interruption = _Interruption()
+
+    def listen(event: "Event") -> None:
+        interruption.check()
+        if isinstance(event, Warned):
+            terminal.warn(event.message)
+        elif isinstance(event, Evaluated) and event.evaluation.failed:
+            terminal.fail(f"{event.candidate.id} failed: {event.evaluation.error}")
+
+    def tell(planned: "Ablation", left: int) -> None:
+        splits = " and ".join(terminal.TITLES[split] for split in planned.splits)
+        terminal.console().print(
+            f"{planned.winner.id} without its parts: {left} evaluations on {splits} items", markup=False
+        )
+
+    runs.ablate(directory, _worker_settings(workers), address, listen, tell)
 
 
 @app.command()

@@ -90,10 +90,11 @@ class Archive:
         reading: whether nothing will be written, so that a file can be read without Optuna, which takes seconds.
         Raises InputError where it holds another search, or cannot be read.
         """
-        self._config, self._given = config, genes
+        self._directory, self._config, self._given = directory, config, genes
         self.listener: Listener = unheard  # is told of StorageRetried
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
+        self._storage: Any = None  # Optuna's, where it was opened
         try:
             read = kept.read(directory / DATABASE) if reading and config.storage is None else None
             if read is not None:
@@ -117,7 +118,7 @@ class Archive:
     def _open(self, url: str, writer: Any) -> None:
         """Opens the studies in a storage, or creates them."""
         with quiet():
-            storage = open_storage(url)
+            self._storage = storage = open_storage(url)
             self._studies = {study: self._study(storage, study) for study in studies(self._config)}
             self._trials = Trials(writer or storage.engine)
             learns = any(name == "learned" for name in self._config.optimizer.names)
@@ -133,6 +134,28 @@ class Archive:
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(seed=0),
         )
+
+    def beside(self, name: str, writer: Any = None) -> "Archive":
+        """Another archive of the same search in the same storage, made where it is missing. It holds evaluations that
+        are none of the search's, so whatever it records changes nothing here.
+
+        name: sets it apart from others.
+        writer: what evaluations are written with, as when this archive was opened.
+        Raises InputError where it cannot be read.
+        """
+        return Archive(self._directory, self._config, self._genes, self._beside(name), writer)
+
+    def has_beside(self, name: str) -> bool:
+        """Whether the storage holds the archive that `beside` opens; nothing is made."""
+        import optuna
+
+        with quiet():
+            storage = self._storage or open_storage(storage_url(self._directory, self._config))
+            names = set(optuna.get_all_study_names(storage))
+        return all(self._beside(name) + study in names for study in studies(self._config))
+
+    def _beside(self, name: str) -> str:
+        return f"{self._prefix}{name}."
 
     @property
     def format(self) -> int:

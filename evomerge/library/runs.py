@@ -209,16 +209,20 @@ class Run:
 
         return questions(self.config, self._opened.prepared.models)
 
-    def report(self, path: str | Path | None = None, items: bool = False) -> Path:
+    def report(self, path: str | Path | None = None, items: bool = False, ablate: bool = False) -> Path:
         """Writes the page about the run and returns its path.
 
         path: the file; by default report.html in the run directory.
         items: whether it has the text of items that flipped.
-        Raises InputError where it cannot be written.
+        ablate: whether the winner is first scored without its parts, which is recorded beside the search.
+        Raises InputError where it cannot be written, or the winner cannot be ablated.
         """
         from evomerge.reports.page import writing
 
         output = self.directory / "report.html" if path is None else Path(path)
+        writing.check_output(output)
+        if ablate:
+            runs.ablate(self.directory, (), None, listener_of([_warned]))
         writing.write(self.directory, output, items)
         return output
 

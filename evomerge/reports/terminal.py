@@ -436,6 +436,9 @@ def show_front(output: Console, results: Results, most: int | None = None) -> No
     how = " (quantized)" if results.study == "quantized" else ""
     show_table(output, f"{title}, on search{how} / held-out items", [*columns, *_notes(rows)])
     _explain(output, mean)
+    apart = views.off_front(results)
+    if apart is not None:
+        output.print(apart, markup=False)
 
 
 def _both(row: views.CandidateView, name: str) -> str:

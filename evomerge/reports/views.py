@@ -200,6 +200,27 @@ def front(results: Results) -> list[FrontView]:
     return [FrontView(**_fields(row), against=compared[row.id]) for row in rows]
 
 
+def off_front(results: Results) -> str | None:
+    """A sentence where the best candidate is not on the front, which says why; None where it is, or there is none."""
+    best, shown = results.best(), results.front()
+    if best is None or any(record.candidate.id == best.candidate.id for record in shown):
+        return None
+    name = best.candidate.id
+    same = next((one for one in shown if one.evaluation.fingerprint == best.evaluation.fingerprint), None)
+    if same is not None:
+        return f"The best, {name}, has the same weights as {same.candidate.id}, which stands for both on the front."
+    count = sum(
+        candidate.kind == "search" and results.archive.find(candidate.id, "selection") is not None
+        for candidate in results.reported()
+    )
+    if count:
+        return (
+            f"The best, {name}, is not on the front: the front is made by search items, and the best was chosen by "
+            f"selection items, among the {count} candidates that were scored on them."
+        )
+    return f"The best, {name}, is not on the front: its mean is the best, but others beat it on single objectives."
+
+
 def _fields(row: CandidateView) -> dict[str, Any]:
     return {field.name: getattr(row, field.name) for field in fields(row)}
 

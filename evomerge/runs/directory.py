@@ -22,6 +22,8 @@ from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.runs.reading import check_archive_kept, check_readable, read_config
 from evomerge.runs.trackers.tracking import Tracking
+from evomerge.search import ablation
+from evomerge.search.ablation import Ablation
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
 from evomerge.workers import WorkerPool
@@ -113,6 +115,47 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
         with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
             return _run(run, pool, listener)
+
+
+def ablate(
+    directory: Path,
+    overrides: Sequence[str],
+    address: str | None,
+    listener: Listener,
+    tell: Callable[[Ablation, int], None] = lambda *_: None,
+) -> None:
+    """Scores the recipes between the uniform merge and a run's winner (`evomerge.search.ablation`), but for those that
+    are recorded already, so that it goes on where it was interrupted. The search's own records stay as they are.
+
+    directory: the run directory.
+    overrides: settings of workers, as KEY=VALUE; they are not kept.
+    address: a Ray cluster's; None for this machine.
+    listener: is told what happens.
+    tell: is told what will be scored, and how many evaluations are left, before any of them begins.
+    Raises InputError where the search has not ended, or its winner has nothing that could be put back.
+    """
+    opened = read(directory)
+    _planned(opened)  # what is refused is refused before anything is written
+    prepared = opened.prepared
+    working = _reopen(directory, overrides) if overrides else prepared
+    with run_lock(directory), _present(directory, prepared.config) as writer:
+        run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
+        for warning in run.archive.check_resumable(directory):
+            listener(Warned(warning))
+        planned = _planned(run)
+        beside = run.archive.beside(ablation.ARCHIVE, writer)
+        left = planned.left(beside)
+        if not left:
+            return
+        check_sources(run)
+        tell(planned, left)
+        with closing(make_pool(working.config, working.models, working.targets, address)) as pool:
+            ablation.carry_out(planned, Search(working.config, working.space, beside, pool, listener))
+
+
+def _planned(run: OpenRun) -> Ablation:
+    with naming(run.directory):
+        return ablation.plan(run.results, run.prepared.space)
 
 
 def check_sources(run: OpenRun) -> None:
