@@ -11,6 +11,7 @@ The archive is a set of Optuna studies in one storage, so that any Optuna dashbo
 An evaluation is one transaction, written by `trials`.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +39,14 @@ from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
-_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "optimizer.equivalents", "tasks.data_root", "trackers")
+_FREE_TO_CHANGE = (
+    "workers",
+    "optimizer.evaluations",
+    "optimizer.equivalents",
+    "tasks.data_root",
+    "trackers",
+    *(f"{key}[].{name}" for key in ("objectives", "constraints", "report") for name in ("python", "items")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,7 +494,7 @@ def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, A
     now: the other.
     key: the path at which they stand.
     """
-    if key in _FREE_TO_CHANGE or was == now:
+    if re.sub(r"\[\d+\]", "[]", key) in _FREE_TO_CHANGE or was == now:
         return
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*was, *now])

@@ -66,7 +66,7 @@ def without_references(
 ) -> str | None:
     """A clause about the first objective for which no document has a reference; None where all objectives have some.
 
-    objectives: the metrics that are optimized; costs are passed over.
+    objectives: what is optimized; costs are passed over.
     targets: their tasks.
     documents: a task -> its search documents.
     chat: whether prompts follow the model's chat template.
@@ -74,6 +74,8 @@ def without_references(
     for objective in objectives:
         if objective.cost is not None:
             continue
+        if objective.python is not None:
+            return f"{objective.name} is a function of your own, which has no derivative"
         target = targets[objective.task]
         name = objective.filter or target.filters()[0]
         if not any(any(references(task, objective, name, documents(task), chat)) for task in target.tasks):
