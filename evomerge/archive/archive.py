@@ -39,13 +39,14 @@ from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
+_SCORES, _OWN_FILES = ("objectives", "constraints", "report"), ("python", "items")  # whose digest counts
 _FREE_TO_CHANGE = (
     "workers",
     "optimizer.evaluations",
     "optimizer.equivalents",
     "tasks.data_root",
     "trackers",
-    *(f"{key}[].{name}" for key in ("objectives", "constraints", "report") for name in ("python", "items")),
+    *(f"{block}[].{name}" for block in _SCORES for name in _OWN_FILES),
 )
 
 
@@ -183,7 +184,7 @@ class Archive:
                 f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
                 f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
-        recorded["tasks"]["data_root"] = current["tasks"]["data_root"]  # the directory of a command changes no result
+        _move(recorded, current)
         if recorded != current:
             study.set_user_attr("config", current)
 
@@ -485,6 +486,15 @@ def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
         return SearchConfig.model_validate(recorded).model_dump(mode="json", by_alias=True, exclude={"storage"})
     except ValidationError:
         return recorded
+
+
+def _move(recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Puts the places of a config into a recorded one, since neither the directory of a command nor that of a run
+    changes a result."""
+    recorded["tasks"]["data_root"] = current["tasks"]["data_root"]
+    for block in _SCORES:
+        for was, now in zip(recorded[block], current[block], strict=True):
+            was |= {name: now[name] for name in _OWN_FILES}
 
 
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
