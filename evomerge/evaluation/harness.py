@@ -142,7 +142,8 @@ class Harness:
 
     def left_out(self, split: Split) -> int:
         """How many items of a split were left out because a search has seen them."""
-        return sum(prepared.left_out for prepared in self._prepared(split))
+        parts = self._prepared(split)
+        return sum(prepared.left_out for prepared in parts) + parts[0].own_left_out
 
     def own_items(self, split: Split) -> Mapping[str, Sequence[Item]]:
         """The items of a split that the user's own scores have, by the name of the score."""
@@ -275,8 +276,9 @@ class _PreparedSplit:
         self.own_items = {
             name: [task.test_docs()[place] for place in division.of(task, split)] for name, task in own_tasks.items()
         }
-        counted = [*tasks, *own_tasks.values()] if metrics[:1] == config.measured[:1] else tasks
-        self.left_out = sum(division.left_out[task] for task in counted) if split == "heldout" else 0
+        heldout = split == "heldout"
+        self.left_out = sum(division.left_out[task] for task in tasks) if heldout else 0
+        self.own_left_out = sum(division.left_out[task] for task in own_tasks.values()) if heldout else 0
         self._tasks = [_PreparedTask(task, config, lm, split, division) for task in tasks]
         documents = [instances for task in self._tasks for instances in task.documents]
         self._encoded = {

@@ -105,6 +105,7 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     check_archive_kept(directory, prepared.config)
+    _check_own(directory, prepared.config)
     with run_lock(directory), _present(directory, prepared.config) as writer:
         run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
@@ -113,6 +114,14 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
         listener(WorkersAwaited())
         with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
             return _run(replace(run, prepared=_frozen(directory, prepared)), pool, listener)
+
+
+def _check_own(directory: Path, config: SearchConfig) -> None:
+    """Raises InputError where the files of the user's own scores are not those that the search began with."""
+    from evomerge.evaluation.own_files import read_own
+
+    with naming(directory / SEARCH_FILE):
+        read_own(config)
 
 
 def _frozen(directory: Path, prepared: Prepared) -> Prepared:

@@ -22,9 +22,8 @@ def train(task: str, folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(zoo.path("base"))
     model = AutoModelForCausalLM.from_pretrained(zoo.path("base"))
-    tuned = peft.get_peft_model(
-        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"])
-    )
+    lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"])
+    tuned = peft.get_peft_model(model, lora)
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=5e-3)
     lines = (zoo.shared("evals") / task / "search.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [f"<bos> Q {row['question']} = {row['answer']} <eos>" for row in map(json.loads, lines)]

@@ -1,4 +1,4 @@
-"""Two scores for a search file: how briefly a model answers, and what a judge model thinks of its answers."""
+"""Two scores for a search file: how sure a model is of right answers, and what a judge model thinks of its answers."""
 
 import hashlib
 import json
@@ -23,10 +23,16 @@ Answer: {answer}
 ATTEMPTS, PATIENCE = 3, 60  # tries of a request, and seconds that each may take
 
 
-def brevity(model, tokenizer, split, most):
-    """One number per item: 1 for an answer of one token, 0 for one that does not end within `most` tokens."""
-    lengths = [len(tokens) for tokens in _answers(model, tokenizer, split.items, most)]
-    return [1 - (length - 1) / most if length < most else 0.0 for length in lengths]
+def confidence(model, tokenizer, split):
+    """One number per item: the probability that the model gives the right answer."""
+    sure = []
+    for item in split.items:
+        prompt = tokenizer.encode(f"<bos> Q {item['question']} =")
+        answer = tokenizer.encode(f" {item['answer']} <eos>")
+        logits = model(torch.tensor([prompt + answer], device=model.device)).logits[0].log_softmax(-1)
+        chosen = logits[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
+        sure.append(float(chosen.sum().exp()))
+    return sure
 
 
 def judged(model, tokenizer, split, address, judge, cache, most=12):
@@ -51,10 +57,9 @@ def _answers(model, tokenizer, items, most):
     for item in items:
         prompt = torch.tensor([tokenizer.encode(f"<bos> Q {item['question']} =")], device=model.device)
         mask = torch.ones_like(prompt)
-        written = model.generate(prompt, attention_mask=mask, max_new_tokens=most, do_sample=False)[
-            0, prompt.shape[1] :
-        ]
-        answers.append([token for token in written.tolist() if token not in tokenizer.all_special_ids])
+        text = model.generate(prompt, attention_mask=mask, max_new_tokens=most, do_sample=False)[0]
+        written = text[prompt.shape[1] :].tolist()
+        answers.append([token for token in written if token not in tokenizer.all_special_ids])
     return answers
 
 

@@ -82,6 +82,7 @@ def test_items_that_a_task_is_searched_on_are_not_held_out(tmp_path: Path) -> No
     asked = {item["question"] for item in worker._harness.own_items("heldout")["fluency"]}
     seen = {instances[0].doc["question"] for instances in worker._harness._splits["search"]._tasks[0].documents}
     assert len(asked) == 10
+    assert worker.left_out("heldout") > 0
     assert len(seen) == 60
     assert not asked & seen
 
