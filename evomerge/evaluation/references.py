@@ -66,16 +66,14 @@ def without_references(
 ) -> str | None:
     """A clause about the first objective for which no document has a reference; None where all objectives have some.
 
-    objectives: what is optimized; costs are passed over.
+    objectives: what is optimized; costs and scores of the user's own are passed over.
     targets: their tasks.
     documents: a task -> its search documents.
     chat: whether prompts follow the model's chat template.
     """
     for objective in objectives:
-        if objective.cost is not None:
+        if not objective.task:
             continue
-        if objective.python is not None:
-            return f"{objective.name} is a function of your own, which has no derivative"
         target = targets[objective.task]
         name = objective.filter or target.filters()[0]
         if not any(any(references(task, objective, name, documents(task), chat)) for task in target.tasks):

@@ -236,6 +236,9 @@ def _learning(
     reason = None if moved else "none of its genes has a derivative by the first method"
     if config.evaluation.quantize is not None:
         reason = f"evaluation.quantize is {config.evaluation.quantize}, through which none of them can be followed"
+    own = [metric.name for metric in config.measured if metric.python is not None]
+    if own:
+        reason = f"{own[0]} is a function of your own, which has no derivative"
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
         chat = config.evaluation.apply_chat_template

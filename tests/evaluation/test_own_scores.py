@@ -215,8 +215,10 @@ def test_gradients_cannot_be_followed_through_a_function_and_evolution_works_alo
     prepared = prepare(config(tmp_path, optimizer=budget))
     assert any("fluency is a function of your own" in warning for warning in prepared.warnings)
     assert "learned" not in prepared.config.optimizer.names
-    with pytest.raises(InputError, match="asks for learned, but fluency is a function of your own"):
-        prepare(config(tmp_path, optimizer={"name": "learned", "evaluations": 40}))
+    for loss in ("likelihood", "entropy"):
+        asked = {"name": "learned", "evaluations": 40, "learning": {"loss": loss}}
+        with pytest.raises(InputError, match="asks for learned, but fluency is a function of your own"):
+            prepare(config(tmp_path, optimizer=asked))
 
 
 def test_subsets_are_off_where_a_function_sees_all_items(tmp_path: Path) -> None:
