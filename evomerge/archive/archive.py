@@ -11,6 +11,7 @@ The archive is a set of Optuna studies in one storage, so that any Optuna dashbo
 An evaluation is one transaction, written by `trials`.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,15 @@ from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
-_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "optimizer.equivalents", "tasks.data_root", "trackers")
+_SCORES, _OWN_FILES = ("objectives", "constraints", "report"), ("python", "items")  # whose digest counts
+_FREE_TO_CHANGE = (
+    "workers",
+    "optimizer.evaluations",
+    "optimizer.equivalents",
+    "tasks.data_root",
+    "trackers",
+    *(f"{block}[].{name}" for block in _SCORES for name in _OWN_FILES),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +222,7 @@ class Archive:
                 f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
                 f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
-        recorded["tasks"]["data_root"] = current["tasks"]["data_root"]  # the directory of a command changes no result
+        _move(recorded, current)
         if recorded != current and writing:
             study.set_user_attr("config", current)
 
@@ -526,6 +535,15 @@ def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
         return recorded
 
 
+def _move(recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Puts the places of a config into a recorded one, since neither the directory of a command nor that of a run
+    changes a result."""
+    recorded["tasks"]["data_root"] = current["tasks"]["data_root"]
+    for block in _SCORES:
+        for was, now in zip(recorded[block], current[block], strict=True):
+            was |= {name: now[name] for name in _OWN_FILES}
+
+
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The key paths, in order, at which two configs differ in something that decides the archive, with both values.
 
@@ -533,7 +551,7 @@ def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, A
     now: the other.
     key: the path at which they stand.
     """
-    if key in _FREE_TO_CHANGE or was == now:
+    if re.sub(r"\[\d+\]", "[]", key) in _FREE_TO_CHANGE or was == now:
         return
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*was, *now])

@@ -1,12 +1,13 @@
 """Run directories: they are made, locked, run, resumed and read here.
 
 A run directory holds search.yaml (resolved and frozen), archive.db, log.jsonl (one line per event) and best.yaml. The
-last two are derived from the first two.
+last two are derived from the first two. A search with scores of the user's own has copies of their files in own.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
-from evomerge.files import SEARCH_FILE, TASKS, check_writable, write_text
+from evomerge.files import OWN, SEARCH_FILE, TASKS, check_writable, write_bytes, write_text
 from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.runs.reading import check_archive_kept, check_readable, read_config
@@ -88,7 +89,7 @@ def begin(
         with run_lock(directory), _present(directory, prepared.config) as writer:
             if (directory / SEARCH_FILE).exists():  # somebody was faster
                 raise InputError(_occupied(directory, prepared.config))
-            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+            prepared = _frozen(directory, prepared)
             return _run(OpenRun(directory, prepared, _archive(directory, prepared, writer)), pool, listener)
 
 
@@ -106,6 +107,7 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     check_archive_kept(directory, prepared.config)
+    _check_own(directory, prepared.config)
     with run_lock(directory), _present(directory, prepared.config) as writer:
         run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
@@ -113,8 +115,30 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
         check_sources(run)
         listener(WorkersAwaited())
         with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
-            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
-            return _run(run, pool, listener)
+            return _run(replace(run, prepared=_frozen(directory, prepared)), pool, listener)
+
+
+def _check_own(directory: Path, config: SearchConfig) -> None:
+    """Raises InputError where the files of the user's own scores are not those that the search began with."""
+    from evomerge.evaluation.own_files import read_own
+
+    with naming(directory / SEARCH_FILE):
+        read_own(config)
+
+
+def _frozen(directory: Path, prepared: Prepared) -> Prepared:
+    """Writes the search file and copies of the user's own scores into a run directory. Returns the search with these
+    copies in the place of the files that it came with."""
+    from evomerge.evaluation.own_files import kept, read_own
+
+    files = read_own(prepared.config)
+    config, contents = kept(prepared.config, files, OWN)
+    if contents:
+        (directory / OWN).mkdir(exist_ok=True)
+    for name, content in contents.items():
+        write_bytes(directory / OWN / name, content)
+    write_text(directory / SEARCH_FILE, config.to_yaml())
+    return replace(prepared, config=kept(prepared.config, files, str((directory / OWN).resolve()))[0])
 
 
 def ablate(
@@ -190,9 +214,9 @@ def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive
 
 
 def _held(directory: Path) -> list[str]:
-    """The names of what a future run directory holds already, locks and tasks left out; sorted."""
+    """The names of what a future run directory holds already; locks, tasks and own scores left out; sorted."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS))
+        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS, OWN))
     except FileNotFoundError:
         return []
     except NotADirectoryError:

@@ -80,7 +80,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     address: of the Ray cluster that the search will run on; None for this machine.
     Raises InputError for every mistake in the config.
     """
-    from evomerge.evaluation import few_shots, soundness
+    from evomerge.evaluation import few_shots, own_files, soundness
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import (
         check_greedy,
@@ -92,9 +92,11 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
         of_metrics,
         only_reported,
     )
+    from evomerge.evaluation.own_scores import OwnItems
     from evomerge.workers.worker import base_tokenizer
 
     _check_trackers(config)
+    config, own = own_files.checked(config)
     config, models = _pinned(config)
     prepared = _with_models(config, models)
     check_controls(config)
@@ -113,8 +115,11 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     if learns(config.optimizer, config.limit):
         config, prepared, doubt = _learning(config, prepared, searched)
         space = prepared.space
-    reported = only_reported(config, targets)
-    division = Division(distinct_tasks(searched), config.items, prepared.models.seen, reported)
+    own_items = OwnItems.of(config, own)
+    searched_tasks = [*distinct_tasks(searched), *own_items.searched.values()]
+    reported = [*only_reported(config, targets), *own_items.reported.values()]
+    _check_texts(config, distinct_tasks(searched))
+    division = Division(searched_tasks, config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
     _check_vocabularies(config, prepared)
     resolved = _resolved(config, prepared, targets, division, address)
@@ -158,7 +163,7 @@ def _resolved(
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
     searched = distinct_tasks(of_metrics(config.measured, targets))
-    items = sum(len(division.of(task, "search")) for task in searched)
+    items = sum(len(division.of(task, "search")) for task in searched)  # shards do not divide those of own scores
     shards = resolve_shards(config, parameter_count(prepared.models.table), items)
     return resolved.model_copy(
         update={
@@ -166,6 +171,17 @@ def _resolved(
             "workers": config.workers.model_copy(update={"shards": shards}),
         }
     )
+
+
+def _check_texts(config: SearchConfig, tasks: Sequence[Any]) -> None:
+    """Raises InputError for a cost of texts in a search whose tasks have none written."""
+    for index, objective in enumerate(config.objectives):
+        of_texts = objective.cost is not None and COSTS[objective.cost].of_texts
+        if of_texts and not any(task.OUTPUT_TYPE == "generate_until" for task in tasks):
+            raise InputError(
+                f"objectives[{index}].cost is {objective.cost}, but no task of the search has texts written "
+                "(generate_until); add one, or remove the cost."
+            )
 
 
 def _check_trackers(config: SearchConfig) -> None:
@@ -221,6 +237,9 @@ def _learning(
     reason = None if moved else "none of its genes has a derivative by the first method"
     if config.evaluation.quantize is not None:
         reason = f"evaluation.quantize is {config.evaluation.quantize}, through which none of them can be followed"
+    own = [metric.name for metric in config.measured if metric.python is not None]
+    if own:
+        reason = f"{own[0]} is a function of your own, which has no derivative"
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
         chat = config.evaluation.apply_chat_template
@@ -382,8 +401,11 @@ def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool
     hindrance = None
     costs = [objective.cost for objective in config.objectives if objective.cost is not None]
     of_items = [cost for cost in costs if COSTS[cost].of_items]
+    own = [metric.name for metric in config.measured if metric.python is not None]
     if whole is not None:
         hindrance = f"{whole} is no mean over items"
+    elif own:
+        hindrance = f"{own[0]} is a function of your own, which sees all items"
     elif items == 0:
         hindrance = "there are only costs"
     elif of_items:

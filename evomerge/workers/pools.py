@@ -6,6 +6,7 @@ from functools import partial
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import POOLS, imported
 from evomerge.evaluation.loading import Target
+from evomerge.evaluation.own_files import read_own
 from evomerge.merging.sources.models import Models
 from evomerge.workers import WorkerPool
 
@@ -25,6 +26,9 @@ def make_pool(
     from evomerge.workers.worker import Worker
 
     row = POOLS[config.workers.pool]
-    make_worker = partial(Worker, config) if row.processes else partial(Worker, config, models, targets)
+    own = read_own(config)  # which travels with the worker, wherever that is made
+    make_worker = (
+        partial(Worker, config, own=own) if row.processes else partial(Worker, config, models, targets, own=own)
+    )
     pool: WorkerPool = imported(row.make)(config, make_worker, address)
     return pool

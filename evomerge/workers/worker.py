@@ -14,10 +14,12 @@ from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
 from evomerge.devices import count_gpus, devices_of, empty_cache, resolve_device, synchronize
-from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line, naming
+from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, WorkFailed, first_line, naming
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import WHOLE, Harness
 from evomerge.evaluation.loading import Target
+from evomerge.evaluation.own_files import OwnFiles, read_own
+from evomerge.evaluation.own_scores import OwnItems, OwnScore, OwnScores
 from evomerge.merging.methods import METHODS
 from evomerge.merging.naming import named_weights
 from evomerge.merging.resident.gradients import checkpointed
@@ -43,6 +45,7 @@ class Worker:
         rehearsal: bool = False,
         seen: Digests = frozenset(),
         head_apart: bool = False,
+        own: Mapping[str, OwnFiles] | None = None,
     ) -> None:
         """Loads the models and prepares the tasks.
 
@@ -52,7 +55,9 @@ class Worker:
         rehearsal: whether weights are neither read nor computed, for `rehearse`.
         seen: digests of items that must not be held out, besides those that were seen when the models were made.
         head_apart: see ResidentModels.
-        Raises InputError where the models or tasks cannot be loaded.
+        own: the files of the user's own scores, where they are read already; by default they are read here. A rehearsal
+            does not run their code.
+        Raises InputError where the models, the tasks or the user's own scores cannot be loaded.
         """
         torch.set_num_threads(config.evaluation.threads)
         models = models or models_of(config)
@@ -76,8 +81,13 @@ class Worker:
             else None
         )
         tokenizer = base_tokenizer(config, models.base)
-        self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
+        own = read_own(config) if own is None else own
+        items = OwnItems.of(config, own)
+        self._own = None if rehearsal or not own else OwnScores(config, own)
+        self._tokenizer = tokenizer
+        self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets, items)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
+        costs = [cost for cost in costs if not COSTS[cost].of_texts]  # those are counted in what is answered
         self._learns = config.optimizer.follows_gradients
         self._checkpointing = config.optimizer.learning.checkpointing
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
@@ -114,8 +124,9 @@ class Worker:
         split: the split to score it on.
         subset: the part of the search items to score it on; None for all items.
         quantized: whether the merge is quantized before it is scored.
-        Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, and InputError for a
-        recipe that does not fit the models.
+        Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, WorkFailed where a
+        function of the user's own gets no answer from outside, and InputError for a recipe that does not fit the models
+        and a function that does not do what it must.
         """
         part = self.evaluate_shard(recipe, split, subset, WHOLE, quantized)
         return part if isinstance(part, Evaluation) else self.join(split, subset, [part])
@@ -136,8 +147,9 @@ class Worker:
         def score(fingerprint: str) -> Part:
             before = time.perf_counter()
             answers = self._harness.answers(split, self.models.candidate, subset, shard)
+            own = self._own_scores(split) if shard.number == 0 else None
             costs = self._costs(time.perf_counter() - before)
-            return Part(shard, answers, costs, fingerprint, time.perf_counter() - started)
+            return Part(shard, answers, costs, fingerprint, time.perf_counter() - started, own)
 
         return self._of_merge(recipe, score, quantized)
 
@@ -159,10 +171,12 @@ class Worker:
             raise
         except Exception as error:
             return failure(first_line(error), fingerprints[0])
+        own: Mapping[str, OwnScore] = next((part.own for part in parts if part.own is not None), {})
+        own_outcomes = {name: said.outcomes for name, said in own.items() if said.outcomes is not None}
         return Evaluation(
-            scores={**scores.scores, **_joined_costs(parts)},
-            outcomes=dict(scores.outcomes),
-            items=scores.items,
+            scores={**scores.scores, **_joined_costs(parts), **{name: said.score for name, said in own.items()}},
+            outcomes={**scores.outcomes, **own_outcomes},
+            items=scores.items + sum(said.items for said in own.values()),
             fingerprint=fingerprints[0],
             seconds=sum(part.seconds for part in parts) + time.perf_counter() - started,
             truncated=scores.truncated,
@@ -202,7 +216,7 @@ class Worker:
             return work(fingerprint)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
-        except (InputError, WorkerPoisoned):
+        except (InputError, WorkFailed):
             raise
         except Exception as error:
             self._check_alive(error)
@@ -219,6 +233,16 @@ class Worker:
         """A context in which layers are computed again on the way back, where the config asks for it."""
         return checkpointed(self.models.candidate) if self._checkpointing else nullcontext()
 
+    def _own_scores(self, split: Split) -> dict[str, OwnScore] | None:
+        """What the user's own functions say of the candidate in memory; None where there are none."""
+        if self._own is None:
+            return None
+        try:
+            return self._own.measure(self.models.candidate, self._tokenizer, split, self._harness.own_items(split))
+        except CandidateFailed as error:
+            self._check_alive(error.__cause__ or error)
+            raise
+
     def _costs(self, seconds: float) -> dict[str, float]:
         """The costs of the candidate in memory, by name, as far as the objectives ask for them.
 
@@ -226,7 +250,7 @@ class Worker:
         """
         return {cost: measure(self.models.candidate, seconds) for cost, measure in self._asked.items()}
 
-    def _check_alive(self, error: Exception) -> None:
+    def _check_alive(self, error: BaseException) -> None:
         """Frees what a failed evaluation may have left on a GPU. Raises WorkerPoisoned where this fails too."""
         try:
             empty_cache(self.models.devices)
