@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
+from evomerge.evaluation.calibration import Calibration, texts_of
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
 from evomerge.evaluation.likelihoods import Answers, PreparedRequests, Request, Response, tolerance
@@ -31,7 +33,7 @@ from evomerge.evaluation.loading import (
     of_metrics,
     only_reported,
 )
-from evomerge.evaluation.losses import Losses
+from evomerge.evaluation.losses import Item, Losses
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.metrics import task_metrics
 from evomerge.outcomes import Outcomes
@@ -227,6 +229,27 @@ class Harness:
         with quiet(), torch.set_grad_enabled(bool(descent.wanted)):
             return self._splits["search"].descend(model, descent)
 
+    def calibration(self, model: str) -> Calibration:
+        """What statistics of a model are measured on, as the search file says.
+
+        model: its name in the search file, or `base`.
+        Raises InputError where there is nothing to measure on.
+        """
+        settings, limit = self._config.statistics, self._lm.max_length
+        file = settings.file_of(model)
+        if file is not None:
+            return Calibration(texts_of(Path(file), self._lm, settings, min(limit, settings.length)), limit)
+        self.prepare("search")
+        tasks = settings.tasks.get(model)
+        with quiet():
+            items = self._splits["search"].items_of_tasks(tasks, settings.items)
+        if not items:
+            raise InputError(
+                f"statistics: no search item of {', '.join(tasks) if tasks else 'the tasks'} has a reference answer to "
+                f"measure {model} on; give statistics.texts."
+            )
+        return Calibration(items, limit)
+
 
 def _joined(parts: Sequence[SplitScores]) -> SplitScores:
     """The scores of a split's parts as one."""
@@ -273,6 +296,9 @@ class _PreparedSplit:
         encode = partial(_encode_answer, self._lm)
         chat = self._config.evaluation.apply_chat_template
         return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat)
+
+    def items_of_tasks(self, tasks: Sequence[str] | None, most: int) -> list[Item]:
+        return self._losses.of_tasks(tasks, most)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         return self._losses.follow(model, descent, *self._limits)

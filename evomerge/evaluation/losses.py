@@ -7,7 +7,7 @@ mean over its items.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +90,7 @@ class Losses:
         chat: whether prompts follow the model's chat template.
         """
         self._seed = seed
+        self._tasks = {objective.name: objective.task for objective in objectives}
         self._items: dict[str, list[tuple[str, list[Item | None]]]] = {}
         for objective in objectives:
             target = targets[objective.task]
@@ -99,6 +100,20 @@ class Losses:
                 for task in target.tasks
             ]
             self._items[objective.name] = _normalized(made)
+
+    def of_tasks(self, tasks: Collection[str] | None, most: int) -> list[Item]:
+        """The items that have a reference, each once, in their order.
+
+        tasks: the names of the objectives' tasks whose items are asked for; None for all of them.
+        most: at most how many items of a task are taken.
+        """
+        taken: dict[tuple[Request, ...], Item] = {}
+        for name, by_task in self._items.items():
+            if tasks is None or self._tasks[name] in tasks:
+                for _, items in by_task:
+                    for item in [item for item in items if item is not None][:most]:
+                        taken.setdefault(item.requests, item)
+        return list(taken.values())
 
     def chosen(self, descent: Descent) -> dict[str, list[Item]]:
         """The items of one shard of a mini-batch, by objective.

@@ -23,7 +23,17 @@ from evomerge.archive.archive import steering
 from evomerge.candidate import Candidate
 from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
-from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
+from evomerge.events import (
+    Evaluated,
+    Event,
+    Finished,
+    SearchStarts,
+    StatisticsMeasured,
+    Stepped,
+    Warned,
+    WorkersAwaited,
+    WorkersReady,
+)
 from evomerge.evidence.comparison import sentence
 from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
@@ -90,6 +100,8 @@ class SearchView:
                 self._open(run)
             case WorkersReady(count):
                 self._say(f"{count} worker(s) ready")
+            case StatisticsMeasured(kind, model, _, seconds):
+                self._say(f"{kind.replace('_', ' ')} of {model} measured in {seconds:.1f} s")
             case SearchStarts(control):
                 self._say(f"controls evaluated; the search starts at {control}")
             case Evaluated():

@@ -17,13 +17,14 @@ from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
-from evomerge.files import SEARCH_FILE, TASKS, check_writable, write_text
+from evomerge.files import SEARCH_FILE, STATISTICS, TASKS, check_writable, write_text
 from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.runs.reading import check_archive_kept, check_readable, read_config
 from evomerge.runs.trackers.tracking import Tracking
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
+from evomerge.search.statistics import measure, wanted
 from evomerge.workers import WorkerPool
 from evomerge.workers.pools import make_pool
 from evomerge.workers.ray_address import given
@@ -81,7 +82,7 @@ def begin(
     for warning in prepared.warnings:
         listener(Warned(warning))
     listener(WorkersAwaited())
-    with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
+    with closing(_pool(prepared, address, directory)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
         with run_lock(directory), _present(directory, prepared.config) as writer:
             if (directory / SEARCH_FILE).exists():  # somebody was faster
@@ -110,9 +111,13 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
             listener(Warned(warning))
         check_sources(run)
         listener(WorkersAwaited())
-        with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
+        with closing(_pool(prepared, address, directory)) as pool:
             write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
             return _run(run, pool, listener)
+
+
+def _pool(prepared: Prepared, address: str | None, directory: Path) -> WorkerPool:
+    return make_pool(prepared.config, prepared.models, prepared.targets, address, directory / STATISTICS)
 
 
 def check_sources(run: OpenRun) -> None:
@@ -149,7 +154,7 @@ def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive
 def _held(directory: Path) -> list[str]:
     """The names of what a future run directory holds already, locks and tasks left out; sorted."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS))
+        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, STATISTICS, TASKS))
     except FileNotFoundError:
         return []
     except NotADirectoryError:
@@ -201,6 +206,7 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     tracking(Opened(run))
     try:
         tell(WorkersReady(pool.size, run.config.workers.pool))
+        run.archive.record_statistics(measure(wanted(run.config), pool, tell))
         Search(run.config, run.prepared.space, run.archive, pool, tell, tuple(run.prepared.models.table)).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts

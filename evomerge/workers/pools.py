@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import POOLS, imported
@@ -11,7 +12,11 @@ from evomerge.workers import WorkerPool
 
 
 def make_pool(
-    config: SearchConfig, models: Models, targets: Mapping[str, Target] | None = None, address: str | None = None
+    config: SearchConfig,
+    models: Models,
+    targets: Mapping[str, Target] | None = None,
+    address: str | None = None,
+    statistics: Path | None = None,
 ) -> WorkerPool:
     """The pool that a config asks for, with its workers ready.
 
@@ -20,11 +25,14 @@ def make_pool(
         machines, and read the models there.
     targets: the config's tasks, loaded. Workers in processes of their own load them there.
     address: a Ray cluster's; by default none.
+    statistics: the folder of statistics, which workers on other machines must see, too.
     Raises InputError where the pool cannot be made as the config asks.
     """
     from evomerge.workers.worker import Worker
 
     row = POOLS[config.workers.pool]
-    make_worker = partial(Worker, config) if row.processes else partial(Worker, config, models, targets)
+    folder = statistics and statistics.absolute()
+    loaded = () if row.processes else (models, targets)
+    make_worker = partial(Worker, config, *loaded, statistics=folder)
     pool: WorkerPool = imported(row.make)(config, make_worker, address)
     return pool
