@@ -240,13 +240,14 @@ def export(
     """Write a candidate's recipe, which mergekit reads too."""
     from evomerge.export import choice
     from evomerge.export import recipe as exports
+    from evomerge.files import STATISTICS
     from evomerge.reports import terminal
     from evomerge.runs import directory as runs
 
     opened = runs.read(directory)
     runs.check_sources(opened)
     record = choice.choose(opened.results, candidate, prefer or [])
-    recipe = exports.shared_recipe(record, opened.results, opened.prepared.models)
+    recipe = exports.shared_recipe(record, opened.results, opened.prepared.models, directory / STATISTICS)
     exports.write_recipe(recipe, output)
     for warning in choice.warnings(record, opened.results):
         terminal.warn(warning)
@@ -271,6 +272,9 @@ def merge(
     ] = "5GB",
     copy_tokenizer: Annotated[bool, typer.Option(help="Write a tokenizer too.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md too.")] = True,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What `evomerge measure` wrote, for methods that need it.")
+    ] = None,
 ) -> None:
     """Write a recipe's merge as a plain Hugging Face checkpoint and check its fingerprint."""
     from evomerge.devices import resolve_device
@@ -286,10 +290,35 @@ def merge(
         shard_size=max_shard_size,
         tokenizer=copy_tokenizer,
         card=write_model_card,
+        statistics=statistics,
         warn=terminal.warn,
     )
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
     terminal.console().print(f"{out}: fingerprint {fingerprint} ({verdict})")
+
+
+@app.command()
+def measure(
+    search: SearchFile,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write into.")] = Path("statistics"),
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="fisher, grams, merged_grams or activations [default: what the search's methods need]."),
+    ] = None,
+    workers: Workers = None,
+    address: Address = None,
+    set_: Set = None,
+) -> None:
+    """Measure statistics of a search's models for methods that need them, such as fisher and regmean."""
+    from evomerge.reports import terminal
+    from evomerge.runs import statistics
+
+    view = terminal.SearchView(terminal.console())
+    overrides = [*(set_ or []), *_worker_settings(workers)]
+    try:
+        statistics.measure_file(search, output.expanduser(), kind, overrides, address, view)
+    finally:
+        view.close()
 
 
 @app.command()

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import InputError
+from evomerge.files import STATISTICS
 from evomerge.merging.methods.base import Kind
 from evomerge.merging.sources.models import Model
 from evomerge.merging.sources.weights import Weights
+from evomerge.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +169,22 @@ class Shelf:
             return self.find(kind, reference, models[reference].identity)
 
         return find
+
+
+def shelf_of(recipe: Recipe, where: str, folder: Path | None = None) -> Shelf:
+    """The folders in which a recipe's statistics are looked for: the given one, that of its run, and those beside it.
+
+    recipe: the recipe.
+    where: its file, or what else it is called.
+    folder: a folder that the user gives.
+    Raises InputError where that is no folder.
+    """
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--statistics is {folder}, which is no folder; give the one that `evomerge measure` wrote.")
+    noted = recipe.evomerge.statistics
+    beside = Path(where).absolute().parent
+    places = [folder, Path(noted.folder) if noted and noted.folder else None, beside / STATISTICS, beside]
+    return Shelf([place for place in places if place is not None], noted.names if noted else None, where)
 
 
 Find = Callable[[Kind, str], Readable]
