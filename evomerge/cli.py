@@ -303,7 +303,10 @@ def measure(
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write into.")] = Path("statistics"),
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="fisher, grams, merged_grams or activations [default: what the search's methods need]."),
+        typer.Option(
+            metavar="KIND",
+            help="fisher, grams, merged_grams or activations [default: what the search's methods need].",
+        ),
     ] = None,
     workers: Workers = None,
     address: Address = None,
