@@ -59,7 +59,7 @@ class PostConfig(Settings):
 
     @field_validator("aim", mode="before")
     @classmethod
-    def _plain(cls, value: Any, info: Any) -> Any:
+    def _plain(cls, value: Any) -> Any:
         """Takes `aim: true` for AIM with its own bounds, and `aim: false` for none."""
         return ({} if value else None) if isinstance(value, bool) else value
 
@@ -122,14 +122,6 @@ class ParameterSpaceConfig(SpaceSettings):
         """The names of the methods that candidates may use."""
         named = (self.method,) if isinstance(self.method, str) else self.method
         return named if self.post.aim is None else tuple(f"{name}+aim" for name in named)
-
-    @field_validator("post", mode="before")
-    @classmethod
-    def _steps(cls, value: Any) -> Any:
-        """Turns `post: {aim: }`, without a value, into AIM with its own bounds."""
-        if not isinstance(value, Mapping):
-            return value
-        return {name: {} if change is None else change for name, change in value.items()}
 
     @field_validator("method")
     @classmethod
