@@ -19,6 +19,7 @@ from evomerge.evaluation.losses import Item
 from evomerge.merging.naming import naming_in
 from evomerge.merging.sources.statistics import Shelf, read
 from evomerge.recipe import Recipe, Source
+from evomerge.search.statistics import wanted
 from evomerge.workers import measuring
 from evomerge.workers.worker import Worker
 from tests.merging.methods import derived
@@ -161,6 +162,41 @@ def test_a_worker_measures_once_and_a_merge_reads_what_it_wrote(search: WriteSea
     for model in models:
         other.measure("grams", model)
     assert other.evaluate(recipe, "search").fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("method", ["fisher", "gradient_matching", "regmean", "fisher+aim"])
+def test_merges_with_statistics_are_the_same_wherever_sources_live(
+    search: WriteSearch, tmp_path: Path, method: str
+) -> None:
+    folder, fingerprints = tmp_path / "kept", set()
+    for where in ("device", "host", "disk"):
+        settings = {"device": "cpu", "dtype": "float32", "sources": where}
+        worker = worker_of(search, folder, **{"space.method": method, "evaluation": settings})
+        base, models = worker._config.base, list(worker._config.models.values())
+        for kind, reference in wanted(worker._config):
+            worker.measure(kind, reference)
+        sources = tuple(Source(model=model, parameters={"weight": 0.7}) for model in models)
+        recipe = Recipe(merge_method=method, base_model=base, models=sources)
+        evaluation = worker.evaluate(recipe, "search")
+        assert evaluation.error is None
+        fingerprints.add(evaluation.fingerprint)
+    assert len(fingerprints) == 1
+
+
+def test_a_searched_alpha_is_solved_anew_and_keeps_one_solution(search: WriteSearch, tmp_path: Path) -> None:
+    worker = worker_of(search, tmp_path, **{"space.method": "regmean"})
+    base, models = worker._config.base, list(worker._config.models.values())
+    for model in models:
+        worker.measure("grams", model)
+    sources = tuple(Source(model=model, parameters={"weight": 1.0}) for model in models)
+
+    def merged(alpha: float) -> str | None:
+        recipe = Recipe(merge_method="regmean", base_model=base, models=sources, parameters={"alpha": alpha})
+        return worker.evaluate(recipe, "search").fingerprint
+
+    first, kept = merged(0.2), len(worker.models._kept)
+    assert merged(0.9) != first == merged(0.2)
+    assert len(worker.models._kept) == kept
 
 
 def test_regmean_plus_measures_behind_layers_that_are_merged(search: WriteSearch, tmp_path: Path) -> None:
