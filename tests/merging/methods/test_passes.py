@@ -48,9 +48,7 @@ def inputs_of(method: str, planes: bool = False, dtype: torch.dtype = torch.bflo
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-@pytest.mark.parametrize(
-    "method", ["linear", "ties", "dare_ties", "della", "consensus", "localize_and_stitch", "fisher"]
-)
+@pytest.mark.parametrize("method", COMPILED)
 def test_compiled_code_gives_the_bits_of_eager_code(method):
     """One method of each kind of pass, to spare the compiler."""
     eager, compiled = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)
