@@ -291,14 +291,17 @@ class _PreparedSplit:
     @cached_property
     def _losses(self) -> Losses:
         """Made for the first gradient that is asked for."""
+        return self._losses_of(unlabelled=self._config.optimizer.learning.loss == "entropy")
+
+    def _losses_of(self, unlabelled: bool) -> Losses:
         measured = [metric for metric in self._config.measured if metric.cost is None]
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
         chat = self._config.evaluation.apply_chat_template
-        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat)
+        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat, unlabelled)
 
     def items_of_tasks(self, tasks: Sequence[str] | None, most: int) -> list[Item]:
-        return self._losses.of_tasks(tasks, most)
+        return self._losses_of(unlabelled=False).of_tasks(tasks, most)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         return self._losses.follow(model, descent, *self._limits)
@@ -613,10 +616,15 @@ def _encode_answer(lm: Any, instance: Any, continuation: str | None = None) -> l
     """The requests for the log-likelihood of an instance's own answer, or of a text that a model might write.
 
     Such a text follows the tokens of the prompt alone, as when it is written. There is no request where it has no
-    tokens.
+    tokens. For an empty text there is one that reads what follows the prompt, whatever that is.
     """
     if continuation is None:
         return _encode(lm, instance, None)
+    if not continuation:
+        written = instance.request_type == "generate_until"
+        prompt = lm.tok_encode(instance.args[0]) if written else _encode_pair(lm, instance, None)[0].context
+        context = tuple(prompt) or (lm.prefix_token_id,)
+        return [Request(context, context[-1:])]
     prompt, whole = lm.tok_encode(instance.args[0]), lm.tok_encode(instance.args[0] + continuation)
     written = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
     written = written or lm.tok_encode(continuation, add_special_tokens=False)
