@@ -119,6 +119,18 @@ class Descent:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What a worker says to a request for statistics.
+
+    name: the name of the folder that holds them.
+    seconds: how long it took.
+    """
+
+    name: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Gradient:
     """What a worker says to a `Descent`.
 

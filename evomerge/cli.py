@@ -306,14 +306,14 @@ def export(
     """Write a candidate's recipe, which mergekit reads too."""
     from evomerge.export import choice
     from evomerge.export import recipe as exports
-    from evomerge.files import SEARCH_FILE
+    from evomerge.files import SEARCH_FILE, STATISTICS
     from evomerge.reports import terminal
     from evomerge.runs import directory as runs
 
     opened = runs.read(directory)
     runs.check_sources(opened)
     record = choice.choose(opened.results, candidate, prefer or [])
-    recipe = exports.shared_recipe(record, opened.results, opened.prepared.models)
+    recipe = exports.shared_recipe(record, opened.results, opened.prepared.models, directory / STATISTICS)
     for warning in choice.warnings(record, opened.results):
         terminal.warn(warning)
     if lora_rank is not None:
@@ -344,6 +344,9 @@ def merge(
     ] = "5GB",
     copy_tokenizer: Annotated[bool, typer.Option(help="Write a tokenizer too.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md too.")] = True,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What `evomerge measure` wrote, for methods that need it.")
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="Write a LoRA of this rank on the recipe's base instead.")
     ] = None,
@@ -364,7 +367,8 @@ def merge(
     where = resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device")
     loaded = located.load(recipe, terminal.warn)
     if lora_rank is not None:
-        return _write_adapter(loaded, out, str(recipe), lora_rank, lora_base, score, where, write_model_card)
+        given = (lora_base, score, where, write_model_card, statistics)
+        return _write_adapter(loaded, out, str(recipe), lora_rank, *given)
     fingerprint, checked = checkpoint.merge(
         loaded,
         out,
@@ -373,6 +377,7 @@ def merge(
         shard_size=max_shard_size,
         tokenizer=copy_tokenizer,
         card=write_model_card,
+        statistics=statistics,
         warn=terminal.warn,
     )
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
@@ -389,13 +394,16 @@ def _write_adapter(
     scored: Path | None,
     device: str = "cpu",
     card: bool = True,
+    statistics: Path | None = None,
 ) -> None:
     """Writes a merge as an adapter, shows what it keeps, and scores it where a search file is given."""
     from evomerge.export import adapter
     from evomerge.reports import terminal
     from evomerge.search import scoring
 
-    written = adapter.write_adapter(recipe, out, where, rank, device, base=base, card=card, warn=terminal.warn)
+    written = adapter.write_adapter(
+        recipe, out, where, rank, device, base=base, card=card, statistics=statistics, warn=terminal.warn
+    )
     terminal.show_adapter(terminal.console(), out, written)
     if scored is None:
         return
@@ -405,6 +413,33 @@ def _write_adapter(
     if row["error"]:
         terminal.fail(f"{target}: {row['error']}")
         raise typer.Exit(1)
+
+
+@app.command()
+def measure(
+    search: SearchFile,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write into.")] = Path("statistics"),
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="fisher, grams, merged_grams or activations [default: what the search's methods need].",
+        ),
+    ] = None,
+    workers: Workers = None,
+    address: Address = None,
+    set_: Set = None,
+) -> None:
+    """Measure statistics of a search's models for methods that need them, such as fisher and regmean."""
+    from evomerge.reports import terminal
+    from evomerge.runs import statistics
+
+    view = terminal.SearchView(terminal.console())
+    overrides = [*(set_ or []), *_worker_settings(workers)]
+    try:
+        statistics.measure_file(search, output.expanduser(), kind, overrides, address, view)
+    finally:
+        view.close()
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 from evomerge.errors import InputError, WorkFailed
 
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
+STATISTICS = "statistics"  # what is measured of models for methods that need it
 TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
 OWN = "own"  # where a search keeps the files of the user's own scores
 

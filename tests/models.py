@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.models import Model, Models, find_models
 from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.references import ModelSource
 from evomerge.merging.sources.weights import Weights, model_config
+
+UNMEASURED = [name for name, method in METHODS.items() if not method.statistics]  # methods that need no statistics
 
 
 def models(sources: Mapping[str, ModelSource | Path], base: Path) -> Models:

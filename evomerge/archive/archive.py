@@ -447,6 +447,27 @@ class Archive:
         seen: str | None = self._studies["search"].user_attrs.get("seen")
         return seen
 
+    def record_statistics(self, names: Mapping[str, Mapping[str, str]]) -> None:
+        """Records which statistics of the models the search's methods use: the names of their folders, by the model's
+        reference and the kind. Raises InputError where others are recorded.
+        """
+        recorded = self.statistics
+        for reference, kinds in names.items():
+            for kind, name in kinds.items():
+                before = recorded.get(reference, {}).get(kind)
+                if recorded and before != name:
+                    raise InputError(
+                        f"statistics: the {kind} of {reference} are {name}, but the search began with {before}; "
+                        "restore the run's statistics, or run the search in a new directory."
+                    )
+        if names and not recorded:
+            self._studies["search"].set_user_attr("statistics", {key: dict(kinds) for key, kinds in names.items()})
+
+    @property
+    def statistics(self) -> Mapping[str, Mapping[str, str]]:
+        """The names of the folders with statistics, by the model's reference and the kind."""
+        return dict(self._studies["search"].user_attrs.get("statistics", {}))
+
     def recorded_versions(self) -> Mapping[str, str]:
         """The versions that the search began with, by package; empty in a new archive."""
         return dict(self._studies["search"].user_attrs.get("versions", {}))

@@ -232,6 +232,34 @@ class ItemsConfig(Settings):
         raise ValueError(f"it is {shown(value)}; use a whole number of at least 1, or false")
 
 
+class StatisticsConfig(Settings):
+    """What is measured of models for the methods that need it: on which items, and how.
+
+    By default every model is measured on the reference answers to the search items of all tasks.
+
+    tasks: the tasks whose search items a model is measured on, by the model's name.
+    texts: a file of texts to measure on instead, or such a file for each model by its name: one text on a line, or JSON
+        lines with a `text`. Models that are not named are measured on items.
+    items: at most how many items of a task, or texts of a file, are used.
+    length: how many tokens of a text are used.
+    labels: of what Fisher information is taken: the likelihood of `reference` answers, or of answers that are `drawn`
+        from the model's own predictions.
+    """
+
+    tasks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    texts: str | dict[str, str] | None = None
+    items: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=2)
+    labels: Literal["reference", "drawn"] = "reference"
+
+    def file_of(self, model: str) -> str | None:
+        """The file of texts that a model is measured on; None where it is measured on items.
+
+        model: its name in the search file, or `base`.
+        """
+        return self.texts.get(model) if isinstance(self.texts, dict) else self.texts
+
+
 class VllmConfig(Settings):
     """vLLM, which runs in an environment of its own.
 

@@ -27,9 +27,10 @@ from evomerge.config.scoring import (
     ObjectiveConfig,
     ReportConfig,
     ScoreConfig,
+    StatisticsConfig,
     TasksConfig,
 )
-from evomerge.config.spaces import ParameterSpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig, PostConfig
 from evomerge.config.storage_url import refuse_password
 from evomerge.config.tables import AnySpaceConfig, TrackerName
 from evomerge.errors import choices
@@ -45,6 +46,7 @@ class SearchConfig(Settings):
     report: the scores to be shown beside the others at the end; the search does not see them.
     tasks: where tasks are found.
     items: how many items the search and the report see.
+    statistics: what is measured of models for methods that need it.
     space: what may vary.
     optimizer: how genomes are proposed.
     subsets: whether candidates are scored on a few search items first, and on all only where they may then become the
@@ -65,6 +67,7 @@ class SearchConfig(Settings):
     report: tuple[ReportConfig, ...] = ()
     tasks: TasksConfig = TasksConfig()
     items: ItemsConfig = ItemsConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
     space: AnySpaceConfig = ParameterSpaceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     subsets: bool | Literal["auto"] = "auto"
@@ -209,6 +212,22 @@ class SearchConfig(Settings):
         }
         return self.model_copy(update=changed)
 
+    @model_validator(mode="after")
+    def _measured_on(self) -> Self:
+        names, tasks = ["base", *self.models], [metric.task for metric in self.measured if metric.task]
+        texts = self.statistics.texts if isinstance(self.statistics.texts, dict) else {}
+        for key, named in (("tasks", self.statistics.tasks), ("texts", texts)):
+            for name in named:
+                if name not in names:
+                    raise ValueError(f".statistics.{key}.{name} is no model; {choices(name, names)}")
+        for name, chosen in self.statistics.tasks.items():
+            for task in chosen:
+                if task not in tasks:
+                    raise ValueError(
+                        f".statistics.tasks.{name} names {task}, which is no objective; {choices(task, tasks)}"
+                    )
+        return self
+
     @property
     def measured(self) -> tuple[ObjectiveConfig, ...]:
         """Every metric that an evaluation measures: the objectives, then the metrics of constraints alone."""
@@ -264,6 +283,9 @@ class SearchConfig(Settings):
 
 _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
     "report": [],
+    "statistics": StatisticsConfig().model_dump(mode="json"),
+    "space.post": PostConfig().model_dump(mode="json"),
+    "space.parameter.post": PostConfig().model_dump(mode="json"),
     "evaluation.quantize": None,
     "evaluation.sources": "auto",
     "evaluation.fields": "auto",

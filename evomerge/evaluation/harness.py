@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
+from evomerge.evaluation.calibration import Calibration, texts_of
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
 from evomerge.evaluation.likelihoods import Answers, PreparedRequests, Request, Response, tolerance
@@ -32,6 +34,7 @@ from evomerge.evaluation.loading import (
     of_metrics,
     only_reported,
 )
+from evomerge.evaluation.losses import Item as LossItem
 from evomerge.evaluation.losses import Losses
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.metrics import task_metrics
@@ -240,6 +243,27 @@ class Harness:
         with quiet(), torch.set_grad_enabled(bool(descent.wanted)):
             return self._splits["search"].descend(model, descent)
 
+    def calibration(self, model: str) -> Calibration:
+        """What statistics of a model are measured on, as the search file says.
+
+        model: its name in the search file, or `base`.
+        Raises InputError where there is nothing to measure on.
+        """
+        settings, limit = self._config.statistics, self._lm.max_length
+        file = settings.file_of(model)
+        if file is not None:
+            return Calibration(texts_of(Path(file), self._lm, settings, min(limit, settings.length)), limit)
+        self.prepare("search")
+        tasks = settings.tasks.get(model)
+        with quiet():
+            items = self._splits["search"].items_of_tasks(tasks, settings.items)
+        if not items:
+            raise InputError(
+                f"statistics: no search item of {', '.join(tasks) if tasks else 'the tasks'} has a reference answer to "
+                f"measure {model} on; give statistics.texts."
+            )
+        return Calibration(items, limit)
+
 
 def _joined(parts: Sequence[SplitScores]) -> SplitScores:
     """The scores of a split's parts as one."""
@@ -293,12 +317,17 @@ class _PreparedSplit:
     @cached_property
     def _losses(self) -> Losses:
         """Made for the first gradient that is asked for."""
+        return self._losses_of(unlabelled=self._config.optimizer.learning.loss == "entropy")
+
+    def _losses_of(self, unlabelled: bool) -> Losses:
         measured = [metric for metric in self._config.measured if metric.task]
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
         chat = self._config.evaluation.apply_chat_template
-        unlabelled = self._config.optimizer.learning.loss == "entropy"
         return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat, unlabelled)
+
+    def items_of_tasks(self, tasks: Sequence[str] | None, most: int) -> list[LossItem]:
+        return self._losses_of(unlabelled=False).of_tasks(tasks, most)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         return self._losses.follow(model, descent, *self._limits)

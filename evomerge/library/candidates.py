@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.archive.archive import Record
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.export.recipe import shared_recipe, write_recipe
+from evomerge.files import STATISTICS
 from evomerge.library.notebook import table_html
 from evomerge.recipe import Recipe
 from evomerge.reports import views
@@ -48,7 +49,8 @@ class RunCandidate:
     @property
     def recipe(self) -> Recipe:
         """The recipe to share, as `evomerge export` writes it."""
-        return shared_recipe(self._record, self._run.results, self._run.prepared.models)
+        run = self._run
+        return shared_recipe(self._record, run.results, run.prepared.models, run.directory / STATISTICS)
 
     @property
     def fingerprint(self) -> str | None:
@@ -125,7 +127,8 @@ class RunCandidate:
         if self.fingerprint is None:
             raise InputError(f"{self.id} failed ({self._view.error}), so it has no weights; choose another candidate.")
         there = resolve_device(device, "device")
-        resident = ResidentModels(self._run.prepared.models, there, self._run.config.evaluation.dtype)
+        models, dtype = self._run.prepared.models, self._run.config.evaluation.dtype
+        resident = ResidentModels(models, there, dtype, statistics=self._run.statistics.finder(models))
         fingerprint = resident.materialize(self._record.candidate.recipe)
         if fingerprint != self.fingerprint:
             raise WorkFailed(

@@ -25,7 +25,17 @@ from rich.text import Text
 from evomerge.archive.archive import steering
 from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
-from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
+from evomerge.events import (
+    Evaluated,
+    Event,
+    Finished,
+    SearchStarts,
+    StatisticsMeasured,
+    Stepped,
+    Warned,
+    WorkersAwaited,
+    WorkersReady,
+)
 from evomerge.evidence.comparison import sentence
 from evomerge.export.card import percent
 from evomerge.reports import views
@@ -95,6 +105,8 @@ class SearchView:
             case WorkersReady(count):
                 self._say(f"{count} worker{'s' * (count != 1)} ready after {time.monotonic() - self._begun:.0f} s")
                 self._begun = time.monotonic()
+            case StatisticsMeasured(kind, model, _, seconds):
+                self._say(f"{kind.replace('_', ' ')} of {model} measured in {seconds:.1f} s")
             case SearchStarts(control):
                 self._say(f"base, parents and uniform merge are scored; the search starts at {control}")
             case Evaluated():

@@ -18,7 +18,7 @@ from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
-from evomerge.files import OWN, SEARCH_FILE, TASKS, check_writable, write_bytes, write_text
+from evomerge.files import OWN, SEARCH_FILE, STATISTICS, TASKS, check_writable, write_bytes, write_text
 from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.runs.reading import check_archive_kept, check_readable, read_config
@@ -27,6 +27,7 @@ from evomerge.search import ablation
 from evomerge.search.ablation import Ablation
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
+from evomerge.search.statistics import measure, wanted
 from evomerge.workers import WorkerPool
 from evomerge.workers.pools import make_pool
 from evomerge.workers.ray_address import given
@@ -84,7 +85,7 @@ def begin(
     for warning in prepared.warnings:
         listener(Warned(warning))
     listener(WorkersAwaited())
-    with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
+    with closing(_pool(prepared, address, directory)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
         with run_lock(directory), _present(directory, prepared.config) as writer:
             if (directory / SEARCH_FILE).exists():  # somebody was faster
@@ -114,7 +115,7 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
             listener(Warned(warning))
         check_sources(run)
         listener(WorkersAwaited())
-        with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
+        with closing(_pool(prepared, address, directory)) as pool:
             return _run(replace(run, prepared=_frozen(directory, prepared)), pool, listener)
 
 
@@ -173,13 +174,17 @@ def ablate(
             return
         check_sources(run)
         tell(planned, left)
-        with closing(make_pool(working.config, working.models, working.targets, address)) as pool:
+        with closing(_pool(working, address, directory)) as pool:
             ablation.carry_out(planned, Search(working.config, working.space, beside, pool, listener))
 
 
 def _planned(run: OpenRun) -> Ablation:
     with naming(run.directory):
         return ablation.plan(run.results, run.prepared.space)
+
+
+def _pool(prepared: Prepared, address: str | None, directory: Path) -> WorkerPool:
+    return make_pool(prepared.config, prepared.models, prepared.targets, address, directory / STATISTICS)
 
 
 def check_sources(run: OpenRun) -> None:
@@ -216,7 +221,7 @@ def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive
 def _held(directory: Path) -> list[str]:
     """The names of what a future run directory holds already; locks, tasks and own scores left out; sorted."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS, OWN))
+        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, OWN, STATISTICS, TASKS))
     except FileNotFoundError:
         return []
     except NotADirectoryError:
@@ -268,6 +273,7 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     tracking(Opened(run))
     try:
         tell(WorkersReady(pool.size, run.config.workers.pool))
+        run.archive.record_statistics(measure(wanted(run.config), pool, tell))
         Search(run.config, run.prepared.space, run.archive, pool, tell, tuple(run.prepared.models.table)).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import POOLS, imported
@@ -12,7 +13,11 @@ from evomerge.workers import WorkerPool
 
 
 def make_pool(
-    config: SearchConfig, models: Models, targets: Mapping[str, Target] | None = None, address: str | None = None
+    config: SearchConfig,
+    models: Models,
+    targets: Mapping[str, Target] | None = None,
+    address: str | None = None,
+    statistics: Path | None = None,
 ) -> WorkerPool:
     """The pool that a config asks for, with its workers ready.
 
@@ -21,14 +26,15 @@ def make_pool(
         machines, and read the models there.
     targets: the config's tasks, loaded. Workers in processes of their own load them there.
     address: a Ray cluster's; by default none.
+    statistics: the folder of statistics, which workers on other machines must see, too.
     Raises InputError where the pool cannot be made as the config asks.
     """
     from evomerge.workers.worker import Worker
 
     row = POOLS[config.workers.pool]
     own = read_own(config)  # which travels with the worker, wherever that is made
-    make_worker = (
-        partial(Worker, config, own=own) if row.processes else partial(Worker, config, models, targets, own=own)
-    )
+    folder = statistics and statistics.absolute()
+    loaded = () if row.processes else (models, targets)
+    make_worker = partial(Worker, config, *loaded, own=own, statistics=folder)
     pool: WorkerPool = imported(row.make)(config, make_worker, address)
     return pool

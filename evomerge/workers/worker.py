@@ -5,30 +5,37 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from evomerge.candidate import Descent, Evaluation, Gradient, Part, Shard, Subset, failure
+from evomerge.candidate import Descent, Evaluation, Gradient, Measured, Part, Shard, Subset, failure
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
 from evomerge.devices import count_gpus, devices_of, empty_cache, resolve_device, synchronize
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, WorkFailed, first_line, naming
+from evomerge.evaluation.calibration import Calibration
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import WHOLE, Harness
 from evomerge.evaluation.loading import Target
 from evomerge.evaluation.own_files import OwnFiles, read_own
 from evomerge.evaluation.own_scores import OwnItems, OwnScore, OwnScores
-from evomerge.merging.methods import METHODS
-from evomerge.merging.naming import named_weights
+from evomerge.merging import methods
+from evomerge.merging.methods.base import Kind
+from evomerge.merging.naming import Naming, named_weights, naming_of
 from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.sources import Kept, Where, resolve
 from evomerge.merging.sources.models import Model, Models, models_of
+from evomerge.merging.sources.statistics import Readable, Shelf, subject
 from evomerge.merging.sources.tokenizers import read_tokenizer
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, Source, single
 from evomerge.seen import Digests
+from evomerge.versions import versions
+from evomerge.workers import measuring
 
 T = TypeVar("T")
 
@@ -46,6 +53,7 @@ class Worker:
         seen: Digests = frozenset(),
         head_apart: bool = False,
         own: Mapping[str, OwnFiles] | None = None,
+        statistics: Shelf | Path | None = None,
     ) -> None:
         """Loads the models and prepares the tasks.
 
@@ -57,10 +65,15 @@ class Worker:
         head_apart: see ResidentModels.
         own: the files of the user's own scores, where they are read already; by default they are read here. A rehearsal
             does not run their code.
+        statistics: where statistics of the models are looked for; a folder is that of a run, where `measure` writes
+            them.
         Raises InputError where the models, the tasks or the user's own scores cannot be loaded.
         """
         torch.set_num_threads(config.evaluation.threads)
         models = models or models_of(config)
+        self._config, self._sources, self._folder = config, models, statistics if isinstance(statistics, Path) else None
+        self._shelf = statistics if isinstance(statistics, Shelf) else Shelf([statistics] if statistics else [])
+        self._found: dict[tuple[Kind, str], Readable] = {}
         device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
         count = 1 if rehearsal else count_gpus(config, device)
         evaluation = config.evaluation
@@ -74,6 +87,7 @@ class Worker:
             head_apart,
             *_placed(config, models, device, count, rehearsal),
             quantized=bool(evaluation.quantize),
+            statistics=self._statistics,
         )
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
@@ -92,6 +106,7 @@ class Worker:
         self._checkpointing = config.optimizer.learning.checkpointing
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
+        self._calibrations: dict[str, Calibration] = {}
         self._held: tuple[Recipe, bool, str] | None = None  # the recipe whose merge is in memory, with its fingerprint
         for split in config.splits:  # all of them now, so that an item that cannot be scored shows before the search
             self._harness.prepare(split)
@@ -110,7 +125,7 @@ class Worker:
         self._held = None
         self.models.rehearse(recipe)
         self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
-        wanted = METHODS[recipe.merge_method].slopes
+        wanted = methods.get(recipe.merge_method, "merge_method").slopes
         if self._learns and wanted:
             with self.models.following(wanted), self._layers_again():
                 self._harness.rehearse_descent(self.models.candidate)
@@ -201,6 +216,93 @@ class Worker:
 
         return self._of_merge(recipe, follow)
 
+    def measure(self, kind: Kind, reference: str) -> Measured:
+        """Statistics of a model, measured and written into the run's folder unless they lie there already.
+
+        kind: the kind of statistics; those of `merged_grams` are of all models together.
+        reference: the model's.
+        Raises InputError where there is nothing to measure on, and WorkFailed where they are not finite or cannot be
+        written.
+        """
+        assert self._folder is not None
+        started = time.perf_counter()
+        models = [reference] if kind != "merged_grams" else list(self._config.models.values())
+        held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
+        name = held.folder.name if held is not None else self._measured(kind, models)
+        return Measured(name, time.perf_counter() - started)
+
+    def _measured(self, kind: Kind, models: list[str]) -> str:
+        """Measures statistics, and returns the name of their folder."""
+        assert self._folder is not None
+        calibrations = [self._calibration(model) for model in models]
+        self._held = None
+        self.models.materialize(single(models[0]))
+        model, naming, rows = self.models.model, self._naming, self._config.evaluation.batch_size
+        if kind == "merged_grams":
+            recipe = Recipe(
+                merge_method="regmean_plus",
+                base_model=self._config.base,
+                models=tuple(Source(model=model, parameters={"weight": 1.0}) for model in models),
+                parameters={"alpha": self._alpha},
+            )
+            measured = measuring.merged_inputs(self.models, recipe, naming, calibrations, rows)
+        elif kind == "fisher":
+            drawn = self._config.statistics.labels == "drawn"
+            measured = measuring.fisher(model, naming, calibrations[0], drawn)
+        else:
+            measured = measuring.inputs(kind, model, naming, calibrations[0], rows)
+        notes = {
+            "models": [self._sources[model].identity for model in models],
+            "references": models,
+            "measured": self._settings(kind, models),
+            "versions": _numerics(),
+        }
+        with self._layers_again() if kind == "fisher" else nullcontext():
+            return measuring.store(self._folder, kind, self._subject(kind, models), notes, measured)
+
+    def _subject(self, kind: Kind, models: Sequence[str]) -> str:
+        return subject(kind, [self._sources[model].identity for model in models], self._settings(kind, models))
+
+    def _settings(self, kind: Kind, models: Sequence[str]) -> dict[str, Any]:
+        """What statistics depend on besides the models."""
+        settings: dict[str, Any] = {
+            "items": [self._calibration(model).digest for model in models],
+            "dtype": self._config.evaluation.dtype,
+        }
+        settings |= {"labels": self._config.statistics.labels} if kind == "fisher" else {}
+        settings |= {"alpha": self._alpha} if kind == "merged_grams" else {}
+        return settings
+
+    def _calibration(self, reference: str) -> Calibration:
+        if reference not in self._calibrations:
+            names = {model: name for name, model in self._config.models.items()}
+            self._calibrations[reference] = self._harness.calibration(names.get(reference, "base"))
+        return self._calibrations[reference]
+
+    @property
+    def _alpha(self) -> float:
+        """The alpha of RegMean++ with which layers are merged before those behind them are measured."""
+        space = self._config.space.merging
+        change = space.parameters.get("regmean_plus", {}).get("alpha") if space is not None else None
+        given = [] if change is None else [change.fixed, change.start]
+        return next((value for value in given if value is not None), float(methods.OFF_DIAGONAL.default or 0.0))
+
+    @property
+    def _naming(self) -> Naming:
+        return naming_of(self.models.model.config, Path(self.models.model.config.name_or_path))
+
+    def _statistics(self, kind: Kind, reference: str) -> Readable:
+        """What was measured of a model. In a run it is what the config asks for, and else what a recipe names."""
+        if (kind, reference) not in self._found:
+            found: Readable | None = None
+            if self._folder is not None:
+                models = [reference] if kind != "merged_grams" else list(self._config.models.values())
+                held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
+                found = replace(held, identity=self._sources[reference].identity) if held is not None else None
+            identity = self._sources[reference].identity
+            self._found[kind, reference] = found or self._shelf.find(kind, reference, identity)
+        return self._found[kind, reference]
+
     def _of_merge(self, recipe: Recipe, work: Callable[[str], T], quantized: bool = False) -> T | Evaluation:
         """What some work on a recipe's merge returns; a failed evaluation where the merge or the work fails. A merge
         that is in memory is not made again.
@@ -259,6 +361,11 @@ class Worker:
             raise WorkerPoisoned(
                 f"the GPU computes nothing any more ({first_line(error)}); resume in a new process."
             ) from None
+
+
+def _numerics() -> dict[str, str]:
+    """The versions of what computes statistics."""
+    return {name: version for name, version in versions().items() if name in ("torch", "transformers", "lm_eval")}
 
 
 def _joined_costs(parts: Sequence[Part]) -> dict[str, float]:

@@ -11,7 +11,6 @@ import torch
 from evomerge import devices
 from evomerge.errors import InputError
 from evomerge.events import unheard
-from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.runs import directory as runs
 from evomerge.search.preparation import prepare_file
@@ -21,7 +20,7 @@ from tests.commands import content
 from tests.evaluation.test_engine import MERGE, folder, results  # noqa: F401 - a fixture
 from tests.evaluation.test_engine import config as writing
 from tests.merging.resident.test_models import recipe
-from tests.models import load_models
+from tests.models import UNMEASURED, load_models
 from tests.pretended import accelerator
 from tests.searches import WriteSearch
 
@@ -82,7 +81,7 @@ def test_auto_takes_the_accelerator_and_other_kinds_are_refused_in_a_sentence() 
 
 
 @pytest.mark.parametrize(("count", "double"), [(1, True), (2, False)], ids=["one device", "two without float64"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNMEASURED)
 def test_a_method_leaves_the_fingerprint_of_the_cpu(
     tiny_models: dict[str, Path], method: str, count: int, double: bool
 ) -> None:

@@ -9,6 +9,7 @@ import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from evomerge.devices import CopyStream, devices_of, is_accelerator
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
-from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.base import Inputs, Kind, Latest, Statistic
 from evomerge.merging.methods.drawn import Drawn, Field
 from evomerge.merging.methods.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.parts import whole_of
@@ -34,6 +35,7 @@ from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Rehears
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
+from evomerge.merging.sources.statistics import Find, Shelf, Stored
 from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.recipe import Recipe, TokenizerSettings
@@ -64,6 +66,7 @@ class ResidentModels:
         sources: Where = "device",
         fields: Kept = "kept",
         quantized: bool = False,
+        statistics: Find | None = None,
     ) -> None:
         """models: the models that recipes may name. Every merge has the base's config.
         device: where they are, such as `cpu`.
@@ -76,6 +79,7 @@ class ResidentModels:
         sources: where the tensors of the models live.
         fields: whether what is kept for each element is made again for every candidate.
         quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
+        statistics: finds what was measured of the models.
         Raises InputError for models that cannot be loaded, or do not fit.
         """
         self.devices = devices_of(device, count)
@@ -103,6 +107,8 @@ class ResidentModels:
         self._off_device = sources != "device" and (not rehearsal or is_accelerator(torch.device(device)))
         self._streams: dict[torch.device, CopyStream] = {}
         self._sources = {reference: self._resident(source) for reference, source in weights.items()}
+        self._find_statistic = statistics or Shelf().finder(models)
+        self._statistics: dict[tuple[Path, str], Source] = {}
         self._kept: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
@@ -154,7 +160,9 @@ class ResidentModels:
     def _source(self, weights: Weights, name: str, device: torch.device) -> Source:
         if not self._off_device:
             return OnDevice(weights.read(name).to(device))
-        return OffDevice(weights, name, self._parameters[name].shape, self._streams, leaves=self._where == "disk")
+        info = weights.find(name)
+        assert info is not None
+        return OffDevice(weights, name, torch.Size(info.shape), self._streams, leaves=self._where == "disk")
 
     def _checked(self, source: Source, device: torch.device) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
@@ -198,6 +206,35 @@ class ResidentModels:
         if made:
             _extremes(made)
         checksums(parameters)
+
+    @torch.no_grad()
+    def put(self, reference: str, names: Iterable[str]) -> None:
+        """Writes tensors of a model into the resident model.
+
+        reference: the model's.
+        names: of the tensors.
+        """
+        for name in names:
+            source = self._sources[reference][name]
+            self._parameters[name].copy_(whole_of(source.on(self._parameters[name].device)))
+            source.release()
+        self._naming.settle(self.model, self._parameters)
+
+    @torch.no_grad()
+    def merge_some(self, plan: MergePlan, tensors: Iterable[TensorMerge], statistics: Find | None = None) -> None:
+        """Merges some tensors into the resident model.
+
+        plan: the merge, which keeps layers in their places.
+        tensors: those of its tensors that are merged.
+        statistics: finds what was measured of the models; by default as for candidates.
+        """
+        usual, self._find_statistic = self._find_statistic, statistics or self._find_statistic
+        try:
+            for tensor in tensors:
+                self._merge(plan, tensor, self._parameters[tensor.name])
+        finally:
+            self._find_statistic = usual
+        self._naming.settle(self.model, self._parameters)
 
     def _make(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
         """Makes a merge and sets `candidate` to it. Returns its parameters, and those that had to be computed."""
@@ -297,7 +334,33 @@ class ResidentModels:
             drawn=tuple((plan.seed, position) for position in tensor.positions),
             planes=self._planes,
             in_layer=layer_index(tensor.name) is not None,
+            statistic=partial(self._statistic, tensor, device),
         )
+
+    def _statistic(self, tensor: TensorMerge, device: torch.device, kind: Kind, index: int) -> Statistic | None:
+        """A statistic of a tensor of a model. Fisher information lives where sources do; all else is read when it is
+        asked for."""
+        model, name = tensor.source(index)
+        if self.model.device.type == "meta":
+            return self._rehearsed(self._sources[model][name].shape, kind)
+        stored = self._find_statistic(kind, model)
+        own = stored.tensor_of(name)
+        if own is None:
+            return None
+        if kind != "fisher" or not isinstance(stored, Stored):
+            return Statistic(stored.read(own), stored.mean)
+        key = stored.folder, own
+        if key not in self._statistics:
+            self._statistics[key] = self._source(stored.weights, own, device)
+        return Statistic(self._statistics[key].on(device), stored.mean)
+
+    def _rehearsed(self, shape: torch.Size, kind: Kind) -> Statistic | None:
+        if kind == "fisher":
+            held = Rehearsed if self._off_device else OnDevice
+            return Statistic(held(torch.empty(shape, device="meta")).on(torch.device("meta")))
+        if len(shape) != 2:
+            return None
+        return Statistic(torch.empty(shape[-1:] if kind == "activations" else shape[-1:] * 2, device="meta"))
 
     def _once(
         self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
@@ -306,13 +369,16 @@ class ResidentModels:
 
         given: the device, then the tensors that are merged, the base's first.
         """
+        value = what.value if isinstance(what, Latest) else None
+        what = what.what if isinstance(what, Latest) else what
         key = (name, what, given[0], *(given[index + 2] for index in models))
-        if key not in self._kept:
+        if key not in self._kept or self._kept[key][0] != value:
+            self._kept.pop(key, None)  # before the next is made
             made = make()
             if self._fields == "made" and _bytes(made) > _SMALL:
                 return made
-            self._kept[key] = tree_map_only(torch.Tensor, _lasting, made)
-        kept: T = self._kept[key]
+            self._kept[key] = value, tree_map_only(torch.Tensor, _lasting, made)
+        kept: T = self._kept[key][1]
         return kept
 
     def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> Field:

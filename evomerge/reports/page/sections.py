@@ -552,7 +552,10 @@ def _distance(story: Story) -> Block:
     if story.best is None:
         return Block("distance", title, "There is no winner whose weights could be compared.")
     try:
-        found: Distances | str = distances(story.best.candidate.recipe, story.run.config, story.run.prepared.models)
+        models = story.run.prepared.models
+        found: Distances | str = distances(
+            story.best.candidate.recipe, story.run.config, models, story.run.statistics.finder(models)
+        )
     except EvomergeError as error:
         found = f"Distances cannot be computed: {error}"
     if isinstance(found, str):
