@@ -420,7 +420,7 @@ def align(
     texts: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="One text a line, for activations and the barrier; what follows a tab counts."
+            metavar="FILE", help="One text a line, for activations and the barrier. What follows a tab counts."
         ),
     ] = None,
     as_json: AsJson = False,

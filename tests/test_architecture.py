@@ -37,7 +37,6 @@ OWNERS = {
     "typer": {"cli.py"},
     "cma": {"optimizers/cma_es.py"},
     "cmaes": {"optimizers/cat_cma.py"},
-    "scipy.optimize": {"alignment/matching.py"},
     "moocore": {"optimizers/pareto.py"},
 }
 # The rooms of the house from the top floor down: a module imports from its own room and from those below it alone.

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1024  # of a text
 WAYS = ("weights", "activations")
-_COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
-_COPIED += ("vocab*", "merges.txt", "*.jinja", "*.model", "README.md")
+_COPIED = (
+    *("config.json", "generation_config.json", "README.md", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model"),
+)
 
 
 @dataclass(frozen=True, slots=True)
