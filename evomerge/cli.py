@@ -505,6 +505,32 @@ def check(search: SearchFile, address: Address = None, set_: Set = None, as_json
 
 
 @app.command()
+def align(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that moves.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="MODEL", help="The model that stays, such as the base of a search.")],
+    by: Annotated[str, typer.Option(help="What is compared: weights or activations.")] = "weights",
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="One text a line, for activations and the barrier. What follows a tab counts."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a model that was trained apart next to another one, by permutations that change nothing it says."""
+    from dataclasses import asdict
+
+    from evomerge.alignment import align as aligning
+    from evomerge.reports import terminal
+
+    found = aligning.align(model, to, out, by, aligning.read_texts(texts) if texts else ())
+    if as_json:
+        return _print_json(asdict(found))
+    return terminal.show_alignment(terminal.console(), out, found)
+
+
+@app.command()
 def diagnose(
     search: SearchFile,
     texts: Annotated[

@@ -48,6 +48,7 @@ FLOORS = (
     "reports",
     "doctor",
     "diagnosis",
+    "alignment",
     "runs",
     "export",
     "evidence",

@@ -44,6 +44,7 @@ from evomerge.runs.journal import Opened, OpenRun
 from evomerge.search.results import Results
 
 if TYPE_CHECKING:
+    from evomerge.alignment.align import Alignment
     from evomerge.diagnosis.diagnose import Diagnosis
     from evomerge.export.adapter import WrittenAdapter
 
@@ -628,6 +629,30 @@ def _plainly(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if value >= 10_000 else str(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show_alignment(output: Console, folder: Path, found: "Alignment") -> None:
+    """Prints what an alignment brought.
+
+    output: where it is printed.
+    folder: the aligned model's.
+    found: what it brought.
+    """
+    rows = [("distance, as a share of the target's norm", found.before, found.after)]
+    if found.barriers is not None:
+        before, after = found.barriers
+        rows.append(("loss of both models, in nats per token", before.ends, after.ends))
+        rows.append(("loss of their average", before.middle, after.middle))
+        rows.append(("barrier", before.height, after.height))
+    columns = [
+        Column("", [what for what, _, _ in rows], left=True, words=True),
+        Column("before", [number(value) for _, value, _ in rows]),
+        Column("aligned", [number(value) for *_, value in rows]),
+    ]
+    show_table(output, "", columns)
+    moved = ", ".join(f"{count} of the {kind}" for kind, count in found.moved.items())
+    output.print(f"moved: {moved}", markup=False)
+    output.print(f"{folder}: written", markup=False)
 
 
 def show_diagnosis(output: Console, diagnosis: "Diagnosis") -> None:
