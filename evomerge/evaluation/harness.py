@@ -71,6 +71,18 @@ class ShardAnswers:
     texts: list[list[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a model has to do to be scored.
+
+    read: how many tokens it reads, padding included.
+    written: how many tokens it writes at most.
+    """
+
+    read: int
+    written: int
+
+
 class Harness:
     """The tasks of a search, prepared for one resident model. A split is built when it is first needed."""
 
@@ -135,6 +147,11 @@ class Harness:
     def left_out(self, split: Split) -> int:
         """How many items of a split were left out because a search has seen them."""
         return sum(prepared.left_out for prepared in self._prepared(split))
+
+    def tokens(self, split: Split, shard: Shard = WHOLE) -> Tokens:
+        """What a model has to do to be scored on one shard of a split."""
+        counts = [prepared.whole.tokens(shard) for prepared in self._prepared(split)]
+        return Tokens(sum(count.read for count in counts), sum(count.written for count in counts))
 
     @property
     def texts(self) -> list[GenerationBatch]:
@@ -473,6 +490,15 @@ class _Batches:
         units = self.units(shard)
         likelihoods, texts = ([unit.likelihoods for unit in units], [unit.texts for unit in units])
         return sorted(sum(likelihoods, ())), sorted(sum(texts, ()))
+
+    def tokens(self, shard: Shard) -> Tokens:
+        """The tokens of a shard."""
+        likelihoods, texts = self._chosen(shard)
+        writing = [self.texts.batches[number] for number in texts]
+        read = sum(self.requests.batches[number].ids.numel() for number in likelihoods)
+        return Tokens(
+            read + sum(batch.ids.numel() for batch in writing), sum(len(batch.ids) * batch.fresh for batch in writing)
+        )
 
     def answers(self, model: Any, writer: Writer, shard: Shard) -> ShardAnswers:
         """What a model answers to a shard."""

@@ -442,15 +442,15 @@ def unquantized(config: SearchConfig) -> SearchConfig:
 
 def summarize(prepared: Prepared) -> dict[str, Any]:
     """What a search will take, for JSON and tables: genes, candidates, items, and memory per worker in GiB."""
-    from evomerge.workers.memory import plan_memory, shortage
+    from evomerge.workers.memory import plan_memory, plan_placements, shortage
 
     config = prepared.config
     loaded = prepared.models, prepared.targets
-    plan = plan_memory(unquantized(config), prepared.space, *loaded)
+    plan = plan_placements(unquantized(config), prepared.space, *loaded)
     quantized = {}
     if config.evaluation.quantize is not None:
         quantized = {"gib_per_worker_quantized": _in_gib(plan_memory(config, prepared.space, *loaded))}
-    short = shortage(config, plan)
+    short = shortage(plan.chosen)
     return {
         "models": {"base": config.base, **config.models},
         "parameters": sum(math.prod(info.shape) for info in prepared.models.table.values()),
@@ -472,11 +472,31 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "dtype": config.evaluation.dtype,
         "prefix_sharing": config.evaluation.prefix_sharing,
         "subsets": config.subsets,
-        "gib_per_worker": _in_gib(plan),
+        "gib_per_worker": _in_gib(plan.chosen.worker),
         **quantized,
+        "placements": [
+            {
+                "sources": placement.sources,
+                "fields": placement.fields,
+                "chosen": placement.chosen,
+                "gib_per_worker": _gib(placement.worker.total),
+                "gib_host": _gib(placement.host),
+                "gib_from_disk": _gib(placement.disk),
+                "gib_copied": _gib(placement.copied),
+                "gib_merged": _gib(placement.moved),
+                "lacking": placement.lacking,
+            }
+            for placement in plan.placements
+        ],
+        "tokens_read": plan.tokens.read,
+        "tokens_written": plan.tokens.written,
         "warnings": [*prepared.warnings, *([short] if short else [])],
     }
 
 
 def _in_gib(plan: "MemoryPlan") -> dict[str, float]:
-    return {name: round(size / 2**30, 3) for name, size in plan.parts().items()}
+    return {name: _gib(size) for name, size in plan.parts().items()}
+
+
+def _gib(size: float) -> float:
+    return round(size / 2**30, 3)

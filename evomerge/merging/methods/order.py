@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import register_dataclass
 
 from evomerge.merging.methods.kernels import UNIFORM_STEPS, ascending, kth_smallest
 
@@ -39,6 +40,9 @@ class OrderStatistics:
             if (beside := kept - _kept(step, self.count)) in _BESIDE:
                 return self.values[step, _BESIDE.index(beside)]
         return kth_smallest(tensor(), index)
+
+
+register_dataclass(OrderStatistics)  # so that its tensor is found where results are kept and counted
 
 
 def order_statistics(tensor: torch.Tensor, beyond: int = 0) -> OrderStatistics:
