@@ -1,7 +1,7 @@
 """Rehearsal: candidates made without data, so that what they take can be counted before anything is loaded.
 
-Tensors that are alike (of one shape, merged by the same numbers) take alike. So the first of them is merged, and each of
-the others leaves only a tensor as large as what is kept of it.
+Tensors that are alike (of one shape, merged by the same numbers) take alike. So the first of them is merged, and the
+last, beside which the most is kept. Each of the others leaves only a tensor as large as what is kept of it.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -52,6 +52,7 @@ class RehearsedModels(ResidentModels):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes what ResidentModels takes; `rehearsal` is true."""
         self._firsts: dict[Hashable, _First] = {}
+        self._lasts: dict[Hashable, str] = {}
         self._first: _First | None = None
         self._stands_in: set[Hashable] = set()
         self._moved: list[tuple[int, int, int]] = []
@@ -71,10 +72,12 @@ class RehearsedModels(ResidentModels):
         """Does everything that a candidate makes the device do, but reads no result back."""
         self._moved.clear()
         self._followed.clear()
+        plan = self.plan(recipe)
+        self._lasts = {self._likeness(plan, tensor, self._dtype): tensor.name for tensor in plan.tensors}
         if self._int8:
-            self._make_quantized(self.plan(recipe))
+            self._make_quantized(plan)
             return
-        parameters, made = self._make(self.plan(recipe))
+        parameters, made = self._make(plan)
         if made:
             least_and_largest(_distinct(made))
         checksums(_distinct(parameters))
@@ -106,8 +109,8 @@ class RehearsedModels(ResidentModels):
     def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
         likeness = self._likeness(plan, tensor, out.dtype)
         first = self._firsts.get(likeness)
-        if first is None:
-            first = self._first = self._firsts[likeness] = _First()
+        if first is None or self._lasts.get(likeness) == tensor.name:
+            first = self._first = self._firsts.setdefault(likeness, _First())
             super()._merge(plan, tensor, out)
             self._first = None
         else:
