@@ -32,7 +32,7 @@ from evomerge.spaces.sensitivity import sensitivity
 if TYPE_CHECKING:
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import Target
-    from evomerge.workers.memory import MemoryPlan
+    from evomerge.workers.memory import MemoryPlan, SearchPlan
 
 _WORTH_A_SUBSET = 100  # search items
 _WORTH_A_SHARD = 4e9  # parameters times search items; an estimate, which only decides how evenly workers are used
@@ -440,13 +440,23 @@ def unquantized(config: SearchConfig) -> SearchConfig:
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": None})})
 
 
-def summarize(prepared: Prepared) -> dict[str, Any]:
-    """What a search will take, for JSON and tables: genes, candidates, items, and memory per worker in GiB."""
-    from evomerge.workers.memory import plan_memory, plan_placements, shortage
+def plan_of(prepared: Prepared) -> "SearchPlan":
+    """What a search takes of memory, disk and tokens, where candidates are not quantized."""
+    from evomerge.workers.memory import plan_placements
 
-    config = prepared.config
+    return plan_placements(unquantized(prepared.config), prepared.space, prepared.models, prepared.targets)
+
+
+def summarize(prepared: Prepared, plan: "SearchPlan | None" = None) -> dict[str, Any]:
+    """What a search will take, for JSON and tables: genes, candidates, items, tokens, and memory in GiB.
+
+    prepared: the search.
+    plan: its plan, where it is there already.
+    """
+    from evomerge.workers.memory import plan_memory, shortage
+
+    config, plan = prepared.config, plan or plan_of(prepared)
     loaded = prepared.models, prepared.targets
-    plan = plan_placements(unquantized(config), prepared.space, *loaded)
     quantized = {}
     if config.evaluation.quantize is not None:
         quantized = {"gib_per_worker_quantized": _in_gib(plan_memory(config, prepared.space, *loaded))}

@@ -193,7 +193,7 @@ def plan_placements(
         for where in places
         for fields in _FIELDS
     ]
-    return SearchPlan(tuple(_with_choice(config, placements)), scoring.tokens)
+    return SearchPlan(tuple(with_choice(config, placements)), scoring.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,9 +328,13 @@ def _private_bytes(model: Model) -> int:
     return sum(math.prod(info.shape) * getattr(torch, FLOATS[info.dtype]).itemsize for info in private)
 
 
-def _with_choice(config: SearchConfig, placements: Sequence[Placement]) -> Iterator[Placement]:
+def with_choice(config: SearchConfig, placements: Sequence[Placement]) -> Iterator[Placement]:
     """The placements with what is lacking here for each, and with the one that the search takes: the first that the
-    config allows and that fits, or else the last."""
+    config allows and that fits, or else the last.
+
+    config: the search's, resolved.
+    placements: the fastest first.
+    """
     device, wanted = torch.device(config.evaluation.device), config.evaluation
     told = [replace(placement, lacking=_lacking(config, placement)) for placement in placements]
     allowed = [

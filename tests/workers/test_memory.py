@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evomerge.config.search import SearchConfig
 from evomerge.devices import device_count
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
@@ -21,7 +22,15 @@ from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.rehearsal import RehearsedModels
 from evomerge.recipe import Recipe, Source
 from evomerge.search.preparation import prepare_file
-from evomerge.workers.memory import LiveBytes, SearchPlan, plan_memory, plan_placements, shortage
+from evomerge.workers.memory import (
+    LiveBytes,
+    Placement,
+    SearchPlan,
+    plan_memory,
+    plan_placements,
+    shortage,
+    with_choice,
+)
 from tests.conftest import REPOSITORY
 from tests.models import load_models, models
 
@@ -128,28 +137,37 @@ def memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
 
 
-def test_too_little_memory_is_told_with_what_to_change(monkeypatch):
-    there = plan(("workers.count=3",)).chosen
-    assert shortage(there) is None
-    memory(monkeypatch, 1 << 30)
-    told = shortage(plan(("workers.count=3",)).chosen)
+@pytest.fixture(scope="module")
+def searched() -> tuple[SearchConfig, SearchPlan]:
+    prepared = prepare_file(DEMO, ("workers.count=3",))
+    return prepared.config, plan_placements(prepared.config, prepared.space, prepared.models, prepared.targets)
+
+
+def taken(monkeypatch: pytest.MonkeyPatch, searched: tuple[SearchConfig, SearchPlan], size: int) -> Placement:
+    """The placement that is taken on a machine with so many bytes."""
+    config, wide = searched
+    memory(monkeypatch, size)
+    return SearchPlan(tuple(with_choice(config, wide.placements)), wide.tokens).chosen
+
+
+def test_too_little_memory_is_told_with_what_to_change(monkeypatch, searched):
+    assert shortage(searched[1].chosen) is None
+    told = shortage(taken(monkeypatch, searched, 1 << 30))
     assert told is not None
     assert re.match(r"3 workers need \d\.\d GiB of memory, but this machine has 1\.0 GiB; use fewer workers", told)
 
 
-def test_the_first_placement_that_fits_is_taken(monkeypatch):
-    settings = ("workers.count=1",)
-    wide = plan(settings)
-    places = [(placement.sources, placement.fields) for placement in wide.placements]
+def test_the_first_placement_that_fits_is_taken(monkeypatch, searched):
+    placements = searched[1].placements
+    places = [(placement.sources, placement.fields) for placement in placements]
     assert places == [("host", "kept"), ("host", "made"), ("disk", "kept"), ("disk", "made")]
-    needs = [placement.host for placement in wide.placements]
+    needs = [placement.host for placement in placements]
     assert needs[0] > needs[1] > needs[3]
     for number in (0, 1, 3):
-        memory(monkeypatch, int(needs[number] / 0.9) + 1)
-        chosen = plan(settings).chosen
-        assert (chosen.sources, chosen.fields, chosen.lacking) == (*places[number], None)
-    memory(monkeypatch, needs[3])
-    assert plan(settings).chosen.lacking is not None
+        chosen = taken(monkeypatch, searched, int(needs[number] / 0.9) + 1)
+        first = next(place for place, need in zip(places, needs, strict=True) if need <= needs[number])
+        assert (chosen.sources, chosen.fields, chosen.lacking) == (*first, None)
+    assert taken(monkeypatch, searched, needs[3]).lacking is not None
 
 
 def test_what_the_search_file_says_is_taken_wherever_the_device_is():
