@@ -53,7 +53,8 @@ def order_statistics(tensor: torch.Tensor, beyond: int = 0) -> OrderStatistics:
     """
     values, count = ascending(tensor), tensor.numel()
     if count > len(_BESIDE) * (UNIFORM_STEPS + 1):
-        kept = torch.tensor([_kept(step, count) for step in range(UNIFORM_STEPS + 1)])[:, None] + torch.tensor(_BESIDE)
+        shares = torch.arange(UNIFORM_STEPS + 1, dtype=torch.float64) / UNIFORM_STEPS
+        kept = (shares * count).to(torch.int64)[:, None] + torch.tensor(_BESIDE)  # as `_kept` counts
         values = values[(count - beyond - kept).clamp(0, count - 1).to(values.device)]
     return OrderStatistics(count, values, beyond)
 
