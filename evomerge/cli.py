@@ -490,18 +490,42 @@ def evaluate(
 
 
 @app.command()
-def check(search: SearchFile, address: Address = None, set_: Set = None, as_json: AsJson = False) -> None:
+def check(
+    search: SearchFile,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine's device, at most a minute, and forecast times.")
+    ] = False,
+    hourly: Annotated[
+        float | None, typer.Option(min=0, help="With --measure: what an accelerator costs in an hour.")
+    ] = None,
+    address: Address = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
     """Validate a search without running it: models, tasks, dimensions, memory, cost."""
     from evomerge.reports import terminal
     from evomerge.search import preparation
     from evomerge.workers.ray_address import given
 
-    summary = preparation.summarize(preparation.prepare_file(search, set_ or [], given(address)))
+    if hourly is not None and not measure:
+        raise InputError("--hourly needs seconds, which only --measure knows; add --measure.")
+    prepared = preparation.prepare_file(search, set_ or [], given(address))
+    plan = preparation.plan_of(prepared)
+    summary = preparation.summarize(prepared, plan)
+    if measure:
+        from evomerge.doctor.forecast import forecast
+
+        summary["forecast"] = forecast(prepared, plan.chosen, hourly).parts()
     if as_json:
         return _print_json(summary)
+    placements, told = summary.pop("placements"), summary.pop("forecast", None)
     for warning in summary.pop("warnings"):
         terminal.warn(warning)
-    return terminal.show_summary(terminal.console(), summary)
+    terminal.show_summary(terminal.console(), summary)
+    terminal.show_placements(terminal.console(), placements)
+    if told is not None:
+        terminal.show_forecast(terminal.console(), told)
+    return None
 
 
 @app.command()

@@ -76,6 +76,18 @@ class ShardAnswers:
     texts: list[list[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a model has to do to be scored.
+
+    read: how many tokens it reads, padding included.
+    written: how many tokens it writes at most.
+    """
+
+    read: int
+    written: int
+
+
 class Harness:
     """The tasks of a search, prepared for one resident model. A split is built when it is first needed."""
 
@@ -151,6 +163,11 @@ class Harness:
     def own_items(self, split: Split) -> Mapping[str, Sequence[Item]]:
         """The items of a split that the user's own scores have, by the name of the score."""
         return self._prepared(split)[0].own_items
+
+    def tokens(self, split: Split, shard: Shard = WHOLE) -> Tokens:
+        """What a model has to do to be scored on one shard of a split."""
+        counts = [prepared.whole.tokens(shard) for prepared in self._prepared(split)]
+        return Tokens(sum(count.read for count in counts), sum(count.written for count in counts))
 
     @property
     def texts(self) -> list[GenerationBatch]:
@@ -545,6 +562,15 @@ class _Batches:
         units = self.units(shard)
         likelihoods, texts = ([unit.likelihoods for unit in units], [unit.texts for unit in units])
         return sorted(sum(likelihoods, ())), sorted(sum(texts, ()))
+
+    def tokens(self, shard: Shard) -> Tokens:
+        """The tokens of a shard."""
+        likelihoods, texts = self._chosen(shard)
+        writing = [self.texts.batches[number] for number in texts]
+        read = sum(self.requests.batches[number].ids.numel() for number in likelihoods)
+        return Tokens(
+            read + sum(batch.ids.numel() for batch in writing), sum(len(batch.ids) * batch.fresh for batch in writing)
+        )
 
     def answers(self, model: Any, writer: Writer, shard: Shard) -> ShardAnswers:
         """What a model answers to a shard."""

@@ -655,6 +655,46 @@ def show_alignment(output: Console, folder: Path, found: "Alignment") -> None:
     output.print(f"{folder}: written", markup=False)
 
 
+def show_placements(output: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints what a search takes in each placement of its models.
+
+    output: where it is printed.
+    rows: as `summarize` has them.
+    """
+    columns = [
+        Column("sources", [row["sources"] for row in rows], left=True),
+        Column("fields", [row["fields"] for row in rows], left=True),
+        Column("taken", ["yes" if row["chosen"] else "" for row in rows], left=True),
+        Column("a worker", [f"{row['gib_per_worker']:.1f}" for row in rows]),
+        Column("host", [f"{row['gib_host']:.1f}" for row in rows]),
+        Column("disk", [f"{row['gib_from_disk']:.1f}" for row in rows]),
+        Column("copied", [f"{row['gib_copied']:.1f}" for row in rows]),
+        Column("merged", [f"{row['gib_merged']:.1f}" for row in rows]),
+        Column("lacking here", [row["lacking"] or "" for row in rows], words=True, extra=True),
+    ]
+    show_table(output, "GiB: of a worker's device, a node's host; from disk, copied, merged per candidate", columns)
+    if not any(row["chosen"] for row in rows):
+        output.print(
+            "The device is not here. A worker takes the first row that fits into 90 % of what its device has free.",
+            markup=False,
+        )
+
+
+def show_forecast(output: Console, forecast: Mapping[str, Any]) -> None:
+    """Prints how long a search will take.
+
+    output: where it is printed.
+    forecast: as `Forecast.parts` has it.
+    """
+    merge, score, whole = (forecast[name] for name in ("merge", "score", "search"))
+    price = "" if forecast["price"] is None else f", which costs {forecast['price']:.2f}"
+    output.print(
+        f"forecast: {merge + score:.3g} s for a candidate ({merge:.3g} s to merge, {score:.3g} s to score), "
+        f"{whole:.3g} s ({whole / 3600:.2f} h) for the search{price}",
+        markup=False,
+    )
+
+
 def show_diagnosis(output: Console, diagnosis: "Diagnosis") -> None:
     """Prints what a diagnosis found.
 

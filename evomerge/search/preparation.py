@@ -32,7 +32,7 @@ from evomerge.spaces.sensitivity import sensitivity
 if TYPE_CHECKING:
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import Target
-    from evomerge.workers.memory import MemoryPlan
+    from evomerge.workers.memory import MemoryPlan, SearchPlan
 
 _WORTH_A_SUBSET = 100  # search items
 _WORTH_A_SHARD = 4e9  # parameters times search items; an estimate, which only decides how evenly workers are used
@@ -475,18 +475,27 @@ def unquantized(config: SearchConfig) -> SearchConfig:
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": None})})
 
 
-def summarize(prepared: Prepared) -> dict[str, Any]:
-    """What a search will take, for JSON and tables: genes, candidates, items, and memory per worker in GiB."""
+def plan_of(prepared: Prepared) -> "SearchPlan":
+    """What a search takes of memory, disk and tokens, where candidates are not quantized."""
+    from evomerge.workers.memory import plan_placements
+
+    return plan_placements(unquantized(prepared.config), prepared.space, prepared.models, prepared.targets)
+
+
+def summarize(prepared: Prepared, plan: "SearchPlan | None" = None) -> dict[str, Any]:
+    """What a search will take, for JSON and tables: genes, candidates, items, tokens, and memory in GiB.
+
+    prepared: the search.
+    plan: its plan, where it is there already.
+    """
     from evomerge.workers.memory import plan_memory, shortage
 
-    config = prepared.config
+    config, plan = prepared.config, plan or plan_of(prepared)
     loaded = prepared.models, prepared.targets
-    plan = plan_memory(unquantized(config), prepared.space, *loaded)
     quantized = {}
     if config.evaluation.quantize is not None:
         quantized = {"gib_per_worker_quantized": _in_gib(plan_memory(config, prepared.space, *loaded))}
-    short = shortage(config, plan)
-    warnings = [*prepared.warnings, *filter(None, [short, _few_generations(config)])]
+    warnings = [*prepared.warnings, *filter(None, [shortage(plan.chosen), _few_generations(config)])]
     return {
         "models": {"base": config.base, **config.models},
         "parameters": sum(math.prod(info.shape) for info in prepared.models.table.values()),
@@ -512,8 +521,24 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "dtype": config.evaluation.dtype,
         "prefix_sharing": config.evaluation.prefix_sharing,
         "subsets": config.subsets,
-        "gib_per_worker": _in_gib(plan),
+        "gib_per_worker": _in_gib(plan.chosen.worker),
         **quantized,
+        "placements": [
+            {
+                "sources": placement.sources,
+                "fields": placement.fields,
+                "chosen": placement.chosen,
+                "gib_per_worker": _gib(placement.worker.total),
+                "gib_host": _gib(placement.host),
+                "gib_from_disk": _gib(placement.disk),
+                "gib_copied": _gib(placement.copied),
+                "gib_merged": _gib(placement.moved),
+                "lacking": placement.lacking,
+            }
+            for placement in plan.placements
+        ],
+        "tokens_read": plan.tokens.read,
+        "tokens_written": plan.tokens.written,
         "warnings": warnings,
     }
 
@@ -554,4 +579,8 @@ def _starts(config: SearchConfig, space: SearchSpace) -> dict[str, Any]:
 
 
 def _in_gib(plan: "MemoryPlan") -> dict[str, float]:
-    return {name: round(size / 2**30, 3) for name, size in plan.parts().items()}
+    return {name: _gib(size) for name, size in plan.parts().items()}
+
+
+def _gib(size: float) -> float:
+    return round(size / 2**30, 3)

@@ -15,11 +15,19 @@ from evomerge.candidate import Descent, Evaluation, Gradient, Measured, Part, Sh
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
-from evomerge.devices import count_gpus, devices_of, empty_cache, resolve_device, synchronize
+from evomerge.devices import (
+    count_gpus,
+    device_count,
+    devices_of,
+    empty_cache,
+    is_accelerator,
+    resolve_device,
+    synchronize,
+)
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, WorkFailed, first_line, naming
 from evomerge.evaluation.calibration import Calibration
 from evomerge.evaluation.engine import Engine
-from evomerge.evaluation.harness import WHOLE, Harness
+from evomerge.evaluation.harness import WHOLE, Harness, Tokens
 from evomerge.evaluation.loading import Target
 from evomerge.evaluation.own_files import OwnFiles, read_own
 from evomerge.evaluation.own_scores import OwnItems, OwnScore, OwnScores
@@ -28,9 +36,10 @@ from evomerge.merging.methods.base import Kind
 from evomerge.merging.naming import Naming, named_weights, naming_of
 from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
-from evomerge.merging.resident.sources import Kept, Where, resolve
+from evomerge.merging.resident.rehearsal import RehearsedModels
+from evomerge.merging.resident.sources import resolve
 from evomerge.merging.sources.models import Model, Models, models_of
-from evomerge.merging.sources.statistics import Readable, Shelf, subject
+from evomerge.merging.sources.statistics import Find, Readable, Shelf, subject
 from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.recipe import Recipe, Source, single
 from evomerge.seen import Digests
@@ -74,20 +83,10 @@ class Worker:
         self._config, self._sources, self._folder = config, models, statistics if isinstance(statistics, Path) else None
         self._shelf = statistics if isinstance(statistics, Shelf) else Shelf([statistics] if statistics else [])
         self._found: dict[tuple[Kind, str], Readable] = {}
-        device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
-        count = 1 if rehearsal else count_gpus(config, device)
-        evaluation = config.evaluation
-        self.models = ResidentModels(
-            models,
-            device,
-            evaluation.dtype,
-            evaluation.compile is True,
-            rehearsal,
-            count,
-            head_apart,
-            *_placed(config, models, device, count, rehearsal),
-            quantized=bool(evaluation.quantize),
-            statistics=self._statistics,
+        self.models = (
+            rehearsed_models(config, models)
+            if rehearsal
+            else _resident_models(config, models, head_apart, self._statistics)
         )
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
@@ -117,6 +116,10 @@ class Worker:
         """How many items of a split were left out because a search has seen them."""
         return self._harness.left_out(split)
 
+    def tokens(self, split: Split) -> Tokens:
+        """The tokens of a split, all of which a candidate reads or writes to be scored on it."""
+        return self._harness.tokens(split)
+
     def rehearse(self, recipe: Recipe) -> None:
         """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
 
@@ -124,6 +127,13 @@ class Worker:
         """
         self._held = None
         self.models.rehearse(recipe)
+        self.rehearse_scoring(recipe)
+
+    def rehearse_scoring(self, recipe: Recipe) -> None:
+        """Scores the candidate that was merged last on the meta device.
+
+        recipe: the candidate's.
+        """
         self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
         wanted = methods.get(recipe.merge_method, "merge_method").slopes
         if self._learns and wanted:
@@ -378,15 +388,52 @@ def _joined_costs(parts: Sequence[Part]) -> dict[str, float]:
     }
 
 
-def _placed(config: SearchConfig, models: Models, device: str, count: int, rehearsal: bool) -> tuple[Where, Kept]:
-    """Where the models live, and whether uniform fields are kept. A rehearsal takes `auto` for the most memory."""
-    sources, fields = config.evaluation.sources, config.evaluation.fields
-    if rehearsal:
-        return "device" if sources == "auto" else sources, "kept" if fields == "auto" else fields
-    workers = 1 if config.workers.pool == "local" else config.workers.count or os.cpu_count() or 1
-    used = devices_of(device, count)
-    chosen = resolve(sources, fields, models, config.evaluation.dtype, used[0], workers)
-    return chosen.sources, chosen.fields
+def _resident_models(config: SearchConfig, models: Models, head_apart: bool, statistics: Find) -> ResidentModels:
+    """The models of a search with their weights. `statistics` finds what was measured of them."""
+    evaluation, device = config.evaluation, resolve_device(config.evaluation.device)
+    count = count_gpus(config, device)
+    used = devices_of(device, count)[0]
+    placed = resolve(evaluation.sources, evaluation.fields, models, evaluation.dtype, used, workers_of_a_node(config))
+    return ResidentModels(
+        models,
+        device,
+        evaluation.dtype,
+        evaluation.compile is True,
+        count=count,
+        head_apart=head_apart,
+        sources=placed.sources,
+        fields=placed.fields,
+        quantized=bool(evaluation.quantize),
+        statistics=statistics,
+    )
+
+
+def rehearsed_models(config: SearchConfig, models: Models) -> RehearsedModels:
+    """The models of a search without data, on one device. Where they live is as the config says; `auto` is the most
+    memory.
+
+    config: the search's, resolved.
+    models: the models that recipes may name.
+    """
+    evaluation = config.evaluation
+    return RehearsedModels(
+        models,
+        evaluation.device,
+        evaluation.dtype,
+        evaluation.compile is True,
+        sources="device" if evaluation.sources == "auto" else evaluation.sources,
+        fields="kept" if evaluation.fields == "auto" else evaluation.fields,
+        quantized=bool(evaluation.quantize),
+    )
+
+
+def workers_of_a_node(config: SearchConfig) -> int:
+    """How many workers share a node, as far as the config and this machine say it."""
+    if config.workers.pool == "local":
+        return 1
+    device, each = torch.device(config.evaluation.device), int(config.workers.num_gpus or 1)
+    places = device_count(device.type) // each if is_accelerator(device) else os.cpu_count()
+    return config.workers.count or places or 1
 
 
 def base_tokenizer(config: SearchConfig, base: Model) -> Any:

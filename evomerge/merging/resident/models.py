@@ -104,7 +104,8 @@ class ResidentModels:
         place(self.model, self.devices, 1 + len(models) * (sources == "device"))
         self._find()
         self._where, self._fields = sources, fields
-        self._off_device = sources != "device" and (not rehearsal or is_accelerator(torch.device(device)))
+        shared = sources == "host" and not is_accelerator(torch.device(device))  # pages that a CPU reads where they lie
+        self._off_device = sources != "device" and not (rehearsal and shared)
         self._streams: dict[torch.device, CopyStream] = {}
         self._sources = {reference: self._resident(source) for reference, source in weights.items()}
         self._find_statistic = statistics or Shelf().finder(models)
@@ -190,7 +191,7 @@ class ResidentModels:
             names = [tensor.name for tensor in plan.tensors]
         else:
             parameters, made = self._make(plan)
-            extremes, names = _extremes(made) if made else torch.zeros(0, 2), list(made)
+            extremes, names = least_and_largest(made) if made else torch.zeros(0, 2), list(made)
         bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
         if bad:
             raise CandidateFailed(f"non-finite weights after the merge in {names[bad[0]]}")
@@ -204,7 +205,7 @@ class ResidentModels:
             return
         parameters, made = self._make(self.plan(recipe))
         if made:
-            _extremes(made)
+            least_and_largest(made)
         checksums(parameters)
 
     @torch.no_grad()
@@ -271,14 +272,19 @@ class ResidentModels:
         wanted: the names of the parameters, such as `weight`.
         """
         assert self._plan is not None
-        plan, method = self._plan, self._plan.method
-        merges = [merge for merge in plan.tensors if smooth_parameters(method, merge.shared, wanted)]
+        plan = self._plan
+        merges = [merge for merge in plan.tensors if smooth_parameters(plan.method, merge.shared, wanted)]
 
         def slopes_of(merge: TensorMerge, gradient: torch.Tensor) -> Mapping[Key, torch.Tensor]:
-            return slopes(method, self._inputs(plan, merge, gradient.device), gradient, wanted)
+            return self._slopes_of(plan, merge, gradient, wanted)
 
         pieces = self._naming.pieces if self.candidate is self.model else {}
         return followed(self.candidate, self._naming, pieces, merges, slopes_of)
+
+    def _slopes_of(
+        self, plan: MergePlan, merge: TensorMerge, gradient: torch.Tensor, wanted: Sequence[str]
+    ) -> Mapping[Key, torch.Tensor]:
+        return slopes(plan.method, self._inputs(plan, merge, gradient.device), gradient, wanted)
 
     def _in_place(self, plan: MergePlan) -> bool:
         """Whether the merge has the resident model's layers in their order."""
@@ -321,16 +327,16 @@ class ResidentModels:
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge, device: torch.device) -> Inputs:
         """A tensor's inputs, all on one device. Only layers that change places may have sources on another one."""
-        given = list(zip(tensor.models, tensor.sources, strict=True))
-        base = (tensor.base, tensor.base_source) if tensor.base is not None else None
+        base, sources = tensor.base, self._sources
+        given = zip(tensor.models, tensor.sources, strict=True)
         return Inputs(
-            base=self._sources[base[0]][base[1]].on(device) if base is not None else None,
-            tensors=tuple(self._sources[model][name].on(device) for model, name in given),
+            base=sources[base][tensor.base_source].on(device) if base is not None else None,
+            tensors=tuple(sources[model][name].on(device) for model, name in given),
             per_model=tensor.per_model,
             shared=tensor.shared,
             uniforms=lambda index: self._uniform(plan.seed, tensor, index, device),
             rescale=plan.rescale,
-            once=partial(self._once, tensor.name, (device, base, *given)),
+            once=partial(self._once, tensor.name, self._given(tensor, device)),
             drawn=tuple((plan.seed, position) for position in tensor.positions),
             planes=self._planes,
             in_layer=layer_index(tensor.name) is not None,
@@ -362,20 +368,24 @@ class ResidentModels:
             return None
         return Statistic(torch.empty(shape[-1:] if kind == "activations" else shape[-1:] * 2, device="meta"))
 
+    def _given(self, tensor: TensorMerge, device: torch.device) -> tuple[Hashable, ...]:
+        """What results that are kept depend on: the device, then the tensors that are merged, the base's first."""
+        base = (tensor.base, tensor.base_source) if tensor.base is not None else None
+        return (device, base, *zip(tensor.models, tensor.sources, strict=True))
+
     def _once(
         self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
     ) -> T:
         """A `base.Once` for the output tensor `name`.
 
-        given: the device, then the tensors that are merged, the base's first.
+        given: see `_given`; the device alone where no tensor counts.
         """
         value = what.value if isinstance(what, Latest) else None
-        what = what.what if isinstance(what, Latest) else what
-        key = (name, what, given[0], *(given[index + 2] for index in models))
+        key = key_of_kept(name, given, what, models)
         if key not in self._kept or self._kept[key][0] != value:
             self._kept.pop(key, None)  # before the next is made
             made = make()
-            if self._fields == "made" and _bytes(made) > _SMALL:
+            if self._fields == "made" and bytes_of(made) > _SMALL:
                 return made
             self._kept[key] = value, tree_map_only(torch.Tensor, _lasting, made)
         kept: T = self._kept[key][1]
@@ -393,7 +403,13 @@ class ResidentModels:
         return self._once(name, (device,), ("uniforms", seed, position), (), make)
 
 
-def _bytes(made: Any) -> int:
+def key_of_kept(name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...]) -> Hashable:
+    """The key under which a result is kept (see `ResidentModels._once`)."""
+    what = what.what if isinstance(what, Latest) else what
+    return (name, what, given[0], *(given[index + 2] for index in models))
+
+
+def bytes_of(made: Any) -> int:
     """The bytes of all tensors in a result."""
     return sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))
 
@@ -429,7 +445,7 @@ def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:
     return plan.method.name == "passthrough" and tensor.per_model[0]["scale"] == 1.0
 
 
-def _extremes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def least_and_largest(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The least and the largest element of each tensor, shape (tensors, 2); one is not finite where any element is
     not."""
     return _gathered(torch.stack(tensor.aminmax()).to(torch.float32) for tensor in tensors.values())
