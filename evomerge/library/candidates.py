@@ -125,14 +125,16 @@ class RunCandidate:
         if self.fingerprint is None:
             raise InputError(f"{self.id} failed ({self._view.error}), so it has no weights; choose another candidate.")
         there = resolve_device(device, "device")
-        resident = ResidentModels(self._run.prepared.models, there, self._run.config.evaluation.dtype)
-        fingerprint = resident.materialize(self._record.candidate.recipe)
-        if fingerprint != self.fingerprint:
-            raise WorkFailed(
-                f"{self.id}: the merge has fingerprint {fingerprint}, but {self.fingerprint} was scored; a source "
-                "model or a version has changed."
-            )
-        return resident.candidate
+        found = []
+        for models in self._run.prepared.models.readings():
+            resident = ResidentModels(models, there, self._run.config.evaluation.dtype)
+            found.append(resident.materialize(self._record.candidate.recipe))
+            if found[-1] == self.fingerprint:
+                return resident.candidate
+        raise WorkFailed(
+            f"{self.id}: the merge has fingerprint {found[0]}, but {self.fingerprint} was scored; a source model or a "
+            "version has changed."
+        )
 
     def export(self, path: str | Path) -> Path:
         """Writes the recipe to a file and returns its path. Raises InputError where it cannot be written."""

@@ -22,7 +22,7 @@ from evomerge.merging.methods import METHODS
 from evomerge.merging.naming import named_weights
 from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
-from evomerge.merging.resident.sources import Kept, Where, resolve
+from evomerge.merging.resident.sources import Choice, resolve
 from evomerge.merging.sources.models import Model, Models, models_of
 from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.recipe import Recipe
@@ -59,6 +59,7 @@ class Worker:
         device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
         count = 1 if rehearsal else count_gpus(config, device)
         evaluation = config.evaluation
+        placed = _placed(config, models, device, count, rehearsal)
         self.models = ResidentModels(
             models,
             device,
@@ -67,7 +68,9 @@ class Worker:
             rehearsal,
             count,
             head_apart,
-            *_placed(config, models, device, count, rehearsal),
+            sources=placed.sources,
+            fields=placed.fields,
+            adapters=placed.adapters,
             quantized=bool(evaluation.quantize),
         )
         engine = (
@@ -247,15 +250,18 @@ def _joined_costs(parts: Sequence[Part]) -> dict[str, float]:
     }
 
 
-def _placed(config: SearchConfig, models: Models, device: str, count: int, rehearsal: bool) -> tuple[Where, Kept]:
-    """Where the models live, and whether uniform fields are kept. A rehearsal takes `auto` for the most memory."""
-    sources, fields = config.evaluation.sources, config.evaluation.fields
+def _placed(config: SearchConfig, models: Models, device: str, count: int, rehearsal: bool) -> Choice:
+    """Where the models live, and what is kept of them. A rehearsal takes `auto` for the most memory."""
+    wanted = config.evaluation
     if rehearsal:
-        return "device" if sources == "auto" else sources, "kept" if fields == "auto" else fields
+        return Choice(
+            "device" if wanted.sources == "auto" else wanted.sources,
+            "kept" if wanted.fields == "auto" else wanted.fields,
+            "expanded" if wanted.adapters == "auto" else wanted.adapters,
+        )
     workers = 1 if config.workers.pool == "local" else config.workers.count or os.cpu_count() or 1
     used = devices_of(device, count)
-    chosen = resolve(sources, fields, models, config.evaluation.dtype, used[0], workers)
-    return chosen.sources, chosen.fields
+    return resolve(wanted.sources, wanted.fields, wanted.adapters, models, wanted.dtype, used[0], workers)
 
 
 def base_tokenizer(config: SearchConfig, base: Model) -> Any:
