@@ -118,8 +118,8 @@ class ResidentModels:
         self._off_device = sources != "device" and (not rehearsal or is_accelerator(torch.device(device)))
         self._streams: dict[torch.device, CopyStream] = {}
         self._plain: dict[tuple[TensorInfo, torch.device], Source] = {}
-        self._good: dict[Source, torch.Tensor] = {}
-        self._sources = {reference: self._resident(source) for reference, source in weights.items()}
+        good: dict[Source, torch.Tensor] = {}
+        self._sources = {reference: self._resident(source, good) for reference, source in weights.items()}
         self._kept: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
@@ -142,7 +142,11 @@ class ResidentModels:
             restore(self.model)
         self._find()
 
-    def _resident(self, weights: Weights) -> dict[str, Source]:
+    def _resident(self, weights: Weights, good: dict[Source, torch.Tensor]) -> dict[str, Source]:
+        """The tensors of a model by name.
+
+        good: whether sources are finite, as far as they were looked at.
+        """
         source, infos = weights.source, {}
         for name, parameter in self._parameters.items():
             info = weights.find(name)
@@ -162,9 +166,9 @@ class ResidentModels:
         }
         if self.model.device.type == "meta":
             return resident
-        checks = _gathered(self._checked(source, self._parameters[name].device) for name, source in resident.items())
-        for name, good in zip(resident, checks.tolist(), strict=True):
-            if not good:
+        checks = _gathered(self._checked(held, self._parameters[name].device, good) for name, held in resident.items())
+        for name, is_finite in zip(resident, checks.tolist(), strict=True):
+            if not is_finite:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
 
@@ -188,14 +192,14 @@ class ResidentModels:
             return OnDevice(weights.read(name, device))
         return OffDevice(weights, name, self._parameters[name].shape, self._streams, leaves=self._where == "disk")
 
-    def _checked(self, source: Source, device: torch.device) -> torch.Tensor:
+    def _checked(self, source: Source, device: torch.device, good: dict[Source, torch.Tensor]) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
         if isinstance(source, FromFactors) and source.stays_finite():
             source = source.start
-        if source not in self._good:
-            self._good[source] = finite(source.on(torch.device("cpu") if self._off_device else device))
+        if source not in good:
+            good[source] = finite(source.on(torch.device("cpu") if self._off_device else device))
             source.release()
-        return self._good[source]
+        return good[source]
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """The plan of a recipe for these models. Raises InputError for what cannot be merged."""
