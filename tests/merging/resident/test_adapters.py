@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from evomerge.errors import CandidateFailed, InputError
+from evomerge.events import unheard
 from evomerge.export import checkpoint
 from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import ResidentModels
@@ -15,7 +16,9 @@ from evomerge.merging.sources.models import find_models
 from evomerge.merging.sources.references import ModelSource
 from evomerge.merging.streamed.merge import StreamedMerge
 from evomerge.recipe import Recipe, Source
+from evomerge.runs import directory as runs
 from evomerge.workers.memory import LiveBytes
+from tests.commands import content
 from tests.merging.resident.test_models import recipe
 from tests.models import load_models, models, write_adapter
 
@@ -194,3 +197,17 @@ def test_recipes_of_earlier_versions_are_merged_as_those_versions_expanded_adapt
     for number, found in enumerate(prints):
         noted = merge.model_copy(update={"evomerge": merge.evomerge.model_copy(update={"fingerprint": found})})
         assert checkpoint.merge(noted, tmp_path / f"out{number}", "recipe.yaml") == (found, True)
+
+
+def test_a_search_over_adapters_is_resumed_with_other_placements_to_the_same_archive(adapted, search, tmp_path):
+    tuned = {name: str(adapted[name].adapter) for name in ("first", "second")}
+    found = []
+    for first, then in (("auto", "auto"), ("expanded", "factors")):
+        run = tmp_path / f"{first}-{then}"
+        own = {"models": tuned, "optimizer.evaluations": 4, "evaluation.adapters": first}
+        runs.start(search(own), run, (), None, unheard)
+        changes = [f"evaluation.adapters={then}", *["evaluation.sources=disk"] * (then == "factors")]
+        runs.resume(run, ["optimizer.evaluations=8", *changes], None, unheard)
+        found.append([(row["id"], row["genome"], row["scores"], row["fingerprint"]) for row in content(run)[0]])
+    assert len(found[0]) >= 8
+    assert found[0] == found[1]
