@@ -174,7 +174,7 @@ class ResidentModels:
 
     def _source(self, weights: Weights, name: str, info: TensorInfo, device: torch.device) -> Source:
         """A tensor of a model. Models that have it in common share it."""
-        changes = weights.factors(name) if self._form == "factors" else ()
+        changes = weights.products(name) if self._form == "factors" else ()
         if weights.changes(name) and not changes:
             return self._held(weights, name, info, device)
         start = weights.plain.find(name) or info

@@ -324,7 +324,7 @@ def _bytes_of(models: Models) -> tuple[int, int]:
     for model in models.values():
         weights = model.weights
         for name, info in weights.table.items():
-            size, changes = _size(info), weights.factors(name)
+            size, changes = _size(info), weights.products(name)
             if changes:
                 factors += sum(_size(matrix) for change in changes for matrix in (change.a, change.b))
                 expanded += size

@@ -139,9 +139,9 @@ class Weights:
         """Whether an adapter changes a tensor that `find` finds."""
         return self._adapter is not None and self._adapter.changes(self._name(name))
 
-    def factors(self, name: str) -> tuple[LowRank, ...]:
+    def products(self, name: str) -> tuple[LowRank, ...]:
         """What an adapter adds to a tensor that `find` finds, if that is all that it does to it; otherwise nothing."""
-        return self._adapter.factors(self._name(name)) if self._adapter is not None else ()
+        return self._adapter.products(self._name(name)) if self._adapter is not None else ()
 
     def mapped(self, name: str) -> MappedTensor | None:
         """A tensor that `find` finds as it lies in its file; None where what `read` gives lies in no file."""
@@ -150,6 +150,14 @@ class Weights:
             return self._mapped.find(self._stored[own])
         stored = self._adapter.stored(own)
         return None if stored is None else self._mapped.find(stored)
+
+    def factors(self, name: str) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
+        """The factors of what an adapter adds to a tensor, as (rows, rank) and (rank, columns), float32; empty where it
+        adds nothing. None where there is no adapter, or where it changes the tensor in another way.
+
+        name: the tensor's name.
+        """
+        return None if self._adapter is None else self._adapter.factors(self._name(name), self._files.read)
 
     def close(self) -> None:
         """Gives back the memory that reading has mapped, once no tensor needs it."""

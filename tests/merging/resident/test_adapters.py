@@ -134,7 +134,7 @@ def test_adapters_as_factors_cost_their_factors_and_what_they_store_whole(adapte
         // (2 if change.a.dtype == "BF16" else 1)
         for weights in files
         for name in weights.table
-        for change in weights.factors(name)
+        for change in weights.products(name)
     )
     norm = 4 * 32  # which the first stores whole
     assert live(of_base, "factors", rehearsal=True) - only == factors + norm
