@@ -127,15 +127,17 @@ class RunCandidate:
         if self.fingerprint is None:
             raise InputError(f"{self.id} failed ({self._view.error}), so it has no weights; choose another candidate.")
         there = resolve_device(device, "device")
-        models, dtype = self._run.prepared.models, self._run.config.evaluation.dtype
-        resident = ResidentModels(models, there, dtype, statistics=self._run.statistics.finder(models))
-        fingerprint = resident.materialize(self._record.candidate.recipe)
-        if fingerprint != self.fingerprint:
-            raise WorkFailed(
-                f"{self.id}: the merge has fingerprint {fingerprint}, but {self.fingerprint} was scored; a source "
-                "model or a version has changed."
-            )
-        return resident.candidate
+        statistics, dtype = self._run.statistics, self._run.config.evaluation.dtype
+        found = []
+        for models in self._run.prepared.models.readings():
+            resident = ResidentModels(models, there, dtype, statistics=statistics.finder(models))
+            found.append(resident.materialize(self._record.candidate.recipe))
+            if found[-1] == self.fingerprint:
+                return resident.candidate
+        raise WorkFailed(
+            f"{self.id}: the merge has fingerprint {found[0]}, but {self.fingerprint} was scored; a source model or a "
+            "version has changed."
+        )
 
     def export(self, path: str | Path) -> Path:
         """Writes the recipe to a file and returns its path. Raises InputError where it cannot be written."""

@@ -8,7 +8,7 @@ What candidates have in common (uniform fields, thresholds, scalar products) is 
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,12 +31,23 @@ from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.gradients import Followed, followed
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.quantized import int8_layers, quantize, restore
-from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Rehearsed, Source, Where, finite
+from evomerge.merging.resident.sources import (
+    Form,
+    FromFactors,
+    Kept,
+    OffDevice,
+    OnDevice,
+    Rehearsed,
+    Source,
+    Where,
+    dtype_of,
+    finite,
+)
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find, Shelf, Stored
-from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
+from evomerge.merging.sources.tensor_files import TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.recipe import Recipe, TokenizerSettings
 
@@ -65,6 +76,7 @@ class ResidentModels:
         head_apart: bool = False,
         sources: Where = "device",
         fields: Kept = "kept",
+        adapters: Form = "expanded",
         quantized: bool = False,
         statistics: Find | None = None,
     ) -> None:
@@ -78,6 +90,7 @@ class ResidentModels:
             source does not tie it, the head is a tensor of its own in any case.
         sources: where the tensors of the models live.
         fields: whether what is kept for each element is made again for every candidate.
+        adapters: what tensors that adapters change are kept as.
         quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
         statistics: finds what was measured of the models.
         Raises InputError for models that cannot be loaded, or do not fit.
@@ -101,13 +114,17 @@ class ResidentModels:
         self._naming = naming_of(config, skeleton)
         if quantized:
             quantize(self.model, self._naming)
-        place(self.model, self.devices, 1 + len(models) * (sources == "device"))
+        self._form = adapters
+        whole = models if adapters == "expanded" else {model.source.folder for model in models.values()}
+        place(self.model, self.devices, 1 + len(whole) * (sources == "device"))
         self._find()
         self._where, self._fields = sources, fields
         shared = sources == "host" and not is_accelerator(torch.device(device))  # pages that a CPU reads where they lie
         self._off_device = sources != "device" and not (rehearsal and shared)
         self._streams: dict[torch.device, CopyStream] = {}
-        self._sources = {reference: self._resident(source) for reference, source in weights.items()}
+        self._plain: dict[tuple[TensorInfo, torch.device], Source] = {}
+        good: dict[Source, torch.Tensor] = {}
+        self._sources = {reference: self._resident(source, good) for reference, source in weights.items()}
         self._find_statistic = statistics or Shelf().finder(models)
         self._statistics: dict[tuple[Path, str], Source] = {}
         self._kept: dict[Hashable, Any] = {}
@@ -132,7 +149,11 @@ class ResidentModels:
             restore(self.model)
         self._find()
 
-    def _resident(self, weights: Weights) -> dict[str, Source]:
+    def _resident(self, weights: Weights, good: dict[Source, torch.Tensor]) -> dict[str, Source]:
+        """The tensors of a model by name.
+
+        good: whether sources are finite, as far as they were looked at.
+        """
         source, infos = weights.source, {}
         for name, parameter in self._parameters.items():
             info = weights.find(name)
@@ -147,29 +168,45 @@ class ResidentModels:
                     "from the base model's config."
                 )
             infos[name] = info
+        resident = {
+            name: self._source(weights, name, info, self._parameters[name].device) for name, info in infos.items()
+        }
         if self.model.device.type == "meta":
-            empty = {name: _empty(info) for name, info in infos.items()}
-            held = Rehearsed if self._off_device else OnDevice
-            return {name: held(tensor) for name, tensor in empty.items()}
-        resident = {name: self._source(weights, name, served.device) for name, served in self._parameters.items()}
-        checks = _gathered(self._checked(source, self._parameters[name].device) for name, source in resident.items())
-        for name, good in zip(resident, checks.tolist(), strict=True):
-            if not good:
+            return resident
+        checks = _gathered(self._checked(held, self._parameters[name].device, good) for name, held in resident.items())
+        for name, is_finite in zip(resident, checks.tolist(), strict=True):
+            if not is_finite:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
 
-    def _source(self, weights: Weights, name: str, device: torch.device) -> Source:
+    def _source(self, weights: Weights, name: str, info: TensorInfo, device: torch.device) -> Source:
+        """A tensor of a model. Models that have it in common share it."""
+        changes = weights.products(name) if self._form == "factors" else ()
+        if weights.changes(name) and not changes:
+            return self._held(weights, name, info, device)
+        start = weights.plain.find(name) or info
+        if (start, device) not in self._plain:
+            self._plain[start, device] = self._held(weights.plain, name, start, device)
+        plain = self._plain[start, device]
+        read = _empty if device.type == "meta" else weights.read_stored
+        factors = [change.factors(read) for change in changes]
+        return FromFactors(plain, dtype_of(start), factors, device) if factors else plain
+
+    def _held(self, weights: Weights, name: str, info: TensorInfo, device: torch.device) -> Source:
+        if device.type == "meta":
+            return (Rehearsed if self._off_device else OnDevice)(_empty(info))
         if not self._off_device:
-            return OnDevice(weights.read(name).to(device))
-        info = weights.find(name)
-        assert info is not None
+            return OnDevice(weights.read(name, device))
         return OffDevice(weights, name, torch.Size(info.shape), self._streams, leaves=self._where == "disk")
 
-    def _checked(self, source: Source, device: torch.device) -> torch.Tensor:
+    def _checked(self, source: Source, device: torch.device, good: dict[Source, torch.Tensor]) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
-        good = finite(source.on(torch.device("cpu") if self._off_device else device))
-        source.release()
-        return good
+        if isinstance(source, FromFactors) and source.stays_finite():
+            source = source.start
+        if source not in good:
+            good[source] = finite(source.on(torch.device("cpu") if self._off_device else device))
+            source.release()
+        return good[source]
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """The plan of a recipe for these models. Raises InputError for what cannot be merged."""
@@ -300,10 +337,11 @@ class ResidentModels:
             if not _unchanged(plan, tensor):
                 made[tensor.name] = torch.empty(source.shape, dtype=self._dtype, device=places[tensor.name])
                 self._merge(plan, tensor, made[tensor.name])
+        shared = cache(self._shared)  # by layers that stand in several places
         tensors = {
             tensor.name: made[tensor.name]
             if tensor.name in made
-            else self._shared(tensor.models[0], tensor.sources[0], places[tensor.name])
+            else shared(tensor.models[0], tensor.sources[0], places[tensor.name])
             for tensor in plan.tensors
         }
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
@@ -318,8 +356,9 @@ class ResidentModels:
 
     def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
         """A source's tensor. Where it has to change its dtype or device, one copy serves all candidates."""
-        tensor = whole_of(self._sources[reference][name].on(device))
-        if self._off_device:  # one copy for all candidates would bring all sources to the device
+        source = self._sources[reference][name]
+        tensor = whole_of(source.on(device))
+        if self._off_device or isinstance(source, FromFactors):  # copies for all candidates would be all sources
             return tensor.to(device, self._dtype)
         if (tensor.dtype, tensor.device) == (self._dtype, device):
             return tensor
@@ -357,7 +396,7 @@ class ResidentModels:
             return Statistic(stored.read(own), stored.mean)
         key = stored.folder, own
         if key not in self._statistics:
-            self._statistics[key] = self._source(stored.weights, own, device)
+            self._statistics[key] = self._held(stored.weights, own, stored.weights.table[own], device)
         return Statistic(self._statistics[key].on(device), stored.mean)
 
     def _rehearsed(self, shape: torch.Size, kind: Kind) -> Statistic | None:
@@ -473,4 +512,4 @@ def _gathered(results: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _empty(info: TensorInfo) -> torch.Tensor:
-    return torch.empty(info.shape, dtype=getattr(torch, FLOATS[info.dtype]), device="meta")
+    return torch.empty(info.shape, dtype=dtype_of(info), device="meta")
