@@ -4,10 +4,11 @@ Exit status: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted.
 """
 
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -253,7 +254,7 @@ def serve(
     from evomerge.reports.serving import web
     from evomerge.reports.serving.site import Site
 
-    if every <= 0:
+    if not 0 < every < math.inf:
         raise InputError(f"--every is {every:g}; give a number of seconds above 0.")
     listener, token = web.listening(port), web.new_token()
     shown = f"{len(directories)} run{'s' * (len(directories) != 1)}"
@@ -310,6 +311,7 @@ def export(
     from evomerge.reports import terminal
     from evomerge.runs import directory as runs
 
+    _only_with_rank(lora_rank, {"--score": score})
     opened = runs.read(directory)
     runs.check_sources(opened)
     record = choice.choose(opened.results, candidate, prefer or [])
@@ -364,6 +366,7 @@ def merge(
     from evomerge.merging.sources import located
     from evomerge.reports import terminal
 
+    _only_with_rank(lora_rank, {"--lora-base": lora_base, "--score": score})
     where = resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device")
     loaded = located.load(recipe, terminal.warn)
     if lora_rank is not None:
@@ -383,6 +386,13 @@ def merge(
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
     terminal.console().print(f"{out}: fingerprint {fingerprint} ({verdict})")
     return None
+
+
+def _only_with_rank(rank: int | None, options: Mapping[str, Any]) -> None:
+    """Raises InputError where an option is given that says something of a LoRA, and no LoRA is asked for."""
+    given = next((name for name, value in options.items() if value), None)
+    if rank is None and given is not None:
+        raise InputError(f"{given} is about a LoRA; add --lora-rank R, or leave it out.")
 
 
 def _write_adapter(
@@ -507,6 +517,8 @@ def check(
     from evomerge.search import preparation
     from evomerge.workers.ray_address import given
 
+    if hourly is not None and not math.isfinite(hourly):
+        raise InputError(f"--hourly is {hourly}; use a finite number.")
     if hourly is not None and not measure:
         raise InputError("--hourly needs seconds, which only --measure knows; add --measure.")
     prepared = preparation.prepare_file(search, set_ or [], given(address))

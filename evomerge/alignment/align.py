@@ -69,6 +69,8 @@ def read_texts(file: Path) -> list[str]:
         lines = [line.strip(" \r") for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}); expected text in UTF-8, one text a line.") from None
+    if not any(lines):
+        raise InputError(f"{file}: holds no text; expected one text a line.")
     return [line for line in lines if line]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from evomerge.config.search import SearchConfig
 from evomerge.config.storage_url import expanded, masked
@@ -33,7 +34,7 @@ def storage_url(directory: Path, config: SearchConfig) -> str:
     config: the search.
     Raises InputError where the URL names an environment variable that is not set.
     """
-    return expanded(config.storage) if config.storage else f"sqlite:///{(directory / DATABASE).absolute()}"
+    return expanded(config.storage) if config.storage else f"sqlite:///{quote(str((directory / DATABASE).absolute()))}"
 
 
 def open_storage(url: str) -> Any:

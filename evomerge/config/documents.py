@@ -23,6 +23,8 @@ _EXPECTED = {
     "model_type": "write keys and values below it",
     "model_attributes_type": "write keys and values below it",
     "tuple_type": "write a list",
+    "bool_type": "use true or false",
+    "bool_parsing": "use true or false",
     "string_pattern_mismatch": "use letters, digits, '_', '.' and '-', with a letter or digit first",
 }
 
@@ -77,7 +79,7 @@ def validate(model: type[Model], document: Mapping[str, Any], path: Path | str) 
 
 def _sentence(model: type[BaseModel], document: Mapping[str, Any], errors: Sequence[Any]) -> str:
     """The first problem in words. A validator's message that begins with a dot continues the key path."""
-    error, location, branches = _first_problem(document, errors)
+    error, location, forms = _first_problem(document, errors)
     key = _key(location)
     if error["type"] == "extra_forbidden":
         return f"{key} is not a known key; {choices(str(location[-1]), _keys_at(model, location[:-1], document))}."
@@ -86,12 +88,12 @@ def _sentence(model: type[BaseModel], document: Mapping[str, Any], errors: Seque
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{key}{message}.".removeprefix(".") if message.startswith(".") or not key else f"{key}: {message}."
-    expected = "that is none of the forms that may stand here" if branches > 1 else _expected(error)
+    expected = ", or ".join(dict.fromkeys(map(_expected, forms)))
     return f"{key or 'the file'} is {shown(error.get('input'))}; {expected}."
 
 
-def _first_problem(document: Mapping[str, Any], errors: Sequence[Any]) -> tuple[Any, Location, int]:
-    """The most telling error about the first wrong value, its key path, and how many forms of that value were tried.
+def _first_problem(document: Mapping[str, Any], errors: Sequence[Any]) -> tuple[Any, Location, Sequence[Any]]:
+    """The most telling error about the first wrong value, its key path, and an error for each form that it may have.
 
     Where a value may have several forms, pydantic reports an error for each form. The most telling error is that of the
     form that was understood furthest.
@@ -104,7 +106,7 @@ def _first_problem(document: Mapping[str, Any], errors: Sequence[Any]) -> tuple[
     branches = [(error, path) for error, path in located if path[: len(first)] == first]
     error, path = max(branches, key=lambda branch: (len(branch[1]), branch[0]["type"] == "finite_number"))
     plain = error["type"] == "finite_number" or len(path) > len(first)
-    return error, path, 1 if plain else len(branches)
+    return error, path, [error] if plain else [error for error, _ in branches]
 
 
 def _location(document: Any, error: Any) -> Location:

@@ -100,7 +100,7 @@ def _anchored_texts(statistics: StatisticsConfig, folder: Path) -> StatisticsCon
 
 def _text_file(key: str, file: str, folder: Path) -> str:
     path, there = _absolute(key, file, folder)
-    if not there:
+    if not there or Path(path).is_dir():
         raise InputError(f"{key} is {file}, but there is no file {path}; correct it.")
     return path
 

@@ -288,9 +288,9 @@ class EvaluationConfig(Settings):
         memory. The best of them are then scored again unquantized, and only such scores choose among them.
     compile: whether merges run as compiled code; `auto` compiles those of large models on CPUs that have a compiler,
         where the bits are those of uncompiled code.
-    sources: where the models that are merged live, which changes no bit. `device` holds them where they are merged,
-        once per worker. `host` maps them into memory that the workers of a node share, and copies chunks to the device.
-        `disk` maps them, too, and gives the memory back behind the merge. `auto` is the first of these that fits.
+    sources: where the models that are merged live, which changes no bit: on the `device` where they are merged, once
+        per worker; in memory of the `host` that the workers of a node share, from which chunks are copied to the
+        device; or on the `disk`, from which every merge reads them again. `auto` is the first of these that fits.
     fields: whether the random numbers of DARE and DELLA, and what else is kept for each weight, are `kept` for all
         candidates or `made` again for each of them, which changes no bit. `auto` keeps them where they fit.
     adapters: whether a LoRA is kept as its `factors`, of which weights are made in every merge, or `expanded` to a

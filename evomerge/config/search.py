@@ -242,6 +242,15 @@ class SearchConfig(Settings):
         return (*self.measured, *(metric.measured for metric in self.report))
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Where the search file names each metric of `reported`, such as `objectives[0]`."""
+        measured: dict[str, str] = {}
+        for key in ("objectives", "constraints"):
+            for index, metric in enumerate(getattr(self, key)):
+                measured.setdefault(metric.name, f"{key}[{index}]")
+        return (*measured.values(), *(f"report[{index}]" for index in range(len(self.report))))
+
+    @property
     def splits(self) -> tuple[Split, ...]:
         """The splits that items are divided into, in the order in which they are scored."""
         return SPLITS if self.items.selection else ("search", "heldout")

@@ -308,16 +308,20 @@ def _local(task: Any) -> bool:
 
 
 def load_targets(
-    objectives: Iterable[ObjectiveConfig], tasks: TasksConfig, evaluation: EvaluationConfig
+    objectives: Iterable[ObjectiveConfig],
+    tasks: TasksConfig,
+    evaluation: EvaluationConfig,
+    keys: Sequence[str] = (),
 ) -> dict[str, Target]:
     """The task or group of each objective, by the name that the objective gives. Each task is loaded once.
 
     objectives: objectives and constraints.
     tasks: where tasks lie, and which may run code.
     evaluation: the settings that override those of the tasks.
+    keys: where the search file names each; by default they are its objectives.
     Raises InputError for a task that is missing, cannot be loaded, or runs code that is not allowed.
     """
-    files = find_tasks([objective.task for objective in objectives], tasks)
+    files = find_tasks([objective.task for objective in objectives], tasks, keys)
     loaded: dict[str, Any] = {}
 
     def load(file: TaskFile) -> Any:

@@ -178,7 +178,7 @@ class OwnScores:
                 f"{score.name}: what its function asks for does not answer ({first_line(error).rstrip('.')}); nothing "
                 "was lost: mend it, then resume."
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library may well exit where something is missing
             raise CandidateFailed(
                 f"{score.name}: {first_line(error).rstrip('.')}{_line(error, self._paths[score.name])}"
             ) from error

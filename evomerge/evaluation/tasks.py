@@ -94,11 +94,12 @@ def _function(loader: _Loader, node: yaml.Node) -> str:
 _Loader.add_constructor("!function", _function)
 
 
-def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile | TaskGroup]:
+def find_tasks(names: Sequence[str], config: TasksConfig, keys: Sequence[str] = ()) -> dict[str, TaskFile | TaskGroup]:
     """The task or group of every name.
 
     names: the tasks that the objectives name, in their order; the empty name of a cost is skipped.
     config: where tasks lie, and which may run code.
+    keys: where the search file names each; by default they are its objectives.
     Raises InputError for unknown names and for code that is not allowed.
     """
     entries = _own_entries(config.paths)
@@ -107,14 +108,15 @@ def find_tasks(names: Sequence[str], config: TasksConfig) -> dict[str, TaskFile 
         if not name:
             continue
         entry = _entry(name, entries)
+        key = keys[index] if keys else f"objectives[{index}]"
         if entry is None:
             raise InputError(
-                f"objectives[{index}].task is '{name}', which is neither in tasks.paths nor a task of lm-eval; "
+                f"{key}.task is '{name}', which is neither in tasks.paths nor a task of lm-eval; "
                 f"{choices(name, entries)}."
             )
         if entry.kind == "tag":
             raise InputError(
-                f"objectives[{index}].task is '{name}', a tag on {len(entry.members)} tasks, which has no score of its "
+                f"{key}.task is '{name}', a tag on {len(entry.members)} tasks, which has no score of its "
                 f"own; name a group, or one of its tasks: {choices(name, entry.members)}."
             )
         if entry.kind == "group":

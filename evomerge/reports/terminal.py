@@ -623,7 +623,9 @@ def show_summary(output: Console, summary: Mapping[str, Any]) -> None:
 
 
 def _plainly(value: Any) -> str:
-    """A value as people write it; large whole numbers in groups of three digits."""
+    """A value as people write it; large whole numbers in groups of three digits. No limit is all."""
+    if value is None:
+        return "all"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -677,7 +679,11 @@ def show_placements(output: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         Column("merged", [f"{row['gib_merged']:.1f}" for row in rows]),
         Column("lacking here", [row["lacking"] or "" for row in rows], words=True, extra=True),
     ]
-    show_table(output, "GiB: of a worker's device, a node's host; from disk, copied, merged per candidate", columns)
+    show_table(
+        output,
+        "GiB in a worker's device and a node's host; and what each candidate reads from disk, copies and merges",
+        columns,
+    )
     if not any(row["chosen"] for row in rows):
         output.print(
             "The device is not here. A worker takes the first row that fits into 90 % of what its device has free.",

@@ -102,7 +102,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     check_controls(config)
     base, space = prepared.models.base, prepared.space
     base_tokenizer(config, base)
-    loaded = load_targets(config.reported, config.tasks, config.evaluation)
+    loaded = load_targets(config.reported, config.tasks, config.evaluation, config.places)
     targets = forked(loaded)
     config = check_metrics(config, targets)
     _check_quantized(config)
@@ -236,7 +236,7 @@ def _learning(
     moved = _smooth_kinds(config, prepared)
     reason = None if moved else "none of its genes has a derivative by the first method"
     if config.evaluation.quantize is not None:
-        reason = f"evaluation.quantize is {config.evaluation.quantize}, through which none of them can be followed"
+        reason = f"evaluation.quantize is {config.evaluation.quantize}, through which no gradient passes"
     own = [metric.name for metric in config.measured if metric.python is not None]
     if own:
         reason = f"{own[0]} is a function of your own, which has no derivative"

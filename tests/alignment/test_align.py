@@ -21,6 +21,7 @@ from evomerge.alignment.structure import Permutations, structure_of
 from evomerge.errors import InputError
 from evomerge.merging.sources.models import find_models
 from tests.architectures import family
+from tests.bad_input import Refuses
 from tests.commands import evomerge
 from tests.searches import EVALS
 
@@ -140,3 +141,9 @@ def test_the_command_says_what_it_brought(tiny_models: dict[str, Path], tmp_path
     assert f"{document['barriers'][1]['middle']:.3f}" in shown
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert written[0] == written[1]
+
+
+def test_a_file_without_texts_is_refused(tmp_path: Path, refuses: Refuses) -> None:
+    (tmp_path / "texts.txt").write_text(" \n\n")
+    says = ("texts.txt: holds no text; expected one text a line",)
+    refuses("align", "zoo:math", tmp_path / "out", "--to", "zoo:base", "--texts", tmp_path / "texts.txt", says=says)

@@ -259,3 +259,14 @@ def test_a_later_format_is_not_read_and_an_earlier_one_is_read_but_not_resumed(t
         earlier.check_resumable(tmp_path)
     with pytest.raises(InputError, match=rf"has format {FORMAT + 1}, .* use evomerge 0\.0\.1, which made it"):
         noted(tmp_path, format=FORMAT + 1)
+
+
+@pytest.mark.parametrize("name", ["a%2e%2eb", "50%", "a?b", "a#b", "a{x}b", "a b", "ü<b>'\""])
+def test_an_archive_lies_in_its_directory_whatever_its_name(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name
+    directory.mkdir()
+    _, given = full(directory)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (directory / DATABASE).exists()
+    record = given["search"][0]
+    assert opened(directory).find(record.candidate.id, "search") == record

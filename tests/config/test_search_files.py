@@ -99,3 +99,13 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("claim", WRONG_VALUES)
 def test_a_wrong_value_in_a_search_file_is_refused(claim: str, refuses_search: Refuses) -> None:
     refuses_search(*WRONG_VALUES[claim])
+
+
+def test_a_folder_is_no_file_of_texts(tmp_path: Path, refuses_search: Any) -> None:
+    (tmp_path / "texts").mkdir()
+    for texts in ("texts", {"first": "texts"}):
+        refuses_search({"space.method": "fisher", "statistics.texts": texts}, f"there is no file {tmp_path / 'texts'}")
+
+
+def test_a_value_that_may_have_several_forms_is_refused_with_all_of_them(refuses_search: Any) -> None:
+    refuses_search({"space.tensor_weights": "maybe"}, 'is "maybe"; use true or false, or valid names: auto.')

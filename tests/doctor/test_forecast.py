@@ -57,3 +57,7 @@ def test_a_forecast_follows_from_measured_speeds(monkeypatch: pytest.MonkeyPatch
 
 def test_a_price_needs_a_measurement(refuses: Callable[..., None]) -> None:
     refuses("check", SMOKE, "--hourly", "2.5", says=("--hourly needs seconds",))
+
+
+def test_a_price_is_finite(refuses: Callable[..., None]) -> None:
+    refuses("check", SMOKE, "--measure", "--hourly", "inf", says=("--hourly is inf; use a finite number",))

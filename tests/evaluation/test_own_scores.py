@@ -160,6 +160,10 @@ def test_an_exception_fails_the_candidate_and_names_the_line(tmp_path: Path) -> 
     assert evaluation.fingerprint is not None
 
 
+def test_a_function_that_ends_the_process_fails_the_candidate_alone(tmp_path: Path) -> None:
+    assert scored(tmp_path, "raise SystemExit(3)").error == "fluency: SystemExit: 3 (line 2)"
+
+
 def test_what_does_not_answer_stops_the_search_instead_of_failing_candidates(tmp_path: Path) -> None:
     with pytest.raises(WorkFailed, match=r"fluency: .*does not answer \(ConnectionRefusedError: no.*then resume"):
         scored(tmp_path, "raise ConnectionRefusedError('no')")

@@ -1,5 +1,6 @@
 """Finding tasks without running them, and dividing their items."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from evomerge.config.scoring import TasksConfig
 from evomerge.errors import InputError
 from evomerge.evaluation.tasks import absolute_data_files, find_tasks
+from evomerge.search.preparation import prepare_file
+from tests.searches import WriteSearch
 
 TRAP = """
 from pathlib import Path
@@ -52,6 +55,17 @@ def test_an_unknown_task_is_an_input_error_that_names_the_closest(folder):
     (folder / "b.yaml").write_text("task: lang\n")
     with pytest.raises(InputError, match=r"'cross_maths'.*did you mean 'cross_math'.*cross_math, lang"):
         find(folder, "cross_maths")
+
+
+def test_an_unknown_task_is_named_by_the_block_that_asks_for_it(search: WriteSearch) -> None:
+    kept, unknown = {"task": "math_a", "retain": 0.9}, {"task": "nope"}
+    for key, changes in {
+        "objectives[0]": {"objectives": [unknown]},
+        "constraints[1]": {"constraints": [kept, {**unknown, "retain": 0.9}]},
+        "report[0]": {"constraints": [kept], "report": [unknown]},
+    }.items():
+        with pytest.raises(InputError, match=re.escape(f"{key}.task is 'nope'")):
+            prepare_file(search(changes), [])
 
 
 def test_a_path_that_does_not_exist_is_an_input_error(folder):

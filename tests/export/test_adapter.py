@@ -17,6 +17,7 @@ from evomerge.merging.sources.weights import load_tensors
 from evomerge.recipe import Provenance, Recipe, Source, load
 from evomerge.runs import directory as runs
 from tests.architectures import family
+from tests.bad_input import Refuses
 from tests.commands import evomerge
 from tests.merging.sources.test_adapters import tune
 
@@ -207,3 +208,13 @@ def test_the_commands_write_it_show_what_it_keeps_and_score_exactly_that(finishe
     assert all(f"{score:.3f}" in shown for score in scored["scores"].values())
     evomerge("merge", tmp_path / "recipe.yaml", tmp_path / "other", "--lora-rank", 3)
     assert (tmp_path / "other" / adapter.NOTES).read_bytes() == (tmp_path / "adapter" / adapter.NOTES).read_bytes()
+
+
+@pytest.mark.parametrize("options", [("--lora-base", "zoo:base"), ("--score", "search.yaml")])
+def test_options_about_an_adapter_are_refused_where_none_is_asked_for(
+    options: tuple[str, str], finished: Path, tmp_path: Path, refuses: Refuses
+) -> None:
+    out = tmp_path / "out"
+    refuses("merge", finished / "best.yaml", out, *options, says=(f"{options[0]} is about a LoRA; add --lora-rank R",))
+    refuses("export", finished, "-o", out, "--score", says=("--score is about a LoRA; add --lora-rank R",))
+    assert not out.exists()

@@ -268,6 +268,8 @@ def test_a_port_that_is_taken_is_refused(finished: Path, refuses: Refuses) -> No
         refuses("serve", finished, "--port", web.port_of(taken), says=("--port", "give another"))
 
 
-@pytest.mark.parametrize(("options", "says"), [(("--port", 70000), "--port"), (("--every", 0), "--every")])
+@pytest.mark.parametrize(
+    ("options", "says"), [(("--port", 70000), "--port"), (("--every", 0), "--every"), (("--every", "nan"), "--every")]
+)
 def test_wrong_options_are_refused(options: tuple[Any, ...], says: str, finished: Path, refuses: Refuses) -> None:
     refuses("serve", finished, *options, says=(says,))
