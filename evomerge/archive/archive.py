@@ -38,7 +38,15 @@ from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
-_FREE_TO_CHANGE = ("workers", "optimizer.evaluations", "optimizer.equivalents", "tasks.data_root", "trackers")
+_FREE_TO_CHANGE = (
+    "workers",
+    "optimizer.evaluations",
+    "optimizer.equivalents",
+    "tasks.data_root",
+    "trackers",
+    "evaluation.sources",
+    "evaluation.fields",
+)
 
 
 @dataclass(frozen=True, slots=True)

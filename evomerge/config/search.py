@@ -194,13 +194,16 @@ class SearchConfig(Settings):
 
     def digest(self) -> str:
         """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
-        the budget, the storage, the trackers, and the places of vLLM and of the tasks' data files."""
+        the budget, the storage, the trackers, the places of vLLM and of the tasks' data files, and where sources live
+        and whether fields are kept, which change no bit."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage", "trackers"})
         for budget in ("evaluations", "equivalents"):
             content["optimizer"].pop(budget)
         _drop_later_keys(content)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
+        for placement in ("sources", "fields"):
+            content["evaluation"].pop(placement)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
@@ -211,8 +214,6 @@ class SearchConfig(Settings):
 _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
     "report": [],
     "evaluation.quantize": None,
-    "evaluation.sources": "auto",
-    "evaluation.fields": "auto",
     "optimizer.stop_after": None,
     "optimizer.learning": LearningConfig().model_dump(mode="json"),
     "optimizer.stages.scaled": False,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from evomerge.devices import CopyStream, devices_of, is_accelerator
+from evomerge.devices import CopyStream, devices_of, is_accelerator, trim
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
@@ -40,7 +40,7 @@ from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
 _SMALL = 1 << 20  # bytes up to which a table is kept even where fields are not
-_LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own
+_LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own, and after which memory is given back
 
 
 class ResidentModels:
@@ -272,6 +272,8 @@ class ResidentModels:
         base = [(tensor.base, tensor.base_source)] if tensor.base is not None else []
         for model, name in [*base, *zip(tensor.models, tensor.sources, strict=True)]:
             self._sources[model][name].release()
+        if self._where == "disk" and out.nbytes >= _LARGE:
+            trim()
 
     def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
         """A source's tensor. Where it has to change its dtype or device, one copy serves all candidates."""
