@@ -78,8 +78,7 @@ def field_part(field: Field, piece: slice, device: torch.device) -> torch.Tensor
 
 
 def draw(counters: torch.Tensor, count: int) -> torch.Tensor:
-    """The uniform numbers of a piece: int16, or in compiled code, where these are faster, 65536 times as much in int32;
-    shape (count,).
+    """The uniform numbers of a piece: int16, or int32 in compiled code, where these are faster; shape (count,).
 
     counters: see `Drawn.counters`.
     count: how many elements the piece has.
@@ -88,5 +87,5 @@ def draw(counters: torch.Tensor, count: int) -> torch.Tensor:
     index = torch.arange(count, dtype=torch.int32, device=counters.device) + start
     mixed = _mix32(_fold(_mix32(index ^ low)) + high)
     if torch.compiler.is_compiling():
-        return (mixed & -65536) ^ -(1 << 31)
+        return (mixed >> 16) & 0xFFFF
     return ((mixed >> 16) ^ -32768).to(torch.int16)

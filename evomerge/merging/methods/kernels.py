@@ -78,10 +78,8 @@ def as_field(uniforms: torch.Tensor, planes: bool) -> torch.Tensor:
 def field_steps(field: torch.Tensor) -> torch.Tensor:
     """The numbers of a field as float32, counted from 0; shape (count,).
 
-    field: two planes of bytes, int16 numbers, 65536 times as much in int32, or floats that count from 0 already.
+    field: two planes of bytes, int16 numbers, or wider integers that count from 0 already.
     """
-    if field.dtype == torch.int32:
-        return ((field >> 16) + 32768).to(torch.float32)
     if field.dtype == torch.uint8:
         return field[0].to(torch.float32) * 256 + field[1].to(torch.float32)
     return field.to(torch.float32) + (32768 if field.dtype == torch.int16 else 0)
@@ -96,8 +94,7 @@ def below(field: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     if field.dtype == torch.int16 and not torch.compiler.is_compiling():
         return indicator(torch.lt, field, steps - 32768)
     if field.dtype == torch.int32:  # on CPUs torch compiles no vector instructions that make floats of them
-        limit = ((steps.to(torch.int64) - 32768) << 16).clamp(max=(1 << 31) - 1)
-        return indicator(torch.lt, field, limit.to(torch.int32))
+        return indicator(torch.lt, field, steps.to(torch.int32))
     return indicator(torch.lt, field_steps(field), steps)
 
 

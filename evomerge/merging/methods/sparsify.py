@@ -218,7 +218,7 @@ def _row_ranks(inputs: Inputs, index: int) -> torch.Tensor:
     rows = rows if rows.dim() > 1 else rows.reshape(1, -1)
     ranks = rows.argsort(dim=1, stable=True).argsort(dim=1).flatten()
     if _row_length(inputs) > UNIFORM_STEPS:
-        return ranks.to(torch.float32)  # which `field_steps` makes of any rank
+        return ranks.to(torch.int32)
     return as_field((ranks - 32768).to(torch.int16), inputs.planes)
 
 
