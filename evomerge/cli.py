@@ -235,11 +235,18 @@ def export(
     prefer: Annotated[
         list[str] | None, typer.Option(metavar="OBJECTIVE=WEIGHT", help="Choose from the front by these weights.")
     ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The recipe to write.")] = Path("recipe.yaml"),
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="What to write [default: recipe.yaml, or adapter].")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Write the merge as a LoRA of this rank on the search's base instead.")
+    ] = None,
+    score: Annotated[bool, typer.Option("--score", help="Score the base with that LoRA on held-out items.")] = False,
 ) -> None:
     """Write a candidate's recipe, which mergekit reads too."""
     from evomerge.export import choice
     from evomerge.export import recipe as exports
+    from evomerge.files import SEARCH_FILE
     from evomerge.reports import terminal
     from evomerge.runs import directory as runs
 
@@ -247,12 +254,18 @@ def export(
     runs.check_sources(opened)
     record = choice.choose(opened.results, candidate, prefer or [])
     recipe = exports.shared_recipe(record, opened.results, opened.prepared.models)
-    exports.write_recipe(recipe, output)
     for warning in choice.warnings(record, opened.results):
         terminal.warn(warning)
+    if lora_rank is not None:
+        base = str(opened.prepared.models.base.folder)
+        scored = directory / SEARCH_FILE if score else None
+        return _write_adapter(recipe, output or Path("adapter"), record.candidate.id, lora_rank, base, scored)
+    output = output or Path("recipe.yaml")
+    exports.write_recipe(recipe, output)
     terminal.console().print(
         f"{record.candidate.id} written to {output}; merge it with `evomerge merge {output} OUT_DIR`"
     )
+    return None
 
 
 @app.command()
@@ -271,6 +284,16 @@ def merge(
     ] = "5GB",
     copy_tokenizer: Annotated[bool, typer.Option(help="Write a tokenizer too.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md too.")] = True,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Write a LoRA of this rank on the recipe's base instead.")
+    ] = None,
+    lora_base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model that the LoRA changes, where the recipe has no base.")
+    ] = None,
+    score: Annotated[
+        Path | None,
+        typer.Option(metavar="SEARCH.yaml", help="Score the base with that LoRA on the held-out items of this search."),
+    ] = None,
 ) -> None:
     """Write a recipe's merge as a plain Hugging Face checkpoint and check its fingerprint."""
     from evomerge.devices import resolve_device
@@ -278,11 +301,15 @@ def merge(
     from evomerge.merging.sources import located
     from evomerge.reports import terminal
 
+    where = resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device")
+    loaded = located.load(recipe, terminal.warn)
+    if lora_rank is not None:
+        return _write_adapter(loaded, out, str(recipe), lora_rank, lora_base, score, where, write_model_card)
     fingerprint, checked = checkpoint.merge(
-        located.load(recipe, terminal.warn),
+        loaded,
         out,
         str(recipe),
-        resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device"),
+        where,
         shard_size=max_shard_size,
         tokenizer=copy_tokenizer,
         card=write_model_card,
@@ -290,6 +317,34 @@ def merge(
     )
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
     terminal.console().print(f"{out}: fingerprint {fingerprint} ({verdict})")
+    return None
+
+
+def _write_adapter(
+    recipe: Any,
+    out: Path,
+    where: str,
+    rank: int,
+    base: str | None,
+    scored: Path | None,
+    device: str = "cpu",
+    card: bool = True,
+) -> None:
+    """Writes a merge as an adapter, shows what it keeps, and scores it where a search file is given."""
+    from evomerge.export import adapter
+    from evomerge.reports import terminal
+    from evomerge.search import scoring
+
+    written = adapter.write_adapter(recipe, out, where, rank, device, base=base, card=card, warn=terminal.warn)
+    terminal.show_adapter(terminal.console(), out, written)
+    if scored is None:
+        return
+    target = f"{written.folder}+{out}"
+    prepared, row = scoring.score(target, scored, "heldout", terminal.warn)
+    terminal.show_scores(terminal.console(), "heldout items", [(target, row["scores"], row["mean"])], prepared)
+    if row["error"]:
+        terminal.fail(f"{target}: {row['error']}")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -354,6 +409,26 @@ def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None
         shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
         terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)
     return None
+
+
+@app.command()
+def diagnose(
+    search: SearchFile,
+    texts: Annotated[
+        int, typer.Option(min=0, help="Let the models read so many search items of each task, to compare layers.")
+    ] = 0,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the models' weights mean for a merge: distances, cosines and conflicts, layer by layer."""
+    from evomerge.diagnosis import diagnose as diagnosing
+    from evomerge.reports import terminal
+    from evomerge.search import preparation
+
+    diagnosis = diagnosing.diagnose(preparation.prepare_file(search, set_ or []), texts)
+    if as_json:
+        return _print_json(diagnosis.as_json())
+    return terminal.show_diagnosis(terminal.console(), diagnosis)
 
 
 @app.command()

@@ -46,6 +46,7 @@ FLOORS = (
     "starting",
     "reports",
     "doctor",
+    "diagnosis",
     "runs",
     "export",
     "evidence",

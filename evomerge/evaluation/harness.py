@@ -272,7 +272,8 @@ class _PreparedSplit:
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
         chat = self._config.evaluation.apply_chat_template
-        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat)
+        unlabelled = self._config.optimizer.learning.loss == "entropy"
+        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat, unlabelled)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         return self._losses.follow(model, descent, *self._limits)
@@ -587,10 +588,15 @@ def _encode_answer(lm: Any, instance: Any, continuation: str | None = None) -> l
     """The requests for the log-likelihood of an instance's own answer, or of a text that a model might write.
 
     Such a text follows the tokens of the prompt alone, as when it is written. There is no request where it has no
-    tokens.
+    tokens. For an empty text there is one that reads what follows the prompt, whatever that is.
     """
     if continuation is None:
         return _encode(lm, instance, None)
+    if not continuation:
+        written = instance.request_type == "generate_until"
+        prompt = lm.tok_encode(instance.args[0]) if written else _encode_pair(lm, instance, None)[0].context
+        context = tuple(prompt) or (lm.prefix_token_id,)
+        return [Request(context, context[-1:])]
     prompt, whole = lm.tok_encode(instance.args[0]), lm.tok_encode(instance.args[0] + continuation)
     written = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
     written = written or lm.tok_encode(continuation, add_special_tokens=False)

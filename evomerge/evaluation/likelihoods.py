@@ -280,6 +280,24 @@ def likelihoods(model: Any, prepared: PreparedRequests) -> torch.Tensor:
     return total
 
 
+def entropies(model: Any, prepared: PreparedRequests) -> torch.Tensor:
+    """The entropy of what a model expects in the place of each request's continuation, in nats, summed over its tokens;
+    float32, shape (requests,). Gradients can flow back through it.
+
+    model: a causal model of transformers.
+    prepared: the requests.
+    """
+    total: torch.Tensor | None = None
+    for batch in prepared.batches:
+        chances = read_logits(model, batch).to(torch.float32).log_softmax(dim=-1)
+        expected = -(chances.exp() * chances).sum(-1)[batch.places.to(chances.device)]
+        owners = torch.from_numpy(batch.owners).to(chances.device)
+        sums = expected.new_zeros(len(prepared.requests)).index_put((owners,), expected, accumulate=True)
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
+
+
 def _score(model: Any, batch: Batch) -> torch.Tensor:
     """For each scored token its log-probability, 1 where it is the likeliest (else 0), and its lead in the logits over
     the likeliest other token; float32, shape (3, tokens)."""

@@ -4,11 +4,14 @@ The loss of an item is the negative log-likelihood of its reference. Where the i
 over them, by the likelihoods that the task's metric compares. A log-likelihood is divided by the mean number of tokens
 of the objective's references, so that long answers do not count more than short ones. The loss of an objective is the
 mean over its items.
+
+Without labels, the loss of an item is the entropy of the model's answer: over the options, or over the first token that
+it would write (Yang et al. 2024, AdaMerging, arXiv:2310.02575, section 3.3).
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +20,9 @@ from evomerge.candidate import Descent
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.errors import CandidateFailed
 from evomerge.evaluation.items import part
-from evomerge.evaluation.likelihoods import PreparedRequests, Request, likelihoods
+from evomerge.evaluation.likelihoods import PreparedRequests, Request, entropies, likelihoods
 from evomerge.evaluation.loading import Target
-from evomerge.evaluation.references import Reference, references
+from evomerge.evaluation.references import Reference, options_of, references
 
 _ALIKE = 0.7  # rows that are shorter are read apart, since padding costs as much as text
 TaskDocuments = Sequence[Sequence[Any]]  # lm-eval's instances of each document
@@ -30,7 +33,7 @@ class Encode(Protocol):
 
     def __call__(self, instance: Any, continuation: str | None = None) -> list[Request]:
         """The requests for the log-likelihood of an instance's own continuation, or of a text that follows its prompt;
-        none where that has no tokens."""
+        none where that has no tokens. With an empty text, one that reads what follows the prompt."""
         ...
 
 
@@ -43,27 +46,40 @@ class Item:
         subtracted, which come last.
     right: for each option, whether it is right; empty where all requests are the reference.
     lengths: for each request, what its log-likelihood is divided by.
+    unlabelled: whether the loss is an entropy: over the options, or where there are none over the token that follows
+        the prompt.
     """
 
     objective: str
     requests: tuple[Request, ...]
     right: tuple[bool, ...]
     lengths: tuple[float, ...]
+    unlabelled: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether its loss is the entropy over all tokens."""
+        return self.unlabelled and not self.right
 
     @property
     def longest(self) -> int:
         """The length of its longest row, in tokens."""
         return max(len(request.context) + len(request.continuation) for request in self.requests)
 
-    def loss(self, log_likelihoods: torch.Tensor) -> torch.Tensor:
+    def loss(self, values: torch.Tensor) -> torch.Tensor:
         """The item's loss, a scalar.
 
-        log_likelihoods: one for each request, shape (requests,).
+        values: one for each request, shape (requests,): its log-likelihood, or the entropy where the item is open.
         """
+        if self.open:
+            return values.sum()
         if not self.right:
-            return -(log_likelihoods / log_likelihoods.new_tensor(self.lengths)).sum()
-        given, alone = log_likelihoods[: len(self.right)], log_likelihoods[len(self.right) :]
+            return -(values / values.new_tensor(self.lengths)).sum()
+        given, alone = values[: len(self.right)], values[len(self.right) :]
         scores = (given - alone if len(alone) else given) / given.new_tensor(self.lengths)
+        if self.unlabelled:
+            chances = scores.log_softmax(0)
+            return -(chances.exp() * chances).sum()
         right = torch.tensor(self.right, device=scores.device)
         return scores.logsumexp(0) - scores[right].logsumexp(0)
 
@@ -79,6 +95,7 @@ class Losses:
         encode: Encode,
         seed: int,
         chat: bool = False,
+        unlabelled: bool = False,
     ) -> None:
         """Makes the references, and drops items that have none.
 
@@ -88,14 +105,16 @@ class Losses:
         encode: makes requests of lm-eval's instances.
         seed: of the division of items.
         chat: whether prompts follow the model's chat template.
+        unlabelled: whether losses are entropies, so that references are not needed.
         """
         self._seed = seed
         self._items: dict[str, list[tuple[str, list[Item | None]]]] = {}
         for objective in objectives:
             target = targets[objective.task]
             filter_name = objective.filter or target.filters()[0]
+            items = _unlabelled_items if unlabelled else _items
             made = [
-                (task.config.task, _items(task, objective, filter_name, documents[id(task)], encode, chat))
+                (task.config.task, items(task, objective, filter_name, documents[id(task)], encode, chat))
                 for task in target.tasks
             ]
             self._items[objective.name] = _normalized(made)
@@ -169,6 +188,24 @@ def _items(
     return [item if item is not None and item.requests else None for item in items]  # an empty text has no windows
 
 
+def _unlabelled_items(
+    task: Any, objective: ObjectiveConfig, filter_name: str, documents: TaskDocuments, encode: Encode, chat: bool
+) -> list[Item | None]:
+    """Items whose answers are not looked at. A rolling likelihood is that of the text itself, so it stays as it is."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return _items(task, objective, filter_name, documents, encode, chat)
+    items: list[Item | None] = []
+    for instances in documents:
+        options = options_of(task, objective.metric, instances[0].doc)
+        if options is not None:
+            item = _item(objective.name, options, instances, encode)
+            items.append(replace(item, unlabelled=True))
+        else:
+            (request,) = encode(instances[0], "")
+            items.append(Item(objective.name, (request,), (), (1.0,), unlabelled=True))
+    return items
+
+
 def _item(objective: str, reference: Reference, instances: Sequence[Any], encode: Encode) -> Item:
     if reference.text is not None:
         requests = encode(instances[0], reference.text)
@@ -180,13 +217,13 @@ def _item(objective: str, reference: Reference, instances: Sequence[Any], encode
 
 def _normalized(by_task: list[tuple[str, list[Item | None]]]) -> list[tuple[str, list[Item | None]]]:
     """Items whose log-likelihoods are divided by the mean number of tokens of all references."""
-    plain = [item for _, items in by_task for item in items if item is not None and not item.right]
+    plain = [item for _, items in by_task for item in items if item is not None and not (item.right or item.unlabelled)]
     if not plain:
         return by_task
     tokens = sum(len(request.continuation) for item in plain for request in item.requests) / len(plain)
 
     def normalized(item: Item | None) -> Item | None:
-        if item is None or item.right:
+        if item is None or item.right or item.unlabelled:
             return item
         return Item(item.objective, item.requests, (), (tokens,) * len(item.requests))
 
@@ -194,11 +231,12 @@ def _normalized(by_task: list[tuple[str, list[Item | None]]]) -> list[tuple[str,
 
 
 def _batches(items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
-    """The items, the longest first, in batches of at most `batch_size` rows. All rows of an item are in one batch."""
+    """The items, the longest first, in batches of at most `batch_size` rows. All rows of an item are in one batch, and
+    open items are in batches of their own."""
     batch: list[Item] = []
     rows = 0
-    for item in sorted(items, key=lambda item: -item.longest):
-        if batch and rows + len(item.requests) > batch_size:
+    for item in sorted(items, key=lambda item: (item.open, -item.longest)):
+        if batch and (rows + len(item.requests) > batch_size or item.open != batch[0].open):
             yield batch
             batch, rows = [], 0
         batch.append(item)
@@ -211,6 +249,6 @@ def _losses(model: Any, items: Sequence[Item], max_length: int, device: torch.de
     """The loss of each item, float32, shape (items,)."""
     requests = [request for item in items for request in item.requests]
     prepared = PreparedRequests(requests, len(requests), max_length, device, alike=_ALIKE)
-    values = likelihoods(model, prepared)
+    values = entropies(model, prepared) if items[0].open else likelihoods(model, prepared)
     pieces = torch.split(values, [len(item.requests) for item in items])
     return torch.stack([item.loss(piece) for item, piece in zip(items, pieces, strict=True)])

@@ -13,7 +13,7 @@ import numpy as np
 
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.evaluation.loading import Target
-from evomerge.evaluation.margins import choices_in
+from evomerge.evaluation.margins import Choices, choices_in
 from evomerge.evaluation.metrics import task_metrics
 
 _SURE = 100.0  # nats by which an option leads in a made-up response
@@ -91,10 +91,28 @@ def _reference(task: Any, metric: str, document: Any, chat: bool) -> Reference |
         return None
 
 
+def options_of(task: Any, metric: str, document: Any) -> Reference | None:
+    """The options of a document with what the metric divides by, whichever is right; None where there are none.
+
+    task: lm-eval's.
+    metric: the one that is optimized.
+    document: one of the task's.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    try:
+        return _compared(choices_in(task, document), metric)
+    except Exception:  # templates and functions of tasks may raise anything
+        return None
+
+
 def _options(task: Any, metric: str, document: Any) -> Reference | None:
     choices = choices_in(task, document)
-    if not 0 < choices.right.sum() < len(choices.right):
-        return None
+    return _compared(choices, metric) if 0 < choices.right.sum() < len(choices.right) else None
+
+
+def _compared(choices: Choices, metric: str) -> Reference:
+    """The options with the lengths that a metric divides by."""
     lengths = {"acc_norm": choices.characters, "acc_bytes": choices.bytes}.get(metric, np.ones(len(choices.right)))
     divisors = tuple(np.maximum(lengths, 1.0).tolist())
     return Reference(right=tuple(choices.right.tolist()), lengths=divisors, mutual=metric == "acc_mutual_info")

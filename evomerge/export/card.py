@@ -1,5 +1,6 @@
 """The card of a merged checkpoint: README.md with the front matter that the Hugging Face hub reads."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,11 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
     fingerprint: the weights'.
     verdict: the merge's license and the warnings about it.
     """
+    return _card(recipe, fingerprint, verdict, {}, [])
+
+
+def _card(recipe: Recipe, fingerprint: str, verdict: Verdict, changes: Mapping[str, Any], more: Sequence[str]) -> str:
+    """The text of a card, with changed front matter and more lines below the parents."""
     names = public_names(recipe)
     parents = [names[reference] for reference in recipe.references]
     front: dict[str, Any] = {
@@ -27,10 +33,11 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
         "library_name": "transformers",
         "license": verdict.license,
         "tags": ["merge", "mergekit", "evomerge"],
+        **changes,
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "# Merged model", ""]
     lines += [f"Merged by evomerge with `{recipe.merge_method}` from:", "", *(f"- `{name}`" for name in parents), ""]
-    lines += [f"Fingerprint of the weights: `{fingerprint}`", ""]
+    lines += [f"Fingerprint of the weights: `{fingerprint}`", "", *more]
     lines += _license_lines(verdict.warnings)
     lines += _score_lines("Search items", recipe.evomerge.scores)
     table = recipe.evomerge.table
@@ -45,6 +52,38 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
     written = public_recipe(recipe).to_yaml().strip()
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", written))])
     return "\n".join([*lines, "## Recipe", "", f"{fence}yaml", written, fence, ""])
+
+
+def adapter_card(
+    recipe: Recipe, base: str, fingerprint: str, kept: Sequence[tuple[str, int, int, float]], verdict: Verdict
+) -> str:
+    """The text of the README.md of a merge that is written as an adapter: as `model_card`, with what the adapter keeps.
+
+    recipe: the merge's, with its own fingerprint.
+    base: the name of the model that the adapter changes.
+    fingerprint: that of the base with the adapter merged into it.
+    kept: for the matrices of each name: the name, their number, the largest rank, and the least share of the squared
+        change that the adapter keeps.
+    verdict: the merge's license and the warnings about it.
+    """
+    front = {"library_name": "peft", "base_model": base, "base_model_relation": "adapter"}
+    lines = [
+        "## The adapter",
+        "",
+        f"This is a LoRA on `{base}`. With it merged in, the weights have the fingerprint `{fingerprint}`. The scores "
+        "below are those of the whole merge. The table says what the LoRA keeps of it.",
+        "",
+        "| matrices | number | largest rank | kept of the change, at least |",
+        "|---|---|---|---|",
+        *(f"| {_cell(kind)} | {number} | {rank} | {percent(share)} |" for kind, number, rank, share in kept),
+        "",
+    ]
+    return _card(recipe, str(recipe.evomerge.fingerprint), verdict, front, lines)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage that is never rounded up."""
+    return f"{math.floor(share * 10000) / 100:.2f} %"
 
 
 def _license_lines(warnings: Sequence[str]) -> list[str]:

@@ -60,35 +60,56 @@ def merge(
     if merged.unknown_tokens:
         shown = ", ".join(merged.unknown_tokens[:8])
         warn(f"{where}: no model has an embedding for {shown}; zeros are taken (tokenizer.tokens can name a source).")
-    verdict = combined(_licenses(models, public_names(recipe)))
+    verdict = combined(licenses(models, public_names(recipe)))
     for warning in verdict.warnings:
         warn(warning)
-    recorded = recipe.evomerge.fingerprint
     with staged(out) as folder:
         fingerprint = merged.write(folder, size, tokenizer)
-        if recorded is not None and fingerprint != recorded:
-            raise WorkFailed(_mismatch(where, recorded, fingerprint, recipe.evomerge))
+        checked = check_fingerprint(recipe, fingerprint, where)
         read = stored_fingerprint(folder)
         if read != fingerprint:
             raise WorkFailed(
                 f"{folder}: the written weights have fingerprint {read}, expected {fingerprint}; not kept."
             )
-        kept = _noted(recipe, fingerprint, models)
+        kept = noted(recipe, fingerprint, models)
         (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
         if card:
             (folder / "README.md").write_text(model_card(kept, fingerprint, verdict), encoding="utf-8")
-    return fingerprint, recorded is not None
+    return fingerprint, checked
 
 
-def _noted(recipe: Recipe, fingerprint: str, models: Models) -> Recipe:
-    """The recipe as it lies beside the weights: with their fingerprint, and all items that a search saw on the way."""
+def check_fingerprint(recipe: Recipe, fingerprint: str, where: str) -> bool:
+    """Whether a recipe recorded the fingerprint of its merge.
+
+    recipe: the merge's.
+    fingerprint: that of the merged weights.
+    where: the recipe's file, for messages.
+    Raises WorkFailed where it recorded another one.
+    """
+    recorded = recipe.evomerge.fingerprint
+    if recorded is not None and fingerprint != recorded:
+        raise WorkFailed(_mismatch(where, recorded, fingerprint, recipe.evomerge))
+    return recorded is not None
+
+
+def noted(recipe: Recipe, fingerprint: str, models: Models) -> Recipe:
+    """The recipe as it lies beside the weights: with their fingerprint, and all items that a search saw on the way.
+
+    recipe: the merge's.
+    fingerprint: that of the merged weights.
+    models: those of the merge.
+    """
     seen = recipe.evomerge.digests | models.seen
     noted = {"fingerprint": fingerprint, "seen": encoded(seen) if seen else None}
     return recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=noted)})
 
 
-def _licenses(models: Models, names: Mapping[str, str]) -> dict[str, str | None]:
-    """The license that the card of each parent states, by the parent's name on the merge's card."""
+def licenses(models: Models, names: Mapping[str, str]) -> dict[str, str | None]:
+    """The license that the card of each parent states, by the parent's name on the merge's card.
+
+    models: the parents.
+    names: their names on the card, by reference.
+    """
     return {names.get(reference, reference): stated_license(model.folders) for reference, model in models.items()}
 
 

@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
@@ -25,11 +26,16 @@ from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
 from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
 from evomerge.evidence.comparison import sentence
+from evomerge.export.card import percent
 from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
 from evomerge.reports.progress import pace_of
 from evomerge.runs.journal import Opened, OpenRun
 from evomerge.search.results import Results
+
+if TYPE_CHECKING:
+    from evomerge.diagnosis.diagnose import Diagnosis
+    from evomerge.export.adapter import WrittenAdapter
 
 TITLES = {
     "subset": "search",
@@ -325,6 +331,28 @@ def show_scores(
         output.print(f"only reported, so neither searched on nor in the {mean}: {', '.join(beside)}", markup=False)
 
 
+def show_adapter(output: Console, folder: Path, written: "WrittenAdapter") -> None:
+    """Prints what a merge that was written as an adapter keeps.
+
+    output: where it is printed.
+    folder: the adapter's.
+    written: what was written.
+    """
+    rows = written.kinds
+    columns = [
+        Column("matrices", [kind for kind, *_ in rows], left=True),
+        Column("number", [str(count) for _, count, _, _ in rows]),
+        Column("largest rank", [str(rank) for _, _, rank, _ in rows]),
+        Column("kept, at least", [percent(kept) for *_, kept in rows]),
+    ]
+    show_table(output, f"What the LoRA keeps of the change of {written.base}", columns)
+    verdict = "the one that was scored" if written.checked else "the recipe records none to compare"
+    whole = len(written.whole)
+    output.print(f"kept of all changes: {percent(written.kept)}; tensors stored whole: {whole}", markup=False)
+    output.print(f"the merge: fingerprint {written.merged} ({verdict})", markup=False)
+    output.print(f"{folder}: fingerprint {written.fingerprint} (of {written.base} with the LoRA)", markup=False)
+
+
 def _score(scores: views.ScoresByName | None, name: str) -> str:
     return number(scores[name]) if scores and name in scores else "–"
 
@@ -526,6 +554,38 @@ def show_findings(output: Console, findings: Sequence[Finding]) -> None:
     show_table(output, "", columns)
     off = sum(not finding.good for finding in findings)
     output.print(f"{len(findings)} findings, {f'{off} of them off' if off else 'all as expected'}", markup=False)
+
+
+def show_diagnosis(output: Console, diagnosis: "Diagnosis") -> None:
+    """Prints what a diagnosis found.
+
+    output: where it is printed.
+    diagnosis: what was found.
+    """
+    weights, layers = diagnosis.weights, diagnosis.layers or {}
+    columns = [Column("", [*weights.places, "all"], left=True)]
+    for name, own in weights.models.items():
+        columns.append(Column(f"{name}: distance", [number(value) for value in (*own.distance, own.whole)]))
+    for relation in weights.relations:
+        pair = " / ".join(relation.models)
+        columns.append(Column(f"{pair}: cosine", [number(value) for value in (*relation.cosine, relation.whole)]))
+        conflicts = (*relation.conflicts, relation.all_conflicts)
+        columns.append(Column(f"{pair}: conflicts", [number(value) for value in conflicts]))
+    for name, similar in layers.items():
+        by_layer = {str(layer): number(value) for layer, value in enumerate(similar.similarity)}
+        columns.append(Column(f"{name}: in / out", [by_layer.get(place, "") for place in (*weights.places, "all")]))
+    show_table(output, "Fine-tunes less their base, by layer", columns)
+    output.print(
+        "distance: norm of the change, as a share of the base's norm. cosine: of the angle between two changes. "
+        "conflicts: opposite signs where both change most.",
+        markup=False,
+    )
+    if layers:
+        output.print("in / out: cosine of a layer's input and output.", markup=False)
+    for sentence_ in diagnosis.findings:
+        output.print(f"- {sentence_}", markup=False)
+    if not diagnosis.findings:
+        output.print("nothing unusual", markup=False)
 
 
 def show_failures(output: Console, counts: dict[str, int]) -> None:

@@ -300,6 +300,8 @@ def loss_limits(
     controls: the essential controls.
     evaluations: theirs, on search items.
     """
+    if config.optimizer.learning.loss != "likelihood":
+        return []  # an entropy says nothing of what a parent can do
     scored = [
         (candidate, evaluation.scores)
         for candidate, evaluation in zip(controls, evaluations, strict=True)

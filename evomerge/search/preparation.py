@@ -223,7 +223,8 @@ def _learning(
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
         chat = config.evaluation.apply_chat_template
-        reason = without_references(config.measured, targets, division.searched_documents, chat)
+        if config.optimizer.learning.loss == "likelihood":
+            reason = without_references(config.measured, targets, division.searched_documents, chat)
     if reason is not None and explicit:
         raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
     if reason is not None:
@@ -238,8 +239,11 @@ def _learning(
     optimizer = following_gradients(
         config.optimizer, moved, prepared.space.genes, config.limit, selects=bool(items.selection)
     )
+    unsteered = None
+    if config.constraints and optimizer.learning.loss == "entropy":
+        unsteered = "constraints do not steer steps along gradients, since optimizer.learning.loss is entropy."
     config = config.model_copy(update={"items": items, "optimizer": optimizer})
-    return config, replace(prepared, config=config), None
+    return config, replace(prepared, config=config), unsteered
 
 
 def _with_tensor_weights(config: SearchConfig) -> SearchConfig:

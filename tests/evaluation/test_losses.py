@@ -288,3 +288,62 @@ def test_a_loss_that_is_no_number_fails_the_candidate(value, three):
         next(harness._model.parameters())[5:] = value
     with pytest.raises(CandidateFailed, match="the loss of qa is nan"):
         harness.descend(harness._model, descent(*NAMES))
+
+
+UNLABELLED = {"optimizer": {"learning": {"loss": "entropy"}}}
+
+
+@torch.no_grad()
+def entropy_after(exact: Float64, context: str) -> float:
+    """The entropy of the token that follows a text."""
+    ids = torch.tensor([exact._lm.tok_encode(context)])
+    chances = exact._model(ids).logits[0, -1].log_softmax(-1)
+    return -float((chances.exp() * chances).sum())
+
+
+def test_without_labels_a_text_s_loss_is_the_entropy_of_its_first_token(load, written, search_config):
+    task = written()
+    harness = Harness(search_config(TEXT, **UNLABELLED), *load("base"))
+    _, items = lm_eval_says(task | {"test_split": "search"}, *load("base"))
+    exact = Float64(*load("base"))
+    expected = sum(entropy_after(exact, item["arguments"][0][0]) for item in items) / len(items)
+    (loss,) = harness.descend(harness._model, descent(*names_of(harness))).values()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_labels_a_loglikelihood_s_loss_is_the_entropy_where_its_answer_begins(load, qa_task, search_config):
+    task = qa_task()
+    harness = Harness(search_config("qa", **UNLABELLED), *load("qwen2"))
+    _, items = lm_eval_says(task | {"test_split": "search"}, *load("qwen2"))
+    exact, pairs = Float64(*load("qwen2")), [pair for item in items for pair in arguments(item)]
+    contexts = [exact._lm.tokenizer.decode(exact.tokens(*pair)[0]) for pair in pairs]
+    expected = sum(entropy_after(exact, context) for context in contexts) / len(contexts)
+    assert harness.descend(harness._model, descent("qa"))["qa"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("metric", "length"), [("acc", lambda option: 1), ("acc_norm", len)])
+def test_without_labels_a_choice_s_loss_is_the_entropy_over_its_options(
+    metric, length, load, choice_task, search_config
+):
+    task = choice_task(count=9, metrics=[metric])
+    config = search_config(f"choice:{metric}", **UNLABELLED)
+    harness = Harness(config, *load("qwen2"))
+    _, items = lm_eval_says(task | {"test_split": "search"}, *load("qwen2"))
+    exact, losses = Float64(*load("qwen2")), []
+    for item in items:
+        pairs = zip(item["arguments"], item["doc"]["options"], strict=True)
+        scores = torch.tensor([exact(*pair) / length(option) for pair, option in pairs], dtype=torch.float64)
+        losses.append(-float((scores.softmax(0) * scores.log_softmax(0)).sum()))
+    (loss,) = harness.descend(harness._model, descent(*names_of(harness))).values()
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_without_labels_answers_change_nothing(load, choice_task, written, search_config):
+    losses = []
+    for turned in (False, True):
+        choice_task(count=9, **({"doc_to_target": "{{(gold + 1) % 2}}"} if turned else {}))
+        written(doc_to_target="{{question}}" if turned else "{{answer}}")
+        config = search_config("choice:acc", TEXT, **UNLABELLED)
+        harness = Harness(config, *load("base"))
+        losses.append(harness.descend(harness._model, descent(*names_of(harness))))
+    assert losses[0] == losses[1]

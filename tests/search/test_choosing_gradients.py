@@ -98,6 +98,14 @@ def test_where_no_answer_satisfies_its_own_metric_it_evolves_alone_and_says_why(
         "gradients cannot be followed, since read_as_nothing:exact_match has no answer that its own metric would score "
         "best; evolution works alone."
     )
+    kept = [{"task": "base_qa", "retain": 0.9, "of": "base"}]
+    unlabelled = {"learning": {"loss": "entropy"}}
+    paths = {"paths": [str(EVALS), str(tmp_path)]}
+    without = auto(search_file, unlabelled, objectives=objectives, tasks=paths, constraints=kept)
+    assert without.config.optimizer.follows_gradients
+    assert [text for text in without.warnings if "gradients" in text] == [
+        "constraints do not steer steps along gradients, since optimizer.learning.loss is entropy."
+    ]
 
 
 def test_a_method_without_derivatives_or_a_path_is_evolved_without_a_word(search_file: WriteSearch) -> None:

@@ -48,6 +48,22 @@ def stopper(count: int) -> Listener:
 
 
 @pytest.mark.slow
+def test_without_labels_the_entropy_falls_and_a_killed_search_takes_the_same_path(
+    search_file: WriteSearch, tmp_path: Path
+) -> None:
+    optimizer = SEARCH["optimizer"] | {"learning": LEARNING | {"loss": "entropy"}}
+    path, whole, cut = search_file(**SEARCH | {"optimizer": optimizer}), tmp_path / "whole", tmp_path / "cut"
+    evomerge("run", path, "--output", whole)
+    with pytest.raises(Stop):
+        runs.start(path, cut, (), None, stopper(4 + 3))
+    evomerge("resume", cut)
+    assert gradients(cut) == gradients(whole)
+    assert content(cut) == content(whole)
+    first, *_, last = (sum(sum(row[3].values()) for row in gradients(whole) if row[0] == step) for step in range(1, 7))
+    assert last < first
+
+
+@pytest.mark.slow
 def test_a_search_along_gradients_is_interrupted_resumed_shown_exported_and_merged(
     search_file: WriteSearch, tmp_path: Path
 ) -> None:
