@@ -218,12 +218,13 @@ def test_a_second_worker_of_a_node_shares_the_sources(ray_here: Any, tmp_path: P
     from evomerge.merging.sources.weights import Weights
     from tests.merging.resident.test_sources import taken
 
-    size = 64 << 20
+    size = 256 << 20  # beside which what Ray needs in a process counts little
     save_file({"a": torch.ones(size // 2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
 
     @ray.remote(num_cpus=1)
     class Holding:
         def __init__(self) -> None:
+            assert bool(finite(torch.ones(1 << 17, dtype=torch.bfloat16)))  # starts what computing needs
             self.before = taken(tmp_path)
             source = OffDevice(Weights(tmp_path), "a", torch.Size([size // 2]), {})
             self.tensor = source.on(torch.device("cpu"))

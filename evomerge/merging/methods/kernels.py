@@ -220,8 +220,12 @@ def ordered_total(values: Callable[[slice], torch.Tensor], count: int) -> torch.
     values: slice of the vector -> its elements.
     count: how many elements the vector has.
     """
-    sums = [ordered_sum(values(slice(start, start + _PIECE))) for start in range(0, count, _PIECE)]
-    return ordered_sum(torch.cat(sums)) if sums else ordered_sum(values(slice(0, 0)))
+    first = ordered_sum(values(slice(0, min(_PIECE, count))))
+    sums = first.new_empty(max(1, -(-count // _PIECE)))  # a list would leave holes in malloc's memory
+    sums[0] = first[0]
+    for number in range(1, len(sums)):
+        sums[number] = ordered_sum(values(slice(number * _PIECE, (number + 1) * _PIECE)))[0]
+    return ordered_sum(sums)
 
 
 def divisor(total: float) -> float:
