@@ -247,11 +247,15 @@ def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
     whole = words.numel() // _COLUMNS * _COLUMNS
     size = _COLUMNS * (1 if words.device.type == "cpu" else 256)  # in the cache, or in few launches
 
-    def sums(start: int) -> torch.Tensor:
-        return (words[start : min(start + size, whole)].view(-1, _COLUMNS) * columns).sum(1)
+    rows = columns.new_empty(whole // _COLUMNS + 1)  # a list would leave holes in malloc's memory
 
-    rest = (words[whole:] * columns[: words.numel() - whole]).sum().reshape(1)
-    rows = torch.cat([*for_each_chunk(sums, range(0, whole, size), words.device), rest])
+    def put(start: int) -> None:
+        stop = min(start + size, whole)
+        sums = (words[start:stop].view(-1, _COLUMNS) * columns).sum(1)
+        rows[start // _COLUMNS : stop // _COLUMNS].copy_(sums)
+
+    for_each_chunk(put, range(0, whole, size), words.device)
+    rows[-1] = (words[whole:] * columns[: words.numel() - whole]).sum()
     return (rows * _multipliers(salt, rows.numel(), rows.device)).sum() + salt
 
 
