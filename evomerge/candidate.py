@@ -74,6 +74,8 @@ class Part:
     shard: the shard.
     answers: what the model answered, in a form that only evaluators read.
     costs: what the candidate costs, by name. Those that depend on the items are the shard's share.
+    own: what functions of the user's own said of it, in a form that only evaluators read; None in all shards but the
+        first, since they see all items.
     fingerprint: that of the merged weights; None where the shard had nothing to score, so that there was no merge.
     seconds: how long it took.
     """
@@ -83,6 +85,7 @@ class Part:
     costs: Mapping[str, float] = field(default_factory=dict)
     fingerprint: str | None = None
     seconds: float = 0.0
+    own: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,18 @@ class Descent:
     def weights_by_name(self) -> dict[str, float]:
         """The weight of each metric's loss in the sum, by name."""
         return dict(self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a worker says to a request for statistics.
+
+    name: the name of the folder that holds them.
+    seconds: how long it took.
+    """
+
+    name: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from evomerge.errors import EvomergeError, InputError, WorkFailed
 
 if TYPE_CHECKING:
     from evomerge.events import Event
+    from evomerge.search.ablation import Ablation
     from evomerge.search.results import Results
 
 app = typer.Typer(
@@ -214,11 +215,21 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("report.html"),
     items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Write it again and again while the search runs.")] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="First score what is left of the winner without its parts.")
+    ] = False,
+    workers: Workers = None,
+    address: Address = None,
 ) -> None:
     """Write a page about a run: one HTML file with figures, which opens without a network."""
     from evomerge.reports import terminal
     from evomerge.reports.page import writing
 
+    writing.check_output(output)
+    if ablate:
+        _ablate(directory, workers, address, watch)
+    elif workers is not None or address is not None:
+        raise InputError("--workers and --address are for --ablate, since a page alone evaluates nothing.")
     if not watch:
         writing.write(directory, output, items)
         return terminal.console().print(f"{directory} shown in {output}; open it in a browser", markup=False)
@@ -226,6 +237,55 @@ def report(
         status = story.status
         terminal.console().print(f"{output} written: {status.state}, {status.evaluations} evaluations", markup=False)
     return None
+
+
+@app.command()
+def serve(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.", show_default=False)],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where to listen on this machine; 0 for any port that is free.")
+    ] = 8642,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="How often pages are renewed, at most.")] = 10.0,
+    items: Annotated[bool, typer.Option("--items", help="Add the text of the items that flipped.")] = False,
+) -> None:
+    """Show runs side by side in a browser, live, until Ctrl-C. Only this machine can see it, with the token printed."""
+    from evomerge.reports import terminal
+    from evomerge.reports.serving import web
+    from evomerge.reports.serving.site import Site
+
+    if every <= 0:
+        raise InputError(f"--every is {every:g}; give a number of seconds above 0.")
+    listener, token = web.listening(port), web.new_token()
+    shown = f"{len(directories)} run{'s' * (len(directories) != 1)}"
+    terminal.console().print(
+        f"{shown} shown at http://{web.LOOPBACK}:{web.port_of(listener)}/?token={token} until Ctrl-C", markup=False
+    )
+    web.serve(Site([directory.expanduser() for directory in directories], every, items), listener, token)
+
+
+def _ablate(directory: Path, workers: int | None, address: str | None, watch: bool) -> None:
+    from evomerge.events import Evaluated, Warned
+    from evomerge.reports import terminal
+    from evomerge.runs import directory as runs
+
+    if watch:
+        raise InputError("--ablate needs a search that has ended, and --watch follows one that runs; give one of them.")
+    interruption = _Interruption()
+
+    def listen(event: "Event") -> None:
+        interruption.check()
+        if isinstance(event, Warned):
+            terminal.warn(event.message)
+        elif isinstance(event, Evaluated) and event.evaluation.failed:
+            terminal.fail(f"{event.candidate.id} failed: {event.evaluation.error}")
+
+    def tell(planned: "Ablation", left: int) -> None:
+        splits = " and ".join(terminal.TITLES[split] for split in planned.splits)
+        terminal.console().print(
+            f"{planned.winner.id} without its parts: {left} evaluations on {splits} items", markup=False
+        )
+
+    runs.ablate(directory, _worker_settings(workers), address, listen, tell)
 
 
 @app.command()
@@ -246,14 +306,14 @@ def export(
     """Write a candidate's recipe, which mergekit reads too."""
     from evomerge.export import choice
     from evomerge.export import recipe as exports
-    from evomerge.files import SEARCH_FILE
+    from evomerge.files import SEARCH_FILE, STATISTICS
     from evomerge.reports import terminal
     from evomerge.runs import directory as runs
 
     opened = runs.read(directory)
     runs.check_sources(opened)
     record = choice.choose(opened.results, candidate, prefer or [])
-    recipe = exports.shared_recipe(record, opened.results, opened.prepared.models)
+    recipe = exports.shared_recipe(record, opened.results, opened.prepared.models, directory / STATISTICS)
     for warning in choice.warnings(record, opened.results):
         terminal.warn(warning)
     if lora_rank is not None:
@@ -284,6 +344,9 @@ def merge(
     ] = "5GB",
     copy_tokenizer: Annotated[bool, typer.Option(help="Write a tokenizer too.")] = True,
     write_model_card: Annotated[bool, typer.Option(help="Write a README.md too.")] = True,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What `evomerge measure` wrote, for methods that need it.")
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="Write a LoRA of this rank on the recipe's base instead.")
     ] = None,
@@ -304,7 +367,8 @@ def merge(
     where = resolve_device("cuda" if cuda else device, "--cuda" if cuda else "--device")
     loaded = located.load(recipe, terminal.warn)
     if lora_rank is not None:
-        return _write_adapter(loaded, out, str(recipe), lora_rank, lora_base, score, where, write_model_card)
+        given = (lora_base, score, where, write_model_card, statistics)
+        return _write_adapter(loaded, out, str(recipe), lora_rank, *given)
     fingerprint, checked = checkpoint.merge(
         loaded,
         out,
@@ -313,6 +377,7 @@ def merge(
         shard_size=max_shard_size,
         tokenizer=copy_tokenizer,
         card=write_model_card,
+        statistics=statistics,
         warn=terminal.warn,
     )
     verdict = "the one that was scored" if checked else "the recipe records none to compare"
@@ -329,13 +394,16 @@ def _write_adapter(
     scored: Path | None,
     device: str = "cpu",
     card: bool = True,
+    statistics: Path | None = None,
 ) -> None:
     """Writes a merge as an adapter, shows what it keeps, and scores it where a search file is given."""
     from evomerge.export import adapter
     from evomerge.reports import terminal
     from evomerge.search import scoring
 
-    written = adapter.write_adapter(recipe, out, where, rank, device, base=base, card=card, warn=terminal.warn)
+    written = adapter.write_adapter(
+        recipe, out, where, rank, device, base=base, card=card, statistics=statistics, warn=terminal.warn
+    )
     terminal.show_adapter(terminal.console(), out, written)
     if scored is None:
         return
@@ -345,6 +413,33 @@ def _write_adapter(
     if row["error"]:
         terminal.fail(f"{target}: {row['error']}")
         raise typer.Exit(1)
+
+
+@app.command()
+def measure(
+    search: SearchFile,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write into.")] = Path("statistics"),
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="fisher, grams, merged_grams or activations [default: what the search's methods need].",
+        ),
+    ] = None,
+    workers: Workers = None,
+    address: Address = None,
+    set_: Set = None,
+) -> None:
+    """Measure statistics of a search's models for methods that need them, such as fisher and regmean."""
+    from evomerge.reports import terminal
+    from evomerge.runs import statistics
+
+    view = terminal.SearchView(terminal.console())
+    overrides = [*(set_ or []), *_worker_settings(workers)]
+    try:
+        statistics.measure_file(search, output.expanduser(), kind, overrides, address, view)
+    finally:
+        view.close()
 
 
 @app.command()
@@ -395,20 +490,68 @@ def evaluate(
 
 
 @app.command()
-def check(search: SearchFile, set_: Set = None, as_json: AsJson = False) -> None:
+def check(
+    search: SearchFile,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine's device, at most a minute, and forecast times.")
+    ] = False,
+    hourly: Annotated[
+        float | None, typer.Option(min=0, help="With --measure: what an accelerator costs in an hour.")
+    ] = None,
+    address: Address = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
     """Validate a search without running it: models, tasks, dimensions, memory, cost."""
     from evomerge.reports import terminal
     from evomerge.search import preparation
+    from evomerge.workers.ray_address import given
 
-    summary = preparation.summarize(preparation.prepare_file(search, set_ or []))
+    if hourly is not None and not measure:
+        raise InputError("--hourly needs seconds, which only --measure knows; add --measure.")
+    prepared = preparation.prepare_file(search, set_ or [], given(address))
+    plan = preparation.plan_of(prepared)
+    summary = preparation.summarize(prepared, plan)
+    if measure:
+        from evomerge.doctor.forecast import forecast
+
+        summary["forecast"] = forecast(prepared, plan.chosen, hourly).parts()
     if as_json:
         return _print_json(summary)
+    placements, told = summary.pop("placements"), summary.pop("forecast", None)
     for warning in summary.pop("warnings"):
         terminal.warn(warning)
-    for key, value in summary.items():
-        shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
-        terminal.console().print(f"{key.replace('_', ' ')}: {shown}", markup=False)
+    terminal.show_summary(terminal.console(), summary)
+    terminal.show_placements(terminal.console(), placements)
+    if told is not None:
+        terminal.show_forecast(terminal.console(), told)
     return None
+
+
+@app.command()
+def align(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that moves.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="MODEL", help="The model that stays, such as the base of a search.")],
+    by: Annotated[str, typer.Option(help="What is compared: weights or activations.")] = "weights",
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="One text a line, for activations and the barrier. What follows a tab counts."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring a model that was trained apart next to another one, by permutations that change nothing it says."""
+    from dataclasses import asdict
+
+    from evomerge.alignment import align as aligning
+    from evomerge.reports import terminal
+
+    found = aligning.align(model, to, out, by, aligning.read_texts(texts) if texts else ())
+    if as_json:
+        return _print_json(asdict(found))
+    return terminal.show_alignment(terminal.console(), out, found)
 
 
 @app.command()

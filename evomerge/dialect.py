@@ -2,7 +2,8 @@
 
 Mappings in place of model references become `MODEL@REVISION+ADAPTER@REVISION`. Keys that mergekit ignores at their
 level are left out with a warning. Keys without a value are left out silently. `Recipe` checks everything else. The
-block `evomerge:`, which mergekit does not have, is passed on unchanged.
+block `evomerge:`, which mergekit does not have, is passed on unchanged, and `post: {aim: }` becomes part of the
+method's name.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +24,19 @@ def plain(document: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
     warn: called with a sentence for each key that is ignored.
     Raises InputError for what mergekit reads and evomerge cannot merge.
     """
-    content: dict[str, Any] = _RECIPE(document, "", warn)
-    return content
+    post = document.get("post")
+    content: dict[str, Any] = _RECIPE({key: value for key, value in document.items() if key != "post"}, "", warn)
+    return content if post is None else _with_post(content, post)
+
+
+def _with_post(content: dict[str, Any], post: Any) -> dict[str, Any]:
+    """A recipe whose post-step is part of its method's name, which mergekit refuses; it would ignore the key `post`."""
+    known = isinstance(post, Mapping) and post.keys() == {"aim"} and isinstance(post["aim"] or {}, Mapping)
+    given = dict(post["aim"] or {}) if known else {}
+    if not known or given.keys() - {"omega"}:
+        raise InputError(f"post is {post}; expected {{aim: {{omega: NUMBER}}}}.")
+    method = str(content.get("merge_method", "")).removesuffix("+aim")
+    return {**content, "merge_method": f"{method}+aim", "parameters": {**given, **content.get("parameters", {})}}
 
 
 def as_it_is(value: Any, _key: str, _warn: Warn) -> Any:

@@ -72,6 +72,23 @@ class WorkersReady(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StatisticsMeasured(Event):
+    """A statistic of a model lies in the run's folder.
+
+    kind: the kind of statistic.
+    model: the model's reference.
+    folder: the name of its folder.
+    seconds: that a worker needed for it; next to none where it was there.
+    """
+
+    name: ClassVar[str] = "measured"
+    kind: str
+    model: str
+    folder: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Warned(Event):
     """Something that the user should know, though the work goes on."""
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from evomerge.errors import InputError, WorkFailed
 
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
+STATISTICS = "statistics"  # what is measured of models for methods that need it
 TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
+OWN = "own"  # where a search keeps the files of the user's own scores
 
 
 def check_writable(directory: Path) -> None:
@@ -27,11 +29,16 @@ def write_text(path: Path, text: str) -> None:
     text: its content, written as UTF-8.
     Raises WorkFailed where it cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a whole file, or nothing; see `write_text`."""
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:

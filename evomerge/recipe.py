@@ -165,6 +165,17 @@ class HeldoutTable(Settings):
     rows: tuple[HeldoutRow, ...] = ()
 
 
+class MeasuredOn(Settings):
+    """The statistics that a recipe's merge was made with.
+
+    folder: where they were.
+    names: the names of their folders, by the model's reference and the kind.
+    """
+
+    folder: str | None = None
+    names: dict[str, dict[str, str]] = Field(default_factory=dict)
+
+
 class Provenance(Settings):
     """What mergekit has no keys for: the seed of the masks, and where the recipe comes from.
 
@@ -183,6 +194,7 @@ class Provenance(Settings):
     seen: digests of the items that its search saw (`evomerge.seen`), which no report may show as held out.
     head_apart: whether the head is a tensor of its own though all models of the recipe tie it to their embedding,
         because other models of their search do not.
+    statistics: what was measured of the models, where the method needs it.
     """
 
     seed: int = 0
@@ -198,6 +210,7 @@ class Provenance(Settings):
     versions: dict[str, str] = Field(default_factory=dict)
     seen: str | None = None
     head_apart: bool = False
+    statistics: MeasuredOn | None = None
 
     @property
     def digests(self) -> Digests:
@@ -282,6 +295,7 @@ class Recipe(Settings):
                 "chat_template": _renamed(self.chat_template, names),
                 "models": tuple(map(rename, self.models)) if self.models else None,
                 "slices": tuple(map(rename_slice, self.slices)) if self.slices else None,
+                "evomerge": self.evomerge.model_copy(update={"statistics": _renamed_names(self.evomerge, names)}),
             }
         )
 
@@ -289,6 +303,8 @@ class Recipe(Settings):
         """A hash of what decides the weights: everything but scores and provenance."""
         content = self.model_dump(mode="json", exclude={"evomerge"})
         content["evomerge"] = {"seed": self.evomerge.seed, "rescale": self.evomerge.rescale}
+        if self.evomerge.statistics is not None:
+            content["evomerge"]["statistics"] = self.evomerge.statistics.names
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
@@ -304,6 +320,13 @@ class Recipe(Settings):
 
 def _renamed(reference: str | None, names: Mapping[str, str]) -> str | None:
     return None if reference is None else names.get(reference, reference)
+
+
+def _renamed_names(provenance: Provenance, names: Mapping[str, str]) -> MeasuredOn | None:
+    measured = provenance.statistics
+    if measured is None:
+        return None
+    return measured.model_copy(update={"names": {names.get(own, own): kinds for own, kinds in measured.names.items()}})
 
 
 def _renamed_tokenizer(source: str | None, names: Mapping[str, str]) -> str | None:

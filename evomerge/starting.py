@@ -161,22 +161,34 @@ def _choose_items(draft: Draft, prepared: "Prepared") -> None:
     """As many items as the smallest task has, up to what a search of a few hundred candidates needs."""
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import distinct_tasks, forked
+    from evomerge.evaluation.rendering import items_of, selection_split
 
     assert prepared.targets is not None
     tasks = distinct_tasks(forked(prepared.targets))
     everything = prepared.config.items.model_copy(update={"search": None, "selection": False, "heldout": None})
     division = Division(tasks, everything, prepared.models.seen)
+    taken = division.digests("search", "heldout")
+    own = {  # how many items there are in splits that tasks keep for selection
+        task: sum(item.digests.isdisjoint(taken) for item in items_of(task, "selection"))
+        for task in tasks
+        if selection_split(task) is not None
+    }
     least, heldout = (min(len(division.of(task, split)) for task in tasks) for split in ("search", "heldout"))
-    selection = min(_ITEMS["selection"], least // 3) if least >= _TOO_FEW else 0
+    shared = min((len(division.of(task, "search")) for task in tasks if task not in own), default=None)
+    spared = _ITEMS["selection"] if shared is None else shared // 3 if shared >= _TOO_FEW else 0
+    selection = min(_ITEMS["selection"], spared, *own.values())
+    left = least if shared is None else min(least, shared - selection)
     draft.settings["items"] = {
-        "search": min(_ITEMS["search"], least - selection),
+        "search": min(_ITEMS["search"], left),
         "selection": selection or False,
         "heldout": min(_ITEMS["heldout"], heldout),
     }
+    where = "the first two" if shared is not None else "the first"
+    chosen = "" if shared is not None else f", {min(own.values())} in a split of its own for the second"
     draft.say(
         "items",
         "Items of each task, no item twice: the search improves candidates on the first, the second choose the best of "
-        f"the front, and the report is made from the third. The smallest task has {least} items for the first two, "
+        f"the front, and the report is made from the third. The smallest task has {least} items for {where}{chosen}, "
         f"and {heldout} for the third.",
     )
     if not selection:
@@ -195,10 +207,13 @@ def _choose_space(draft: Draft, prepared: "Prepared", budget: int) -> None:
         "with one model there are no conflicts to resolve" if count == 1 else "it keeps models from undoing each other"
     )
     draft.say("space", f"What may vary. {method}: {why}. A list, such as [{method}, linear], lets the search choose.")
+    shares = f"{granularity} of the {layers} layers share their numbers"
+    if granularity == 1:
+        shares = f"each of the {layers} layers has numbers of its own"
     draft.say(
         "space",
-        f"layer_granularity: {granularity} of the {layers} layers share their numbers, since the budget can tell "
-        f"{math.ceil(layers / granularity)} of at most {_GROUPS} groups apart.",
+        f"layer_granularity: {shares}, since the budget can tell {math.ceil(layers / granularity)} of at most "
+        f"{_GROUPS} groups apart.",
     )
 
 

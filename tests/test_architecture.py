@@ -16,6 +16,7 @@ MODULES = {
 # who may import what is at the edges
 OWNERS = {
     "ray": {"workers/ray_pool.py", "runs/cluster.py"},
+    "aiohttp": {"reports/serving/web.py"},
     "grpc": {"workers/ray_address.py"},
     "sqlalchemy": {"archive/gradients.py", "archive/storage.py", "archive/trials.py"},
     "lm_eval": {"evaluation/harness.py", "evaluation/loading.py", "evaluation/generation.py"},
@@ -47,6 +48,7 @@ FLOORS = (
     "reports",
     "doctor",
     "diagnosis",
+    "alignment",
     "runs",
     "export",
     "evidence",

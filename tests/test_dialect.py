@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 
 from evomerge import recipe as recipes
@@ -213,3 +214,25 @@ def test_the_revision_of_a_folder_is_ignored_as_by_mergekit(in_folder: Callable[
     assert reference("odd@name") == "odd@name"
     assert reference("with+plus") == "with+plus"
     assert len(told) == 3
+
+
+def test_a_post_step_becomes_part_of_the_method_s_name_which_mergekit_refuses(tmp_path: Path) -> None:
+    """A key of its own would be ignored there."""
+    sources = [{"model": "a", "parameters": {"weight": 1.0}}, {"model": "b", "parameters": {"weight": 1.0}}]
+    document = {"merge_method": "task_arithmetic", "base_model": "base", "models": sources}
+    with_key = document | {"post": {"aim": {"omega": 0.3}}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(with_key))
+    recipe = recipes.load(path, pytest.fail)
+    assert (recipe.merge_method, recipe.parameters) == ("task_arithmetic+aim", {"omega": 0.3})
+    exported = yaml.safe_load(recipe.to_yaml())
+    assert recipes.Recipe.model_validate(plain(exported, pytest.fail)) == recipe
+    theirs = MergeConfiguration.model_validate(exported)
+    with pytest.raises(Exception, match="aim"):
+        merge_methods.get(theirs.merge_method)
+
+
+@pytest.mark.parametrize("post", [{"aim": {"alpha": 1}}, {"ties": {}}, ["aim"], {}])
+def test_other_post_steps_are_refused(post: Any) -> None:
+    with pytest.raises(InputError, match=r"^post is .*; expected \{aim: \{omega: NUMBER\}\}\.$"):
+        plain({"merge_method": "ties", "post": post}, pytest.fail)

@@ -26,6 +26,7 @@ from tests.searches import EVALS, small_search
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "scripts/cluster/README.md")),
+    *sorted((REPOSITORY / "examples").rglob("README.md")),
     *DOCS,
 ]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -97,7 +98,7 @@ def test_every_command_and_option_in_a_sentence_exists(page: Path) -> None:
 
 @every_page
 def test_every_file_of_the_repository_in_a_sentence_exists(page: Path) -> None:
-    for path in re.findall(r"`((?:evomerge|tests|scripts|docs|search_spaces|evals)/[\w./-]+)`", prose(page)):
+    for path in re.findall(r"`((?:evomerge|tests|scripts|docs|search_spaces|evals|examples)/[\w./-]+)`", prose(page)):
         assert "NAME" in path or (REPOSITORY / path).exists(), path
 
 

@@ -94,6 +94,21 @@ def test_a_budget_has_room_for_its_genes_and_its_controls(budget: int, tmp_path:
     assert count_controls(config) <= max(budget, 4)
 
 
+@pytest.mark.parametrize(("kept", "items"), [(True, (200, 100, 400)), (False, (134, 66, 400))])
+def test_selection_items_cost_no_search_items_where_tasks_keep_a_split_for_them(
+    kept: bool, items: tuple[int, int, int], tmp_path: Path
+) -> None:
+    tasks = Path(shutil.copytree(EVALS, tmp_path / "evals"))
+    if not kept:
+        task = tasks / "math_a" / "math_a.yaml"
+        task.write_text("\n".join(line for line in task.read_text().splitlines() if "selection" not in line))
+    text = starting.search_file(
+        "zoo:base", ["zoo:math"], ["base_qa", "math_a"], [str(tasks)], starting.parse_budget(None), tmp_path
+    )
+    found = yaml.safe_load(text)["items"]
+    assert (found["search"], found["selection"], found["heldout"]) == items
+
+
 def test_a_time_becomes_evaluations_and_the_file_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "_seconds_per_candidate", lambda _prepared: 2.0)
     arguments = ("zoo:base", ["a=zoo:math", "b=zoo:lang"], ["math_a"], [str(EVALS)])

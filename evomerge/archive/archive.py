@@ -11,6 +11,7 @@ The archive is a set of Optuna studies in one storage, so that any Optuna dashbo
 An evaluation is one transaction, written by `trials`.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +22,11 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from evomerge.archive.gradients import GradientRecord, Gradients
+from evomerge.archive import kept
+from evomerge.archive.gradients import GradientRecord, Gradients, KeptGradients
 from evomerge.archive.storage import brief, open_storage, refusal, storage_url, study_prefix
 from evomerge.archive.trials import Trials
-from evomerge.candidate import Candidate, Evaluation, Kind, Study, Subset
+from evomerge.candidate import Candidate, Evaluation, Study, Subset
 from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.config.storage_url import masked
@@ -38,14 +40,17 @@ from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
 _PATIENCE, _PAUSE = 120.0, 0.5  # seconds that a storage may be away, and before the first time it is tried again
+_SCORES, _OWN_FILES = ("objectives", "constraints", "report"), ("python", "items")  # whose digest counts
 _FREE_TO_CHANGE = (
     "workers",
     "optimizer.evaluations",
     "optimizer.equivalents",
-    "tasks.data_root",
-    "trackers",
     "evaluation.sources",
     "evaluation.fields",
+    "evaluation.adapters",
+    "tasks.data_root",
+    "trackers",
+    *(f"{block}[].{name}" for block in _SCORES for name in _OWN_FILES),
 )
 
 
@@ -85,6 +90,7 @@ class Archive:
         genes: Sequence[Gene] | Callable[[], Sequence[Gene]],
         prefix: str | None = None,
         writer: Any = None,
+        reading: bool = False,
     ) -> None:
         """Opens the archive of a run, or creates it.
 
@@ -93,21 +99,24 @@ class Archive:
         genes: the entries of a genome, or what makes them. It is called where the archive has not recorded them.
         prefix: what the names of its studies begin with; by default what the directory and the config say.
         writer: what evaluations are written with (see `presence`); by default the storage's own connections.
+        reading: whether nothing will be written, so that a file can be read without Optuna, which takes seconds.
         Raises InputError where it holds another search, or cannot be read.
         """
-        self._config, self._given = config, genes
+        self._directory, self._config, self._given = directory, config, genes
         self.listener: Listener = unheard  # is told of StorageRetried
         self._prefix = study_prefix(directory, config) if prefix is None else prefix
         self._names = [objective.name for objective in config.objectives]
+        self._storage: Any = None  # Optuna's, where it was opened
         try:
-            with quiet():
-                storage = open_storage(storage_url(directory, config))
-                self._studies: dict[Study, Any] = {study: self._study(storage, study) for study in studies(config)}
-                self._trials = Trials(writer or storage.engine)
-                learns = any(name == "learned" for name in config.optimizer.names)
-                self._gradients = Gradients(writer or storage.engine, self._prefix, writing=learns)
+            read = kept.read(directory / DATABASE) if reading and config.storage is None else None
+            if read is not None:
+                none = kept.KeptStudy({}, ())
+                self._studies: dict[Study, Any] = {study: read.studies.get(study, none) for study in studies(config)}
+                self._gradients: KeptGradients = KeptGradients(read.gradients.get(self._prefix, ()))
+            else:
+                self._open(storage_url(directory, config), writer)
             self._check_format(directory)
-            self._check_config(directory)
+            self._check_config(directory, writing=read is None)
             self._genes = self._recorded_genes()
             self._records = {study: self._load(study) for study in self._studies}
         except EvomergeError:
@@ -117,6 +126,15 @@ class Archive:
             raise InputError(
                 f"{where}: the archive cannot be read ({brief(error)}); check it, or restore it from a copy."
             ) from None
+
+    def _open(self, url: str, writer: Any) -> None:
+        """Opens the studies in a storage, or creates them."""
+        with quiet():
+            self._storage = storage = open_storage(url)
+            self._studies = {study: self._study(storage, study) for study in studies(self._config)}
+            self._trials = Trials(writer or storage.engine)
+            learns = any(name == "learned" for name in self._config.optimizer.names)
+            self._gradients = Gradients(writer or storage.engine, self._prefix, writing=learns)
 
     def _study(self, storage: Any, study: Study) -> Any:
         import optuna
@@ -128,6 +146,28 @@ class Archive:
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(seed=0),
         )
+
+    def beside(self, name: str, writer: Any = None) -> "Archive":
+        """Another archive of the same search in the same storage, made where it is missing. It holds evaluations that
+        are none of the search's, so whatever it records changes nothing here.
+
+        name: sets it apart from others.
+        writer: what evaluations are written with, as when this archive was opened.
+        Raises InputError where it cannot be read.
+        """
+        return Archive(self._directory, self._config, self._genes, self._beside(name), writer)
+
+    def has_beside(self, name: str) -> bool:
+        """Whether the storage holds the archive that `beside` opens; nothing is made."""
+        import optuna
+
+        with quiet():
+            storage = self._storage or open_storage(storage_url(self._directory, self._config))
+            names = set(optuna.get_all_study_names(storage))
+        return all(self._beside(name) + study in names for study in studies(self._config))
+
+    def _beside(self, name: str) -> str:
+        return f"{self._prefix}{name}."
 
     @property
     def format(self) -> int:
@@ -162,10 +202,12 @@ class Archive:
             "would have; restore them to have the same archive."
         ] * bool(changed)
 
-    def _check_config(self, directory: Path) -> None:
+    def _check_config(self, directory: Path, writing: bool) -> None:
         study = self._studies["search"]
         current = self._config.model_dump(mode="json", by_alias=True, exclude={"storage"})  # which may hold a password
         recorded = study.user_attrs.get("config")
+        if recorded is None and not writing:
+            return
         if recorded is None:
             with quiet():
                 for created in self._studies.values():
@@ -183,8 +225,8 @@ class Archive:
                 f"{directory / SEARCH_FILE}: {key} is {shown(now)}, but the archive was made with "
                 f"{shown(was)}; restore it, or run the changed search in a new directory."
             )
-        recorded["tasks"]["data_root"] = current["tasks"]["data_root"]  # the directory of a command changes no result
-        if recorded != current:
+        _move(recorded, current)
+        if recorded != current and writing:
             study.set_user_attr("config", current)
 
     def _recorded_genes(self) -> Sequence[Gene]:
@@ -196,21 +238,17 @@ class Archive:
         return self._given() if callable(self._given) else self._given
 
     def _load(self, study: Study) -> dict[str, Record]:
-        trials = self._studies[study].get_trials(deepcopy=False)
-        records = (self._record(trial) for trial in trials if trial.state.is_finished())
+        records = map(self._record, _finished(self._studies[study]))
         return {record.candidate.id: record for record in records}
 
-    def _record(self, trial: Any) -> Record:
+    def _record(self, trial: kept.KeptTrial) -> Record:
         attributes = trial.user_attrs
-        genome = tuple(_value(gene, trial.params) for gene in self._genes) if trial.params else None
-        kind: Kind = attributes["kind"]
-        candidate = Candidate(
-            id=attributes["id"],
-            kind=kind,
-            generation=attributes["generation"],
-            index=attributes["index"],
-            recipe=Recipe.model_validate(attributes["recipe"]),
-            genome=genome,
+        genome = self._genome(trial.params) if trial.params else None
+        recipe, place = attributes["recipe"], (attributes["generation"], attributes["index"])
+        candidate = (
+            kept.KeptCandidate(recipe, attributes["id"], attributes["kind"], *place, genome)
+            if isinstance(recipe, str)
+            else Candidate(attributes["id"], attributes["kind"], *place, Recipe.model_validate(recipe), genome)
         )
         evaluation = Evaluation(
             scores=None
@@ -227,6 +265,10 @@ class Archive:
         )
         arrival = Arrival(*attributes["arrival"]) if "arrival" in attributes else None
         return Record(candidate, evaluation, arrival)
+
+    def _genome(self, params: Mapping[str, float]) -> tuple[float, ...]:
+        """A genome. Genes that do not count are not recorded, and stand at their start."""
+        return tuple(float(params.get(gene.name, gene.start)) for gene in self._genes)
 
     def find(self, candidate_id: str, study: Study) -> Record | None:
         """The record of a candidate; None where a study has none.
@@ -274,10 +316,12 @@ class Archive:
         record: what is kept of it.
         Raises WorkFailed as `record` does.
         """
+        gradients = self._gradients
+        assert isinstance(gradients, Gradients)  # an archive that is only read takes no records
         self._patiently(
             f"{record.step}, shard {record.shard}",
-            lambda: self._gradients.add(record),
-            lambda: self._gradients.holds(record),
+            lambda: gradients.add(record),
+            lambda: gradients.holds(record),
             "step",
         )
 
@@ -406,6 +450,27 @@ class Archive:
         seen: str | None = self._studies["search"].user_attrs.get("seen")
         return seen
 
+    def record_statistics(self, names: Mapping[str, Mapping[str, str]]) -> None:
+        """Records which statistics of the models the search's methods use: the names of their folders, by the model's
+        reference and the kind. Raises InputError where others are recorded.
+        """
+        recorded = self.statistics
+        for reference, kinds in names.items():
+            for kind, name in kinds.items():
+                before = recorded.get(reference, {}).get(kind)
+                if recorded and before != name:
+                    raise InputError(
+                        f"statistics: the {kind} of {reference} are {name}, but the search began with {before}; "
+                        "restore the run's statistics, or run the search in a new directory."
+                    )
+        if names and not recorded:
+            self._studies["search"].set_user_attr("statistics", {key: dict(kinds) for key, kinds in names.items()})
+
+    @property
+    def statistics(self) -> Mapping[str, Mapping[str, str]]:
+        """The names of the folders with statistics, by the model's reference and the kind."""
+        return dict(self._studies["search"].user_attrs.get("statistics", {}))
+
     def recorded_versions(self) -> Mapping[str, str]:
         """The versions that the search began with, by package; empty in a new archive."""
         return dict(self._studies["search"].user_attrs.get("versions", {}))
@@ -427,12 +492,19 @@ def _distribution(gene: Gene) -> Any:
     return distributions.FloatDistribution(gene.low, gene.high)
 
 
-def _value(gene: Gene, params: Mapping[str, Any]) -> float:
-    """A gene's value in a trial; those that do not count are not recorded, and stand at their start."""
-    value = params.get(gene.name)
-    if value is None:
-        return gene.start
-    return float(gene.choices.index(value) if gene.domain == "categorical" else value)
+def _finished(study: Any) -> Sequence[kept.KeptTrial]:
+    """The finished trials of a study, whether Optuna has read it or not."""
+    if isinstance(study, kept.KeptStudy):
+        return study.trials
+    return [
+        kept.KeptTrial(trial.values, _as_stored(trial.params, trial.distributions), trial.user_attrs)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state.is_finished()
+    ]
+
+
+def _as_stored(params: Mapping[str, Any], distributions: Mapping[str, Any]) -> dict[str, float]:
+    return {name: distributions[name].to_internal_repr(value) for name, value in params.items()}
 
 
 def place(candidate: Candidate) -> tuple[int, int]:
@@ -487,6 +559,15 @@ def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
         return recorded
 
 
+def _move(recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Puts the places of a config into a recorded one, since neither the directory of a command nor that of a run
+    changes a result."""
+    recorded["tasks"]["data_root"] = current["tasks"]["data_root"]
+    for block in _SCORES:
+        for was, now in zip(recorded[block], current[block], strict=True):
+            was |= {name: now[name] for name in _OWN_FILES}
+
+
 def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The key paths, in order, at which two configs differ in something that decides the archive, with both values.
 
@@ -494,7 +575,7 @@ def differences(was: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, A
     now: the other.
     key: the path at which they stand.
     """
-    if key in _FREE_TO_CHANGE or was == now:
+    if re.sub(r"\[\d+\]", "[]", key) in _FREE_TO_CHANGE or was == now:
         return
     if isinstance(was, dict) and isinstance(now, dict):
         names = dict.fromkeys([*was, *now])

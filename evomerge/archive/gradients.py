@@ -5,9 +5,9 @@ A gradient is stored rounded to float32, and the search learns from it as it is 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import sqlalchemy
 
-_NAME = "evomerge_gradients"
+TABLE = "evomerge_gradients"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,22 @@ def rounded(slopes: NDArray[np.float64]) -> NDArray[np.float64]:
     return slopes.astype("<f4").astype(np.float64)
 
 
-class Gradients:
+class KeptGradients:
+    """The gradients of one run, in memory."""
+
+    def __init__(self, records: Iterable[GradientRecord]) -> None:
+        self._records = {(record.step, record.shard): record for record in records}
+
+    def find(self, step: int, shard: int) -> GradientRecord | None:
+        """The record of a shard of a step; None where there is none."""
+        return self._records.get((step, shard))
+
+    def all(self) -> list[GradientRecord]:
+        """Every record, by step and shard."""
+        return [self._records[key] for key in sorted(self._records)]
+
+
+class Gradients(KeptGradients):
     """The gradients of one run, in memory and in its storage."""
 
     def __init__(self, engine: "sqlalchemy.Engine", study: str, writing: bool) -> None:
@@ -64,7 +79,7 @@ class Gradients:
 
         self._engine, self._study = engine, study
         self._table = sqlalchemy.Table(
-            _NAME,
+            TABLE,
             sqlalchemy.MetaData(),
             sqlalchemy.Column("study", sqlalchemy.String(512), primary_key=True),
             sqlalchemy.Column("step", sqlalchemy.Integer, primary_key=True, autoincrement=False),
@@ -76,10 +91,10 @@ class Gradients:
             sqlalchemy.Column("error", sqlalchemy.Text),
             sqlalchemy.Column("seconds", sqlalchemy.Float, nullable=False),
         )
-        there = sqlalchemy.inspect(engine).has_table(_NAME)
+        there = sqlalchemy.inspect(engine).has_table(TABLE)
         if writing and not there:
             self._make(engine)
-        self._records = self._load() if there else {}
+        super().__init__(self._load() if there else ())
 
     def _make(self, engine: "sqlalchemy.Engine") -> None:
         """Makes the table, unless another run makes it in the same storage at this moment."""
@@ -88,23 +103,15 @@ class Gradients:
         try:
             self._table.create(engine, checkfirst=True)
         except sqlalchemy.exc.SQLAlchemyError:
-            if not sqlalchemy.inspect(engine).has_table(_NAME):
+            if not sqlalchemy.inspect(engine).has_table(TABLE):
                 raise
 
-    def _load(self) -> dict[tuple[int, int], GradientRecord]:
+    def _load(self) -> list[GradientRecord]:
         import sqlalchemy
 
         with self._engine.connect() as connection:
-            rows = connection.execute(sqlalchemy.select(self._table).where(self._table.c.study == self._study)).all()
-        return {(row.step, row.shard): _read(row) for row in rows}
-
-    def find(self, step: int, shard: int) -> GradientRecord | None:
-        """The record of a shard of a step; None where there is none."""
-        return self._records.get((step, shard))
-
-    def all(self) -> list[GradientRecord]:
-        """Every record, by step and shard."""
-        return [self._records[key] for key in sorted(self._records)]
+            rows = connection.execute(sqlalchemy.select(self._table).where(self._table.c.study == self._study))
+            return [of_row(dict(row)) for row in rows.mappings()]
 
     def add(self, record: GradientRecord) -> None:
         """Writes a record in one transaction."""
@@ -125,20 +132,21 @@ class Gradients:
 
     def holds(self, record: GradientRecord) -> bool:
         """Whether the storage holds a record of the same shard of the same step."""
-        there = (record.step, record.shard) in self._load()
+        there = any((other.step, other.shard) == (record.step, record.shard) for other in self._load())
         if there:
             self._records[record.step, record.shard] = record
         return there
 
 
-def _read(row: "sqlalchemy.Row[tuple[object, ...]]") -> GradientRecord:
+def of_row(row: Mapping[str, Any]) -> GradientRecord:
+    """The record in a row of the table, given by column."""
     return GradientRecord(
-        step=row.step,
-        shard=row.shard,
-        genome=row.genome,
-        losses=json.loads(row.losses),
-        slopes=np.frombuffer(row.slopes, dtype="<f4").astype(np.float64),
-        fingerprint=row.fingerprint,
-        error=row.error,
-        seconds=row.seconds,
+        step=row["step"],
+        shard=row["shard"],
+        genome=row["genome"],
+        losses=json.loads(row["losses"]),
+        slopes=np.frombuffer(row["slopes"], dtype="<f4").astype(np.float64),
+        fingerprint=row["fingerprint"],
+        error=row["error"],
+        seconds=row["seconds"],
     )

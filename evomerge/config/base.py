@@ -59,6 +59,19 @@ def metric_name(value: str) -> str:
 MetricName = Annotated[str, AfterValidator(metric_name)]
 
 
+def python_function(value: str) -> str:
+    """The name of a function in a file, `MODULE:FUNCTION`: a module beside the search file, or a path that ends in .py.
+    Raises ValueError for anything else."""
+    place, _, function = value.rpartition(":")
+    module = all(part.isidentifier() for part in place.split("."))
+    if not function.isidentifier() or not (place.endswith(".py") or module):
+        raise ValueError(f"'{value}' names no function; write MODULE:FUNCTION, as in my_scores:politeness")
+    return value
+
+
+PythonFunction = Annotated[str, AfterValidator(python_function)]
+
+
 class GeneChange(Settings):
     """What a user changes about a gene that has bounds of its own; None leaves a value as it is.
 

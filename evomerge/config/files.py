@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.config.documents import read_yaml, set_value, shown, validate
-from evomerge.config.scoring import EvaluationConfig
+from evomerge.config.scoring import EvaluationConfig, ScoreConfig, StatisticsConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, naming
 
@@ -62,14 +62,47 @@ def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
         if config.tasks.data_root is None
         else _absolute("tasks.data_root", config.tasks.data_root, folder)[0]
     )
+    config = config.with_own(lambda score: _anchored_score(score, folder))
     return config.model_copy(
         update={
             "base": _anchor("base", config.base, folder),
             "models": {name: _anchor(f"models.{name}", model, folder) for name, model in config.models.items()},
             "tasks": config.tasks.model_copy(update={"paths": tuple(paths), "data_root": root}),
             "evaluation": _anchored_interpreter(config.evaluation, folder),
+            "statistics": _anchored_texts(config.statistics, folder),
         }
     )
+
+
+def _anchored_score(score: ScoreConfig, folder: Path) -> dict[str, Any]:
+    """The absolute paths of the files of a score of the user's own. A module lies in the folder, also where a link in
+    its path would lead elsewhere; a path may lead anywhere."""
+    written = score.python or ""
+    place, _, function = written.rpartition(":")
+    is_module = not place.endswith(".py")
+    file = f"{place.replace('.', '/')}.py" if is_module else place
+    path, _ = _absolute(f"python of {score.name}", file, folder)
+    if is_module and not Path(path).is_relative_to(folder.resolve()):
+        raise InputError(f"python is {written}, a link that leads out of {folder}; name the file by its path.")
+    items = None if score.items is None else _absolute(f"items of {score.name}", score.items, folder)[0]
+    return {"python": f"{path}:{function}", "items": items}
+
+
+def _anchored_texts(statistics: StatisticsConfig, folder: Path) -> StatisticsConfig:
+    texts = statistics.texts
+    if isinstance(texts, str):
+        return statistics.model_copy(update={"texts": _text_file("statistics.texts", texts, folder)})
+    if texts is None:
+        return statistics
+    named = {name: _text_file(f"statistics.texts.{name}", file, folder) for name, file in texts.items()}
+    return statistics.model_copy(update={"texts": named})
+
+
+def _text_file(key: str, file: str, folder: Path) -> str:
+    path, there = _absolute(key, file, folder)
+    if not there:
+        raise InputError(f"{key} is {file}, but there is no file {path}; correct it.")
+    return path
 
 
 def _anchored_interpreter(evaluation: EvaluationConfig, folder: Path) -> EvaluationConfig:

@@ -5,134 +5,187 @@ from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
+    JsonValue,
     PrivateAttr,
     field_validator,
     model_validator,
 )
 
-from evomerge.config.base import MetricName, Settings
+from evomerge.config.base import MetricName, Name, PythonFunction, Settings
 from evomerge.config.documents import shown
 from evomerge.config.tables import CostName
 
 
-class ObjectiveConfig(Settings):
-    """One score to be optimized: a metric of a task, or a cost of the model.
+class ScoreConfig(Settings):
+    """What can be measured of a candidate: a metric of a task, or a score that a function of the user's own computes.
 
-    task: the task's name; empty for a cost.
+    task: the task's name; empty where no task is measured.
     metric: the task's metric.
     filter: the task's filter that the metric is taken after; by default its first.
-    cost: the cost. `seconds` is the time of an evaluation: it is recorded and replayed, but another run measures
-        another time.
-    goal: the direction; by default what the task says of the metric. Costs are minimized.
-    weight: the weight in means; 0 by default for a cost, which then takes no part in them.
-    max: the limit of a cost; candidates above it never win.
+    python: the function of a score of the user's own, as `MODULE:FUNCTION`. The module is a file beside the search
+        file, or a path that ends in .py. `tasks.allow_code` must name the score.
+    name: what such a score is called; by default as its function.
+    items: the file with the items of such a score, one JSON object a line. They are divided as those of tasks are.
+    arguments: further arguments of the function, by name.
+    digest: a hash of the function, its file and its items, which is filled in when a search begins. Where it is given,
+        other content is refused.
     """
 
     task: str = ""
     metric: MetricName = "acc"
     filter: str | None = None
+    python: PythonFunction | None = None
+    label: Name | None = Field(default=None, alias="name")
+    items: str | None = None
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    digest: str | None = None
+    _names_filter: bool = PrivateAttr(default=False)
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # arguments cannot be hashed
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        written = [info.alias or name for name, info in _OF_OWN.items() if getattr(self, name)]
+        if self.python is None and written:
+            raise ValueError(f".{written[0]} is given, but only a score of your own has it; add python, or remove it")
+        if self.python is not None and (self.task or self.filter is not None or self.metric != "acc"):
+            raise ValueError(f".python is {self.python}, which belongs to no task; give either python or a task")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Its name in scores: the task, or that of the user's own score. The metric follows where it is not plain
+        accuracy, and metric and filter follow where a search measures the metric after several filters."""
+        if self.python is not None:
+            return self.label or self.function
+        if self._names_filter and self.filter is not None:
+            return f"{self.task}:{self.metric}:{self.filter}"
+        return self.task if self.metric == "acc" else f"{self.task}:{self.metric}"
+
+    @property
+    def function(self) -> str:
+        """The name of the user's own function; empty where there is none."""
+        return (self.python or "").rpartition(":")[2]
+
+    @property
+    def _measurement(self) -> dict[str, Any]:
+        """What says how it is measured, as fields of a score in another role."""
+        return {name: getattr(self, name) for name in ScoreConfig.model_fields}
+
+
+_OF_OWN = {name: ScoreConfig.model_fields[name] for name in ("label", "items", "arguments", "digest")}
+
+
+def _required(score: ScoreConfig, more: str = "") -> None:
+    if not score.task and score.python is None:
+        raise ValueError(f".task is required but missing; add it{more}")
+
+
+def _larger_is_better(value: Any) -> Any:
+    """A block with the goal that a score of the user's own has by default."""
+    own = isinstance(value, Mapping) and value.get("python") is not None
+    return {**value, "goal": value.get("goal") or "maximize"} if own else value
+
+
+class ObjectiveConfig(ScoreConfig):
+    """One score to be optimized: a metric of a task, a score of the user's own, or a cost of the model.
+
+    cost: the cost. `seconds` is the time of an evaluation: it is recorded and replayed, but another run measures
+        another time. `tokens` is the mean length of the texts that the model writes in generate_until tasks.
+    goal: the direction; by default what the task says of the metric. Costs are minimized, and scores of the user's own
+        are maximized unless a goal is given.
+    weight: the weight in means; 0 by default for a cost, which then takes no part in them.
+    max: the limit of a cost; candidates above it never win.
+    """
+
     cost: CostName | None = None
     goal: Literal["maximize", "minimize"] | None = None
     weight: float = Field(default=1.0, ge=0)
     max: float | None = Field(default=None, gt=0)
-    _names_filter: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _cost(cls, value: Any) -> Any:
+    def _defaults(cls, value: Any) -> Any:
         if isinstance(value, str):
             raise ValueError(f"{shown(value)} is only a name; write {{task: {value}}}")
         if isinstance(value, Mapping) and value.get("cost") is not None:
             return {"goal": "minimize", "weight": 0.0, **value}
-        return value
+        return _larger_is_better(value)
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if self.cost is None and not self.task:
-            raise ValueError(".task is required but missing; add it, or a cost")
+        if self.cost is None:
+            _required(self, ", or a cost")
         if self.cost is None and self.weight == 0:
             raise ValueError(".weight is 0; use a value greater than 0")
         if self.cost is None and self.max is not None:
             raise ValueError(f".max is {self.max:g}, but only a cost has a limit; remove it")
         if self.cost is not None and (self.task or self.filter is not None or self.metric != "acc"):
             raise ValueError(f".cost is {self.cost}, which belongs to no task; give either a cost or a task")
+        if self.cost is not None and self.python is not None:
+            raise ValueError(f".cost is {self.cost}, and python is {self.python}; give either of them")
         return self
 
     @property
     def name(self) -> str:
-        """The objective's name in scores: the cost or the task. The metric follows where it is not plain accuracy, and
-        metric and filter follow where a search measures the metric after several filters."""
-        if self.cost is not None:
-            return self.cost
-        if self._names_filter and self.filter is not None:
-            return f"{self.task}:{self.metric}:{self.filter}"
-        return self.task if self.metric == "acc" else f"{self.task}:{self.metric}"
+        """The objective's name in scores: the cost, or as `ScoreConfig.name` says."""
+        return self.cost if self.cost is not None else super().name
 
 
-class ConstraintConfig(Settings):
-    """A score that a candidate must keep, compared with a parent's; the metric need not be an objective.
+class ConstraintConfig(ScoreConfig):
+    """A score that a candidate must keep, compared with a parent's; it need not be an objective. In the place of a task
+    there may be the name of an objective of the user's own.
 
-    task: the task's name.
-    metric: the task's metric.
-    filter: the task's filter that the metric is taken after; by default its first.
     goal: the direction; by default what the task says of the metric.
     retain: the share of the parent's score to keep. A score that is to be small, or that is below 0, may be worse by
         the share 1 - retain.
     of: the name of the parent, or `base`; by default the best parent on the metric.
     """
 
-    task: str
-    metric: MetricName = "acc"
-    filter: str | None = None
     goal: Literal["maximize", "minimize"] | None = None
     retain: float = Field(gt=0, le=1)
     of: str | None = None
-    _names_filter: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        return _larger_is_better(value)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        _required(self)
+        return self
 
     @property
     def guard(self) -> ObjectiveConfig:
-        """The metric as an objective, which says how it is measured."""
-        guard = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter, goal=self.goal)
+        """The score as an objective, which says how it is measured."""
+        guard = ObjectiveConfig(**self._measurement, goal=self.goal)
         guard._names_filter = self._names_filter
         return guard
 
-    @property
-    def name(self) -> str:
-        """The name of the metric in scores, as an objective would have it."""
-        return self.guard.name
 
+class ReportConfig(ScoreConfig):
+    """A score that is only reported: it is measured on held-out items, and decides nothing."""
 
-class ReportConfig(Settings):
-    """A score that is only reported: it is measured on held-out items, and decides nothing.
-
-    task: the task's name.
-    metric: the task's metric.
-    filter: the task's filter that the metric is taken after; by default its first.
-    """
-
-    task: str
-    metric: MetricName = "acc"
-    filter: str | None = None
-    _names_filter: bool = PrivateAttr(default=False)
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        _required(self)
+        return self
 
     @property
     def measured(self) -> ObjectiveConfig:
-        """The metric as an objective, which says how it is measured."""
-        measured = ObjectiveConfig(task=self.task, metric=self.metric, filter=self.filter)
+        """The score as an objective, which says how it is measured."""
+        measured = ObjectiveConfig(**self._measurement)
         measured._names_filter = self._names_filter
         return measured
-
-    @property
-    def name(self) -> str:
-        """The name of the metric in scores, as an objective would have it."""
-        return self.measured.name
 
 
 class TasksConfig(Settings):
     """Where tasks are found, and which tasks may run code.
 
     paths: folders with tasks' YAML files, besides those of lm-eval.
-    allow_code: the names of tasks that may run code that comes with their YAML.
+    allow_code: the names of tasks that may run code that comes with their YAML, and of scores of the user's own.
     data_root: where data files are that do not lie beside a task's YAML file; by default the directory in which the
         search is started, as in lm-eval.
     """
@@ -179,6 +232,34 @@ class ItemsConfig(Settings):
         raise ValueError(f"it is {shown(value)}; use a whole number of at least 1, or false")
 
 
+class StatisticsConfig(Settings):
+    """What is measured of models for the methods that need it: on which items, and how.
+
+    By default every model is measured on the reference answers to the search items of all tasks.
+
+    tasks: the tasks whose search items a model is measured on, by the model's name.
+    texts: a file of texts to measure on instead, or such a file for each model by its name: one text on a line, or JSON
+        lines with a `text`. Models that are not named are measured on items.
+    items: at most how many items of a task, or texts of a file, are used.
+    length: how many tokens of a text are used.
+    labels: of what Fisher information is taken: the likelihood of `reference` answers, or of answers that are `drawn`
+        from the model's own predictions.
+    """
+
+    tasks: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    texts: str | dict[str, str] | None = None
+    items: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=2)
+    labels: Literal["reference", "drawn"] = "reference"
+
+    def file_of(self, model: str) -> str | None:
+        """The file of texts that a model is measured on; None where it is measured on items.
+
+        model: its name in the search file, or `base`.
+        """
+        return self.texts.get(model) if isinstance(self.texts, dict) else self.texts
+
+
 class VllmConfig(Settings):
     """vLLM, which runs in an environment of its own.
 
@@ -213,6 +294,9 @@ class EvaluationConfig(Settings):
         `disk` maps them, too, and gives the memory back behind the merge. `auto` is the first of these that fits.
     fields: whether the random numbers of DARE and DELLA, and what else is kept for each weight, are `kept` for all
         candidates or `made` again for each of them, which changes no bit. `auto` keeps them where they fit.
+    adapters: whether a LoRA is kept as its `factors`, of which weights are made in every merge, or `expanded` to a
+        model of its own, which changes no bit. `auto` expands adapters where they fit, since merges then take less
+        time, and keeps factors where sources are copied to a device.
     num_fewshot: how many examples precede a question; None for what a task says.
     apply_chat_template: whether prompts are put into the model's chat template.
     fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
@@ -233,6 +317,7 @@ class EvaluationConfig(Settings):
     compile: bool | Literal["auto"] = "auto"
     sources: Literal["auto", "device", "host", "disk"] = "auto"
     fields: Literal["auto", "kept", "made"] = "auto"
+    adapters: Literal["auto", "factors", "expanded"] = "auto"
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None

@@ -7,7 +7,7 @@ copy in a run directory says everything that the archive depends on. Paths are r
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,9 +26,11 @@ from evomerge.config.scoring import (
     ItemsConfig,
     ObjectiveConfig,
     ReportConfig,
+    ScoreConfig,
+    StatisticsConfig,
     TasksConfig,
 )
-from evomerge.config.spaces import ParameterSpaceConfig
+from evomerge.config.spaces import ParameterSpaceConfig, PostConfig
 from evomerge.config.storage_url import refuse_password
 from evomerge.config.tables import AnySpaceConfig, TrackerName
 from evomerge.errors import choices
@@ -44,6 +46,7 @@ class SearchConfig(Settings):
     report: the scores to be shown beside the others at the end; the search does not see them.
     tasks: where tasks are found.
     items: how many items the search and the report see.
+    statistics: what is measured of models for methods that need it.
     space: what may vary.
     optimizer: how genomes are proposed.
     subsets: whether candidates are scored on a few search items first, and on all only where they may then become the
@@ -64,6 +67,7 @@ class SearchConfig(Settings):
     report: tuple[ReportConfig, ...] = ()
     tasks: TasksConfig = TasksConfig()
     items: ItemsConfig = ItemsConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
     space: AnySpaceConfig = ParameterSpaceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     subsets: bool | Literal["auto"] = "auto"
@@ -124,15 +128,16 @@ class SearchConfig(Settings):
     def _named_by_filter(self) -> Self:
         """Puts the filter into the names of metrics that are measured after several filters."""
         measured: list[ObjectiveConfig | ConstraintConfig] = [*self.constraints]
-        measured += [objective for objective in self.objectives if objective.cost is None]
+        measured = [metric for metric in [*measured, *self.objectives] if metric.task]
         filters: dict[tuple[str, str], set[str | None]] = {}
         for metric in measured:
             filters.setdefault((metric.task, metric.metric), set()).add(metric.filter)
         for metric in measured:
             metric._names_filter = len(filters[metric.task, metric.metric]) > 1
-        for shown in self.report:  # which must not change the names of the others
+        reported = [shown for shown in self.report if shown.task]
+        for shown in reported:  # which must not change the names of the others
             filters.setdefault((shown.task, shown.metric), set()).add(shown.filter)
-        for shown in self.report:
+        for shown in reported:
             shown._names_filter = len(filters[shown.task, shown.metric]) > 1
         return self
 
@@ -158,6 +163,69 @@ class SearchConfig(Settings):
                 raise ValueError(
                     f".constraints[{index}].of is {constraint.of}, which is no parent; {choices(constraint.of, names)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _allowed(self) -> Self:
+        """Refuses scores of the user's own that may not run, and two of one name."""
+        own: dict[str, ScoreConfig] = {}
+        for key in ("objectives", "constraints", "report"):
+            scores: Sequence[ScoreConfig] = getattr(self, key)
+            for index, score in enumerate(scores):
+                if score.python is None:
+                    continue
+                if score.name not in self.tasks.allow_code:
+                    raise ValueError(
+                        f".{key}[{index}].python is {score.python}, which runs code; read it, and if you trust it add "
+                        f"'{score.name}' to tasks.allow_code"
+                    )
+                first = own.setdefault(score.name, score)
+                if first._measurement != score._measurement:
+                    raise ValueError(
+                        f".{key}[{index}] is another score with the name {score.name}; give each a name of its own"
+                    )
+        for key in ("objectives", "report"):
+            for index, score in enumerate(getattr(self, key)):
+                if score.python is None and score.name in own:
+                    raise ValueError(
+                        f".{key}[{index}] is {score.name}, which is the name of a score of your own, too; give that "
+                        "another name"
+                    )
+        return self
+
+    @property
+    def own(self) -> tuple[ObjectiveConfig, ...]:
+        """The scores that functions of the user's own compute."""
+        return tuple(metric for metric in self.reported if metric.python is not None)
+
+    def with_own(self, change: Callable[[ScoreConfig], Mapping[str, Any]]) -> Self:
+        """A copy with other values in all blocks of the user's own scores.
+
+        change: the new values of a block, by field.
+        """
+        changed = {
+            key: tuple(
+                score if score.python is None else score.model_copy(update=dict(change(score)))
+                for score in getattr(self, key)
+            )
+            for key in ("objectives", "constraints", "report")
+        }
+        return self.model_copy(update=changed)
+
+    @model_validator(mode="after")
+    def _measured_on(self) -> Self:
+        names, tasks = ["base", *self.models], [metric.task for metric in self.measured if metric.task]
+        texts = self.statistics.texts if isinstance(self.statistics.texts, dict) else {}
+        for key, named in (("tasks", self.statistics.tasks), ("texts", texts)):
+            for name in named:
+                if name not in names:
+                    raise ValueError(f".statistics.{key}.{name} is no model; {choices(name, names)}")
+        for name, chosen in self.statistics.tasks.items():
+            for task in chosen:
+                if task not in tasks:
+                    raise ValueError(
+                        f".statistics.tasks.{name} names {task}, which is no objective; {choices(task, tasks)}"
+                    )
         return self
 
     @property
@@ -194,15 +262,19 @@ class SearchConfig(Settings):
 
     def digest(self) -> str:
         """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
-        the budget, the storage, the trackers, the places of vLLM and of the tasks' data files, and where sources live
-        and whether fields are kept, which change no bit."""
+        the budget, the storage, the trackers, what is kept where in memory, and the places of vLLM, of the tasks' data
+        files and of the user's own scores, whose content counts."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage", "trackers"})
+        for key in ("objectives", "constraints", "report"):
+            for score in content[key]:
+                if score["digest"] is not None:  # which stands for what is in these files, wherever they are
+                    del score["python"], score["items"]
         for budget in ("evaluations", "equivalents"):
             content["optimizer"].pop(budget)
         _drop_later_keys(content)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
-        for placement in ("sources", "fields"):
+        for placement in ("sources", "fields", "adapters"):
             content["evaluation"].pop(placement)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -213,6 +285,9 @@ class SearchConfig(Settings):
 
 _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
     "report": [],
+    "statistics": StatisticsConfig().model_dump(mode="json"),
+    "space.post": PostConfig().model_dump(mode="json"),
+    "space.parameter.post": PostConfig().model_dump(mode="json"),
     "evaluation.quantize": None,
     "optimizer.stop_after": None,
     "optimizer.learning": LearningConfig().model_dump(mode="json"),
@@ -221,6 +296,11 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "space.parameter.tensor_weights": "auto",
     "space.models": {},
     "space.parameter.models": {},
+    **{
+        f"{key}.{name}": {} if name == "arguments" else None
+        for key in ("objectives", "constraints", "report")
+        for name in ("python", "name", "items", "arguments", "digest")
+    },
 }
 
 

@@ -39,6 +39,31 @@ class ModelGenes(Settings):
     density: GeneChange | None = None
 
 
+class AimConfig(Settings):
+    """AIM, which keeps the base where it works most.
+
+    omega: changes of the bounds of its genes, one for each group of tensors: how much of a merge's change is kept in
+        the channels that are the most active in the base.
+    """
+
+    omega: GeneChange = GeneChange()
+
+
+class PostConfig(Settings):
+    """What is done to a merge before it is rounded.
+
+    aim: activation-informed merging; None where it is not done.
+    """
+
+    aim: AimConfig | None = None
+
+    @field_validator("aim", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """Takes `aim: true` for AIM with its own bounds, and `aim: false` for none."""
+        return ({} if value else None) if isinstance(value, bool) else value
+
+
 class ParameterSpaceConfig(SpaceSettings):
     """The parameter space: which numbers of a merge are searched, for each model and each group of tensors.
 
@@ -56,6 +81,7 @@ class ParameterSpaceConfig(SpaceSettings):
     density: the genes of models' densities.
     models: other bounds for single models, by name.
     lambda_: the gene of the method's lambda; fixed at 1 by default.
+    post: what is done to every merge.
     normalize: the method's `normalize`; `auto` leaves it to each method.
     rescale: how sparsified task vectors are rescaled.
     """
@@ -72,6 +98,7 @@ class ParameterSpaceConfig(SpaceSettings):
     density: GeneConfig = GeneConfig(low=0.1, high=1.0, start=1.0, step=0.03)
     models: dict[str, ModelGenes] = Field(default_factory=dict)
     lambda_: GeneConfig = Field(default=GeneConfig(low=0.5, high=1.5, start=1.0, step=0.1, fixed=1.0), alias="lambda")
+    post: PostConfig = PostConfig()
     normalize: bool | Literal["auto"] = False
     rescale: Literal["density", "l1"] = "density"
 
@@ -93,7 +120,8 @@ class ParameterSpaceConfig(SpaceSettings):
     @property
     def methods(self) -> tuple[str, ...]:
         """The names of the methods that candidates may use."""
-        return (self.method,) if isinstance(self.method, str) else self.method
+        named = (self.method,) if isinstance(self.method, str) else self.method
+        return named if self.post.aim is None else tuple(f"{name}+aim" for name in named)
 
     @field_validator("method")
     @classmethod

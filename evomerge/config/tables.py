@@ -78,12 +78,15 @@ class OptimizerRow:
 class CostRow:
     """What a candidate costs, as an objective to be minimized.
 
-    measure: the cost, given the model and the seconds that its evaluation took.
+    measure: the cost, given the model and the seconds that its evaluation took; of texts, what each costs.
     of_items: whether it depends on how many items are scored.
+    of_texts: whether it is a mean over the texts that the model writes; `measure` is then given the texts of an item,
+        and what makes tokens of a text.
     """
 
     measure: Maker
     of_items: bool = False
+    of_texts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,7 @@ COSTS: dict[str, CostRow] = {
     "layers": CostRow("evomerge.evaluation.costs:layers"),
     "parameters": CostRow("evomerge.evaluation.costs:parameters"),
     "seconds": CostRow("evomerge.evaluation.costs:seconds", of_items=True),
+    "tokens": CostRow("evomerge.evaluation.costs:tokens", of_texts=True),
 }
 POOLS: dict[str, PoolRow] = {
     "ray": PoolRow("evomerge.workers.ray_pool:make"),

@@ -22,7 +22,7 @@ def examine(search: Path, overrides: tuple[str, ...] = (), address: str | None =
     address: a Ray cluster's.
     Raises InputError for mistakes in the file.
     """
-    patient = Patient(search, overrides, prepare_file(search, overrides), address)
+    patient = Patient(search, overrides, prepare_file(search, overrides, address), address)
     for check in CHECKS:
         try:
             yield from check(patient)

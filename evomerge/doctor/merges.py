@@ -20,6 +20,7 @@ from evomerge.merging.resident.sources import Kept, Where
 from evomerge.merging.sources.tensor_files import parameter_count
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Recipe
+from evomerge.search.preparation import Prepared
 from evomerge.spaces import at
 
 _DRAWN = 2  # recipes, besides the one in the middle of the space
@@ -72,7 +73,12 @@ def _made(way: Way, recipes: Sequence[Recipe]) -> list[str]:
 
 def recipe_in_the_middle(patient: Patient) -> Recipe:
     """The recipe in the middle of the search's space."""
-    space = patient.prepared.space
+    return recipe_of_the_middle(patient.prepared)
+
+
+def recipe_of_the_middle(prepared: Prepared) -> Recipe:
+    """The recipe in the middle of a prepared search's space."""
+    space = prepared.space
     return space.decode(at(space.genes, np.full(len(space.genes), 0.5)))
 
 

@@ -15,7 +15,7 @@ from evomerge.doctor.merges import recipe_in_the_middle
 from evomerge.events import unheard
 from evomerge.runs import directory as runs
 from evomerge.search.controls import count_controls
-from evomerge.workers.memory import plan_memory, shortage
+from evomerge.workers.memory import plan_placements, shortage
 from evomerge.workers.worker import Worker
 
 _MORE = 1.1  # times the plan, and a little
@@ -28,8 +28,8 @@ _CANDIDATES, _POPULATION = 8, 4
 def memory(patient: Patient) -> Iterator[Finding]:
     """What a worker takes while it scores a candidate, beside the plan, and whether all workers fit."""
     prepared = patient.prepared
-    plan = plan_memory(prepared.config, prepared.space, prepared.models, prepared.targets)
-    short = shortage(prepared.config, plan)
+    chosen = plan_placements(prepared.config, prepared.space, prepared.models, prepared.targets).chosen
+    plan, short = chosen.worker, shortage(chosen)
     needed = f"{plan.total / 2**30:.2f} GiB for each worker"
     yield Finding("memory", "this machine", f"room for {needed}", short or "there is", short is None)
     device = torch.device(prepared.config.evaluation.device)

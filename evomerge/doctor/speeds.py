@@ -23,7 +23,7 @@ _SLOWER = 2.0  # than the fastest device of its kind, at most
 
 def speeds(patient: Patient) -> Iterator[Finding]:
     """The bandwidth of each device, beside the others of its kind, and the time of a merge over that of its bytes."""
-    within = {name: _bandwidth(torch.device(name)) for name in patient.devices}
+    within = {name: bandwidth(torch.device(name)) for name in patient.devices}
     for name, speed in within.items():
         device = torch.device(name)
         best = max(other for rival, other in within.items() if torch.device(rival).type == device.type)
@@ -35,7 +35,7 @@ def speeds(patient: Patient) -> Iterator[Finding]:
             speed >= best / _SLOWER,
         )
         if name != "cpu":
-            crossing = _from_host(device)
+            crossing = from_host(device)
             yield Finding("copies", f"host to {name}", "more than 1 GB/s", f"{crossing / 1e9:.1f} GB/s", crossing > 1e9)
         ratio = _merge(device) / ((_MODELS + 2) * _elements(device) * 2 / speed)
         yield Finding(
@@ -51,8 +51,12 @@ def _elements(device: torch.device) -> int:
     return (1 << 25) if devices.is_accelerator(device) else (1 << 22)
 
 
-def _least(work: Callable[[], object], device: torch.device) -> float:
-    """The seconds of the fastest round, after one that does not count: noise only adds."""
+def least(work: Callable[[], object], device: torch.device) -> float:
+    """The seconds of the fastest round, after one that does not count: noise only adds.
+
+    work: what is timed.
+    device: what it is done on.
+    """
     times = []
     for _ in range(_ROUNDS + 1):
         devices.synchronize([device])
@@ -63,18 +67,19 @@ def _least(work: Callable[[], object], device: torch.device) -> float:
     return min(times[1:])
 
 
-def _bandwidth(device: torch.device) -> float:
-    """Bytes per second that move within a device; a copy reads and writes."""
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that move within a device; a copy reads and writes. `device`: the device."""
     size = int(min(_COPIED, devices.free_memory(device) / 8))
     here, there = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / _least(lambda: there.copy_(here), device)
+    return 2 * size / least(lambda: there.copy_(here), device)
 
 
-def _from_host(device: torch.device) -> float:
+def from_host(device: torch.device) -> float:
+    """Bytes per second that are copied to a device from the host. `device`: the device."""
     size = int(min(_COPIED, devices.free_memory(device) / 8))
     there = torch.ones(size, dtype=torch.uint8, device=device)
     host = devices.page_locked([size], torch.uint8, device).fill_(1)
-    return size / _least(lambda: there.copy_(host, non_blocking=True), device)
+    return size / least(lambda: there.copy_(host, non_blocking=True), device)
 
 
 def _merge(device: torch.device) -> float:
@@ -90,4 +95,4 @@ def _merge(device: torch.device) -> float:
         rescale="density",
     )
     out, method, room = torch.empty_like(base), METHODS["task_arithmetic"], room_on(device)
-    return _least(lambda: method.merge_into(out, inputs, room=room), device)
+    return least(lambda: method.merge_into(out, inputs, room=room), device)

@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from evomerge.candidate import Descent, Shard, Subset
 from evomerge.config.base import Split
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
+from evomerge.config.tables import COSTS, imported
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
+from evomerge.evaluation.calibration import Calibration, texts_of
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
 from evomerge.evaluation.likelihoods import Answers, PreparedRequests, Request, Response, tolerance
@@ -31,9 +34,11 @@ from evomerge.evaluation.loading import (
     of_metrics,
     only_reported,
 )
+from evomerge.evaluation.losses import Item as LossItem
 from evomerge.evaluation.losses import Losses
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.metrics import task_metrics
+from evomerge.evaluation.own_scores import Item, OwnItems
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 from evomerge.seen import Digests
@@ -71,6 +76,18 @@ class ShardAnswers:
     texts: list[list[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a model has to do to be scored.
+
+    read: how many tokens it reads, padding included.
+    written: how many tokens it writes at most.
+    """
+
+    read: int
+    written: int
+
+
 class Harness:
     """The tasks of a search, prepared for one resident model. A split is built when it is first needed."""
 
@@ -82,6 +99,7 @@ class Harness:
         writer: Writer | None = None,
         seen: Digests = frozenset(),
         targets: Mapping[str, Target] | None = None,
+        own: OwnItems | None = None,
     ) -> None:
         """Takes a model and its tokenizer, and builds nothing yet.
 
@@ -91,9 +109,11 @@ class Harness:
         writer: writes texts with the resident model's weights; by default the model itself.
         seen: digests of items that must not be held out (`evomerge.seen`).
         targets: the tasks that the config measures, where they are loaded already; by default they are loaded here.
+        own: the items of the user's own scores; by default there are none.
         Raises InputError for a task that cannot be loaded.
         """
         self._config, self._model, self._writer, self._seen = config, model, writer, seen
+        self._own = own or OwnItems()
         self._targets = targets or load_targets(config.reported, config.tasks, config.evaluation)
         with quiet():
             from lm_eval.models.huggingface import HFLM
@@ -111,7 +131,9 @@ class Harness:
             if name not in self._splits:
                 with quiet():
                     targets = forked(self._targets)
-                    self._splits[name] = _PreparedSplit(self._config, self._lm, split, self._seen, targets, metrics)
+                    self._splits[name] = _PreparedSplit(
+                        self._config, self._lm, split, self._seen, targets, metrics, self._own
+                    )
                     if self._model.device.type != "meta":
                         self._splits[name].check_packing(self._model)
 
@@ -124,8 +146,9 @@ class Harness:
         apart = only_reported(self._config, self._targets)
         parts = {split: measured, "report": list[ObjectiveConfig]()}
         for metric in self._config.reported[len(measured) :]:
-            own = any(task in apart for task in self._targets[metric.task].tasks)
-            parts["report" if own else split].append(metric)
+            if metric.task:
+                alone = any(task in apart for task in self._targets[metric.task].tasks)
+                parts["report" if alone else split].append(metric)
         return {name: metrics for name, metrics in parts.items() if metrics}
 
     def _prepared(self, split: Split) -> "list[_PreparedSplit]":
@@ -134,7 +157,17 @@ class Harness:
 
     def left_out(self, split: Split) -> int:
         """How many items of a split were left out because a search has seen them."""
-        return sum(prepared.left_out for prepared in self._prepared(split))
+        parts = self._prepared(split)
+        return sum(prepared.left_out for prepared in parts) + parts[0].own_left_out
+
+    def own_items(self, split: Split) -> Mapping[str, Sequence[Item]]:
+        """The items of a split that the user's own scores have, by the name of the score."""
+        return self._prepared(split)[0].own_items
+
+    def tokens(self, split: Split, shard: Shard = WHOLE) -> Tokens:
+        """What a model has to do to be scored on one shard of a split."""
+        counts = [prepared.whole.tokens(shard) for prepared in self._prepared(split)]
+        return Tokens(sum(count.read for count in counts), sum(count.written for count in counts))
 
     @property
     def texts(self) -> list[GenerationBatch]:
@@ -227,6 +260,27 @@ class Harness:
         with quiet(), torch.set_grad_enabled(bool(descent.wanted)):
             return self._splits["search"].descend(model, descent)
 
+    def calibration(self, model: str) -> Calibration:
+        """What statistics of a model are measured on, as the search file says.
+
+        model: its name in the search file, or `base`.
+        Raises InputError where there is nothing to measure on.
+        """
+        settings, limit = self._config.statistics, self._lm.max_length
+        file = settings.file_of(model)
+        if file is not None:
+            return Calibration(texts_of(Path(file), self._lm, settings, min(limit, settings.length)), limit)
+        self.prepare("search")
+        tasks = settings.tasks.get(model)
+        with quiet():
+            items = self._splits["search"].items_of_tasks(tasks, settings.items)
+        if not items:
+            raise InputError(
+                f"statistics: no search item of {', '.join(tasks) if tasks else 'the tasks'} has a reference answer to "
+                f"measure {model} on; give statistics.texts."
+            )
+        return Calibration(items, limit)
+
 
 def _joined(parts: Sequence[SplitScores]) -> SplitScores:
     """The scores of a split's parts as one."""
@@ -249,11 +303,23 @@ class _PreparedSplit:
         seen: Digests,
         targets: Mapping[str, Target],
         metrics: Sequence[ObjectiveConfig],
+        own: OwnItems,
     ) -> None:
         self._config, self._lm, self._targets, self._metrics = config, lm, targets, metrics
         tasks, searched = (distinct_tasks(of_metrics(named, targets)) for named in (metrics, config.measured))
-        division = Division(searched, config.items, seen, only_reported(config, targets))
-        self.left_out = sum(division.left_out[task] for task in tasks) if split == "heldout" else 0
+        division = Division(
+            [*searched, *own.searched.values()],
+            config.items,
+            seen,
+            [*only_reported(config, targets), *own.reported.values()],
+        )
+        own_tasks = {**own.searched, **own.reported}
+        self.own_items = {
+            name: [task.test_docs()[place] for place in division.of(task, split)] for name, task in own_tasks.items()
+        }
+        heldout = split == "heldout"
+        self.left_out = sum(division.left_out[task] for task in tasks) if heldout else 0
+        self.own_left_out = sum(division.left_out[task] for task in own_tasks.values()) if heldout else 0
         self._tasks = [_PreparedTask(task, config, lm, split, division) for task in tasks]
         documents = [instances for task in self._tasks for instances in task.documents]
         self._encoded = {
@@ -268,12 +334,17 @@ class _PreparedSplit:
     @cached_property
     def _losses(self) -> Losses:
         """Made for the first gradient that is asked for."""
-        measured = [metric for metric in self._config.measured if metric.cost is None]
+        return self._losses_of(unlabelled=self._config.optimizer.learning.loss == "entropy")
+
+    def _losses_of(self, unlabelled: bool) -> Losses:
+        measured = [metric for metric in self._config.measured if metric.task]
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
         chat = self._config.evaluation.apply_chat_template
-        unlabelled = self._config.optimizer.learning.loss == "entropy"
         return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat, unlabelled)
+
+    def items_of_tasks(self, tasks: Sequence[str] | None, most: int) -> list[LossItem]:
+        return self._losses_of(unlabelled=False).of_tasks(tasks, most)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         return self._losses.follow(model, descent, *self._limits)
@@ -339,12 +410,29 @@ class _PreparedSplit:
         }
         scores, outcomes = {}, {}
         for objective in self._metrics:
-            if objective.cost is not None:
+            if objective.cost is not None and COSTS[objective.cost].of_texts:
+                scores[objective.name], outcomes[objective.name] = self._of_texts(objective.cost, batches.chosen)
+            if not objective.task:
                 continue
             scores[objective.name], by_item = self._score(objective, results)
             if by_item is not None:
                 outcomes[objective.name] = by_item
         return SplitScores(scores, outcomes, sum(map(len, batches.chosen)), batches.truncated)
+
+    def _of_texts(self, cost: str, chosen: Sequence[Sequence[int]]) -> tuple[float, Outcomes]:
+        """A cost of the texts that were written to chosen documents: its mean, and what it is for each of them.
+
+        chosen: for each task, the places of its chosen documents.
+        """
+        measure, encode = imported(COSTS[cost].measure), partial(self._lm.tok_encode, add_special_tokens=False)
+        values, flags = list[float](), list[bool]()
+        for task, places in zip(self._tasks, chosen, strict=True):
+            if task.task.OUTPUT_TYPE != "generate_until":
+                continue
+            kept = set(places)
+            flags += [place in kept for place in range(len(task.documents))]
+            values += [measure(task.documents[place][0].resps, encode) for place in places]
+        return sum(values) / len(values), Outcomes.of(values, None, None if all(flags) else flags)
 
     def _score(self, objective: ObjectiveConfig, results: "Mapping[int, _Results]") -> tuple[float, Outcomes | None]:
         """An objective's score, and its items' outcomes where the score is their mean."""
@@ -474,6 +562,15 @@ class _Batches:
         units = self.units(shard)
         likelihoods, texts = ([unit.likelihoods for unit in units], [unit.texts for unit in units])
         return sorted(sum(likelihoods, ())), sorted(sum(texts, ()))
+
+    def tokens(self, shard: Shard) -> Tokens:
+        """The tokens of a shard."""
+        likelihoods, texts = self._chosen(shard)
+        writing = [self.texts.batches[number] for number in texts]
+        read = sum(self.requests.batches[number].ids.numel() for number in likelihoods)
+        return Tokens(
+            read + sum(batch.ids.numel() for batch in writing), sum(len(batch.ids) * batch.fresh for batch in writing)
+        )
 
     def answers(self, model: Any, writer: Writer, shard: Shard) -> ShardAnswers:
         """What a model answers to a shard."""

@@ -98,18 +98,20 @@ def check_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> Search
     _check_generation(config.evaluation)
     config = _with_only_metrics(config, targets)
     objectives = tuple(
-        objective
-        if objective.cost is not None
-        else _with_goal(f"objectives[{index}]", objective, targets[objective.task])
+        _with_goal(f"objectives[{index}]", objective, targets[objective.task]) if objective.task else objective
         for index, objective in enumerate(config.objectives)
     )
     goals = {objective.name: objective.goal for objective in objectives}
+    own = {score.name: score for score in config.own}
     constraints = [
-        _with_goal(f"constraints[{index}]", constraint, targets[constraint.task])
+        constraint.model_copy(update={"goal": constraint.goal or own[constraint.name].goal})
+        if constraint.name in own
+        else _with_goal(f"constraints[{index}]", constraint, targets[constraint.task])
         for index, constraint in enumerate(config.constraints)
     ]
     for index, metric in enumerate(config.report):
-        _check_metric(f"report[{index}]", metric, targets[metric.task])
+        if metric.task:
+            _check_metric(f"report[{index}]", metric, targets[metric.task])
     for index, constraint in enumerate(constraints):
         if goals.setdefault(constraint.name, constraint.goal) != constraint.goal:
             raise InputError(
@@ -126,7 +128,8 @@ def _with_only_metrics(config: SearchConfig, targets: Mapping[str, Target]) -> S
     chosen = False
     for key in ("objectives", "constraints", "report"):
         for metric, written in zip(getattr(config, key), content[key], strict=True):
-            only = None if "metric" in metric.model_fields_set or not metric.task else _only(targets[metric.task])
+            other = "metric" in metric.model_fields_set or metric.task not in targets  # also names of own scores
+            only = None if other else _only(targets[metric.task])
             if only is not None:
                 written["metric"], chosen = only, True
     return SearchConfig.model_validate(content) if chosen else config
@@ -148,7 +151,7 @@ def _check_filters(
     seen: dict[tuple[str, str, str], tuple[str, str]] = {}
     listed = [(f"{key}[{index}]", metric) for key, block in metrics.items() for index, metric in enumerate(block)]
     for where, metric in listed:
-        if isinstance(metric, ObjectiveConfig) and metric.cost is not None:
+        if metric.task not in targets:
             continue
         first = targets[metric.task].filters()[0]
         other, name = seen.setdefault((metric.task, metric.metric, metric.filter or first), (where, metric.name))
@@ -208,9 +211,7 @@ def without_items(config: SearchConfig, targets: Mapping[str, Target], division:
     division: the division of their items.
     """
     for metric in config.measured:
-        if metric.cost is None and not targets[metric.task].by_item(
-            metric.metric, _sizes(targets[metric.task], division)
-        ):
+        if metric.task and not targets[metric.task].by_item(metric.metric, _sizes(targets[metric.task], division)):
             return metric.name
     return None
 
@@ -222,7 +223,7 @@ def fewest_items(config: SearchConfig, targets: Mapping[str, Target], division: 
     targets: its tasks.
     division: the division of their items.
     """
-    tasks = [metric.task for metric in config.measured if metric.cost is None]
+    tasks = [metric.task for metric in config.measured if metric.task]
     return min((sum(_sizes(targets[task], division)) for task in tasks), default=0)
 
 
@@ -360,8 +361,8 @@ def only_reported(config: SearchConfig, targets: Mapping[str, Target]) -> list[A
 
 
 def of_metrics(metrics: Iterable[ObjectiveConfig], targets: Mapping[str, Target]) -> dict[str, Target]:
-    """The targets that metrics name, in the order of the metrics; costs name none."""
-    return {metric.task: targets[metric.task] for metric in metrics if metric.cost is None}
+    """The targets that metrics name, in the order of the metrics; costs and scores of the user's own name none."""
+    return {metric.task: targets[metric.task] for metric in metrics if metric.task}
 
 
 def distinct_tasks(targets: Mapping[str, Target]) -> list[Any]:

@@ -10,7 +10,7 @@ it would write (Yang et al. 2024, AdaMerging, arXiv:2310.02575, section 3.3).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -108,6 +108,7 @@ class Losses:
         unlabelled: whether losses are entropies, so that references are not needed.
         """
         self._seed = seed
+        self._tasks = {objective.name: objective.task for objective in objectives}
         self._items: dict[str, list[tuple[str, list[Item | None]]]] = {}
         for objective in objectives:
             target = targets[objective.task]
@@ -118,6 +119,20 @@ class Losses:
                 for task in target.tasks
             ]
             self._items[objective.name] = _normalized(made)
+
+    def of_tasks(self, tasks: Collection[str] | None, most: int) -> list[Item]:
+        """The items that have a reference, each once, in their order.
+
+        tasks: the names of the objectives' tasks whose items are asked for; None for all of them.
+        most: at most how many items of a task are taken.
+        """
+        taken: dict[tuple[Request, ...], Item] = {}
+        for name, by_task in self._items.items():
+            if tasks is None or self._tasks[name] in tasks:
+                for _, items in by_task:
+                    for item in [item for item in items if item is not None][:most]:
+                        taken.setdefault(item.requests, item)
+        return list(taken.values())
 
     def chosen(self, descent: Descent) -> dict[str, list[Item]]:
         """The items of one shard of a mini-batch, by objective.

@@ -66,13 +66,13 @@ def without_references(
 ) -> str | None:
     """A clause about the first objective for which no document has a reference; None where all objectives have some.
 
-    objectives: the metrics that are optimized; costs are passed over.
+    objectives: what is optimized; costs and scores of the user's own are passed over.
     targets: their tasks.
     documents: a task -> its search documents.
     chat: whether prompts follow the model's chat template.
     """
     for objective in objectives:
-        if objective.cost is not None:
+        if not objective.task:
             continue
         target = targets[objective.task]
         name = objective.filter or target.filters()[0]

@@ -138,6 +138,31 @@ def against(results: Results, candidates: Sequence[str]) -> dict[str, list[Compa
     return comparisons
 
 
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """By how much one candidate leads another on held-out items.
+
+    difference: of the weighted means.
+    interval: the 95 % interval of the difference.
+    p_value: of the hypothesis that there is no difference, two-sided, not corrected.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+def lead(mine: Record, theirs: Record, results: Results) -> Lead | None:
+    """By how much one candidate leads another on held-out items; None where items have no outcomes of their own.
+
+    mine: the first candidate's record on held-out items, in whatever archive.
+    theirs: the second candidate's.
+    results: the search's, whose criteria count.
+    """
+    pair = _Pair.of(mine, theirs, results.config, results.criteria("heldout"))
+    return None if pair is None else Lead(pair.difference, pair.interval, pair.p_value)
+
+
 def _verdict(difference: float, p_value: float) -> str:
     if p_value >= SIGNIFICANT or difference == 0:
         return "not distinguishable"

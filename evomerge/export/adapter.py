@@ -27,6 +27,7 @@ from evomerge.merging.sources.adapters import CONFIG, WEIGHTS
 from evomerge.merging.sources.located import located
 from evomerge.merging.sources.models import Model, Models, find_models
 from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.statistics import shelf_of
 from evomerge.merging.sources.tensor_files import torch_dtypes
 from evomerge.merging.sources.weights import RECIPE
 from evomerge.recipe import Recipe, single
@@ -100,6 +101,7 @@ def write_adapter(
     *,
     base: str | None = None,
     card: bool = True,
+    statistics: Path | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> WrittenAdapter:
     """Writes a recipe's merge as an adapter.
@@ -111,6 +113,7 @@ def write_adapter(
     device: where the merge is computed.
     base: the model that the adapter changes; by default the recipe's base.
     card: whether a model card is written too.
+    statistics: a folder of statistics, for methods that need some (`checkpoint.merge`).
     warn: is told what the user should know.
     Raises InputError for what no adapter can say, and WorkFailed, leaving nothing, where the recipe records another
     fingerprint than the merge has.
@@ -128,7 +131,8 @@ def write_adapter(
         warn(warning)
     dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", torch_dtypes(models.base.table))
     own = _base_of(recipe, models, base, where)
-    merge = StreamedMerge(recipe, models, where, device, dtype)
+    found = shelf_of(recipe, where, statistics).finder(models)
+    merge = StreamedMerge(recipe, models, where, device, dtype, found)
     _check_shape(recipe, merge.plan, own, where)
     verdict = combined(licenses(models, public_names(recipe)))
     for warning in verdict.warnings:

@@ -11,6 +11,7 @@ from evomerge.export.names import public_names
 from evomerge.merging.sources.located import located
 from evomerge.merging.sources.models import Models, find_models
 from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.statistics import shelf_of
 from evomerge.merging.sources.tensor_files import torch_dtypes
 from evomerge.merging.sources.weights import RECIPE
 from evomerge.recipe import Provenance, Recipe
@@ -27,6 +28,7 @@ def merge(
     shard_size: str = "5GB",
     tokenizer: bool = True,
     card: bool = True,
+    statistics: Path | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, bool]:
     """Writes a recipe's checkpoint. Returns its fingerprint, and whether the recipe recorded the same fingerprint.
@@ -40,6 +42,8 @@ def merge(
     shard_size: the largest size of a file of weights, as in 5GB (bytes) or 5B (parameters).
     tokenizer: whether the tokenizer is written too.
     card: whether a model card is written too.
+    statistics: a folder of statistics, for methods that need some; those of the recipe's run and those beside the
+        recipe are looked at, too.
     warn: is told what the user should know.
     Raises InputError for a recipe or folder that cannot be used, and WorkFailed, leaving nothing, where the recipe
     records another fingerprint than the merge has.
@@ -56,7 +60,8 @@ def merge(
         warn(warning)
     dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", torch_dtypes(models.base.table))
     size = parse_size(shard_size, getattr(torch, dtype).itemsize)
-    merged = StreamedMerge(recipe, models, where, device, dtype)
+    shelf = shelf_of(recipe, where, statistics)
+    merged = StreamedMerge(recipe, models, where, device, dtype, shelf.finder(models))
     if merged.unknown_tokens:
         shown = ", ".join(merged.unknown_tokens[:8])
         warn(f"{where}: no model has an embedding for {shown}; zeros are taken (tokenizer.tokens can name a source).")
@@ -65,6 +70,10 @@ def merge(
         warn(warning)
     with staged(out) as folder:
         fingerprint = merged.write(folder, size, tokenizer)
+        recorded = recipe.evomerge.fingerprint
+        for reading in list(models.readings())[1:] if recorded not in (None, fingerprint) else []:
+            earlier = StreamedMerge(recipe, reading, where, device, dtype).write(folder, size, tokenizer)
+            fingerprint = earlier if earlier == recorded else fingerprint
         checked = check_fingerprint(recipe, fingerprint, where)
         read = stored_fingerprint(folder)
         if read != fingerprint:

@@ -29,7 +29,10 @@ def public_names(recipe: Recipe) -> dict[str, str]:
 def public_recipe(recipe: Recipe) -> Recipe:
     """A copy of a recipe that names no path of this machine."""
     renamed = recipe.renamed(public_names(recipe))
-    return renamed.model_copy(update={"evomerge": recipe.evomerge.model_copy(update={"aliases": {}})})
+    measured = renamed.evomerge.statistics
+    statistics = measured and measured.model_copy(update={"folder": None})
+    public = renamed.evomerge.model_copy(update={"aliases": {}, "statistics": statistics})
+    return renamed.model_copy(update={"evomerge": public})
 
 
 def without_paths(text: str, recipe: Recipe) -> str:

@@ -14,11 +14,11 @@ from evomerge.evidence.table import heldout_table
 from evomerge.files import write_text
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.references import split_adapter
-from evomerge.recipe import Recipe
+from evomerge.recipe import MeasuredOn, Recipe
 from evomerge.search.results import Results
 
 
-def shared_recipe(record: Record, results: Results, models: Models) -> Recipe:
+def shared_recipe(record: Record, results: Results, models: Models, statistics: Path | None = None) -> Recipe:
     """A candidate's recipe with paths for references, and with dtype, fingerprint, scores and versions.
 
     An adapter becomes `MODEL+ADAPTER`, here and in the aliases, which mergekit can read.
@@ -26,6 +26,7 @@ def shared_recipe(record: Record, results: Results, models: Models) -> Recipe:
     record: the candidate's.
     results: the search's.
     models: the models of the search.
+    statistics: the run's folder of statistics.
     """
     recipe, archive, config = record.candidate.recipe, results.archive, results.config
     paths = {reference: str(models[reference].source) for reference in recipe.references}
@@ -44,11 +45,29 @@ def shared_recipe(record: Record, results: Results, models: Models) -> Recipe:
             "versions": dict(archive.recorded_versions()),
             "seen": archive.seen,
             "head_apart": models.head_apart,
+            "statistics": _statistics(recipe, results, statistics),
             "verdicts": tuple(map(sentence, against(results, [record.candidate.id])[record.candidate.id])),
         }
     )
-    renamed = recipe.renamed(paths)
-    return renamed.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
+    noted = recipe.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
+    return noted.renamed(paths)
+
+
+def _statistics(recipe: Recipe, results: Results, folder: Path | None) -> MeasuredOn | None:
+    """The statistics that a recipe of a search was merged with; None where its method needs none."""
+    recorded = results.archive.statistics
+    if not recorded:
+        return None
+    from evomerge.merging import methods
+    from evomerge.merging.methods.base import needed
+
+    method = methods.get(recipe.merge_method, "merge_method")
+    names: dict[str, dict[str, str]] = {}
+    for kind, reference in needed(method, recipe.base_model, recipe.references):
+        name = recorded.get(reference, {}).get(kind)
+        if name is not None:
+            names.setdefault(reference, {})[kind] = name
+    return MeasuredOn(folder=str(folder.absolute()) if folder is not None else None, names=names) if names else None
 
 
 def _scores(record: Record) -> dict[str, float | None] | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.archive.archive import Record
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.export.recipe import shared_recipe, write_recipe
+from evomerge.files import STATISTICS
 from evomerge.library.notebook import table_html
 from evomerge.recipe import Recipe
 from evomerge.reports import views
@@ -48,7 +49,8 @@ class RunCandidate:
     @property
     def recipe(self) -> Recipe:
         """The recipe to share, as `evomerge export` writes it."""
-        return shared_recipe(self._record, self._run.results, self._run.prepared.models)
+        run = self._run
+        return shared_recipe(self._record, run.results, run.prepared.models, run.directory / STATISTICS)
 
     @property
     def fingerprint(self) -> str | None:
@@ -125,14 +127,17 @@ class RunCandidate:
         if self.fingerprint is None:
             raise InputError(f"{self.id} failed ({self._view.error}), so it has no weights; choose another candidate.")
         there = resolve_device(device, "device")
-        resident = ResidentModels(self._run.prepared.models, there, self._run.config.evaluation.dtype)
-        fingerprint = resident.materialize(self._record.candidate.recipe)
-        if fingerprint != self.fingerprint:
-            raise WorkFailed(
-                f"{self.id}: the merge has fingerprint {fingerprint}, but {self.fingerprint} was scored; a source "
-                "model or a version has changed."
-            )
-        return resident.candidate
+        statistics, dtype = self._run.statistics, self._run.config.evaluation.dtype
+        found = []
+        for models in self._run.prepared.models.readings():
+            resident = ResidentModels(models, there, dtype, statistics=statistics.finder(models))
+            found.append(resident.materialize(self._record.candidate.recipe))
+            if found[-1] == self.fingerprint:
+                return resident.candidate
+        raise WorkFailed(
+            f"{self.id}: the merge has fingerprint {found[0]}, but {self.fingerprint} was scored; a source model or a "
+            "version has changed."
+        )
 
     def export(self, path: str | Path) -> Path:
         """Writes the recipe to a file and returns its path. Raises InputError where it cannot be written."""

@@ -26,6 +26,7 @@ def merge(
     shard_size: str = "5GB",
     tokenizer: bool = True,
     card: bool = True,
+    statistics: str | Path | None = None,
 ) -> str:
     """Writes a recipe's merge as a Hugging Face checkpoint and returns its fingerprint, 16 hexadecimal digits.
 
@@ -35,13 +36,22 @@ def merge(
     shard_size: of a file of weights: bytes, as in 5GB, or numbers of parameters, as in 5B.
     tokenizer: whether the tokenizer is written too.
     card: whether a README.md is written too.
+    statistics: a folder of statistics of the models, for methods that need some.
     Raises InputError for a recipe that cannot be merged, and WorkFailed, leaving nothing, where the recipe records
     another fingerprint than the merge has.
     """
     where = "recipe" if isinstance(recipe, Recipe) else str(recipe)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     fingerprint, _ = checkpoint.merge(
-        loaded, Path(out), where, device, shard_size=shard_size, tokenizer=tokenizer, card=card, warn=_warn
+        loaded,
+        Path(out),
+        where,
+        device,
+        shard_size=shard_size,
+        tokenizer=tokenizer,
+        card=card,
+        statistics=Path(statistics) if statistics is not None else None,
+        warn=_warn,
     )
     return fingerprint
 

@@ -1,5 +1,6 @@
 """Runs, as programs and notebooks make and use them."""
 
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from evomerge.export.choice import choose
 from evomerge.library.callbacks import Callback, StopSearch, listener_of
 from evomerge.library.candidates import RunCandidate
 from evomerge.library.notebook import Progress, in_notebook, table_html
-from evomerge.library.searches import GIVEN, AnySearch, overriding, prepared
+from evomerge.library.searches import GIVEN, AnySearch, Objective, overriding, prepared
 from evomerge.reports import views
 from evomerge.reports.page.story import Story, facts, headline
 from evomerge.runs import directory as runs
@@ -34,7 +35,7 @@ def search(
     search: AnySearch,
     *,
     output: str | Path,
-    objectives: Iterable[Mapping[str, Any]] | None = None,
+    objectives: Iterable[Objective] | None = None,
     settings: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     address: str | None = None,
@@ -45,7 +46,8 @@ def search(
 
     search: a search file, its content as a mapping, or a config. Paths in a mapping are relative to the working folder.
     output: the run directory.
-    objectives: take the place of the search's objectives, each a mapping as in a search file.
+    objectives: take the place of the search's objectives, each a mapping as in a search file, or a function of a model,
+        a tokenizer and a split (`evomerge.evaluation.own_scores`); a mapping may have one as `python`, too.
     settings: take the place of other settings, by key path: {"optimizer.equivalents": 100}.
     callbacks: functions that see every event. One that raises `StopSearch` stops the search.
     address: a Ray cluster's; None for this machine.
@@ -55,10 +57,10 @@ def search(
     `warnings.warn`.
     """
     directory, overrides = Path(output).expanduser(), overriding(settings)
-    made = partial(prepared, search, objectives, overrides, address)
     where = search if isinstance(search, str | Path) else GIVEN
     listen = listener_of([_warned, *_shown(progress), *callbacks])
-    with suppress(StopSearch):
+    with tempfile.TemporaryDirectory(prefix="evomerge-") as sources, suppress(StopSearch):
+        made = partial(prepared, search, objectives, overrides, address, Path(sources))
         return Run(runs.begin(made, where, directory, address, listen, resume))
     return _stopped(directory)
 
@@ -209,16 +211,20 @@ class Run:
 
         return questions(self.config, self._opened.prepared.models)
 
-    def report(self, path: str | Path | None = None, items: bool = False) -> Path:
+    def report(self, path: str | Path | None = None, items: bool = False, ablate: bool = False) -> Path:
         """Writes the page about the run and returns its path.
 
         path: the file; by default report.html in the run directory.
         items: whether it has the text of items that flipped.
-        Raises InputError where it cannot be written.
+        ablate: whether the winner is first scored without its parts, which is recorded beside the search.
+        Raises InputError where it cannot be written, or the winner cannot be ablated.
         """
         from evomerge.reports.page import writing
 
         output = self.directory / "report.html" if path is None else Path(path)
+        writing.check_output(output)
+        if ablate:
+            runs.ablate(self.directory, (), None, listener_of([_warned]))
         writing.write(self.directory, output, items)
         return output
 

@@ -2,29 +2,36 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evomerge.config import files
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, naming
+from evomerge.library.functions import named
 from evomerge.search.preparation import Prepared, prepare
 from evomerge.workers.ray_address import given
 
 GIVEN = "the search"  # what messages call a search that is no file
 AnySearch = str | Path | Mapping[str, Any] | SearchConfig
+Objective = Mapping[str, Any] | Callable[..., Any]
 
 
 def prepared(
-    search: AnySearch, objectives: Iterable[Mapping[str, Any]] | None, overrides: Sequence[str], address: str | None
+    search: AnySearch,
+    objectives: Iterable[Objective] | None,
+    overrides: Sequence[str],
+    address: str | None,
+    sources: Path,
 ) -> Prepared:
     """The prepared search.
 
     search: a search file, its content as a mapping, or a config.
-    objectives: take the place of the search's, where they are given.
+    objectives: take the place of the search's, where they are given; a function is a score of the user's own.
     overrides: settings that replace others, as KEY.PATH=VALUE.
     address: a Ray cluster's; None for this machine.
+    sources: a folder for the sources of functions that stand in no file of their own.
     Raises InputError for a search that cannot run.
     """
     where: str | Path
@@ -35,7 +42,8 @@ def prepared(
         where, folder = GIVEN, Path.cwd()
         document = _content(search)
     if objectives is not None:
-        document["objectives"] = [dict(objective) for objective in objectives]
+        document["objectives"] = [{"python": one} if callable(one) else dict(one) for one in objectives]
+    named(document, sources)
     config = files.of_document(document, where, folder, overrides)
     with naming(where):
         return prepare(config, given(address))

@@ -16,7 +16,7 @@ from typing import Any
 from evomerge.errors import InputError, closest
 from evomerge.layers import is_embedding, layer_count, layer_index, with_layer
 from evomerge.merging import methods
-from evomerge.merging.methods.base import Method, Parameter
+from evomerge.merging.methods.base import Kind, Method, Parameter, needed
 from evomerge.recipe import Parameters, Recipe, Slice, Source, resolve_setting
 
 
@@ -43,6 +43,16 @@ class TensorMerge:
     base: str | None
     base_source: str
 
+    def source(self, index: int) -> tuple[str, str]:
+        """The reference of a model and the name of its tensor.
+
+        index: the model's place in `models`; -1 is the base.
+        """
+        if index >= 0:
+            return self.models[index], self.sources[index]
+        assert self.base is not None
+        return self.base, self.base_source
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
@@ -60,6 +70,12 @@ class MergePlan:
     rescale: str
     tensors: tuple[TensorMerge, ...]
     layers: tuple[Mapping[str, int], ...]
+
+    @property
+    def statistics(self) -> tuple[tuple[Kind, str], ...]:
+        """What must have been measured of which model, by its reference."""
+        every = (pair for tensor in self.tensors for pair in needed(self.method, tensor.base, tensor.models))
+        return tuple(dict.fromkeys(every)) if self.method.statistics else ()
 
     @property
     def keeps_layers(self) -> bool:
@@ -120,7 +136,7 @@ def make_plan(
 def unread_parameters(recipe: Recipe) -> Iterator[str]:
     """A warning, a whole sentence, for each parameter that the recipe's method does not read in its place, as in
     mergekit."""
-    method = methods.METHODS.get(recipe.merge_method)
+    method = methods.find(recipe.merge_method)
     if method is None:
         return
     per_model = [parameter.name for parameter in method.per_model]

@@ -3,6 +3,7 @@ rich.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -17,23 +18,33 @@ from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from evomerge.archive.archive import steering
-from evomerge.candidate import Candidate
 from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
-from evomerge.events import Evaluated, Event, Finished, SearchStarts, Stepped, Warned, WorkersAwaited, WorkersReady
+from evomerge.events import (
+    Evaluated,
+    Event,
+    Finished,
+    SearchStarts,
+    StatisticsMeasured,
+    Stepped,
+    Warned,
+    WorkersAwaited,
+    WorkersReady,
+)
 from evomerge.evidence.comparison import sentence
 from evomerge.export.card import percent
-from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
-from evomerge.reports.progress import pace_of
+from evomerge.reports.progress import clock, pace_of
 from evomerge.runs.journal import Opened, OpenRun
 from evomerge.search.results import Results
 
 if TYPE_CHECKING:
+    from evomerge.alignment.align import Alignment
     from evomerge.diagnosis.diagnose import Diagnosis
     from evomerge.export.adapter import WrittenAdapter
 
@@ -65,7 +76,7 @@ def console(stderr: bool = False) -> Console:
 
 
 class SearchView:
-    """A listener that shows a search: a live table and progress bar on a terminal, a line now and then elsewhere."""
+    """A listener that shows a search: a live table and progress bars on a terminal, a line now and then elsewhere."""
 
     def __init__(self, output: Console) -> None:
         """output: where the search is shown."""
@@ -73,17 +84,15 @@ class SearchView:
         self._run: OpenRun | None = None
         self._finished: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._live: Live | None = None
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[pace]}"),
-        )
-        self._task: Any = None
-        self._count, self._passes = 0, 0.0
+        self._bars = Progress(TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn())
+        self._tables: list[Table] = []
+        self._said: list[str] = []  # sentences below the bars
+        self._controls: Any = None
+        self._search: Any = None
+        self._loss = ""
         self._truncated: set[str] = set()
-        self._drawn = 0.0
+        self._plain = 0  # evaluations that were told in lines
+        self._begun = self._drawn = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         """A listener of `Search`."""
@@ -95,30 +104,39 @@ class SearchView:
             case Opened(run):
                 self._open(run)
             case WorkersReady(count):
-                self._say(f"{count} worker(s) ready")
+                self._say(f"{count} worker{'s' * (count != 1)} ready after {time.monotonic() - self._begun:.0f} s")
+                self._begun = time.monotonic()
+            case StatisticsMeasured(kind, model, _, seconds):
+                self._say(f"{kind.replace('_', ' ')} of {model} measured in {seconds:.1f} s")
             case SearchStarts(control):
-                self._say(f"controls evaluated; the search starts at {control}")
+                self._say(f"base, parents and uniform merge are scored; the search starts at {control}")
             case Evaluated():
                 self._evaluated(event)
-            case Stepped():
-                self._stepped(event)
+            case Stepped(step, losses):
+                self._loss = f"loss {sum(losses.values()) / max(1, len(losses)):.3f} at step {step}"
+                self._draw()
             case Finished():
+                if self._live is None and self._run is not None:
+                    self._say(self._line())
                 self.close()
 
     def _open(self, run: OpenRun) -> None:
         self._run = run
         status = self._status()
-        self._total = status.budget + status.controls.total
-        self._count = int(status.equivalents) + status.controls.done
+        recorded = status.evaluations + status.controls.done
         self._say(
             f"{run.directory}: {len(run.prepared.space.genes)} genes, {len(run.config.objectives)} objectives, "
             f"{_budget(run.config)} and {status.controls.total} controls"
-            + (f"; {self._count} already recorded" if self._count else "")
+            + (f"; {recorded} already recorded" if recorded else "")
         )
         if self._console.is_terminal:
-            self._task = self._progress.add_task("search", total=self._total, completed=self._count, pace="")
-            self._live = Live(self._progress, console=self._console, refresh_per_second=4, transient=True)
+            self._controls = self._bars.add_task("controls", total=status.controls.total)
+            self._search = self._bars.add_task("search", total=int(run.config.limit))
+            self._live = Live(
+                console=self._console, get_renderable=self._rendered, refresh_per_second=4, transient=True
+            )
             self._live.start()
+            self._draw(anyway=True)
 
     def _evaluated(self, event: Evaluated) -> None:
         assert self._run is not None
@@ -129,43 +147,51 @@ class SearchView:
         if event.evaluation.failed:
             self._say(f"{candidate} failed: {event.evaluation.error}")
         if study not in (steering(self._run.config), "subset"):
-            if self._live is not None:
-                title = "unquantized" if study == "search" else TITLES[study]
-                self._progress.update(self._task, description=f"{title} scores", pace="")
+            self._said = [f"{'unquantized' if study == 'search' else TITLES[study]} scores, {self._elapsed}"]
             return
         if study != "subset" and self._run.archive.find(candidate, "subset") is not None:
             return  # counted when it was scored on the subset
-        self._count += 1
         self._finished.append(time.monotonic())
         if self._live is not None:
-            self._progress.update(
-                self._task, completed=self._count, pace=self._pace(), description=_phase(event.candidate)
-            )
-            if self._finished[-1] - self._drawn >= _REDRAW:  # a front of thousands takes a while to work out
-                self._drawn = self._finished[-1]
-                self._live.update(Group(*self._tables(), self._progress))
-        elif self._count % _PLAIN_EVERY == 0 or self._count == self._total:
-            self._say(self._line())
+            self._draw()
+        else:
+            self._plain += 1
+            if self._plain % _PLAIN_EVERY == 0:
+                self._say(self._line())
 
-    def _stepped(self, event: Stepped) -> None:
-        """Counts a step along gradients by what it costs."""
+    def _draw(self, anyway: bool = False) -> None:
+        """Works out what the live table shows; a front of thousands takes a while, so this is not done every time."""
+        if self._live is None or (time.monotonic() - self._drawn < _REDRAW and not anyway):
+            return
         assert self._run is not None
-        self._passes += FORWARD_PASSES * self._run.config.optimizer.learning.share
-        whole = int(self._passes)
-        self._passes -= whole
-        self._count += whole
-        if self._live is not None:
-            loss = sum(event.losses.values()) / max(1, len(event.losses))
-            self._progress.update(self._task, completed=self._count, pace=f"step {event.step}, loss {loss:.3f}")
+        self._drawn = time.monotonic()
+        status, config = self._status(), self._run.config
+        self._bars.update(self._controls, completed=status.controls.done)
+        self._bars.update(self._search, completed=int(_done(status, config)))
+        self._tables = progress_tables(status, config, self._console.width)
+        self._said = [", ".join(filter(None, [status.phase, self._loss])), self._pace(status), progress_note(status)]
 
-    def _pace(self) -> str:
-        return pace_of(self._finished, self._total - self._count).phrase
+    def _rendered(self) -> Group:
+        """What is live: the last table, the bars, and what is said below them."""
+        said = [Text(sentence) for sentence in self._said if sentence]
+        return Group(*self._tables, self._bars, *said)
+
+    @property
+    def _elapsed(self) -> str:
+        return f"{clock(time.monotonic() - self._begun)} elapsed"
+
+    def _pace(self, status: views.StatusView) -> str:
+        assert self._run is not None
+        done = _done(status, self._run.config)
+        left = round(self._run.config.limit - done) + status.controls.total - status.controls.done
+        return ", ".join(filter(None, [self._elapsed, pace_of(self._finished, left).phrase]))
 
     def _status(self) -> views.StatusView:
         assert self._run is not None
         return views.status(self._run.results, running=True)
 
     def _line(self) -> str:
+        assert self._run is not None
         status = self._status()
         best = status.best
         none = "none keeps to the constraints yet" if status.infeasible else "nothing scored yet"
@@ -173,23 +199,19 @@ class SearchView:
         rivals = [row for row in (status.best_parent, status.best_control) if row is not None]
         bars = "; ".join(f"{row.id} {_mean(row.mean)}" for row in rivals)
         parts = [
-            f"{self._count}/{self._total}",
+            _spent(status, self._run.config),
+            f"controls {status.controls.done}/{status.controls.total}",
+            status.phase,
             shown,
             f"to beat: {bars}" if bars else "",
-            f"controls {status.controls.done}/{status.controls.total}",
-            f"front {status.front_size}",
-            f"failed {status.failed}" if status.failed else "",
-            self._pace(),
+            progress_note(status),
+            self._pace(status),
         ]
         return "  ".join(filter(None, parts))
 
-    def _tables(self) -> list[Table]:
-        assert self._run is not None
-        return progress_tables(self._status(), self._run.config, self._console.width)
-
     def _say(self, text: str) -> None:
         target = self._live.console if self._live is not None else self._console
-        target.print(escape(text))
+        target.print(escape(text), soft_wrap=not target.is_terminal)
 
     def close(self, interrupted: bool = False) -> None:
         """Ends the live table.
@@ -198,18 +220,12 @@ class SearchView:
         """
         if self._live is None:
             return
+        if interrupted:
+            self._draw(anyway=True)
         self._live.stop()
         self._live = None
         if interrupted:
-            for table in self._tables():
-                self._console.print(table)
-
-
-def _phase(candidate: Candidate) -> str:
-    """Where a search is, by the candidate that was scored last."""
-    if candidate.kind == "control":
-        return "controls"
-    return f"generation {candidate.generation}"
+            self._console.print(self._rendered())
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +344,7 @@ def show_scores(
     columns += [Column(name, [_score(scores, name) for _, scores, _ in rows]) for name in beside]
     show_table(output, title, columns)
     if beside:
-        output.print(f"only reported, so neither searched on nor in the {mean}: {', '.join(beside)}", markup=False)
+        _sentence(output, f"only reported, so neither searched on nor in the {mean}: {', '.join(beside)}")
 
 
 def show_adapter(output: Console, folder: Path, written: "WrittenAdapter") -> None:
@@ -369,10 +385,10 @@ def _mean(mean: float | None) -> str:
 def _explain(output: Console, mean: str) -> None:
     """Prints what a mean of unlike scores is."""
     if mean != "mean":
-        output.print(
+        _sentence(
+            output,
             f"{mean}: how far the objectives lie above the base's, weighted, each in units of the range of base, "
             "parents and uniform merge on search items",
-            markup=False,
         )
 
 
@@ -399,7 +415,7 @@ def show_evidence(output: Console, evidence: views.EvidenceView) -> None:
     evidence: that of the best candidate.
     """
     for compared in evidence.against:
-        output.print(f"{evidence.candidate}, beside the {compared.role}: {sentence(compared)}", markup=False)
+        _sentence(output, f"{evidence.candidate}, beside the {compared.role}: {sentence(compared)}")
     rows = evidence.retention
     if not rows:
         return
@@ -420,7 +436,7 @@ def show_front(output: Console, results: Results, most: int | None = None) -> No
     results: the search's.
     most: how many candidates are shown at most; None for all.
     """
-    front, mean = views.front(results), results.criteria().mean_name
+    front, mean = views.on_front(results), results.criteria().mean_name
     rows = front[:most]
     title = f"Pareto front: {len(front)} candidate{'s' * (len(front) != 1)}"
     if most and most < len(front):
@@ -433,6 +449,9 @@ def show_front(output: Console, results: Results, most: int | None = None) -> No
     how = " (quantized)" if results.study == "quantized" else ""
     show_table(output, f"{title}, on search{how} / held-out items", [*columns, *_notes(rows)])
     _explain(output, mean)
+    apart = views.off_front(results)
+    if apart is not None:
+        output.print(apart, markup=False)
 
 
 def _both(row: views.CandidateView, name: str) -> str:
@@ -476,7 +495,8 @@ def _note(row: views.CandidateView) -> str:
 
 def progress_tables(status: views.StatusView, config: SearchConfig, width: int) -> list[Table]:
     """Tables of the best candidate so far, of the parent and the control that it must beat, and of the best score on
-    each objective; none while there is no best.
+    each objective; none while there is no best. Candidates are rows where all objectives fit beside each other, else
+    columns.
 
     status: the run's.
     config: the search's.
@@ -485,24 +505,42 @@ def progress_tables(status: views.StatusView, config: SearchConfig, width: int) 
     best = status.best
     if best is None or best.scores is None:
         return []
-    leaders = status.best_per_objective
+    names = [objective.name for objective in config.objectives]
+    found = [status.best_per_objective[name] for name in names]
     rivals = [row for row in (status.best_parent, status.best_control) if row is not None and row.id != best.id]
-    rows = [(f"best, {best.id}", best), *((f"to beat, {row.id}", row) for row in rivals)]
-    columns = [Column("", [*(title for title, _ in rows), "best on each"], left=True)]
-    for name in (objective.name for objective in config.objectives):
-        leader = leaders[name]
-        columns.append(
-            Column(name, [*(_score(row.scores, name) for _, row in rows), number(leader.score) if leader else "–"])
-        )
-    columns.append(Column(status.mean, [*(_mean(row.mean) for _, row in rows), ""]))
-    blank = [""] * len(rows)
-    figures = {
-        "front": str(status.front_size),
-        "failed": str(status.failed),
-    }
-    columns += [Column(name, [figure, *blank]) for name, figure in figures.items()]
-    columns.append(Column("items", [*(str(row.items) for _, row in rows), ""], extra=True))
+    rows = [("best" if best.kind == "search" else "best control", best), *(("to beat", row) for row in rivals)]
+    scores = [[*(_score(row.scores, name) for name in names), _mean(row.mean)] for _, row in rows]
+    scores.append([*(number(leader.score) if leader else "–" for leader in found), ""])
+    titles = [*(f"{title}, {row.id}" for title, row in rows), "best on each"]
+    columns = [
+        Column("", titles, left=True),
+        *(Column(name, cells) for name, *cells in zip([*names, status.mean], *scores, strict=True)),
+    ]
+    if _needed(columns) > width:
+        heads = [*(title for title, _ in rows), "on each"]
+        ids = [*(row.id for _, row in rows), ""]
+        cells = [[name, *own] for name, own in zip(ids, scores, strict=True)]
+        columns = [
+            Column("", ["", *names, status.mean], left=True),
+            *(Column(*column) for column in zip(heads, cells, strict=True)),
+        ]
     return tables("", columns, width)
+
+
+def progress_note(status: views.StatusView) -> str:
+    """What a table does not say: the size of the front, failures, items, and whether the best still has to beat a
+    parent or a control."""
+    best, rivals = status.best, (status.best_parent, status.best_control)
+    reached = best.mean if best is not None and best.mean is not None else math.inf
+    above = [row.id for row in rivals if row is not None and row.mean is not None and row.mean > reached]
+    parts = [
+        f"front {status.front_size}",
+        f"failed {status.failed}",
+        f"breaking a constraint {status.infeasible}" if status.infeasible else "",
+        f"{best.items} items for each" if best else "",
+        f"{best.id} is still below {' and '.join(dict.fromkeys(above))}" if best and above else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def show_status(output: Console, status: views.StatusView, config: SearchConfig) -> None:
@@ -512,21 +550,30 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
     status: the run's.
     config: the search's.
     """
-    output.print(
-        f"{status.state}: {_spent(status, config)}, "
-        f"{status.controls.done}/{status.controls.total} controls" + (f", {status.pace}" if status.pace else "")
-    )
+    parts = [_spent(status, config), f"{status.controls.done}/{status.controls.total} controls", status.phase]
+    _sentence(output, f"{status.state}: " + ", ".join(filter(None, [*parts, status.pace])))
     for table in progress_tables(status, config, output.width):
         output.print(table)
+    _sentence(output, progress_note(status))
     show_failures(output, status.failures)
     if status.evidence is not None:
         show_evidence(output, status.evidence)
+
+
+def _sentence(output: Console, text: str) -> None:
+    """Prints a sentence, broken between words where a terminal is too narrow."""
+    output.print(text, markup=False, soft_wrap=not output.is_terminal)
 
 
 def _budget(config: SearchConfig) -> str:
     """What a search may take, in words."""
     equivalents = config.optimizer.equivalents
     return f"{config.budget} candidates" if equivalents is None else f"{equivalents:g} forward-pass equivalents"
+
+
+def _done(status: views.StatusView, config: SearchConfig) -> float:
+    """What a search has taken of its budget."""
+    return status.evaluations if config.optimizer.equivalents is None and not status.steps else status.equivalents
 
 
 def _spent(status: views.StatusView, config: SearchConfig) -> str:
@@ -554,6 +601,103 @@ def show_findings(output: Console, findings: Sequence[Finding]) -> None:
     show_table(output, "", columns)
     off = sum(not finding.good for finding in findings)
     output.print(f"{len(findings)} findings, {f'{off} of them off' if off else 'all as expected'}", markup=False)
+
+
+def show_summary(output: Console, summary: Mapping[str, Any]) -> None:
+    """Prints what a search will take, a line for everything that it has.
+
+    output: where it is printed.
+    summary: as `evomerge check --json` prints it.
+    """
+    for key, value in summary.items():
+        parts = value.items() if isinstance(value, Mapping) else None
+        if parts is not None:
+            named = [f"{name} {_plainly(part)}" for name, part in parts]
+            shown = ("; " if any("," in part for part in named) else ", ").join(named)
+        elif isinstance(value, list | tuple):
+            shown = ", ".join(map(_plainly, value))
+        else:
+            shown = "" if value is None or (value == 0 and value is not False) else _plainly(value)
+        if shown:
+            _sentence(output, f"{key.replace('_', ' ')}: {shown}")
+
+
+def _plainly(value: Any) -> str:
+    """A value as people write it; large whole numbers in groups of three digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if value >= 10_000 else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show_alignment(output: Console, folder: Path, found: "Alignment") -> None:
+    """Prints what an alignment brought.
+
+    output: where it is printed.
+    folder: the aligned model's.
+    found: what it brought.
+    """
+    rows = [("distance, as a share of the target's norm", found.before, found.after)]
+    if found.barriers is not None:
+        before, after = found.barriers
+        rows.append(("loss of both models, in nats per token", before.ends, after.ends))
+        rows.append(("loss of their average", before.middle, after.middle))
+        rows.append(("barrier", before.height, after.height))
+    columns = [
+        Column("", [what for what, _, _ in rows], left=True, words=True),
+        Column("before", [number(value) for _, value, _ in rows]),
+        Column("aligned", [number(value) for *_, value in rows]),
+    ]
+    show_table(output, "", columns)
+    moved = ", ".join(f"{count} of the {kind}" for kind, count in found.moved.items())
+    output.print(f"moved: {moved}", markup=False)
+    output.print(f"{folder}: written", markup=False)
+
+
+def show_placements(output: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints what a search takes in each placement of its models.
+
+    output: where it is printed.
+    rows: as `summarize` has them.
+    """
+    columns = [
+        Column("sources", [row["sources"] for row in rows], left=True),
+        Column("fields", [row["fields"] for row in rows], left=True),
+        *(
+            [Column("adapters", [row["adapters"] for row in rows], left=True)]
+            if any(row["adapters"] == "factors" for row in rows)
+            else []
+        ),
+        Column("taken", ["yes" if row["chosen"] else "" for row in rows], left=True),
+        Column("a worker", [f"{row['gib_per_worker']:.1f}" for row in rows]),
+        Column("host", [f"{row['gib_host']:.1f}" for row in rows]),
+        Column("disk", [f"{row['gib_from_disk']:.1f}" for row in rows]),
+        Column("copied", [f"{row['gib_copied']:.1f}" for row in rows]),
+        Column("merged", [f"{row['gib_merged']:.1f}" for row in rows]),
+        Column("lacking here", [row["lacking"] or "" for row in rows], words=True, extra=True),
+    ]
+    show_table(output, "GiB: of a worker's device, a node's host; from disk, copied, merged per candidate", columns)
+    if not any(row["chosen"] for row in rows):
+        output.print(
+            "The device is not here. A worker takes the first row that fits into 90 % of what its device has free.",
+            markup=False,
+        )
+
+
+def show_forecast(output: Console, forecast: Mapping[str, Any]) -> None:
+    """Prints how long a search will take.
+
+    output: where it is printed.
+    forecast: as `Forecast.parts` has it.
+    """
+    merge, score, whole = (forecast[name] for name in ("merge", "score", "search"))
+    price = "" if forecast["price"] is None else f", which costs {forecast['price']:.2f}"
+    output.print(
+        f"forecast: {merge + score:.3g} s for a candidate ({merge:.3g} s to merge, {score:.3g} s to score), "
+        f"{whole:.3g} s ({whole / 3600:.2f} h) for the search{price}",
+        markup=False,
+    )
 
 
 def show_diagnosis(output: Console, diagnosis: "Diagnosis") -> None:
@@ -595,7 +739,7 @@ def show_failures(output: Console, counts: dict[str, int]) -> None:
     counts: how often each reason occurs, the commonest first.
     """
     for reason, count in list(counts.items())[:_REASONS]:
-        output.print(f"{count} failed: {reason}", markup=False)
+        _sentence(output, f"{count} failed: {reason}")
     if len(counts) > _REASONS:
         rest = sum(list(counts.values())[_REASONS:])
         output.print(f"{rest} failed for other reasons (`evomerge candidates` lists them)", markup=False)

@@ -13,7 +13,7 @@ from evomerge.candidate import Evaluation, Study
 from evomerge.config.base import SPLITS
 from evomerge.evidence.comparison import Comparison, Kept, against, retention
 from evomerge.evidence.table import compared
-from evomerge.reports.progress import Pace
+from evomerge.reports.progress import Pace, phase
 from evomerge.search import failures
 from evomerge.search.best import HELDOUT_FRONT, best_of, means
 from evomerge.search.controls import BASE, PARENT, count_controls, family
@@ -131,6 +131,7 @@ class StatusView:
     budget: how many search candidates there are at most; controls are not among them.
     equivalents: what the search has cost, controls left out, in forward passes over all search items.
     steps: how many steps along gradients have been taken.
+    phase: the stage of the search, where there are several, and its step or its generation; empty before the first.
     controls: how many controls have been evaluated.
     on_all_items: how many search candidates were scored on all search items.
     failed: how many candidates failed.
@@ -153,6 +154,7 @@ class StatusView:
     budget: int
     equivalents: float
     steps: int
+    phase: str
     controls: Count
     on_all_items: int
     failed: int
@@ -185,12 +187,38 @@ def candidates(results: Results) -> list[CandidateView]:
     return [looked.at(record) for record in results.archive.tried()]
 
 
+def on_front(results: Results) -> list[CandidateView]:
+    """The Pareto front on all search items, best mean first, without the tests of `front`, which take seconds."""
+    looked = _Look(results)
+    return [looked.at(record) for record in looked.why.front]
+
+
 def front(results: Results) -> list[FrontView]:
     """The Pareto front on all search items, best mean first."""
-    looked = _Look(results)
-    rows = [looked.at(record) for record in looked.why.front]
+    rows = on_front(results)
     compared = against(results, [row.id for row in rows])
     return [FrontView(**_fields(row), against=compared[row.id]) for row in rows]
+
+
+def off_front(results: Results) -> str | None:
+    """A sentence where the best candidate is not on the front, which says why; None where it is, or there is none."""
+    best, shown = results.best(), results.front()
+    if best is None or any(record.candidate.id == best.candidate.id for record in shown):
+        return None
+    name = best.candidate.id
+    same = next((one for one in shown if one.evaluation.fingerprint == best.evaluation.fingerprint), None)
+    if same is not None:
+        return f"The best, {name}, has the same weights as {same.candidate.id}, which stands for both on the front."
+    count = sum(
+        candidate.kind == "search" and results.archive.find(candidate.id, "selection") is not None
+        for candidate in results.reported()
+    )
+    if count:
+        return (
+            f"The best, {name}, is not on the front: the front is made by search items, and the best was chosen by "
+            f"selection items, among the {count} candidates that were scored on them."
+        )
+    return f"The best, {name}, is not on the front: its mean is the best, but others beat it on single objectives."
 
 
 def _fields(row: CandidateView) -> dict[str, Any]:
@@ -321,6 +349,7 @@ def status(results: Results, running: bool) -> StatusView:
         budget=config.budget,
         equivalents=round(results.equivalents, 2),
         steps=results.steps,
+        phase=phase([record.candidate for record in searched], results.steps, config.optimizer),
         controls=controls,
         on_all_items=sum(record.candidate.kind == "search" for record in steered),
         failed=sum(record.evaluation.failed for record in tried),

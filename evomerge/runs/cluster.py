@@ -1,8 +1,9 @@
 """Submits, lists, follows and stops searches as jobs of a Ray cluster, through Ray's job API.
 
-A job carries the search file and the folders of its tasks. It does not carry models: a zoo or Hugging Face name means
-the same everywhere, and a folder must lie at the same path on every node. On the cluster, the tasks are copied into the
-run directory under a name made from their content. So a search whose tasks have changed counts as another search.
+A job carries the search file, the folders of its tasks, and the files of the user's own scores. It does not carry
+models: a zoo or Hugging Face name means the same everywhere, and a folder must lie at the same path on every node. On
+the cluster, the tasks are copied into the run directory under a name made from their content. So a search whose tasks
+have changed counts as another search.
 
 Besides `workers.ray_pool`, this is the only module that imports ray.
 """
@@ -29,8 +30,9 @@ from urllib.parse import urlsplit
 
 from evomerge.config.search import SearchConfig
 from evomerge.errors import EvomergeError, InputError, WorkFailed, choices, first_line
+from evomerge.evaluation.own_files import kept, read_own
 from evomerge.evaluation.tasks import data_files
-from evomerge.files import SEARCH_FILE, TASKS
+from evomerge.files import OWN, SEARCH_FILE, TASKS
 from evomerge.workers.ray_address import TOKEN_FILE, token_header
 
 EXAMPLE = "http://127.0.0.1:8265"
@@ -212,7 +214,8 @@ def entrypoint(directory: str) -> str:
 
 
 def pack(config: SearchConfig, directory: str, folder: Path) -> None:
-    """Fills a folder with what a job carries: the search file, and its tasks under a name made from their content.
+    """Fills a folder with what a job carries: the search file, and its tasks and the user's own scores under a name
+    made from their content.
 
     config: the search's.
     directory: the run directory on the cluster.
@@ -228,6 +231,10 @@ def pack(config: SearchConfig, directory: str, folder: Path) -> None:
         origin = path if path.is_dir() else path.parent
         shutil.copytree(origin, staged / str(index), ignore=shutil.ignore_patterns(*_LEFT_OUT))
     _check_data_files(config)
+    own = read_own(config)
+    for name, held in kept(config, own, "")[1].items():
+        (staged / OWN).mkdir(parents=True, exist_ok=True)
+        (staged / OWN / name).write_bytes(held)
     content = _content_hash(staged)
     if staged.exists():
         (folder / TASKS).mkdir()
@@ -238,7 +245,7 @@ def pack(config: SearchConfig, directory: str, folder: Path) -> None:
         for index, path in enumerate(map(Path, config.tasks.paths))
     ]
     tasks = config.tasks.model_copy(update={"paths": tuple(paths), "data_root": None})
-    carried = config.model_copy(update={"tasks": tasks})
+    carried = kept(config, own, str(there / OWN))[0].model_copy(update={"tasks": tasks})
     (folder / SEARCH_FILE).write_text(carried.to_yaml(), encoding="utf-8")
 
 

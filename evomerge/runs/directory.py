@@ -1,12 +1,13 @@
 """Run directories: they are made, locked, run, resumed and read here.
 
 A run directory holds search.yaml (resolved and frozen), archive.db, log.jsonl (one line per event) and best.yaml. The
-last two are derived from the first two.
+last two are derived from the first two. A search with scores of the user's own has copies of their files in own.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
-from evomerge.files import SEARCH_FILE, TASKS, check_writable, write_text
+from evomerge.files import OWN, SEARCH_FILE, STATISTICS, TASKS, check_writable, write_bytes, write_text
 from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.runs.reading import check_archive_kept, check_readable, read_config
 from evomerge.runs.trackers.tracking import Tracking
+from evomerge.search import ablation
+from evomerge.search.ablation import Ablation
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, identities, prepare_file, reopen
+from evomerge.search.statistics import measure, wanted
 from evomerge.workers import WorkerPool
 from evomerge.workers.pools import make_pool
 from evomerge.workers.ray_address import given
@@ -81,12 +85,12 @@ def begin(
     for warning in prepared.warnings:
         listener(Warned(warning))
     listener(WorkersAwaited())
-    with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
+    with closing(_pool(prepared, address, directory)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
         with run_lock(directory), _present(directory, prepared.config) as writer:
             if (directory / SEARCH_FILE).exists():  # somebody was faster
                 raise InputError(_occupied(directory, prepared.config))
-            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
+            prepared = _frozen(directory, prepared)
             return _run(OpenRun(directory, prepared, _archive(directory, prepared, writer)), pool, listener)
 
 
@@ -104,15 +108,83 @@ def resume(directory: Path, overrides: Sequence[str], address: str | None, liste
 
 def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: Listener) -> OpenRun:
     check_archive_kept(directory, prepared.config)
+    _check_own(directory, prepared.config)
     with run_lock(directory), _present(directory, prepared.config) as writer:
         run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
         for warning in run.archive.check_resumable(directory):
             listener(Warned(warning))
         check_sources(run)
         listener(WorkersAwaited())
-        with closing(make_pool(prepared.config, prepared.models, prepared.targets, address)) as pool:
-            write_text(directory / SEARCH_FILE, prepared.config.to_yaml())
-            return _run(run, pool, listener)
+        with closing(_pool(prepared, address, directory)) as pool:
+            return _run(replace(run, prepared=_frozen(directory, prepared)), pool, listener)
+
+
+def _check_own(directory: Path, config: SearchConfig) -> None:
+    """Raises InputError where the files of the user's own scores are not those that the search began with."""
+    from evomerge.evaluation.own_files import read_own
+
+    with naming(directory / SEARCH_FILE):
+        read_own(config)
+
+
+def _frozen(directory: Path, prepared: Prepared) -> Prepared:
+    """Writes the search file and copies of the user's own scores into a run directory. Returns the search with these
+    copies in the place of the files that it came with."""
+    from evomerge.evaluation.own_files import kept, read_own
+
+    files = read_own(prepared.config)
+    config, contents = kept(prepared.config, files, OWN)
+    if contents:
+        (directory / OWN).mkdir(exist_ok=True)
+    for name, content in contents.items():
+        write_bytes(directory / OWN / name, content)
+    write_text(directory / SEARCH_FILE, config.to_yaml())
+    return replace(prepared, config=kept(prepared.config, files, str((directory / OWN).resolve()))[0])
+
+
+def ablate(
+    directory: Path,
+    overrides: Sequence[str],
+    address: str | None,
+    listener: Listener,
+    tell: Callable[[Ablation, int], None] = lambda *_: None,
+) -> None:
+    """Scores the recipes between the uniform merge and a run's winner (`evomerge.search.ablation`), but for those that
+    are recorded already, so that it goes on where it was interrupted. The search's own records stay as they are.
+
+    directory: the run directory.
+    overrides: settings of workers, as KEY=VALUE; they are not kept.
+    address: a Ray cluster's; None for this machine.
+    listener: is told what happens.
+    tell: is told what will be scored, and how many evaluations are left, before any of them begins.
+    Raises InputError where the search has not ended, or its winner has nothing that could be put back.
+    """
+    opened = read(directory)
+    _planned(opened)  # what is refused is refused before anything is written
+    prepared = opened.prepared
+    working = _reopen(directory, overrides) if overrides else prepared
+    with run_lock(directory), _present(directory, prepared.config) as writer:
+        run = OpenRun(directory, prepared, _archive(directory, prepared, writer))
+        for warning in run.archive.check_resumable(directory):
+            listener(Warned(warning))
+        planned = _planned(run)
+        beside = run.archive.beside(ablation.ARCHIVE, writer)
+        left = planned.left(beside)
+        if not left:
+            return
+        check_sources(run)
+        tell(planned, left)
+        with closing(_pool(working, address, directory)) as pool:
+            ablation.carry_out(planned, Search(working.config, working.space, beside, pool, listener))
+
+
+def _planned(run: OpenRun) -> Ablation:
+    with naming(run.directory):
+        return ablation.plan(run.results, run.prepared.space)
+
+
+def _pool(prepared: Prepared, address: str | None, directory: Path) -> WorkerPool:
+    return make_pool(prepared.config, prepared.models, prepared.targets, address, directory / STATISTICS)
 
 
 def check_sources(run: OpenRun) -> None:
@@ -147,9 +219,9 @@ def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive
 
 
 def _held(directory: Path) -> list[str]:
-    """The names of what a future run directory holds already, locks and tasks left out; sorted."""
+    """The names of what a future run directory holds already; locks, tasks and own scores left out; sorted."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, TASKS))
+        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, OWN, STATISTICS, TASKS))
     except FileNotFoundError:
         return []
     except NotADirectoryError:
@@ -201,6 +273,7 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     tracking(Opened(run))
     try:
         tell(WorkersReady(pool.size, run.config.workers.pool))
+        run.archive.record_statistics(measure(wanted(run.config), pool, tell))
         Search(run.config, run.prepared.space, run.archive, pool, tell, tuple(run.prepared.models.table)).run()
     except BaseException as error:
         with suppress(WorkFailed):  # it may be the log that cannot be written, and the first reason is what counts

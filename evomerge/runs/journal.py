@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, ClassVar
 from evomerge.archive.archive import Archive, Record, steering
 from evomerge.config.search import SearchConfig
 from evomerge.events import Evaluated, Event, Finished
-from evomerge.files import unwritten, write_text
+from evomerge.files import STATISTICS, unwritten, write_text
 from evomerge.search.best import means
 from evomerge.search.results import Results
 
 if TYPE_CHECKING:
+    from evomerge.merging.sources.statistics import Shelf
     from evomerge.search.preparation import Prepared  # what only shows a run waits for no model library
 
 LOG_FILE, BEST_FILE = "log.jsonl", "best.yaml"
@@ -38,6 +39,13 @@ class OpenRun:
     def config(self) -> SearchConfig:
         """The search's config, resolved."""
         return self.prepared.config
+
+    @property
+    def statistics(self) -> "Shelf":
+        """The statistics that its methods use."""
+        from evomerge.merging.sources.statistics import Shelf
+
+        return Shelf([self.directory / STATISTICS], self.archive.statistics, str(self.directory))
 
     @property
     def results(self) -> Results:
@@ -87,7 +95,8 @@ class Journal:
         if best is None:
             (self._run.directory / BEST_FILE).unlink(missing_ok=True)  # a longer search may have changed the choice
             return
-        recipe = shared_recipe(best, self._run.results, self._run.prepared.models)
+        folder = self._run.directory / STATISTICS
+        recipe = shared_recipe(best, self._run.results, self._run.prepared.models, folder)
         write_text(self._run.directory / BEST_FILE, recipe.to_yaml())
 
 

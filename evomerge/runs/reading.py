@@ -27,7 +27,7 @@ def results(directory: Path) -> Results:
         with naming(directory / SEARCH_FILE):
             return reopen(config).space.genes  # runs in format 1 did not record them
 
-    return Results(Archive(directory, config, genes), config)
+    return Results(Archive(directory, config, genes, reading=True), config)
 
 
 def read_config(directory: Path, overrides: Sequence[str] = ()) -> SearchConfig:

@@ -192,6 +192,16 @@ class Search:
         self.archive.record_end(self.config.limit)
         self.listener(Finished(len(self.archive.records())))
 
+    def score(self, candidates: Sequence[Candidate], split: Split) -> None:
+        """Scores given candidates on a split, unquantized, but for those that the archive holds already.
+
+        candidates: in the order in which they are handed out.
+        split: the split.
+        Raises WorkFailed where the archive holds another candidate by the same id.
+        """
+        self.pool.listener = self.archive.listener = self.listener
+        self._drain([FixedList(candidates, split)])
+
     @cached_property
     def _workers(self) -> Sharing:
         """The pool, whose workers share what is left of a candidate."""

@@ -22,7 +22,7 @@ from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.tensor_files import parameter_count, torch_dtypes
 from evomerge.optimizers.make import following_gradients, learns, resolve
-from evomerge.search.controls import check_controls, count_controls
+from evomerge.search.controls import check_controls, count_controls, start_of_weights
 from evomerge.seen import encoded
 from evomerge.spaces import SearchSpace
 from evomerge.spaces.data_flow import DataFlowSpace
@@ -32,11 +32,12 @@ from evomerge.spaces.sensitivity import sensitivity
 if TYPE_CHECKING:
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import Target
-    from evomerge.workers.memory import MemoryPlan
+    from evomerge.workers.memory import MemoryPlan, SearchPlan
 
 _WORTH_A_SUBSET = 100  # search items
 _WORTH_A_SHARD = 4e9  # parameters times search items; an estimate, which only decides how evenly workers are used
 _MOST_SHARDS = 32
+_FEW_GENERATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     address: of the Ray cluster that the search will run on; None for this machine.
     Raises InputError for every mistake in the config.
     """
-    from evomerge.evaluation import few_shots, soundness
+    from evomerge.evaluation import few_shots, own_files, soundness
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import (
         check_greedy,
@@ -91,9 +92,11 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
         of_metrics,
         only_reported,
     )
+    from evomerge.evaluation.own_scores import OwnItems
     from evomerge.workers.worker import base_tokenizer
 
     _check_trackers(config)
+    config, own = own_files.checked(config)
     config, models = _pinned(config)
     prepared = _with_models(config, models)
     check_controls(config)
@@ -112,8 +115,11 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     if learns(config.optimizer, config.limit):
         config, prepared, doubt = _learning(config, prepared, searched)
         space = prepared.space
-    reported = only_reported(config, targets)
-    division = Division(distinct_tasks(searched), config.items, prepared.models.seen, reported)
+    own_items = OwnItems.of(config, own)
+    searched_tasks = [*distinct_tasks(searched), *own_items.searched.values()]
+    reported = [*only_reported(config, targets), *own_items.reported.values()]
+    _check_texts(config, distinct_tasks(searched))
+    division = Division(searched_tasks, config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
     _check_vocabularies(config, prepared)
     resolved = _resolved(config, prepared, targets, division, address)
@@ -157,7 +163,7 @@ def _resolved(
     _check_named_once(resolved)
     whole, fewest = without_items(config, targets, division), fewest_items(config, targets, division)
     searched = distinct_tasks(of_metrics(config.measured, targets))
-    items = sum(len(division.of(task, "search")) for task in searched)
+    items = sum(len(division.of(task, "search")) for task in searched)  # shards do not divide those of own scores
     shards = resolve_shards(config, parameter_count(prepared.models.table), items)
     return resolved.model_copy(
         update={
@@ -165,6 +171,17 @@ def _resolved(
             "workers": config.workers.model_copy(update={"shards": shards}),
         }
     )
+
+
+def _check_texts(config: SearchConfig, tasks: Sequence[Any]) -> None:
+    """Raises InputError for a cost of texts in a search whose tasks have none written."""
+    for index, objective in enumerate(config.objectives):
+        of_texts = objective.cost is not None and COSTS[objective.cost].of_texts
+        if of_texts and not any(task.OUTPUT_TYPE == "generate_until" for task in tasks):
+            raise InputError(
+                f"objectives[{index}].cost is {objective.cost}, but no task of the search has texts written "
+                "(generate_until); add one, or remove the cost."
+            )
 
 
 def _check_trackers(config: SearchConfig) -> None:
@@ -220,6 +237,9 @@ def _learning(
     reason = None if moved else "none of its genes has a derivative by the first method"
     if config.evaluation.quantize is not None:
         reason = f"evaluation.quantize is {config.evaluation.quantize}, through which none of them can be followed"
+    own = [metric.name for metric in config.measured if metric.python is not None]
+    if own:
+        reason = f"{own[0]} is a function of your own, which has no derivative"
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
         chat = config.evaluation.apply_chat_template
@@ -282,19 +302,27 @@ def _pinned(config: SearchConfig) -> tuple[SearchConfig, Models]:
 
 
 def _device(config: SearchConfig, address: str | None) -> str:
-    """The device that the workers will have. Ray's workers may run on machines with GPUs though this one has none, so
-    the cluster is asked."""
-    name, workers = config.evaluation.device, config.workers
-    if workers.pool != "ray" or name not in ("auto", "cuda", "xpu"):
-        return resolve_device(name)
-    if name != "auto":
-        return name
-    if workers.num_gpus is None and address is not None:
-        from evomerge.workers.ray_pool import cluster_device
+    """The device that the workers will have. Workers of a Ray cluster may run on machines with GPUs though this one has
+    none, so the search file is believed, or the cluster is asked. A Ray that is started here has what this machine has.
 
-        return cluster_device(address)
-    here = resolve_device(name)
-    return "cuda" if workers.num_gpus and here == "cpu" else here
+    Raises InputError where the workers would not have the device.
+    """
+    name, workers = config.evaluation.device, config.workers
+    if workers.pool == "ray" and address is not None and name in ("auto", "cuda", "xpu"):
+        if name != "auto":
+            return name
+        if workers.num_gpus is None:
+            from evomerge.workers.ray_pool import cluster_device
+
+            return cluster_device(address)
+        return "cuda" if workers.num_gpus and resolve_device(name) == "cpu" else resolve_device(name)
+    device = resolve_device(name)
+    if workers.pool == "ray" and name == "auto" and device == "cpu" and workers.num_gpus:
+        raise InputError(
+            f"workers.num_gpus is {workers.num_gpus:g}, but torch sees no GPU here; give the --address of a Ray "
+            "cluster that has some, or leave it out."
+        )
+    return device
 
 
 def _check_engine(config: SearchConfig) -> None:
@@ -373,8 +401,11 @@ def resolve_subsets(config: SearchConfig, items: int, whole: str | None) -> bool
     hindrance = None
     costs = [objective.cost for objective in config.objectives if objective.cost is not None]
     of_items = [cost for cost in costs if COSTS[cost].of_items]
+    own = [metric.name for metric in config.measured if metric.python is not None]
     if whole is not None:
         hindrance = f"{whole} is no mean over items"
+    elif own:
+        hindrance = f"{own[0]} is a function of your own, which sees all items"
     elif items == 0:
         hindrance = "there are only costs"
     elif of_items:
@@ -444,28 +475,42 @@ def unquantized(config: SearchConfig) -> SearchConfig:
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": None})})
 
 
-def summarize(prepared: Prepared) -> dict[str, Any]:
-    """What a search will take, for JSON and tables: genes, candidates, items, and memory per worker in GiB."""
+def plan_of(prepared: Prepared) -> "SearchPlan":
+    """What a search takes of memory, disk and tokens, where candidates are not quantized."""
+    from evomerge.workers.memory import plan_placements
+
+    return plan_placements(unquantized(prepared.config), prepared.space, prepared.models, prepared.targets)
+
+
+def summarize(prepared: Prepared, plan: "SearchPlan | None" = None) -> dict[str, Any]:
+    """What a search will take, for JSON and tables: genes, candidates, items, tokens, and memory in GiB.
+
+    prepared: the search.
+    plan: its plan, where it is there already.
+    """
     from evomerge.workers.memory import plan_memory, shortage
 
-    config = prepared.config
+    config, plan = prepared.config, plan or plan_of(prepared)
     loaded = prepared.models, prepared.targets
-    plan = plan_memory(unquantized(config), prepared.space, *loaded)
     quantized = {}
     if config.evaluation.quantize is not None:
         quantized = {"gib_per_worker_quantized": _in_gib(plan_memory(config, prepared.space, *loaded))}
-    short = shortage(config, plan)
+    warnings = [*prepared.warnings, *filter(None, [shortage(plan.chosen), _few_generations(config)])]
     return {
         "models": {"base": config.base, **config.models},
         "parameters": sum(math.prod(info.shape) for info in prepared.models.table.values()),
         "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
+        "groups": dict(Counter(gene.group for gene in prepared.space.genes)),
+        "starts": _starts(config, prepared.space),
         "optimizer": ", then ".join(config.optimizer.names),
         "population": config.optimizer.population,
         "candidates": config.budget,
+        "generations": _generations(config),
         "equivalents": config.optimizer.equivalents,
         "steps": config.optimizer.learning.steps if config.optimizer.follows_gradients else 0,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
+        "metrics": {metric.name: metric.metric for metric in config.reported if metric.cost is None},
         "constraints": {
             f"{constraint.name} of {constraint.of or 'the best parent'}": constraint.retain
             for constraint in config.constraints
@@ -476,11 +521,67 @@ def summarize(prepared: Prepared) -> dict[str, Any]:
         "dtype": config.evaluation.dtype,
         "prefix_sharing": config.evaluation.prefix_sharing,
         "subsets": config.subsets,
-        "gib_per_worker": _in_gib(plan),
+        "gib_per_worker": _in_gib(plan.chosen.worker),
         **quantized,
-        "warnings": [*prepared.warnings, *([short] if short else [])],
+        "placements": [
+            {
+                "sources": placement.sources,
+                "fields": placement.fields,
+                "adapters": placement.adapters,
+                "chosen": placement.chosen,
+                "gib_per_worker": _gib(placement.worker.total),
+                "gib_host": _gib(placement.host),
+                "gib_from_disk": _gib(placement.disk),
+                "gib_copied": _gib(placement.copied),
+                "gib_merged": _gib(placement.moved),
+                "lacking": placement.lacking,
+            }
+            for placement in plan.placements
+        ],
+        "tokens_read": plan.tokens.read,
+        "tokens_written": plan.tokens.written,
+        "warnings": warnings,
     }
 
 
+def _generations(config: SearchConfig) -> int:
+    """How many generations the budget is at most."""
+    return math.ceil(config.budget / (config.optimizer.population or 1))
+
+
+def _few_generations(config: SearchConfig) -> str | None:
+    """A sentence where an optimizer that learns from generations sees too few of them; None elsewhere."""
+    row, generations = OPTIMIZERS[config.optimizer.name], _generations(config)
+    if not row.learns_ranks or generations >= _FEW_GENERATIONS:
+        return None
+    return (
+        f"the budget of {config.budget} candidates is {generations} generation{'s' * (generations > 1)} of "
+        f"{config.optimizer.population}, from which {config.optimizer.name} learns little; ask for more, or for a "
+        "smaller optimizer.population."
+    )
+
+
+def _starts(config: SearchConfig, space: SearchSpace) -> dict[str, Any]:
+    """Where a search starts, by the kind of gene: a value, the least and the largest of several, or in words."""
+    if config.space.merging is None:
+        return {"path": "the best of base and parents"}
+    starts: dict[str, Any] = {}
+    for kind in dict.fromkeys(gene.kind for gene in space.genes):
+        values = [
+            gene.choices[int(gene.start)] if gene.choices else gene.start for gene in space.genes if gene.kind == kind
+        ]
+        if kind == "weight" and start_of_weights(config) is None:
+            starts[kind] = "the best of base, parents and uniform merge"
+        elif len(set(values)) == 1 or isinstance(values[0], str):
+            starts[kind] = values[0]
+        else:
+            starts[kind] = f"{min(values):g} to {max(values):g}"
+    return starts
+
+
 def _in_gib(plan: "MemoryPlan") -> dict[str, float]:
-    return {name: round(size / 2**30, 3) for name, size in plan.parts().items()}
+    return {name: _gib(size) for name, size in plan.parts().items()}
+
+
+def _gib(size: float) -> float:
+    return round(size / 2**30, 3)

@@ -12,6 +12,7 @@ from evomerge.merging.plan import make_plan
 from evomerge.merging.sources import located
 from evomerge.merging.sources.models import Models, find_models
 from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.statistics import shelf_of
 from evomerge.search.criteria import mean_of_scores
 from evomerge.search.preparation import prepare_file, unquantized
 
@@ -46,7 +47,8 @@ def score(
     preflight(models)
     make_plan(recipe, models.table, target)
     seen, head_apart = recipe.evomerge.digests, recipe.evomerge.head_apart
-    worker = Worker(config, models, prepared.targets, seen=seen, head_apart=head_apart)
+    shelf = shelf_of(recipe, target)
+    worker = Worker(config, models, prepared.targets, seen=seen, head_apart=head_apart, statistics=shelf)
     evaluation = worker.evaluate(recipe, wanted)
     return prepared.config, {
         "target": target,

@@ -123,7 +123,8 @@ def _parameters_of_one(config: HybridConfig, sources: Sequence[str]) -> tuple[Pa
             "space.path.sources out, or use a method of task vectors such as task_arithmetic or dare_ties."
         )
     kept: Parameters = {"density": 1.0} if method.takes("density") else {}
-    return {"weight": 0.0, **kept}, {"weight": 1.0, **kept}, {"lambda": 1.0} if method.shares("lambda") else {}
+    whole: Parameters = {name: 1.0 for name in ("lambda", "omega") if method.shares(name)}
+    return {"weight": 0.0, **kept}, {"weight": 1.0, **kept}, whole
 
 
 def _runs(hops: Sequence[Hop]) -> list[list[Hop]]:

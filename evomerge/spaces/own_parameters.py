@@ -12,6 +12,7 @@ from evomerge.config.base import GeneChange, GeneConfig
 from evomerge.config.documents import validate
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError, choices
+from evomerge.merging.methods import OMEGA
 from evomerge.merging.methods.base import Method, Parameter
 from evomerge.spaces import Condition, Gene, categorical
 
@@ -34,7 +35,7 @@ class OwnParameter:
     @property
     def kind(self) -> str:
         """The kind of its genes, such as `slerp.t`."""
-        return f"{self.method.name}.{self.parameter.name}"
+        return f"{self.method.plain}.{self.parameter.name}"
 
     @property
     def by_tensor(self) -> bool:
@@ -91,21 +92,22 @@ def own_parameters(config: ParameterSpaceConfig, methods: Sequence[Method]) -> l
     _check_names(config, methods)
     parameters = []
     for method in methods:
-        named = config.parameters.get(method.name, {})
+        named = config.parameters.get(method.plain, {})
         for parameter in method.own:
-            change = named.get(parameter.name)
+            change, where = named.get(parameter.name), f"space.parameters.{method.plain}.{parameter.name}"
+            if parameter is OMEGA and config.post.aim is not None:
+                change, where = config.post.aim.omega, "space.post.aim.omega"
             if change is not None or not method.takes("weight"):
-                where = f"space.parameters.{method.name}.{parameter.name}"
                 parameters.append(OwnParameter(method, parameter, _bounds(parameter, change or GeneChange(), where)))
     return parameters
 
 
 def _check_names(config: ParameterSpaceConfig, methods: Sequence[Method]) -> None:
-    used = {method.name: method for method in methods}
+    used = {method.plain: method for method in methods}
     for name, named in config.parameters.items():
         if name not in used:
             raise InputError(f"space.parameters.{name} is for no method in space.method; {choices(name, used)}.")
-        own = [parameter.name for parameter in used[name].own]
+        own = [parameter.name for parameter in used[name].own if parameter is not OMEGA]
         for parameter in named:
             if parameter not in own:
                 raise InputError(f"space.parameters.{name}.{parameter} cannot be searched; {choices(parameter, own)}.")

@@ -186,7 +186,8 @@ class ParameterSpace:
         """The recipe of a genome of shape (dimension,). Values outside the box are clipped to it."""
         values = self._values(genome)
         choices = {gene.name: gene.choices[int(values[gene.name])] for gene in self.genes if gene.choices}
-        method = methods.METHODS[choices.get("method", self._methods[0].name)]
+        chosen = choices.get("method", self._methods[0].name)
+        method = next(method for method in self._methods if method.name == chosen)
         base, models = self._participants.chosen(method, choices)
         return Recipe(
             merge_method=method.name,
@@ -248,7 +249,7 @@ class ParameterSpace:
     def _epsilon(self, values: Values, method: Method, model: str, group: str) -> float:
         """DELLA's epsilon: that of the gene or mergekit's default, made smaller where density ± epsilon would leave
         (0, 1)."""
-        epsilons = [own.value(values, group, model) for own in self._own if own.kind == f"{method.name}.epsilon"]
+        epsilons = [own.value(values, group, model) for own in self._own if own.kind == f"{method.plain}.epsilon"]
         return largest_epsilon(self._number(values, "density", model, group), wanted=epsilons[0] if epsilons else 0.15)
 
     def _setting(self, value: Callable[[str], float], run: LayerGroup, by_tensor: bool = False) -> Setting:

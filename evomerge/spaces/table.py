@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from evomerge.config.spaces import DataFlowConfig, ParameterSpaceConfig
 from evomerge.config.tables import SpaceRow, imported
-from evomerge.merging.methods import METHODS
+from evomerge.merging.methods import METHODS, OMEGA
 from evomerge.merging.methods.base import Method
 
 Row = dict[str, Any]
@@ -111,6 +111,7 @@ def searchable(method: Method) -> list[GeneRow]:
 
 def of_parameter_space() -> list[GeneRow]:
     """The kinds of genes of the parameter space."""
+    assert OMEGA.search is not None
     by_kind = {row.kind: row for method in METHODS.values() for row in searchable(method)}
     return [
         GeneRow("method", "categorical", "merge", "space.method, a list", False, choices="the methods listed"),
@@ -120,6 +121,7 @@ def of_parameter_space() -> list[GeneRow]:
         GeneRow("to", "categorical", "merge", "space.method, one between two models", True, choices="the models"),
         GeneRow("take", "categorical", "model", "space.participate", False, choices="out, in"),
         *by_kind.values(),
+        GeneRow("METHOD.omega", "continuous", "group of tensors", "space.post.aim", False, **asdict(OMEGA.search)),
     ]
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Part, Shard, Study, Subset, failure
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Measured, Part, Shard, Study, Subset, failure
 from evomerge.config.base import Split
 from evomerge.errors import EvomergeError, first_line
 from evomerge.events import Listener
 from evomerge.recipe import Recipe
 
-Result = Evaluation | Gradient | Part
+Result = Evaluation | Gradient | Part | Measured
 
 
 class Evaluator(Protocol):
@@ -40,6 +40,10 @@ class Evaluator(Protocol):
         """The gradient of a recipe's loss on a shard of a mini-batch; a failed evaluation where there is none."""
         ...
 
+    def measure(self, kind: str, model: str, /) -> Measured:
+        """Statistics of a model, measured unless they lie in the run's folder already."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -53,6 +57,7 @@ class Job:
     shard: the shard of the evaluation that is asked for; None for the whole.
     parts: all shards of the evaluation, to be joined; empty where something is to be scored.
     quantized: whether the merge is quantized before it is scored.
+    statistic: the kind of statistics that is asked for of the candidate, a single model; None where it is scored.
     """
 
     candidate: Candidate
@@ -62,6 +67,7 @@ class Job:
     shard: Shard | None = None
     parts: tuple[Part, ...] = ()
     quantized: bool = False
+    statistic: str | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -138,6 +144,8 @@ def run_guarded(evaluator: Evaluator, job: Job) -> Result:
 
 def _run(evaluator: Evaluator, job: Job) -> Result:
     recipe = job.candidate.recipe
+    if job.statistic is not None:
+        return evaluator.measure(job.statistic, recipe.references[0])
     if job.descent is not None:
         return evaluator.descend(recipe, job.descent)
     if job.parts:

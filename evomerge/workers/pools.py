@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import POOLS, imported
 from evomerge.evaluation.loading import Target
+from evomerge.evaluation.own_files import read_own
 from evomerge.merging.sources.models import Models
 from evomerge.workers import WorkerPool
 
 
 def make_pool(
-    config: SearchConfig, models: Models, targets: Mapping[str, Target] | None = None, address: str | None = None
+    config: SearchConfig,
+    models: Models,
+    targets: Mapping[str, Target] | None = None,
+    address: str | None = None,
+    statistics: Path | None = None,
 ) -> WorkerPool:
     """The pool that a config asks for, with its workers ready.
 
@@ -20,11 +26,15 @@ def make_pool(
         machines, and read the models there.
     targets: the config's tasks, loaded. Workers in processes of their own load them there.
     address: a Ray cluster's; by default none.
+    statistics: the folder of statistics, which workers on other machines must see, too.
     Raises InputError where the pool cannot be made as the config asks.
     """
     from evomerge.workers.worker import Worker
 
     row = POOLS[config.workers.pool]
-    make_worker = partial(Worker, config) if row.processes else partial(Worker, config, models, targets)
+    own = read_own(config)  # which travels with the worker, wherever that is made
+    folder = statistics and statistics.absolute()
+    loaded = () if row.processes else (models, targets)
+    make_worker = partial(Worker, config, *loaded, own=own, statistics=folder)
     pool: WorkerPool = imported(row.make)(config, make_worker, address)
     return pool

@@ -5,28 +5,46 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from evomerge.candidate import Descent, Evaluation, Gradient, Part, Shard, Subset, failure
+from evomerge.candidate import Descent, Evaluation, Gradient, Measured, Part, Shard, Subset, failure
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
-from evomerge.devices import count_gpus, devices_of, empty_cache, resolve_device, synchronize
-from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, first_line, naming
+from evomerge.devices import (
+    count_gpus,
+    device_count,
+    devices_of,
+    empty_cache,
+    is_accelerator,
+    resolve_device,
+    synchronize,
+)
+from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, WorkFailed, first_line, naming
+from evomerge.evaluation.calibration import Calibration
 from evomerge.evaluation.engine import Engine
-from evomerge.evaluation.harness import WHOLE, Harness
+from evomerge.evaluation.harness import WHOLE, Harness, Tokens
 from evomerge.evaluation.loading import Target
-from evomerge.merging.methods import METHODS
-from evomerge.merging.naming import named_weights
+from evomerge.evaluation.own_files import OwnFiles, read_own
+from evomerge.evaluation.own_scores import OwnItems, OwnScore, OwnScores
+from evomerge.merging import methods
+from evomerge.merging.methods.base import Kind
+from evomerge.merging.naming import Naming, named_weights, naming_of
 from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
-from evomerge.merging.resident.sources import Kept, Where, resolve
+from evomerge.merging.resident.rehearsal import RehearsedModels
+from evomerge.merging.resident.sources import resolve
 from evomerge.merging.sources.models import Model, Models, models_of
+from evomerge.merging.sources.statistics import Find, Readable, Shelf, subject
 from evomerge.merging.sources.tokenizers import read_tokenizer
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, Source, single
 from evomerge.seen import Digests
+from evomerge.versions import versions
+from evomerge.workers import measuring
 
 T = TypeVar("T")
 
@@ -43,6 +61,8 @@ class Worker:
         rehearsal: bool = False,
         seen: Digests = frozenset(),
         head_apart: bool = False,
+        own: Mapping[str, OwnFiles] | None = None,
+        statistics: Shelf | Path | None = None,
     ) -> None:
         """Loads the models and prepares the tasks.
 
@@ -52,23 +72,21 @@ class Worker:
         rehearsal: whether weights are neither read nor computed, for `rehearse`.
         seen: digests of items that must not be held out, besides those that were seen when the models were made.
         head_apart: see ResidentModels.
-        Raises InputError where the models or tasks cannot be loaded.
+        own: the files of the user's own scores, where they are read already; by default they are read here. A rehearsal
+            does not run their code.
+        statistics: where statistics of the models are looked for; a folder is that of a run, where `measure` writes
+            them.
+        Raises InputError where the models, the tasks or the user's own scores cannot be loaded.
         """
         torch.set_num_threads(config.evaluation.threads)
         models = models or models_of(config)
-        device = config.evaluation.device if rehearsal else resolve_device(config.evaluation.device)
-        count = 1 if rehearsal else count_gpus(config, device)
-        evaluation = config.evaluation
-        self.models = ResidentModels(
-            models,
-            device,
-            evaluation.dtype,
-            evaluation.compile is True,
-            rehearsal,
-            count,
-            head_apart,
-            *_placed(config, models, device, count, rehearsal),
-            quantized=bool(evaluation.quantize),
+        self._config, self._sources, self._folder = config, models, statistics if isinstance(statistics, Path) else None
+        self._shelf = statistics if isinstance(statistics, Shelf) else Shelf([statistics] if statistics else [])
+        self._found: dict[tuple[Kind, str], Readable] = {}
+        self.models = (
+            rehearsed_models(config, models)
+            if rehearsal
+            else _resident_models(config, models, head_apart, self._statistics)
         )
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
@@ -76,12 +94,18 @@ class Worker:
             else None
         )
         tokenizer = base_tokenizer(config, models.base)
-        self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets)
+        own = read_own(config) if own is None else own
+        items = OwnItems.of(config, own)
+        self._own = None if rehearsal or not own else OwnScores(config, own)
+        self._tokenizer = tokenizer
+        self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets, items)
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
+        costs = [cost for cost in costs if not COSTS[cost].of_texts]  # those are counted in what is answered
         self._learns = config.optimizer.follows_gradients
         self._checkpointing = config.optimizer.learning.checkpointing
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
+        self._calibrations: dict[str, Calibration] = {}
         self._held: tuple[Recipe, bool, str] | None = None  # the recipe whose merge is in memory, with its fingerprint
         for split in config.splits:  # all of them now, so that an item that cannot be scored shows before the search
             self._harness.prepare(split)
@@ -92,6 +116,10 @@ class Worker:
         """How many items of a split were left out because a search has seen them."""
         return self._harness.left_out(split)
 
+    def tokens(self, split: Split) -> Tokens:
+        """The tokens of a split, all of which a candidate reads or writes to be scored on it."""
+        return self._harness.tokens(split)
+
     def rehearse(self, recipe: Recipe) -> None:
         """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
 
@@ -99,8 +127,15 @@ class Worker:
         """
         self._held = None
         self.models.rehearse(recipe)
+        self.rehearse_scoring(recipe)
+
+    def rehearse_scoring(self, recipe: Recipe) -> None:
+        """Scores the candidate that was merged last on the meta device.
+
+        recipe: the candidate's.
+        """
         self._harness.rehearse("heldout" if self._reports else "search", self.models.candidate)
-        wanted = METHODS[recipe.merge_method].slopes
+        wanted = methods.get(recipe.merge_method, "merge_method").slopes
         if self._learns and wanted:
             with self.models.following(wanted), self._layers_again():
                 self._harness.rehearse_descent(self.models.candidate)
@@ -114,8 +149,9 @@ class Worker:
         split: the split to score it on.
         subset: the part of the search items to score it on; None for all items.
         quantized: whether the merge is quantized before it is scored.
-        Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, and InputError for a
-        recipe that does not fit the models.
+        Raises WorkerPoisoned where the GPU can compute nothing any more or the engine has ended, WorkFailed where a
+        function of the user's own gets no answer from outside, and InputError for a recipe that does not fit the models
+        and a function that does not do what it must.
         """
         part = self.evaluate_shard(recipe, split, subset, WHOLE, quantized)
         return part if isinstance(part, Evaluation) else self.join(split, subset, [part])
@@ -136,8 +172,9 @@ class Worker:
         def score(fingerprint: str) -> Part:
             before = time.perf_counter()
             answers = self._harness.answers(split, self.models.candidate, subset, shard)
+            own = self._own_scores(split) if shard.number == 0 else None
             costs = self._costs(time.perf_counter() - before)
-            return Part(shard, answers, costs, fingerprint, time.perf_counter() - started)
+            return Part(shard, answers, costs, fingerprint, time.perf_counter() - started, own)
 
         return self._of_merge(recipe, score, quantized)
 
@@ -159,10 +196,12 @@ class Worker:
             raise
         except Exception as error:
             return failure(first_line(error), fingerprints[0])
+        own: Mapping[str, OwnScore] = next((part.own for part in parts if part.own is not None), {})
+        own_outcomes = {name: said.outcomes for name, said in own.items() if said.outcomes is not None}
         return Evaluation(
-            scores={**scores.scores, **_joined_costs(parts)},
-            outcomes=dict(scores.outcomes),
-            items=scores.items,
+            scores={**scores.scores, **_joined_costs(parts), **{name: said.score for name, said in own.items()}},
+            outcomes={**scores.outcomes, **own_outcomes},
+            items=scores.items + sum(said.items for said in own.values()),
             fingerprint=fingerprints[0],
             seconds=sum(part.seconds for part in parts) + time.perf_counter() - started,
             truncated=scores.truncated,
@@ -187,6 +226,93 @@ class Worker:
 
         return self._of_merge(recipe, follow)
 
+    def measure(self, kind: Kind, reference: str) -> Measured:
+        """Statistics of a model, measured and written into the run's folder unless they lie there already.
+
+        kind: the kind of statistics; those of `merged_grams` are of all models together.
+        reference: the model's.
+        Raises InputError where there is nothing to measure on, and WorkFailed where they are not finite or cannot be
+        written.
+        """
+        assert self._folder is not None
+        started = time.perf_counter()
+        models = [reference] if kind != "merged_grams" else list(self._config.models.values())
+        held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
+        name = held.folder.name if held is not None else self._measured(kind, models)
+        return Measured(name, time.perf_counter() - started)
+
+    def _measured(self, kind: Kind, models: list[str]) -> str:
+        """Measures statistics, and returns the name of their folder."""
+        assert self._folder is not None
+        calibrations = [self._calibration(model) for model in models]
+        self._held = None
+        self.models.materialize(single(models[0]))
+        model, naming, rows = self.models.model, self._naming, self._config.evaluation.batch_size
+        if kind == "merged_grams":
+            recipe = Recipe(
+                merge_method="regmean_plus",
+                base_model=self._config.base,
+                models=tuple(Source(model=model, parameters={"weight": 1.0}) for model in models),
+                parameters={"alpha": self._alpha},
+            )
+            measured = measuring.merged_inputs(self.models, recipe, naming, calibrations, rows)
+        elif kind == "fisher":
+            drawn = self._config.statistics.labels == "drawn"
+            measured = measuring.fisher(model, naming, calibrations[0], drawn)
+        else:
+            measured = measuring.inputs(kind, model, naming, calibrations[0], rows)
+        notes = {
+            "models": [self._sources[model].identity for model in models],
+            "references": models,
+            "measured": self._settings(kind, models),
+            "versions": _numerics(),
+        }
+        with self._layers_again() if kind == "fisher" else nullcontext():
+            return measuring.store(self._folder, kind, self._subject(kind, models), notes, measured)
+
+    def _subject(self, kind: Kind, models: Sequence[str]) -> str:
+        return subject(kind, [self._sources[model].identity for model in models], self._settings(kind, models))
+
+    def _settings(self, kind: Kind, models: Sequence[str]) -> dict[str, Any]:
+        """What statistics depend on besides the models."""
+        settings: dict[str, Any] = {
+            "items": [self._calibration(model).digest for model in models],
+            "dtype": self._config.evaluation.dtype,
+        }
+        settings |= {"labels": self._config.statistics.labels} if kind == "fisher" else {}
+        settings |= {"alpha": self._alpha} if kind == "merged_grams" else {}
+        return settings
+
+    def _calibration(self, reference: str) -> Calibration:
+        if reference not in self._calibrations:
+            names = {model: name for name, model in self._config.models.items()}
+            self._calibrations[reference] = self._harness.calibration(names.get(reference, "base"))
+        return self._calibrations[reference]
+
+    @property
+    def _alpha(self) -> float:
+        """The alpha of RegMean++ with which layers are merged before those behind them are measured."""
+        space = self._config.space.merging
+        change = space.parameters.get("regmean_plus", {}).get("alpha") if space is not None else None
+        given = [] if change is None else [change.fixed, change.start]
+        return next((value for value in given if value is not None), float(methods.OFF_DIAGONAL.default or 0.0))
+
+    @property
+    def _naming(self) -> Naming:
+        return naming_of(self.models.model.config, Path(self.models.model.config.name_or_path))
+
+    def _statistics(self, kind: Kind, reference: str) -> Readable:
+        """What was measured of a model. In a run it is what the config asks for, and else what a recipe names."""
+        if (kind, reference) not in self._found:
+            found: Readable | None = None
+            if self._folder is not None:
+                models = [reference] if kind != "merged_grams" else list(self._config.models.values())
+                held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
+                found = replace(held, identity=self._sources[reference].identity) if held is not None else None
+            identity = self._sources[reference].identity
+            self._found[kind, reference] = found or self._shelf.find(kind, reference, identity)
+        return self._found[kind, reference]
+
     def _of_merge(self, recipe: Recipe, work: Callable[[str], T], quantized: bool = False) -> T | Evaluation:
         """What some work on a recipe's merge returns; a failed evaluation where the merge or the work fails. A merge
         that is in memory is not made again.
@@ -202,7 +328,7 @@ class Worker:
             return work(fingerprint)
         except CandidateFailed as error:
             return failure(str(error), fingerprint)
-        except (InputError, WorkerPoisoned):
+        except (InputError, WorkFailed):
             raise
         except Exception as error:
             self._check_alive(error)
@@ -219,6 +345,16 @@ class Worker:
         """A context in which layers are computed again on the way back, where the config asks for it."""
         return checkpointed(self.models.candidate) if self._checkpointing else nullcontext()
 
+    def _own_scores(self, split: Split) -> dict[str, OwnScore] | None:
+        """What the user's own functions say of the candidate in memory; None where there are none."""
+        if self._own is None:
+            return None
+        try:
+            return self._own.measure(self.models.candidate, self._tokenizer, split, self._harness.own_items(split))
+        except CandidateFailed as error:
+            self._check_alive(error.__cause__ or error)
+            raise
+
     def _costs(self, seconds: float) -> dict[str, float]:
         """The costs of the candidate in memory, by name, as far as the objectives ask for them.
 
@@ -226,7 +362,7 @@ class Worker:
         """
         return {cost: measure(self.models.candidate, seconds) for cost, measure in self._asked.items()}
 
-    def _check_alive(self, error: Exception) -> None:
+    def _check_alive(self, error: BaseException) -> None:
         """Frees what a failed evaluation may have left on a GPU. Raises WorkerPoisoned where this fails too."""
         try:
             empty_cache(self.models.devices)
@@ -235,6 +371,11 @@ class Worker:
             raise WorkerPoisoned(
                 f"the GPU computes nothing any more ({first_line(error)}); resume in a new process."
             ) from None
+
+
+def _numerics() -> dict[str, str]:
+    """The versions of what computes statistics."""
+    return {name: version for name, version in versions().items() if name in ("torch", "transformers", "lm_eval")}
 
 
 def _joined_costs(parts: Sequence[Part]) -> dict[str, float]:
@@ -247,15 +388,62 @@ def _joined_costs(parts: Sequence[Part]) -> dict[str, float]:
     }
 
 
-def _placed(config: SearchConfig, models: Models, device: str, count: int, rehearsal: bool) -> tuple[Where, Kept]:
-    """Where the models live, and whether uniform fields are kept. A rehearsal takes `auto` for the most memory."""
-    sources, fields = config.evaluation.sources, config.evaluation.fields
-    if rehearsal:
-        return "device" if sources == "auto" else sources, "kept" if fields == "auto" else fields
-    workers = 1 if config.workers.pool == "local" else config.workers.count or os.cpu_count() or 1
-    used = devices_of(device, count)
-    chosen = resolve(sources, fields, models, config.evaluation.dtype, used[0], workers)
-    return chosen.sources, chosen.fields
+def _resident_models(config: SearchConfig, models: Models, head_apart: bool, statistics: Find) -> ResidentModels:
+    """The models of a search with their weights. `statistics` finds what was measured of them."""
+    evaluation, device = config.evaluation, resolve_device(config.evaluation.device)
+    count = count_gpus(config, device)
+    used = devices_of(device, count)[0]
+    placed = resolve(
+        evaluation.sources,
+        evaluation.fields,
+        evaluation.adapters,
+        models,
+        evaluation.dtype,
+        used,
+        workers_of_a_node(config),
+    )
+    return ResidentModels(
+        models,
+        device,
+        evaluation.dtype,
+        evaluation.compile is True,
+        count=count,
+        head_apart=head_apart,
+        sources=placed.sources,
+        fields=placed.fields,
+        adapters=placed.adapters,
+        quantized=bool(evaluation.quantize),
+        statistics=statistics,
+    )
+
+
+def rehearsed_models(config: SearchConfig, models: Models) -> RehearsedModels:
+    """The models of a search without data, on one device. Where they live is as the config says; `auto` is the most
+    memory.
+
+    config: the search's, resolved.
+    models: the models that recipes may name.
+    """
+    evaluation = config.evaluation
+    return RehearsedModels(
+        models,
+        evaluation.device,
+        evaluation.dtype,
+        evaluation.compile is True,
+        sources="device" if evaluation.sources == "auto" else evaluation.sources,
+        fields="kept" if evaluation.fields == "auto" else evaluation.fields,
+        adapters="expanded" if evaluation.adapters == "auto" else evaluation.adapters,
+        quantized=bool(evaluation.quantize),
+    )
+
+
+def workers_of_a_node(config: SearchConfig) -> int:
+    """How many workers share a node, as far as the config and this machine say it."""
+    if config.workers.pool == "local":
+        return 1
+    device, each = torch.device(config.evaluation.device), int(config.workers.num_gpus or 1)
+    places = device_count(device.type) // each if is_accelerator(device) else os.cpu_count()
+    return config.workers.count or places or 1
 
 
 def base_tokenizer(config: SearchConfig, base: Model) -> Any:

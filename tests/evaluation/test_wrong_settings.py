@@ -66,4 +66,7 @@ def test_a_gpu_is_refused_where_there_is_none(
 ) -> None:
     monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 0)
     says = ("evaluation.device is 'cuda', but torch sees 0 CUDA devices here; use auto or cpu",)
-    refuses("run", search({"evaluation.device": "cuda"}), "--output", "new/run", says=says)
+    path = search({"evaluation.device": "cuda"})
+    refuses("run", path, "--output", "new/run", says=says)
+    for pool in ("local", "ray"):
+        refuses("check", path, "--set", f"workers.pool={pool}", says=says)

@@ -136,3 +136,8 @@ def test_a_candidate_that_was_only_screened_is_found_and_loads_unquantized(tmp_p
     assert fingerprint(named_weights(candidate.load())) == candidate.fingerprint
     with pytest.raises(InputError, match="no such candidate"):
         run.candidate("g9999-99")
+
+
+def test_a_page_may_show_the_winner_without_its_parts(run_directory: Path) -> None:
+    assert "which are not counted as the search" in evomerge.open_run(run_directory).report(ablate=True).read_text()
+    assert "which are not counted as the search" in evomerge.open_run(run_directory).report().read_text()

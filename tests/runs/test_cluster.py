@@ -167,7 +167,9 @@ def test_a_live_port_that_is_not_ray_is_told_in_seconds(monkeypatch: pytest.Monk
                 reach(f"{scheme}127.0.0.1:{server.getsockname()[1]}")
 
 
-def test_a_driver_without_a_gpu_takes_the_searchs_word_for_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_a_gpu_takes_the_searchs_word_for_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("evomerge.devices.device_count", lambda kind: 0)
     smoke = files.load(
         REPOSITORY / "search_spaces" / "smoke.yaml", ("workers.pool=ray", "items={search: 4, heldout: 4}")
@@ -176,12 +178,20 @@ def test_a_driver_without_a_gpu_takes_the_searchs_word_for_its_workers(monkeypat
     def device(**changes: object) -> str:
         workers = smoke.workers.model_copy(update={key: changes[key] for key in changes.keys() - {"device"}})
         evaluation = smoke.evaluation.model_copy(update={"device": changes.get("device", "auto")})
-        return prepare(smoke.model_copy(update={"workers": workers, "evaluation": evaluation})).config.evaluation.device
+        config = smoke.model_copy(update={"workers": workers, "evaluation": evaluation})
+        return prepare(config, address).config.evaluation.device
 
+    address: str | None = "head:6379"
     assert device(device="cuda") == device(num_gpus=0.5) == "cuda"
-    assert device() == device(num_gpus=0) == "cpu"
+    assert device(num_gpus=0) == "cpu"
     with pytest.raises(InputError, match="torch sees 0 CUDA devices here"):
         device(device="cuda", pool="local")
+    address = None  # a Ray that is started here has what is here
+    assert device() == device(num_gpus=0) == "cpu"
+    with pytest.raises(InputError, match="torch sees 0 CUDA devices here"):
+        device(device="cuda")
+    with pytest.raises(InputError, match=r"workers\.num_gpus is 0\.5, but torch sees no GPU here; give the --address"):
+        device(num_gpus=0.5)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu"])

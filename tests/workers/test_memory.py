@@ -1,23 +1,38 @@
 """Memory: bytes are counted as long as tensors live, and a rehearsal on the meta device holds what a worker would."""
 
 import math
+import os
+import re
 from collections.abc import Callable, Hashable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from evomerge.config.search import SearchConfig
+from evomerge.devices import device_count
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
-from evomerge.merging.methods.kernels import uniform_field
+from evomerge.merging.methods.kernels import checksum, uniform_field
 from evomerge.merging.methods.passes import ROOM
 from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.resident.rehearsal import RehearsedModels
 from evomerge.recipe import Recipe, Source
 from evomerge.search.preparation import prepare_file
-from evomerge.workers.memory import LiveBytes, MemoryPlan, plan_memory, shortage
+from evomerge.workers.memory import (
+    LiveBytes,
+    Placement,
+    SearchPlan,
+    plan_memory,
+    plan_placements,
+    shortage,
+    with_choice,
+)
 from tests.conftest import REPOSITORY
-from tests.models import load_models
+from tests.models import load_models, models
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 PARENTS = ("first", "second", "third")
@@ -111,7 +126,84 @@ def test_what_a_search_needs_is_told_part_by_part():
     assert sum(plan.parts().values()) == 2 * plan.total
 
 
-def test_too_little_memory_is_told_with_what_to_change():
-    config = prepare_file(DEMO, ["workers.count=3"]).config
-    assert shortage(config, MemoryPlan(1, 1, 1, 1)) is None
-    assert "3 workers need 3072.0 GiB, but this machine has" in shortage(config, MemoryPlan(1 << 40, 0, 0, 0))
+def plan(overrides: tuple[str, ...] = (), path: Path = DEMO, address: str | None = None) -> SearchPlan:
+    prepared = prepare_file(path, overrides, address)
+    return plan_placements(prepared.config, prepared.space, prepared.models, prepared.targets)
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Has the machine have so many bytes."""
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": size}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+
+
+@pytest.fixture(scope="module")
+def searched() -> tuple[SearchConfig, SearchPlan]:
+    prepared = prepare_file(DEMO, ("workers.count=3",))
+    return prepared.config, plan_placements(prepared.config, prepared.space, prepared.models, prepared.targets)
+
+
+def taken(monkeypatch: pytest.MonkeyPatch, searched: tuple[SearchConfig, SearchPlan], size: int) -> Placement:
+    """The placement that is taken on a machine with so many bytes."""
+    config, wide = searched
+    memory(monkeypatch, size)
+    return SearchPlan(tuple(with_choice(config, wide.placements)), wide.tokens).chosen
+
+
+def test_too_little_memory_is_told_with_what_to_change(monkeypatch, searched):
+    assert shortage(searched[1].chosen) is None
+    told = shortage(taken(monkeypatch, searched, 1 << 30))
+    assert told is not None
+    assert re.match(r"3 workers need \d\.\d GiB of memory, but this machine has 1\.0 GiB; use fewer workers", told)
+
+
+def test_the_first_placement_that_fits_is_taken(monkeypatch, searched):
+    placements = searched[1].placements
+    places = [(placement.sources, placement.fields) for placement in placements]
+    assert places == [("host", "kept"), ("host", "made"), ("disk", "kept"), ("disk", "made")]
+    needs = [placement.host for placement in placements]
+    assert needs[0] > needs[1] > needs[3]
+    for number in (0, 1, 3):
+        chosen = taken(monkeypatch, searched, int(needs[number] / 0.9) + 1)
+        first = next(place for place, need in zip(places, needs, strict=True) if need <= needs[number])
+        assert (chosen.sources, chosen.fields, chosen.lacking) == (*first, None)
+    assert taken(monkeypatch, searched, needs[3]).lacking is not None
+
+
+def test_what_the_search_file_says_is_taken_wherever_the_device_is():
+    away = ("workers.pool=ray", "evaluation.device=cuda")
+    if not device_count("cuda"):
+        assert not any(placement.chosen for placement in plan(away, address="auto").placements)
+    wanted = plan((*away, "evaluation.sources=host", "evaluation.fields=made"), address="auto").placements
+    assert [(place.sources, place.fields) for place in wanted if place.chosen] == [("host", "made")]
+
+
+@pytest.mark.parametrize("fields", ["kept", "made"])
+@pytest.mark.parametrize("sources", ["device", "disk"])
+def test_merging_one_tensor_of_each_kind_counts_as_much_as_merging_all(tiny_models, sources, fields):
+    """One method after the other, as in a search that chooses among them. Checksums and extremes are a few bytes for
+    each tensor, which are computed for one tensor of each shape."""
+    checksum(torch.empty(1 << 16, device="meta"), "makes what all checksums have in common")
+    taken = []
+    for kind in (ResidentModels, RehearsedModels):
+        with LiveBytes(says_yes=True) as live:
+            found = models(tiny_models, tiny_models["base"])
+            resident = kind(found, "cpu", "float32", rehearsal=True, sources=sources, fields=fields)
+            counts = [live.now]
+            for method in METHODS:
+                peak = live.now + live.more(partial(resident.rehearse, recipe(method)))
+                counts += [peak, live.now]
+        taken.append(counts)
+    assert taken[0] == pytest.approx(taken[1], abs=1 << 14)
+    assert max(taken[0]) > 1 << 20
+
+
+def test_a_rehearsal_counts_the_bytes_that_a_merge_moves(tiny_models):
+    resident = RehearsedModels(models(tiny_models, tiny_models["base"]), "cpu", "float32")
+    elements = sum(parameter.numel() for parameter in resident.model.parameters())
+    for method, sources, kept in (("dare_ties", 4, 3), ("linear", 3, 0)):
+        resident.rehearse(recipe(method))
+        stored = {"base": 4, "first": 4, "second": 4, "third": 4}
+        assert resident.traffic.written == 4 * elements
+        assert resident.traffic.kept == pytest.approx(2 * kept * elements, rel=0.01)
+        assert 0 < resident.traffic.sources <= sum(stored.values()) * elements * sources / 4

@@ -5,13 +5,16 @@ row with mergekit, or with a second derivation in NumPy where it says `mergekit=
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from evomerge.errors import InputError, choices
-from evomerge.merging.methods.base import Method, Parameter, Range
+from evomerge.merging.methods.aim import keep_base
+from evomerge.merging.methods.base import Method, Needed, Parameter, Range
+from evomerge.merging.methods.fisher import merge_fisher, merge_gradient_matching
 from evomerge.merging.methods.linear import merge_linear
 from evomerge.merging.methods.model_stock import merge_model_stock
 from evomerge.merging.methods.passthrough import merge_passthrough
+from evomerge.merging.methods.regmean import merge_regmean, merge_regmean_plus
 from evomerge.merging.methods.regression import merge_ace, merge_wudi
 from evomerge.merging.methods.selection import merge_arcee_fusion, merge_nearswap, merge_ram, merge_sce
 from evomerge.merging.methods.spectral import merge_iso, merge_knots, merge_tsv
@@ -24,6 +27,8 @@ DENSITY = Parameter("density", float, 1.0, within=(0.0, 1.0))
 INT8_MASK = Parameter("int8_mask", bool, False)  # mergekit's memory saver; accepted, not needed
 LAMBDA = Parameter("lambda", float, 1.0)
 ALPHA = Parameter("alpha", float, 1.0, search=Range(0.0, 2.0, 1.0, 0.2))
+OMEGA = Parameter("omega", float, 0.4, within=(0.0, 1.0), search=Range(0.0, 1.0, 0.4, 0.15))
+OFF_DIAGONAL = Parameter("alpha", float, 0.9, within=(0.0, 1.0), search=Range(0.0, 1.0, 0.9, 0.1))
 _OF_SPARSIFIERS = {
     "outliers": (Parameter("gamma", float, 0.01, search=Range(0.0, 0.1, 0.01, 0.01), cuts=True),),
     "magprune": (Parameter("epsilon", float, 0.15, search=Range(0.0, 0.3, 0.15, 0.05)),),
@@ -260,17 +265,81 @@ METHODS: dict[str, Method] = {
             function=merge_ace,
             shared=(ALPHA, Parameter("eps", float, 1e-2)),
         ),
+        _weighted(
+            name="fisher",
+            paper="Matena and Raffel 2022, Merging models with Fisher-weighted averaging, arXiv:2111.09832",
+            function=merge_fisher,
+            shared=(Parameter("floor", float, 1e-3, within=(0.0, 1e6), search=Range(0.0, 1.0, 1e-3, 0.1)), LAMBDA),
+            statistics=(Needed("fisher"),),
+        ),
+        _beyond(
+            name="gradient_matching",
+            paper="Daheim et al. 2023, Model merging by uncertainty-based gradient matching, arXiv:2310.12808",
+            function=merge_gradient_matching,
+            per_model=(WEIGHT,),
+            shared=(Parameter("delta", float, 0.1, within=(0.0, 1e6), search=Range(0.0, 2.0, 0.1, 0.2)),),
+            slopes=("weight",),
+            statistics=(Needed("fisher", "all"),),
+        ),
+        _weighted(
+            name="regmean",
+            paper="Jin et al. 2023, Dataless knowledge fusion by merging weights (RegMean), arXiv:2212.09849",
+            function=merge_regmean,
+            shared=(OFF_DIAGONAL, LAMBDA),
+            statistics=(Needed("grams"),),
+        ),
+        _weighted(
+            name="regmean_plus",
+            paper="Nguyen et al. 2025, RegMean++, arXiv:2508.03121",
+            function=merge_regmean_plus,
+            shared=(OFF_DIAGONAL, LAMBDA),
+            statistics=(Needed("merged_grams"),),
+        ),
     )
 }
+POST_STEPS = {"aim": "Nobari et al. 2025, Activation-informed merging (AIM), arXiv:2502.02421"}
 
 
 def get(name: str, where: str) -> Method:
     """The method of a name.
 
-    name: as a recipe gives it, such as `ties`.
+    name: as a recipe gives it, such as `ties`, or with a post-step, such as `ties+aim`.
     where: the place of the name in a file, which opens an error's message.
     Raises InputError for an unknown name.
     """
-    if name not in METHODS:
-        raise InputError(f"{where} is '{name}', no known merge method; {choices(name, METHODS)}.")
-    return METHODS[name]
+    plain, plus, post = name.partition("+")
+    if plain not in METHODS:
+        raise InputError(f"{where} is '{name}', no known merge method; {choices(plain, METHODS)}.")
+    if plus and post not in POST_STEPS:
+        raise InputError(f"{where} is '{name}', but '{post}' is no known post-step; {choices(post, POST_STEPS)}.")
+    found = find(name)
+    if found is None:
+        raise InputError(
+            f"{where} is '{name}', but {plain} sets no base apart, so nothing says what it has added; use "
+            "task_arithmetic, which with normalize: true is an average."
+        )
+    return found
+
+
+def find(name: str) -> Method | None:
+    """The method of a name (see `get`); None where there is none."""
+    plain, plus, post = name.partition("+")
+    if plain not in METHODS or (plus and (post not in POST_STEPS or not METHODS[plain].uses_base)):
+        return None
+    return _with_aim(plain) if plus else METHODS[plain]
+
+
+@cache
+def _with_aim(name: str) -> Method:
+    """A method with AIM behind it. mergekit knows no such name, so it cannot merge the recipe without the step."""
+    row = METHODS[name]
+    return replace(
+        row,
+        name=f"{name}+aim",
+        paper=f"{row.paper}; {POST_STEPS['aim']}",
+        base="required",
+        shared=(*row.shared, OMEGA),
+        mergekit=False,
+        statistics=(*row.statistics, Needed("activations", "base")),
+        post=keep_base,
+    )

@@ -1,6 +1,6 @@
 """What a row of the method table holds, and what a merge function is given."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -8,7 +8,7 @@ import torch
 
 from evomerge.merging.methods.drawn import Field
 from evomerge.merging.methods.kernels import UNIFORM_STEPS
-from evomerge.merging.methods.parts import Elements
+from evomerge.merging.methods.parts import Elements, whole_of
 from evomerge.merging.methods.passes import Pass, write
 
 T = TypeVar("T")
@@ -65,6 +65,52 @@ def each_time(what: Hashable, models: tuple[int, ...], make: Callable[[], T], /)
     return make()
 
 
+Kind = Literal["fisher", "grams", "merged_grams", "activations"]
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """Statistics that a method needs.
+
+    kind: what is measured: `fisher`, the diagonal Fisher information of every tensor; `grams`, the mean outer product
+        of what goes into each linear layer; `merged_grams`, the same, where the layers before are merged already;
+        `activations`, the mean magnitude of each channel of what goes into each linear layer.
+    of: whose they are: of the models that are merged, of the base, or of all of them.
+    """
+
+    kind: Kind
+    of: Literal["models", "base", "all"] = "models"
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A statistic of one tensor of one model.
+
+    values: float32; Fisher information in the tensor's shape, a Gram matrix, or one number for each input channel.
+    mean: the mean of all values of the model; 1 where no method asks for it.
+    """
+
+    values: Elements
+    mean: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """The name of a result that depends on a number which a search may change: only that of the last value is kept.
+
+    what: the name.
+    value: the number.
+    """
+
+    what: Hashable
+    value: float
+
+
+def unmeasured(kind: Kind, index: int, /) -> Statistic | None:
+    """None: the `Inputs.statistic` of a tensor that has no statistics."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """One tensor of every model as it is stored, with the parameters that hold for it.
@@ -79,6 +125,8 @@ class Inputs:
     drawn: for each model, what its uniform field depends on; empty where nothing that depends on fields is kept.
     planes: whether fields are kept as planes of bytes.
     in_layer: whether the tensor belongs to a layer; embeddings, the final norm and the head do not.
+    statistic: the kind of a statistic, and the index of a model (-1 is the base) -> what was measured; None where the
+        tensor has none of the kind.
     """
 
     base: Elements | None
@@ -91,6 +139,7 @@ class Inputs:
     drawn: tuple[Hashable, ...] = ()
     planes: bool = False
     in_layer: bool = True
+    statistic: Callable[[Kind, int], Statistic | None] = unmeasured
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +162,13 @@ class MergeFunction(Protocol):
     def __call__(self, inputs: Inputs, /) -> Pass | Elements: ...
 
 
+class PostStep(Protocol):
+    """What a merge's change of the base is multiplied by in each column, float32, shape (columns,); None where the
+    merge stays as it is."""
+
+    def __call__(self, inputs: Inputs, /) -> torch.Tensor | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A row of the table: a merge function with its name, source and parameters.
@@ -129,6 +185,8 @@ class Method:
     slopes: the parameters by which the merge can be differentiated.
     smooth_where: the switch that must be on for that; None where there is none.
     mergekit: whether mergekit has the method, too.
+    statistics: what must have been measured.
+    post: what is done to each merge before it is rounded; None for nothing.
     """
 
     name: str
@@ -143,6 +201,8 @@ class Method:
     slopes: tuple[str, ...] = ()
     smooth_where: str | None = None
     mergekit: bool = True
+    statistics: tuple[Needed, ...] = ()
+    post: PostStep | None = None
 
     def merge(self, inputs: Inputs) -> torch.Tensor:
         """The merge of one tensor, float32, in the shape of the inputs."""
@@ -158,7 +218,23 @@ class Method:
         compiled: whether large tensors are merged by compiled code.
         room: how many bytes an eager pass takes at a time; by default what suits the device.
         """
-        write(out, self.function(inputs), compiled, room)
+        kept = self.post(inputs) if self.post is not None else None
+        if kept is None:
+            write(out, self.function(inputs), compiled, room)
+            return
+        assert inputs.base is not None
+        base = whole_of(inputs.base).to(out.device, torch.float32)
+        merged = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        write(merged, self.function(inputs), compiled, room)
+        merged -= base
+        merged *= kept
+        merged += base
+        out.copy_(merged)
+
+    @property
+    def plain(self) -> str:
+        """The method's name without that of a post-step."""
+        return self.name.partition("+")[0]
 
     @property
     def needs_base(self) -> bool:
@@ -192,3 +268,17 @@ class Method:
     def shares(self, parameter: str) -> bool:
         """Whether the parameter of that name has one value for all models."""
         return any(common.name == parameter for common in self.shared)
+
+
+def needed(method: Method, base: str | None, models: Iterable[str]) -> Iterator[tuple[Kind, str]]:
+    """The statistics that a merge needs, each with the model's reference.
+
+    method: the merge's.
+    base: the base's reference.
+    models: the references of the models that are merged, without the base.
+    """
+    others = [model for model in dict.fromkeys(models) if model != base]
+    for need in method.statistics:
+        for reference in [base] * (need.of != "models") + others * (need.of != "base"):
+            assert reference is not None
+            yield need.kind, reference

@@ -39,4 +39,4 @@ def _product(inputs: Inputs, i: int, j: int, origin: Elements | None) -> torch.T
 
     models = tuple(dict.fromkeys([i, j] if origin is None else [-1, i, j]))
     what = ("product", i == j, origin is None)
-    return inputs.once(what, models, lambda: ordered_total(products, inputs.count))
+    return inputs.once(what, models, lambda: ordered_total(products, inputs.count, inputs.device))

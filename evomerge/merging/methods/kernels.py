@@ -25,14 +25,16 @@ _COLUMNS = 1 << 15
 
 def pieces(count: int, device: torch.device, elements: int = 1) -> Iterator[slice]:
     """Slices that cover a vector or the rows of a matrix. On a CPU they are so small that copies stay in the cache and
-    fit into the holes that freed memory leaves; on other devices they are larger, so that launches are few.
+    fit into the holes that freed memory leaves; on other devices they are larger, so that launches are few. On the meta
+    device all pieces are alike, so there is only the first.
 
     count: how many elements the vector has, or how many rows the matrix has.
     device: where the tensor is.
     elements: how many elements each row has; 1 for a vector.
     """
     size = max(1, piece_size(device) // max(1, elements))
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    starts = range(0, count, size)
+    return (slice(start, min(start + size, count)) for start in (starts[:1] if device.type == "meta" else starts))
 
 
 def piece_size(device: torch.device) -> int:
@@ -214,18 +216,23 @@ def ordered_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total.sum(dim=-1, keepdim=True)  # of one element, or none
 
 
-def ordered_total(values: Callable[[slice], torch.Tensor], count: int) -> torch.Tensor:
+def ordered_total(values: Callable[[slice], torch.Tensor], count: int, device: torch.device) -> torch.Tensor:
     """The sum of a long vector, float64, shape (1,), added up in a fixed order and in little memory.
 
     values: slice of the vector -> its elements.
     count: how many elements the vector has.
+    device: where the vector is.
     """
-    first = ordered_sum(values(slice(0, min(_PIECE, count))))
-    sums = first.new_empty(max(1, -(-count // _PIECE)))  # a list would leave holes in malloc's memory
-    sums[0] = first[0]
-    for number in range(1, len(sums)):
-        sums[number] = ordered_sum(values(slice(number * _PIECE, (number + 1) * _PIECE)))[0]
-    return ordered_sum(sums)
+    sums: list[torch.Tensor] = []
+
+    def add(start: int) -> None:
+        total = ordered_sum(values(slice(start, min(start + _PIECE, count))))
+        if not sums:  # one tensor, since a list of small ones would leave holes in malloc's memory
+            sums.append(total.new_empty(-(-count // _PIECE)))
+        sums[0][start // _PIECE] = total[0]
+
+    for_each_chunk(add, range(0, count, _PIECE), device)
+    return ordered_sum(sums[0] if sums else values(slice(0, 0)))
 
 
 def divisor(total: float) -> float:

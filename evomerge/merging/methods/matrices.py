@@ -37,8 +37,13 @@ def weighted(inputs: Inputs, what: Hashable, make: Callable[[Matrices], Matrices
     assert inputs.base is not None
     coefficients = [weight * inputs.shared["lambda"] for weight in inputs.each("weight")]
     if not is_layer_matrix(inputs):
-        return _average(inputs, coefficients)
+        return averaged(inputs)
     return added(inputs.base, parts(inputs, what, make), coefficients)
+
+
+def averaged(inputs: Inputs) -> Pass:
+    """The pass that computes base + lambda sum_i w_i d_i / T, for T models with weights."""
+    return _average(inputs, [weight * inputs.shared["lambda"] for weight in inputs.each("weight")])
 
 
 def scaled(inputs: Inputs, what: Hashable, make: Callable[[Matrices], Matrices]) -> Pass:

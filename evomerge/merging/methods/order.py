@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import register_dataclass
 
 from evomerge.merging.methods.kernels import UNIFORM_STEPS, ascending, kth_smallest
 
@@ -41,6 +42,9 @@ class OrderStatistics:
         return kth_smallest(tensor(), index)
 
 
+register_dataclass(OrderStatistics)  # so that its tensor is found where results are kept and counted
+
+
 def order_statistics(tensor: torch.Tensor, beyond: int = 0) -> OrderStatistics:
     """The table of a tensor. Making it takes as long as sorting the tensor.
 
@@ -49,7 +53,8 @@ def order_statistics(tensor: torch.Tensor, beyond: int = 0) -> OrderStatistics:
     """
     values, count = ascending(tensor), tensor.numel()
     if count > len(_BESIDE) * (UNIFORM_STEPS + 1):
-        kept = torch.tensor([_kept(step, count) for step in range(UNIFORM_STEPS + 1)])[:, None] + torch.tensor(_BESIDE)
+        shares = torch.arange(UNIFORM_STEPS + 1, dtype=torch.float64) / UNIFORM_STEPS
+        kept = (shares * count).to(torch.int64)[:, None] + torch.tensor(_BESIDE)  # as `_kept` counts
         values = values[(count - beyond - kept).clamp(0, count - 1).to(values.device)]
     return OrderStatistics(count, values, beyond)
 

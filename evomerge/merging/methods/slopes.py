@@ -48,6 +48,8 @@ def slopes(method: Method, inputs: Inputs, gradient: torch.Tensor, wanted: Itera
     gradient: the loss's gradient on the merged tensor, in its shape, of any float dtype.
     wanted: the names of the parameters.
     """
+    kept = method.post(inputs) if method.post is not None else None
+    gradient = gradient if kept is None else gradient * kept.to(gradient.dtype)
     names = smooth_parameters(method, inputs.shared, wanted)
     per_model = [name for name in names if method.takes(name)]
     leaves: dict[Key, torch.Tensor] = {

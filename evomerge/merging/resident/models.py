@@ -8,7 +8,8 @@ What candidates have in common (uniform fields, thresholds, scalar products) is 
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from evomerge.devices import CopyStream, devices_of, is_accelerator, trim
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
-from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.base import Inputs, Kind, Latest, Statistic
 from evomerge.merging.methods.drawn import Drawn, Field
 from evomerge.merging.methods.kernels import as_field, checksum, uniform_field
 from evomerge.merging.methods.parts import whole_of
@@ -30,11 +31,23 @@ from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.gradients import Followed, followed
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.quantized import int8_layers, quantize, restore
-from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Rehearsed, Source, Where, finite
+from evomerge.merging.resident.sources import (
+    Form,
+    FromFactors,
+    Kept,
+    OffDevice,
+    OnDevice,
+    Rehearsed,
+    Source,
+    Where,
+    dtype_of,
+    finite,
+)
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
-from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
+from evomerge.merging.sources.statistics import Find, Shelf, Stored
+from evomerge.merging.sources.tensor_files import TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.recipe import Recipe, TokenizerSettings
 
@@ -63,7 +76,9 @@ class ResidentModels:
         head_apart: bool = False,
         sources: Where = "device",
         fields: Kept = "kept",
+        adapters: Form = "expanded",
         quantized: bool = False,
+        statistics: Find | None = None,
     ) -> None:
         """models: the models that recipes may name. Every merge has the base's config.
         device: where they are, such as `cpu`.
@@ -75,7 +90,9 @@ class ResidentModels:
             source does not tie it, the head is a tensor of its own in any case.
         sources: where the tensors of the models live.
         fields: whether what is kept for each element is made again for every candidate.
+        adapters: what tensors that adapters change are kept as.
         quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
+        statistics: finds what was measured of the models.
         Raises InputError for models that cannot be loaded, or do not fit.
         """
         self.devices = devices_of(device, count)
@@ -97,12 +114,19 @@ class ResidentModels:
         self._naming = naming_of(config, skeleton)
         if quantized:
             quantize(self.model, self._naming)
-        place(self.model, self.devices, 1 + len(models) * (sources == "device"))
+        self._form = adapters
+        whole = models if adapters == "expanded" else {model.source.folder for model in models.values()}
+        place(self.model, self.devices, 1 + len(whole) * (sources == "device"))
         self._find()
         self._where, self._fields = sources, fields
-        self._off_device = sources != "device" and (not rehearsal or is_accelerator(torch.device(device)))
+        shared = sources == "host" and not is_accelerator(torch.device(device))  # pages that a CPU reads where they lie
+        self._off_device = sources != "device" and not (rehearsal and shared)
         self._streams: dict[torch.device, CopyStream] = {}
-        self._sources = {reference: self._resident(source) for reference, source in weights.items()}
+        self._plain: dict[tuple[TensorInfo, torch.device], Source] = {}
+        good: dict[Source, torch.Tensor] = {}
+        self._sources = {reference: self._resident(source, good) for reference, source in weights.items()}
+        self._find_statistic = statistics or Shelf().finder(models)
+        self._statistics: dict[tuple[Path, str], Source] = {}
         self._kept: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
@@ -125,7 +149,11 @@ class ResidentModels:
             restore(self.model)
         self._find()
 
-    def _resident(self, weights: Weights) -> dict[str, Source]:
+    def _resident(self, weights: Weights, good: dict[Source, torch.Tensor]) -> dict[str, Source]:
+        """The tensors of a model by name.
+
+        good: whether sources are finite, as far as they were looked at.
+        """
         source, infos = weights.source, {}
         for name, parameter in self._parameters.items():
             info = weights.find(name)
@@ -140,27 +168,45 @@ class ResidentModels:
                     "from the base model's config."
                 )
             infos[name] = info
+        resident = {
+            name: self._source(weights, name, info, self._parameters[name].device) for name, info in infos.items()
+        }
         if self.model.device.type == "meta":
-            empty = {name: _empty(info) for name, info in infos.items()}
-            held = Rehearsed if self._off_device else OnDevice
-            return {name: held(tensor) for name, tensor in empty.items()}
-        resident = {name: self._source(weights, name, served.device) for name, served in self._parameters.items()}
-        checks = _gathered(self._checked(source, self._parameters[name].device) for name, source in resident.items())
-        for name, good in zip(resident, checks.tolist(), strict=True):
-            if not good:
+            return resident
+        checks = _gathered(self._checked(held, self._parameters[name].device, good) for name, held in resident.items())
+        for name, is_finite in zip(resident, checks.tolist(), strict=True):
+            if not is_finite:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
 
-    def _source(self, weights: Weights, name: str, device: torch.device) -> Source:
-        if not self._off_device:
-            return OnDevice(weights.read(name).to(device))
-        return OffDevice(weights, name, self._parameters[name].shape, self._streams, leaves=self._where == "disk")
+    def _source(self, weights: Weights, name: str, info: TensorInfo, device: torch.device) -> Source:
+        """A tensor of a model. Models that have it in common share it."""
+        changes = weights.products(name) if self._form == "factors" else ()
+        if weights.changes(name) and not changes:
+            return self._held(weights, name, info, device)
+        start = weights.plain.find(name) or info
+        if (start, device) not in self._plain:
+            self._plain[start, device] = self._held(weights.plain, name, start, device)
+        plain = self._plain[start, device]
+        read = _empty if device.type == "meta" else weights.read_stored
+        factors = [change.factors(read) for change in changes]
+        return FromFactors(plain, dtype_of(start), factors, device) if factors else plain
 
-    def _checked(self, source: Source, device: torch.device) -> torch.Tensor:
+    def _held(self, weights: Weights, name: str, info: TensorInfo, device: torch.device) -> Source:
+        if device.type == "meta":
+            return (Rehearsed if self._off_device else OnDevice)(_empty(info))
+        if not self._off_device:
+            return OnDevice(weights.read(name, device))
+        return OffDevice(weights, name, torch.Size(info.shape), self._streams, leaves=self._where == "disk")
+
+    def _checked(self, source: Source, device: torch.device, good: dict[Source, torch.Tensor]) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
-        good = finite(source.on(torch.device("cpu") if self._off_device else device))
-        source.release()
-        return good
+        if isinstance(source, FromFactors) and source.stays_finite():
+            source = source.start
+        if source not in good:
+            good[source] = finite(source.on(torch.device("cpu") if self._off_device else device))
+            source.release()
+        return good[source]
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """The plan of a recipe for these models. Raises InputError for what cannot be merged."""
@@ -182,7 +228,7 @@ class ResidentModels:
             names = [tensor.name for tensor in plan.tensors]
         else:
             parameters, made = self._make(plan)
-            extremes, names = _extremes(made) if made else torch.zeros(0, 2), list(made)
+            extremes, names = least_and_largest(made) if made else torch.zeros(0, 2), list(made)
         bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
         if bad:
             raise CandidateFailed(f"non-finite weights after the merge in {names[bad[0]]}")
@@ -196,8 +242,37 @@ class ResidentModels:
             return
         parameters, made = self._make(self.plan(recipe))
         if made:
-            _extremes(made)
+            least_and_largest(made)
         checksums(parameters)
+
+    @torch.no_grad()
+    def put(self, reference: str, names: Iterable[str]) -> None:
+        """Writes tensors of a model into the resident model.
+
+        reference: the model's.
+        names: of the tensors.
+        """
+        for name in names:
+            source = self._sources[reference][name]
+            self._parameters[name].copy_(whole_of(source.on(self._parameters[name].device)))
+            source.release()
+        self._naming.settle(self.model, self._parameters)
+
+    @torch.no_grad()
+    def merge_some(self, plan: MergePlan, tensors: Iterable[TensorMerge], statistics: Find | None = None) -> None:
+        """Merges some tensors into the resident model.
+
+        plan: the merge, which keeps layers in their places.
+        tensors: those of its tensors that are merged.
+        statistics: finds what was measured of the models; by default as for candidates.
+        """
+        usual, self._find_statistic = self._find_statistic, statistics or self._find_statistic
+        try:
+            for tensor in tensors:
+                self._merge(plan, tensor, self._parameters[tensor.name])
+        finally:
+            self._find_statistic = usual
+        self._naming.settle(self.model, self._parameters)
 
     def _make(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
         """Makes a merge and sets `candidate` to it. Returns its parameters, and those that had to be computed."""
@@ -234,14 +309,19 @@ class ResidentModels:
         wanted: the names of the parameters, such as `weight`.
         """
         assert self._plan is not None
-        plan, method = self._plan, self._plan.method
-        merges = [merge for merge in plan.tensors if smooth_parameters(method, merge.shared, wanted)]
+        plan = self._plan
+        merges = [merge for merge in plan.tensors if smooth_parameters(plan.method, merge.shared, wanted)]
 
         def slopes_of(merge: TensorMerge, gradient: torch.Tensor) -> Mapping[Key, torch.Tensor]:
-            return slopes(method, self._inputs(plan, merge, gradient.device), gradient, wanted)
+            return self._slopes_of(plan, merge, gradient, wanted)
 
         pieces = self._naming.pieces if self.candidate is self.model else {}
         return followed(self.candidate, self._naming, pieces, merges, slopes_of)
+
+    def _slopes_of(
+        self, plan: MergePlan, merge: TensorMerge, gradient: torch.Tensor, wanted: Sequence[str]
+    ) -> Mapping[Key, torch.Tensor]:
+        return slopes(plan.method, self._inputs(plan, merge, gradient.device), gradient, wanted)
 
     def _in_place(self, plan: MergePlan) -> bool:
         """Whether the merge has the resident model's layers in their order."""
@@ -257,10 +337,11 @@ class ResidentModels:
             if not _unchanged(plan, tensor):
                 made[tensor.name] = torch.empty(source.shape, dtype=self._dtype, device=places[tensor.name])
                 self._merge(plan, tensor, made[tensor.name])
+        shared = cache(self._shared)  # by layers that stand in several places
         tensors = {
             tensor.name: made[tensor.name]
             if tensor.name in made
-            else self._shared(tensor.models[0], tensor.sources[0], places[tensor.name])
+            else shared(tensor.models[0], tensor.sources[0], places[tensor.name])
             for tensor in plan.tensors
         }
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
@@ -277,8 +358,9 @@ class ResidentModels:
 
     def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
         """A source's tensor. Where it has to change its dtype or device, one copy serves all candidates."""
-        tensor = whole_of(self._sources[reference][name].on(device))
-        if self._off_device:  # one copy for all candidates would bring all sources to the device
+        source = self._sources[reference][name]
+        tensor = whole_of(source.on(device))
+        if self._off_device or isinstance(source, FromFactors):  # copies for all candidates would be all sources
             return tensor.to(device, self._dtype)
         if (tensor.dtype, tensor.device) == (self._dtype, device):
             return tensor
@@ -286,35 +368,68 @@ class ResidentModels:
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge, device: torch.device) -> Inputs:
         """A tensor's inputs, all on one device. Only layers that change places may have sources on another one."""
-        given = list(zip(tensor.models, tensor.sources, strict=True))
-        base = (tensor.base, tensor.base_source) if tensor.base is not None else None
+        base, sources = tensor.base, self._sources
+        given = zip(tensor.models, tensor.sources, strict=True)
         return Inputs(
-            base=self._sources[base[0]][base[1]].on(device) if base is not None else None,
-            tensors=tuple(self._sources[model][name].on(device) for model, name in given),
+            base=sources[base][tensor.base_source].on(device) if base is not None else None,
+            tensors=tuple(sources[model][name].on(device) for model, name in given),
             per_model=tensor.per_model,
             shared=tensor.shared,
             uniforms=lambda index: self._uniform(plan.seed, tensor, index, device),
             rescale=plan.rescale,
-            once=partial(self._once, tensor.name, (device, base, *given)),
+            once=partial(self._once, tensor.name, self._given(tensor, device)),
             drawn=tuple((plan.seed, position) for position in tensor.positions),
             planes=self._planes,
             in_layer=layer_index(tensor.name) is not None,
+            statistic=partial(self._statistic, tensor, device),
         )
+
+    def _statistic(self, tensor: TensorMerge, device: torch.device, kind: Kind, index: int) -> Statistic | None:
+        """A statistic of a tensor of a model. Fisher information lives where sources do; all else is read when it is
+        asked for."""
+        model, name = tensor.source(index)
+        if self.model.device.type == "meta":
+            return self._rehearsed(self._sources[model][name].shape, kind)
+        stored = self._find_statistic(kind, model)
+        own = stored.tensor_of(name)
+        if own is None:
+            return None
+        if kind != "fisher" or not isinstance(stored, Stored):
+            return Statistic(stored.read(own), stored.mean)
+        key = stored.folder, own
+        if key not in self._statistics:
+            self._statistics[key] = self._held(stored.weights, own, stored.weights.table[own], device)
+        return Statistic(self._statistics[key].on(device), stored.mean)
+
+    def _rehearsed(self, shape: torch.Size, kind: Kind) -> Statistic | None:
+        if kind == "fisher":
+            held = Rehearsed if self._off_device else OnDevice
+            return Statistic(held(torch.empty(shape, device="meta")).on(torch.device("meta")))
+        if len(shape) != 2:
+            return None
+        return Statistic(torch.empty(shape[-1:] if kind == "activations" else shape[-1:] * 2, device="meta"))
+
+    def _given(self, tensor: TensorMerge, device: torch.device) -> tuple[Hashable, ...]:
+        """What results that are kept depend on: the device, then the tensors that are merged, the base's first."""
+        base = (tensor.base, tensor.base_source) if tensor.base is not None else None
+        return (device, base, *zip(tensor.models, tensor.sources, strict=True))
 
     def _once(
         self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
     ) -> T:
         """A `base.Once` for the output tensor `name`.
 
-        given: the device, then the tensors that are merged, the base's first.
+        given: see `_given`; the device alone where no tensor counts.
         """
-        key = (name, what, given[0], *(given[index + 2] for index in models))
-        if key not in self._kept:
+        value = what.value if isinstance(what, Latest) else None
+        key = key_of_kept(name, given, what, models)
+        if key not in self._kept or self._kept[key][0] != value:
+            self._kept.pop(key, None)  # before the next is made
             made = make()
-            if self._fields == "made" and _bytes(made) > _SMALL:
+            if self._fields == "made" and bytes_of(made) > _SMALL:
                 return made
-            self._kept[key] = tree_map_only(torch.Tensor, _lasting, made)
-        kept: T = self._kept[key]
+            self._kept[key] = value, tree_map_only(torch.Tensor, _lasting, made)
+        kept: T = self._kept[key][1]
         return kept
 
     def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> Field:
@@ -329,7 +444,13 @@ class ResidentModels:
         return self._once(name, (device,), ("uniforms", seed, position), (), make)
 
 
-def _bytes(made: Any) -> int:
+def key_of_kept(name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...]) -> Hashable:
+    """The key under which a result is kept (see `ResidentModels._once`)."""
+    what = what.what if isinstance(what, Latest) else what
+    return (name, what, given[0], *(given[index + 2] for index in models))
+
+
+def bytes_of(made: Any) -> int:
     """The bytes of all tensors in a result."""
     return sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))
 
@@ -365,7 +486,7 @@ def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:
     return plan.method.name == "passthrough" and tensor.per_model[0]["scale"] == 1.0
 
 
-def _extremes(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def least_and_largest(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The least and the largest element of each tensor, shape (tensors, 2); one is not finite where any element is
     not."""
     return _gathered(torch.stack(tensor.aminmax()).to(torch.float32) for tensor in tensors.values())
@@ -393,4 +514,4 @@ def _gathered(results: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _empty(info: TensorInfo) -> torch.Tensor:
-    return torch.empty(info.shape, dtype=getattr(torch, FLOATS[info.dtype]), device="meta")
+    return torch.empty(info.shape, dtype=dtype_of(info), device="meta")

@@ -7,6 +7,7 @@ that ResidentModels makes in memory for the same recipe.
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import load_config
-from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.base import Inputs, Kind, Statistic
 from evomerge.merging.methods.kernels import checksum, uniform_field
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import Skeleton, skeleton_of, untied, with_layers
 from evomerge.merging.sources.models import Models
+from evomerge.merging.sources.statistics import Find, Shelf
 from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.merging.sources.weights import HEAD_NAMES, Weights, untied_head
 from evomerge.merging.streamed.shards import Layout, write_weights
@@ -39,12 +41,15 @@ class StreamedMerge:
     plan: how each tensor is made.
     """
 
-    def __init__(self, recipe: Recipe, models: Models, where: str, device: str, dtype: str) -> None:
+    def __init__(
+        self, recipe: Recipe, models: Models, where: str, device: str, dtype: str, statistics: Find | None = None
+    ) -> None:
         """recipe: what to merge.
         models: the recipe's models; their base is the first model that the recipe names.
         where: what the recipe is called, which opens an error's message.
         device: where tensors are merged, such as `cpu` or `cuda:0`.
         dtype: the dtype of the output, such as `bfloat16`.
+        statistics: finds what was measured of the models.
         Raises InputError for what cannot be merged.
         """
         self._recipe, self._where = recipe, where
@@ -57,6 +62,9 @@ class StreamedMerge:
         if recipe.evomerge.head_apart or untied_head(self._weights.values()) is not None:
             configs = {reference: untied(config) for reference, config in configs.items()}
         self.plan = self._planned(configs)
+        self._find = statistics or Shelf(where=where).finder(models)
+        for kind, reference in self.plan.statistics:
+            self._find(kind, reference)
         self._vocabulary = self._built_vocabulary(configs)
         self._template = chat_template(recipe, self._folders, where) if recipe.chat_template else None
         self._skeleton = self._output_skeleton(configs)
@@ -223,7 +231,16 @@ class StreamedMerge:
             ),
             rescale=self.plan.rescale,
             in_layer=layer_index(tensor.name) is not None,
+            statistic=partial(self._statistic, tensor),
         )
+
+    def _statistic(self, tensor: TensorMerge, kind: Kind, index: int) -> Statistic | None:
+        """A statistic of a tensor of a model. Rows of tokens that are put in another order have none."""
+        model, name = tensor.source(index)
+        stored = self._find(kind, model)
+        own = stored.tensor_of(name)
+        moved = self._vocabulary is not None and tensor.name in self._skeleton.vocabulary
+        return None if own is None or moved else Statistic(stored.read(own).to(self._device), stored.mean)
 
     def _read(self, model: str, name: str) -> torch.Tensor:
         tensor = self._weights[model].read(name).to(self._device)

@@ -9,6 +9,7 @@ from evomerge.archive.gradients import GradientRecord
 from evomerge.candidate import is_learned
 from evomerge.config.running import StageConfig
 from evomerge.optimizers.make import FORWARD_PASSES
+from evomerge.reports.progress import stage_starts
 from evomerge.search.best import means
 from evomerge.search.criteria import Criteria
 from evomerge.search.results import Results
@@ -199,22 +200,11 @@ def _all_items(results: Results) -> int:
 
 
 def _stage_marks(records: Sequence[Record], stages: Sequence[StageConfig]) -> Iterator[Mark]:
-    """The beginnings of the stages. A stage ends with the first generation that completes its evaluations, and a stage
-    that follows gradients ends with the last candidate that they have led to."""
-    number, asked = 0, 0
-    for index, record in enumerate(records):
-        if number >= len(stages) - 1:
-            return
-        if index == 0 or record.candidate.generation == records[index - 1].candidate.generation:
-            over = stages[number].name == "learned" and not is_learned(record.candidate)
-        else:
-            wanted = stages[number].evaluations
-            over = not is_learned(record.candidate) if wanted is None else asked >= wanted
-        if over:
-            number, asked = number + 1, 0
-            name = f" by {stages[number].name}" if stages[number].name else ""
-            yield Mark(index, f"stage {number + 1}: {', '.join(stages[number].genes)}{name}")
-        asked += 1
+    """The beginnings of the stages, but for the first."""
+    for index, number in stage_starts([record.candidate for record in records], stages):
+        stage = stages[number - 1]
+        name = f" by {stage.name}" if stage.name else ""
+        yield Mark(index, f"stage {number}: {', '.join(stage.genes)}{name}")
 
 
 def _share_marks(points: Sequence[Point]) -> Iterator[Mark]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from evomerge.config.search import SearchConfig
 from evomerge.layers import layer_count
 from evomerge.merging.sources.models import Models
+from evomerge.merging.sources.statistics import Find
 from evomerge.merging.streamed.merge import StreamedMerge
 from evomerge.recipe import Recipe
 from evomerge.reports.page.recipes import BASE, column_order, place_of
@@ -32,12 +33,13 @@ class Distances:
     whole_parents: dict[str, float]
 
 
-def distances(recipe: Recipe, config: SearchConfig, models: Models) -> Distances | str:
+def distances(recipe: Recipe, config: SearchConfig, models: Models, statistics: Find | None = None) -> Distances | str:
     """The distances of a recipe's merge, or a sentence that says why there are none.
 
     recipe: the recipe, whose references are those of the config.
     config: the search's, which names the models.
     models: the models of the search.
+    statistics: finds what was measured of them.
     """
     size = sum(math.prod(info.shape) for info in models.table.values())
     if size > MOST_PARAMETERS:
@@ -45,7 +47,7 @@ def distances(recipe: Recipe, config: SearchConfig, models: Models) -> Distances
             f"The models have {size / 1e6:,.0f} million parameters each. Distances are only computed for models of "
             f"up to {MOST_PARAMETERS / 1e6:,.0f} million, since the merge has to be made for them."
         )
-    merge = StreamedMerge(recipe, models, "the recipe", "cpu", config.evaluation.dtype)
+    merge = StreamedMerge(recipe, models, "the recipe", "cpu", config.evaluation.dtype, statistics)
     if not merge.plan.keeps_layers or len(merge.plan.layers) != layer_count(models.table):
         return "The merge has other layers than its parents, so that no weight of it lies opposite to one of theirs."
     return _measured(merge, {BASE: config.base, **config.models}, models)

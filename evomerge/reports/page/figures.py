@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from evomerge.evidence.ablation import Part, Stop
 from evomerge.evidence.comparison import Comparison, Kept
 from evomerge.reports.page.blocks import Drawing, Figure, Select
 from evomerge.reports.page.course import Course, Point
@@ -23,7 +24,7 @@ MEAN = "mean of all"
 ROLES: Mapping[str, tuple[str, str, str, int]] = {  # title, color, symbol, size
     "search": ("candidates", "#8a97a8", "circle", 6),
     "front": ("front", "#2f7ed8", "circle", 9),
-    "control": ("other controls", "#a5673f", "x", 9),
+    "control": ("other controls", "#a5673f", "x", 7),
     "uniform": ("uniform merge", "#9b59b6", "triangle-up", 11),
     "base": ("base", "#6b7280", "square", 10),
     "parent": ("parents", "#2e9e5b", "diamond", 11),
@@ -171,6 +172,7 @@ def front(rows: Sequence[CandidateView], on_front: Sequence[str], winner: str | 
 
 def _points(role: str, texts: Sequence[str]) -> dict[str, Any]:
     title, color, symbol, size = ROLES[role]
+    many = role in ("search", "control")  # hundreds, which must not hide the others
     return {
         "type": "scatter",
         "mode": "markers",
@@ -179,8 +181,8 @@ def _points(role: str, texts: Sequence[str]) -> dict[str, Any]:
             "color": color,
             "symbol": symbol,
             "size": size,
-            "opacity": 0.55 if role == "search" else 1,
-            "line": {"width": 0 if role == "search" else 1, "color": "#ffffff"},
+            "opacity": 0.55 if many else 1,
+            "line": {"width": 0 if many else 1, "color": "#ffffff"},
         },
         "hoverinfo": "text",
         "hovertext": [label(text, 110) for text in texts],
@@ -192,7 +194,7 @@ def _names(role: str, members: Sequence[CandidateView]) -> dict[str, Any]:
     if role != "parent":
         return {}
     names = [label(row.id.removeprefix("parent-"), 16) for row in members]
-    return {"mode": "markers+text", "text": names, "textposition": "middle left", "cliponaxis": False}
+    return {"mode": "markers+text", "text": names, "textposition": "top center", "cliponaxis": False}
 
 
 def _scores_text(scores: Mapping[str, float] | None) -> str:
@@ -481,6 +483,105 @@ def _height(feature: Feature, value: float | int | str | None) -> float | None:
     place = float(feature.choices.index(str(value))) if feature.choices else float(value)
     low, high = (0.0, float(len(feature.choices) - 1)) if feature.choices else (feature.low, feature.high)
     return number((place - low) / ((high - low) or 1.0))
+
+
+# Parts of the winner
+
+
+def parts(shown: Sequence[Part], mean: str) -> Drawing:
+    """How much the winner leads what is left of it without each part, with 95 % intervals.
+
+    shown: the parts whose lead is known.
+    mean: what the mean is called.
+    """
+    rows = list(reversed(shown))
+    traces = []
+    titles = {"group": "genes put back", "model": "weights set to 0"}
+    for color, (kind, title) in zip((_BETTER, ROLES["winner"][1]), titles.items(), strict=True):
+        members = [(index, part, part.lead) for index, part in enumerate(rows) if part.kind == kind and part.lead]
+        if not members:
+            continue
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": title,
+                "x": [number(lead.difference) for _, _, lead in members],
+                "y": [index for index, _, _ in members],
+                "marker": {"color": color, "size": 10},
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [number(lead.interval[1] - lead.difference) for _, _, lead in members],
+                    "arrayminus": [number(lead.difference - lead.interval[0]) for _, _, lead in members],
+                    "color": color,
+                },
+                "hoverinfo": "text",
+                "hovertext": [
+                    label(
+                        f"{part.name}: {lead.difference:+.3f} ({lead.interval[0]:+.3f} to {lead.interval[1]:+.3f})", 90
+                    )
+                    for _, part, lead in members
+                ],
+            }
+        )
+    figure = figure_of(
+        traces,
+        height=160 + 30 * len(rows),
+        xaxis={"title": {"text": label(f"what it brings: {mean}, held-out")}, "zeroline": True, "zerolinewidth": 2},
+        yaxis=named_axis([part.name for part in rows], 30),
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+        margin={"l": 52, "r": 16, "t": 40, "b": 48},
+    )
+    return Drawing(figure)
+
+
+def way(stops: Sequence[Stop], chosen: str, mean: str, start: str) -> Drawing:
+    """The mean while one group of genes after the other becomes the winner's.
+
+    stops: from the start to the winner.
+    chosen: the items that decided the order.
+    mean: what the mean is called.
+    start: what the first stop is called.
+    """
+    names = [start, *(f"+ {stop.name}" for stop in stops[1:])]
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": f"{split} items",
+            "x": list(range(len(stops))),
+            "y": [number(value) for value in values],
+            "line": {"color": color, "width": 2.5, "dash": dash},
+            "marker": {"size": 7},
+            "hoverinfo": "text",
+            "hovertext": [
+                label(f"{name}: {'failed' if value is None else f'{value:.3f}'} on {split} items", 90)
+                for name, value in zip(names, values, strict=True)
+            ],
+        }
+        for split, values, color, dash in (
+            (chosen, [stop.chosen for stop in stops], "#8a97a8", "dot"),
+            ("held-out", [stop.heldout for stop in stops], ROLES["winner"][1], "solid"),
+        )
+    ]
+    axis = {
+        "tickmode": "array",
+        "tickvals": list(range(len(names))),
+        "ticktext": [label(name, 22) for name in names],
+        "tickangle": -60,
+        "automargin": True,
+        "zeroline": False,
+    }
+    figure = figure_of(
+        traces,
+        height=440,
+        xaxis=axis,
+        yaxis={"title": {"text": label(mean)}, "automargin": True},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+        margin={"l": 52, "r": 16, "t": 40, "b": 48},
+    )
+    return Drawing(figure)
 
 
 # Parents

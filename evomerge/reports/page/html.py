@@ -1,14 +1,14 @@
-"""The page as text: sections put into a template, with everything that it needs inside. The only module that makes
-pages with jinja2.
+"""Pages as text: sections put into templates. The only module that makes pages with jinja2.
 
-Nothing is loaded from elsewhere, and the page's own policy forbids it: only the scripts that were written into the page
-may run, by their hashes.
+A page that is a file holds everything that it needs. Nothing is loaded from elsewhere, and the page's own policy
+forbids it: only the scripts that were written into the page may run, by their hashes. A live page comes from a server,
+which sends its scripts and its policy too; it asks again and again whether it has changed.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -20,20 +20,16 @@ from evomerge.reports.page.story import Story, facts, headline
 _RELOAD = 20  # seconds after which a page of a running search is read again
 
 
-def page(story: Story, watched: bool = False) -> str:
+def page(story: Story, watched: bool = False, live: float | None = None) -> str:
     """The page of a run as HTML.
 
     story: the run.
     watched: whether the file is written again while the search runs; then the page reads itself again.
+    live: after how many seconds a page that a server shows asks for changes; None for a file.
     """
     made = sections.sections(story)
-    return render(
-        story.directory,
-        headline(story),
-        facts(story),
-        made,
-        _RELOAD if watched and story.running else None,
-    )
+    reload = _RELOAD if watched and story.running else None
+    return render(story.directory, headline(story), facts(story), made, reload, live)
 
 
 def render(
@@ -42,6 +38,7 @@ def render(
     facts: Sequence[tuple[str, str]],
     made: Sequence[Section],
     reload: int | None = None,
+    live: float | None = None,
 ) -> str:
     """A page as HTML.
 
@@ -50,26 +47,57 @@ def render(
     facts: short facts with their titles.
     made: the sections.
     reload: after how many seconds the page reads itself again; None for a page that does not.
+    live: after how many seconds a page that a server shows asks for changes; None for a file.
     """
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    own, plotly = _asset("page.js"), plotly_script()
     titles = {block.id: block.title for section in made for block in section.blocks}
-    return environment.from_string(_asset("page.html.j2")).render(
+    return _filled(
+        "page.html.j2",
+        live,
         title=title,
         headline=headline,
         facts=facts,
         sections=made,
-        questions=[(question, block, titles[block]) for question, block in sections.QUESTIONS if block in titles],
+        questions=[(question, block, titles[block]) for question, block in sections.answers(made)],
         reload=reload,
+        drawings=Markup(embedded(_drawings(made))),
+    )
+
+
+def index(rows: Sequence[Mapping[str, str]], live: float) -> str:
+    """The page of several runs side by side, with a line for each.
+
+    rows: for each run its `name`, its `address` and either `broken`, a sentence, or what is known of it: `state`,
+        `evaluations`, `best`, `scores`, `parent`, `control` and `verdict`.
+    live: after how many seconds it asks for changes.
+    """
+    return _filled("index.html.j2", live, title=f"{len(rows)} run{'s' * (len(rows) != 1)}", rows=rows, reload=None)
+
+
+def _filled(template: str, live: float | None, **values: Any) -> str:
+    import jinja2
+    from markupsafe import Markup
+
+    loader = jinja2.DictLoader({name: _asset(name) for name in ("frame.html.j2", template)})
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    own, plotly = _asset("page.js"), plotly_script()
+    return environment.get_template(template).render(
+        live=live,
         style=Markup(_asset("page.css")),
         plotly=Markup(plotly),
         script=Markup(own),
         hashes=Markup(" ".join(f"'{_hash(script)}'" for script in (plotly, own))),
-        drawings=Markup(embedded(_drawings(made))),
+        **values,
     )
+
+
+SCRIPTS: Mapping[str, Callable[[], str]] = {
+    "plotly.js": plotly_script,
+    "page.js": lambda: _asset("page.js"),
+    "live.js": lambda: _asset("live.js"),
+}
+"""What makes the scripts of live pages, by the names that these have below `/scripts/`."""
 
 
 def _drawings(made: Sequence[Section]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Which held-out items a candidate gained and lost against each parent, and what these items ask."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +75,18 @@ def questions(config: SearchConfig, models: Models) -> dict[str, list[Question]]
     """
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import distinct_tasks, load_targets, of_metrics, only_reported
+    from evomerge.evaluation.own_files import read_own
+    from evomerge.evaluation.own_scores import OwnItems
 
-    targets = load_targets(config.reported, config.tasks, config.evaluation)
-    searched = distinct_tasks(of_metrics(config.measured, targets))
-    division = Division(searched, config.items, models.seen, only_reported(config, targets))
+    targets, own = load_targets(config.reported, config.tasks, config.evaluation), OwnItems.of(config, read_own(config))
+    searched = [*distinct_tasks(of_metrics(config.measured, targets)), *own.searched.values()]
+    reported = [*only_reported(config, targets), *own.reported.values()]
+    division = Division(searched, config.items, models.seen, reported)
+    tasks: dict[str, Sequence[Any]] = {name: (task,) for name, task in {**own.searched, **own.reported}.items()}
+    tasks |= {metric.name: targets[metric.task].tasks for metric in config.reported if metric.task}
     return {
-        metric.name: [
-            _question(item) for task in targets[metric.task].tasks for item in division.items(task, "heldout")
-        ]
-        for metric in config.reported
-        if metric.cost is None
+        name: [_question(item) for task in of_metric for item in division.items(task, "heldout")]
+        for name, of_metric in tasks.items()
     }
 
 

@@ -1,6 +1,6 @@
 "use strict";
 (function () {
-  const drawings = JSON.parse(document.getElementById("drawings").textContent);
+  let drawings = {};
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const settings = { responsive: true, displayModeBar: false, displaylogo: false, scrollZoom: false };
   let printing = false;
@@ -26,7 +26,8 @@
     const made = Object.assign({}, layout, {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: "system-ui, sans-serif", size: 12, color: text },
+      uirevision: "kept", // traces that were hidden stay hidden when the figure is drawn again
+      font: { family: "system-ui, sans-serif", size: window.innerWidth < 600 && !printing ? 10 : 12, color: text },
       hoverlabel: { bgcolor: color("--back"), bordercolor: color("--line"), font: { color: text, size: 12 } },
     });
     ["xaxis", "yaxis"].forEach(function (axis) {
@@ -73,31 +74,48 @@
     const made = built(name);
     if (width) made.layout.width = width;
     element.style.minHeight = made.layout.height + "px";
-    return Plotly.react(element, made.data, made.layout, settings);
+    return Plotly.react(element, made.data, made.layout, settings).then(function () { makeRoom(element, made); });
+  }
+
+  function makeRoom(element, made) { // for a legend of several lines, which would take it from the plot
+    const legend = element.querySelector(".legend");
+    const more = legend ? Math.round(legend.getBBox().height) - 30 : 0;
+    if (more <= 0) return undefined;
+    const height = made.layout.height + more;
+    element.style.minHeight = height + "px";
+    return Plotly.react(element, made.data, Object.assign({}, made.layout, { height: height }), settings);
   }
 
   function drawAll(width) {
     Object.keys(drawings).forEach(function (name) { draw(name, width); });
   }
 
-  document.querySelectorAll("select[data-figure]").forEach(function (select) {
-    select.addEventListener("change", function () { draw(select.dataset.figure); });
+  function copy(button) {
+    const text = button.parentElement.querySelector("pre");
+    const range = document.createRange();
+    range.selectNodeContents(text);
+    const selection = window.getSelection();
+    selection.removeAllRanges();
+    selection.addRange(range);
+    const done = function () { button.textContent = "Copied"; };
+    if (navigator.clipboard) navigator.clipboard.writeText(text.textContent).then(done, function () {});
+    else if (document.execCommand("copy")) done();
+  }
+
+  function renew() {
+    drawings = JSON.parse(document.getElementById("drawings").textContent);
+    drawAll();
+  }
+
+  document.addEventListener("change", function (event) {
+    if (event.target.matches("select[data-figure]")) draw(event.target.dataset.figure);
   });
-  document.querySelectorAll("button.copy").forEach(function (button) {
-    button.addEventListener("click", function () {
-      const text = button.parentElement.querySelector("pre");
-      const range = document.createRange();
-      range.selectNodeContents(text);
-      const selection = window.getSelection();
-      selection.removeAllRanges();
-      selection.addRange(range);
-      const done = function () { button.textContent = "Copied"; };
-      if (navigator.clipboard) navigator.clipboard.writeText(text.textContent).then(done, function () {});
-      else if (document.execCommand("copy")) done();
-    });
+  document.addEventListener("click", function (event) {
+    if (event.target.matches("button.copy")) copy(event.target);
   });
+  document.addEventListener("renewed", renew); // a live page has got other figures
   dark.addEventListener("change", function () { drawAll(); });
   window.addEventListener("beforeprint", function () { printing = true; drawAll(680); });
   window.addEventListener("afterprint", function () { printing = false; drawAll(); });
-  drawAll();
+  renew();
 })();

@@ -7,6 +7,7 @@ from evomerge.errors import EvomergeError
 from evomerge.export.choice import warnings
 from evomerge.export.licenses import combined, stated_license
 from evomerge.export.recipe import shared_recipe
+from evomerge.files import STATISTICS
 from evomerge.runs.journal import OpenRun
 
 
@@ -95,6 +96,6 @@ def rebuilt(run: OpenRun, record: Record) -> Rebuilt:
     run: the run.
     record: the candidate's.
     """
-    recipe = shared_recipe(record, run.results, run.prepared.models)
+    recipe = shared_recipe(record, run.results, run.prepared.models, run.directory / STATISTICS)
     told = tuple(warnings(record, run.results))
     return Rebuilt(record.candidate.id, record.evaluation.fingerprint, recipe.to_yaml(), told)

@@ -2,9 +2,11 @@
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 
 from evomerge.errors import EvomergeError
+from evomerge.evidence.ablation import Part
 from evomerge.evidence.comparison import Kept, phrase
 from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
@@ -19,24 +21,25 @@ from evomerge.search.criteria import sign_of
 
 _MOST_CELLS = 40_000  # of all heat maps together
 _MOST_AXES = 14  # of parallel coordinates
+_FEW = 8  # candidates, of which no course can be read
 _MOST_FLIPS = 60  # questions of one rival and metric
 _LONGEST = 800  # characters of a question
 _MOST_TEXT = 300_000  # characters of all questions together
 _MOST_NUMBERS = 2000  # items of one rival and metric whose numbers are listed
 
-QUESTIONS: tuple[tuple[str, str], ...] = (
-    ("Which layers matter?", "importances"),
-    ("What did the winner lose?", "retention"),
-    ("Is it luck?", "verdict"),
-    ("What would more budget bring?", "course"),
-    ("Which model is useless?", "recipe"),
-    ("What did it cost?", "cost"),
-    ("Can I ship it?", "shipping"),
-    ("How do I rebuild it?", "rebuild"),
-    ("How far is it from its parents?", "distance"),
-    ("Which items flipped?", "items"),
+QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Which layers matter?", ("ablation", "importances")),
+    ("What did the winner lose?", ("retention",)),
+    ("Is it luck?", ("verdict",)),
+    ("What would more budget bring?", ("course",)),
+    ("Which model is useless?", ("ablation", "recipe", "path")),
+    ("What did it cost?", ("cost",)),
+    ("Can I ship it?", ("shipping",)),
+    ("How do I rebuild it?", ("rebuild",)),
+    ("How far is it from its parents?", ("distance",)),
+    ("Which items flipped?", ("items",)),
 )
-"""What a newcomer asks, and the id of the block that answers it."""
+"""What a newcomer asks, and the ids of the blocks that answer it; the first that has something to show is the best."""
 
 
 def sections(story: Story) -> list[Section]:
@@ -47,10 +50,25 @@ def sections(story: Story) -> list[Section]:
         Section("search", "Course of the search", (_course(story), _losses(story))),
         Section("merge", "The recipe as a picture", (_recipe(story), _spread(story), _path(story))),
         Section("genes", "Genes", (_importances(story), _parallel(story))),
+        Section("parts", "Parts of the winner", (_ablation(story), _way(story))),
         Section("parents", "Parents and constraints", (_retention(story), _constraints(story), _distance(story))),
         Section("differences", "Items", (_items(story),)),
         Section("provenance", "Provenance", (_shipping(story), _rebuild(story), _origin(story))),
     ]
+
+
+def answers(made: Sequence[Section]) -> list[tuple[str, str]]:
+    """Every question of a newcomer, and the id of the block of a page that answers it, or else says why it cannot.
+
+    made: the sections of the page; a page of something else than a run has no answers.
+    """
+    by_id = {block.id: block for section in made for block in section.blocks}
+    found = []
+    for question, names in QUESTIONS:
+        known = [by_id[name] for name in names if name in by_id]
+        told = [block for block in known if block.drawing is not None or block.tables or block.texts]
+        found += [(question, block.id) for block in (told or known[-1:])[:1]]
+    return found
 
 
 # Verdict
@@ -115,6 +133,9 @@ def _cost(story: Story) -> Block:
         ("controls evaluated besides", f"{whole.controls:,}"),
         ("work of all workers together", _hours(whole.hours)),
     ]
+    if story.ablated is not None:
+        seconds = story.ablated.seconds / 3600
+        rows.append(("parts of the winner scored besides", f"{story.ablated.evaluations:,} ({_hours(seconds)})"))
     says = (
         "What the search has cost. A candidate that is scored on all search items is one forward pass over them; a "
         f"step along a gradient costs {FORWARD_PASSES:g} times the share of the items that it reads. The first four "
@@ -144,7 +165,9 @@ def _front(story: Story) -> Block:
         "marks of the front may lie behind others."
     )
     minimized = [objective.name for objective in story.run.config.objectives if sign_of(objective) < 0]
-    notes = [f"Smaller is better for {', '.join(minimized)}."] if minimized else []
+    apart = views.off_front(story.run.results)
+    notes = [apart] if apart is not None else []
+    notes += [f"Smaller is better for {', '.join(minimized)}."] if minimized else []
     if len(story.whole) > figures.MOST_POINTS:
         notes.append(f"Of {len(story.whole):,} candidates, evenly spaced ones are drawn.")
     drawing = figures.front(story.whole, story.front_ids, story.winner, story.objectives)
@@ -203,7 +226,16 @@ def _flat(shown: Course) -> list[str]:
         return []
     last = best.index(best[-1])
     after = len(best) - 1 - last
-    return [f"The best mean ({best[-1]:.3f}) was reached by {shown.points[last].id}; {after} candidates came after it."]
+    found = f"The best mean ({best[-1]:.3f}) was reached by {shown.points[last].id}; {after} candidates came after it."
+    half = best[(len(best) - 1) // 2]
+    if half is None or len(best) < _FEW:
+        return [found, "There are too few candidates to tell what more budget would bring."]
+    gained = best[-1] - half
+    brings = "may bring more" if gained > 0 else "promises little"
+    return [
+        found,
+        f"The second half of the candidates raised it by {gained:.3f}, so more budget of this kind {brings}.",
+    ]
 
 
 def _losses(story: Story) -> Block:
@@ -320,9 +352,12 @@ def _path(story: Story) -> Block:
         "layer; it is the wider, the larger the scale of the layer that it leads to."
     )
     path = found[0][1]
+    lanes = Counter(stop.lane for stop in path.stops)
     notes = (
         f"The winner has {len(path.stops)} layers. Its embeddings {_come(path.embeddings)}, its final norm and head "
         f"{_come(path.head)}.",
+        f"Its layers by where they come from: {', '.join(f'{lane} {count}' for lane, count in lanes.items())}. A model "
+        "that gives no layer is of no use to it.",
     )
     drawing = pictures.paths([name for name, _ in found], [shown for _, shown in found])
     return Block("path", title, says, drawing, notes=notes if story.winner is not None else ())
@@ -378,6 +413,84 @@ def _parallel(story: Story) -> Block:
     return Block("parallel", title, says, drawing, notes=notes)
 
 
+# Parts of the winner
+
+
+def _ablation(story: Story) -> Block:
+    title, found = "What each part of the winner brings", story.ablated
+    if found is None:
+        command = f"evomerge report {shlex.quote(story.directory)} --ablate"
+        return Block(
+            "ablation",
+            title,
+            f"Nobody has asked yet what is left of the winner without its parts. `{command}` scores that, once the "
+            "search has ended.",
+        )
+    start = "the uniform merge" if found.from_uniform else "a model unchanged"
+    says = (
+        f"Each dot is what the winner loses on held-out items where one group of its genes is put back to {start}, or "
+        "where the weights of one model are set to 0; the line is the 95 % interval. Where the line crosses 0, the "
+        "part may bring nothing."
+    )
+    known = [part for part in found.parts if part.lead is not None]
+    rows = [(part.name, _PUT_BACK[part.kind], _score(part.mean), *_lead(part)) for part in found.parts]
+    head = ("part", "", "left without it", "brings (95 % interval)", "p-value (corrected)")
+    notes = [*_needed(found.parts), f"p-values are corrected for {len(known)} parts."]
+    notes.append(f"It took {found.evaluations} evaluations, which are not counted as the search's.")
+    drawing = figures.parts(known, story.status.mean) if known else None
+    return Block("ablation", title, says, drawing, (Table(head, rows),), tuple(notes))
+
+
+_PUT_BACK = {"group": "genes put back", "model": "weights set to 0"}
+
+
+def _lead(part: Part) -> tuple[str, str]:
+    if part.mean is None:
+        return "failed", ""
+    if part.lead is None:
+        return "", ""
+    low, high = part.lead.interval
+    return f"{part.lead.difference:+.3f} ({low:+.3f} to {high:+.3f})", _p_value(part.lead.p_value)
+
+
+def _needed(parts: Sequence[Part]) -> list[str]:
+    """Sentences about what the winner needs beyond chance, and what may be useless: groups, then models."""
+    told = []
+    for kind, what in (("group", "Parts of the genome"), ("model", "Models")):
+        listed = [part for part in parts if part.kind == kind and part.lead is not None]
+        needed = [part.name for part in listed if part.matters]
+        useless = [part.name for part in listed if not part.matters]
+        if needed:
+            told.append(f"{what} without which the winner is worse beyond chance: {', '.join(needed)}.")
+        if useless:
+            told.append(f"{what} that may be useless, as far as held-out items tell: {', '.join(useless)}.")
+    return told
+
+
+def _way(story: Story) -> Block:
+    title, found = "From the uniform merge to the winner", story.ablated
+    if found is None:
+        return Block("way", title, "The recipes between the uniform merge and the winner were not scored.")
+    start = "uniform merge" if found.from_uniform else "a model unchanged"
+    items = "selection" if found.split == "selection" else "search"
+    says = (
+        f"From left to right, one group of genes after the other becomes the winner's, beginning with the {start}. The "
+        f"order follows what each group brings alone on {items} items, the most first. Where the line is flat, the "
+        "groups there bring nothing to the others."
+    )
+    held = [stop.heldout for stop in found.way]
+    notes = []
+    whole = held[-1] - held[0] if held[-1] is not None and held[0] is not None else 0.0
+    if whole > 0 and held[0] is not None:
+        first = held[0]
+        enough = next(index for index, value in enumerate(held) if value is not None and value - first >= 0.9 * whole)
+        notes = [
+            f"{enough} of {len(held) - 1} groups reach nine tenths of what the winner is above the {start} on held-out "
+            f"items ({whole:+.3f})."
+        ]
+    return Block("way", title, says, figures.way(found.way, items, story.status.mean, start), notes=tuple(notes))
+
+
 # Parents
 
 
@@ -393,7 +506,20 @@ def _retention(story: Story) -> Block:
     )
     rows = [(one.parent, one.metric, _score(one.parent_score), _score(one.score), _share(one)) for one in kept]
     head = ("parent", "its best task", "its score", "winner's", "kept")
-    return Block("retention", title, says, figures.retention(kept), (Table(head, rows),))
+    return Block("retention", title, says, figures.retention(kept), (Table(head, rows),), _lost(kept, story))
+
+
+def _lost(kept: Sequence[Kept], story: Story) -> tuple[str, ...]:
+    """A sentence about where the winner is worse than a parent."""
+    signs = {metric.name: sign_of(metric) for metric in story.run.config.reported}
+    worse = [
+        f"{one.metric}, {_score(one.score)} instead of {one.parent}'s {_score(one.parent_score)}"
+        for one in kept
+        if signs[one.metric] * one.score < signs[one.metric] * one.parent_score
+    ]
+    if not worse:
+        return ("The winner has lost nothing of what its parents are best at.",)
+    return (f"What the winner has lost: {'; '.join(worse)}.",)
 
 
 def _share(one: Kept) -> str:
@@ -426,7 +552,10 @@ def _distance(story: Story) -> Block:
     if story.best is None:
         return Block("distance", title, "There is no winner whose weights could be compared.")
     try:
-        found: Distances | str = distances(story.best.candidate.recipe, story.run.config, story.run.prepared.models)
+        models = story.run.prepared.models
+        found: Distances | str = distances(
+            story.best.candidate.recipe, story.run.config, models, story.run.statistics.finder(models)
+        )
     except EvomergeError as error:
         found = f"Distances cannot be computed: {error}"
     if isinstance(found, str):

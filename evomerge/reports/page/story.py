@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from evomerge.archive.archive import Record
+from evomerge.evidence.ablation import Ablated, ablated
 from evomerge.reports import views
 from evomerge.reports.page.course import Costs, Course, costs, course
 from evomerge.reports.page.importance import Features, features, importances
@@ -97,6 +98,11 @@ class Story:
             recipe = record.candidate.recipe
             made.append((record.candidate.id, picture(recipe, self.run.config, self.run.prepared.models)))
         return made
+
+    @cached_property
+    def ablated(self) -> Ablated | None:
+        """What was found by putting parts of the winner back; None where it was not asked for."""
+        return ablated(self.run.results, self.run.prepared.space)
 
     @cached_property
     def flips(self) -> list[Flips]:

@@ -24,7 +24,7 @@ def write(directory: Path, output: Path, items: bool = False, watched: bool = Fa
     watched: whether the page reads itself again while the search runs.
     Raises InputError where the run cannot be read or the file cannot be written.
     """
-    _check(output)
+    check_output(output)
     running = is_running(directory)  # asked first: what is written until it ends is then on the page
     story = Story(runs.read(directory), running, str(directory), items)
     write_text(output, page(story, watched))
@@ -55,7 +55,8 @@ def watch(
         sleep(max(pause, _REST * took))
 
 
-def _check(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raises InputError where a page cannot be written to a file."""
     if output.is_dir():
         raise InputError(f"{output}: is a folder; give -o the name of a file.")
     if not output.parent.is_dir():

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs, Method
 from evomerge.merging.methods.sparsify import SPARSIFIERS
 from evomerge.merging.methods.task_vectors import TaskVectorMerge, _scale
@@ -40,6 +41,14 @@ def masks(method: Method, inputs: Inputs) -> list[torch.Tensor]:
 
 def merged(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
     """The merge in float64, as papers write it."""
+    plain, plus, _ = method.name.partition("+")
+    if plus:
+        assert inputs.base is not None
+        activations = inputs.statistic("activations", -1)
+        assert activations is not None
+        shares = torch.as_tensor(activations.values).double() / float(torch.as_tensor(activations.values).max())
+        origin = inputs.base.double()  # type: ignore[union-attr]
+        return origin + (merged(METHODS[plain], inputs, leaves) - origin) * (1 - shares * (1 - inputs.shared["omega"]))
     base = inputs.base.double() if inputs.base is not None else None
     models = [tensor.double() for tensor in inputs.tensors]
     if method.name == "linear":
@@ -86,6 +95,8 @@ def derived_again(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tenso
     base, own = inputs.base.double(), inputs.per_model
     deltas = [(tensor.double() - base).numpy() for tensor in inputs.tensors]
     models, alone = range(len(deltas)), np.eye(len(deltas))
+    if method.name in ("fisher", "gradient_matching"):
+        return weighed_by_information(method, inputs, leaves)
     whole = method.name in ("tsv", "iso", "wudi", "ace")
     if whole and not (inputs.in_layer and deltas[0].ndim == 2):  # their authors average what is no matrix of a layer
         ones = [leaves["alpha", None]] * len(deltas) if ("alpha", None) in leaves else None
@@ -100,12 +111,38 @@ def derived_again(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tenso
     elif method.name == "localize_and_stitch":
         densities = [values["density"] for values in own]
         parts = [derived.localize_and_stitch(deltas, alone[i].tolist(), densities) for i in models]
+    elif method.name.startswith("regmean"):
+        kind = method.statistics[0].kind
+        measured = [inputs.statistic(kind, i) for i in models]
+        grams = [np.asarray(each.values, dtype=np.float64) for each in measured if each is not None]
+        parts = [derived.regmean(deltas, alone[i].tolist(), grams, inputs.shared["alpha"]) for i in models]
     elif method.name == "wudi":
         parts = [derived.wudi(deltas, alone[i].tolist()) for i in models]
     else:
         parts = derived.tsv(deltas)
     total = sum(leaves["weight", index] * torch.from_numpy(part) for index, part in enumerate(parts))
     return base + leaves["lambda", None] * total
+
+
+def weighed_by_information(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
+    assert inputs.base is not None
+    base = torch.as_tensor(inputs.base).double()
+    models = range(len(inputs.tensors))
+
+    def information(index: int) -> torch.Tensor:
+        measured = inputs.statistic("fisher", index)
+        assert measured is not None
+        return torch.as_tensor(measured.values).double() / measured.mean
+
+    weights = [leaves["weight", index] for index in models]
+    deltas = [torch.as_tensor(tensor).double() - base for tensor in inputs.tensors]
+    if method.name == "fisher":
+        counts = [weights[index] * information(index).clamp(min=inputs.shared["floor"]) for index in models]
+        pulled = sum(count * delta for count, delta in zip(counts, deltas, strict=True))
+        return base + leaves["lambda", None] * pulled / sum(counts)
+    own = information(-1) + inputs.shared["delta"]
+    pulled = sum(weights[index] * (own + information(index)) * deltas[index] for index in models)
+    return base + pulled / (own + sum(weights[index] * information(index) for index in models))
 
 
 def arc(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:

@@ -39,6 +39,32 @@ def localize_and_stitch(deltas: Parts, weights: Sequence[float], densities: Sequ
     return np.asarray((np.nansum(stitched, axis=0) / np.maximum(kept.sum(axis=0), 1)).reshape(deltas[0].shape))
 
 
+def fisher(deltas: Parts, weights: Sequence[float], information: Parts, means: Sequence[float], floor: float) -> Array:
+    merged = np.zeros_like(deltas[0])
+    for place in np.ndindex(merged.shape):
+        counts = [w * max(f[place] / mean, floor) for w, f, mean in zip(weights, information, means, strict=True)]
+        merged[place] = sum(c * d[place] for c, d in zip(counts, deltas, strict=True)) / sum(counts)
+    return merged
+
+
+def gradient_matching(
+    deltas: Parts, weights: Sequence[float], information: Parts, means: Sequence[float], delta: float
+) -> Array:
+    """Task arithmetic less the mismatch of its gradients; the base's information comes first."""
+    own, *others = (f / mean for f, mean in zip(information, means, strict=True))
+    arithmetic = sum(w * d for w, d in zip(weights, deltas, strict=True))
+    hessian = own + delta + sum(w * h for w, h in zip(weights, others, strict=True))
+    mismatch = sum(w * h * (arithmetic - d) for w, h, d in zip(weights, others, deltas, strict=True))
+    return np.asarray(arithmetic - mismatch / hessian)
+
+
+def regmean(deltas: Parts, weights: Sequence[float], grams: Parts, alpha: float) -> Array:
+    """By least squares on inputs that have these Gram matrices. A weight multiplies a model's outputs."""
+    inputs = [power(alpha * gram + (1 - alpha) * np.diag(np.diag(gram)), 0.5) for gram in grams]
+    outputs = [x @ (w * d).T for x, w, d in zip(inputs, weights, deltas, strict=True)]
+    return np.asarray(np.linalg.lstsq(np.concatenate(inputs), np.concatenate(outputs), rcond=None)[0].T)
+
+
 def tsv(deltas: Parts) -> Parts:
     rank = max(1, min(deltas[0].shape) // len(deltas))
     lefts, sizes, rights = [], [], []

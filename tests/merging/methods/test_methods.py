@@ -17,10 +17,11 @@ from mergekit.merge_methods import ParameterScope, TensorEntry, TensorGroup
 from evomerge.errors import InputError
 from evomerge.merging import methods
 from evomerge.merging.methods import METHODS
-from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.base import Inputs, unmeasured
 from evomerge.merging.methods.kernels import keep_mask, largest_magnitudes, ordered_sum, uniform_field
 from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.merging.methods.task_vectors import TaskVectorMerge
+from tests.merging.methods.measured import statistics
 
 MERGEKIT = [name for name, method in METHODS.items() if method.mergekit]
 TASK_VECTORS = [name for name, method in METHODS.items() if isinstance(method.function, TaskVectorMerge)]
@@ -111,6 +112,7 @@ def merged(
         shared={p.name: 0.3 if p.default is None else p.default for p in row.shared} | dict(shared or {}),
         uniforms=models.fields.__getitem__,
         rescale=rescale,
+        statistic=statistics(models.base) if row.statistics else unmeasured,
     )
     return row.merge(inputs)
 

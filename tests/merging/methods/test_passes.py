@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from evomerge.merging.methods import METHODS
-from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.base import Inputs, unmeasured
 from evomerge.merging.methods.kernels import as_field, field_steps, uniform_field
 from evomerge.merging.methods.passes import ROOM, Pass, for_each_chunk, numbers_on, write
+from tests.merging.methods.measured import statistics
 
 SHAPE = (3, (1 << 18) + 77)  # chunks that end within rows
 VALUES = {
@@ -21,6 +22,7 @@ VALUES = {
     "gamma": [0.01] * 3,
     "threshold": [0.4] * 3,
 }
+COMPILED = ["linear", "ties", "dare_ties", "della", "consensus", "localize_and_stitch", "fisher", "gradient_matching"]
 
 
 def inputs_of(method: str, planes: bool = False, dtype: torch.dtype = torch.bfloat16) -> Inputs:
@@ -39,13 +41,14 @@ def inputs_of(method: str, planes: bool = False, dtype: torch.dtype = torch.bflo
         uniforms=lambda index: as_field(fields[index], planes),
         rescale="density",
         planes=planes,
+        statistic=statistics(base) if row.statistics else unmeasured,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "consensus", "localize_and_stitch"])
+@pytest.mark.parametrize("method", COMPILED)
 def test_compiled_code_gives_the_bits_of_eager_code(method):
     """One method of each kind of pass, to spare the compiler."""
     eager, compiled = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)

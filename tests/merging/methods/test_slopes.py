@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from evomerge.merging import methods
 from evomerge.merging.methods import METHODS
-from evomerge.merging.methods.base import Inputs, Method
+from evomerge.merging.methods.base import Inputs, Method, unmeasured
 from evomerge.merging.methods.kernels import as_field, uniform_field
 from evomerge.merging.methods.slopes import slopes, smooth_parameters
 from tests.merging.methods.autograd import leaves_of, merged
+from tests.merging.methods.measured import statistics
 
 SMOOTH = [name for name, method in METHODS.items() if method.slopes]
 SHAPE = (24, 17)
@@ -42,6 +44,7 @@ def inputs_of(method: Method, changes: Mapping[str, Any], dtype: torch.dtype, pl
         uniforms=lambda index: as_field(uniform_field(7, index, "here", base.numel(), "cpu"), planes),
         rescale=changes.get("rescaled", "density"),
         planes=planes,
+        statistic=statistics(base) if method.statistics else unmeasured,
     )
 
 
@@ -58,13 +61,15 @@ CASES += [(name, {"weight": (0.8, 0.0, 0.5)}) for name in ("ties", "dare_ties", 
 CASES += [(name, {"rescaled": "l1"}) for name in ("dare_ties", "dare_linear", "della", "della_linear")]
 CASES += [(name, {"with_base": True}) for name in ("nuslerp", "multislerp")]
 CASES += [("multislerp", {"normalize_weights": False}), ("task_arithmetic", {"lambda": 1.0}), ("slerp", {"t": 0.9})]
+CASES += [(f"{name}+aim", {"omega": 0.3}) for name in ("task_arithmetic", "regmean", "gradient_matching")]
+CASES += [("fisher", {"floor": 1.0}), ("gradient_matching", {"delta": 2.0}), ("regmean", {"alpha": 0.2})]
 CASES += [("dare_ties", {"density": (1.0, 1.0, 1.0)}), ("ties", {"density": (0.0, 0.2, 1.0)})]
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES, ids=[f"{name}-{changes}" for name, changes in CASES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_derivatives_are_those_of_autograd_in_float64(name: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
-    method, gradient = METHODS[name], torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
+    method, gradient = methods.get(name, "here"), torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
     inputs = inputs_of(method, changes, dtype)
     if name == "multislerp" and not changes.get("with_base"):
         inputs = inputs_of(method, {"weight": (0.7, 0.4, 0.3), **changes}, dtype)

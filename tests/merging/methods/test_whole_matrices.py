@@ -1,6 +1,7 @@
 """The methods that mergekit has not, beside a second derivation in float64 (derived.py), and what they promise."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evomerge.merging import methods
 from evomerge.merging.methods import METHODS
-from evomerge.merging.methods.base import Inputs
+from evomerge.merging.methods.base import Inputs, Kind, unmeasured
+from evomerge.merging.methods.regmean import closest_outputs
 from evomerge.merging.methods.task_vectors import TaskVectorMerge
 from tests.merging.methods import derived
+from tests.merging.methods.measured import statistics
 
 OURS = [name for name, method in METHODS.items() if not method.mergekit]
 OF_MATRICES = ["tsv", "iso", "knots", "wudi", "ace"]
+MEASURED = ["fisher", "gradient_matching", "regmean", "regmean_plus"]
 WEIGHTS = (0.7, 1.2, -0.4)
 few = settings(max_examples=15, deadline=None, derandomize=True)
 shapes = st.tuples(st.integers(6, 20), st.integers(6, 60))
@@ -39,6 +44,7 @@ def inputs_of(
         uniforms=lambda index: torch.empty(0),
         rescale="density",
         in_layer=in_layer,
+        statistic=statistics(torch.from_numpy(deltas[0])) if row.statistics else unmeasured,
     )
 
 
@@ -144,11 +150,76 @@ def test_ace_is_tested_with_and_without_its_refinement():
     assert spreads[0] < 0.3 < spreads[1]
 
 
+def of(kind: Kind, deltas: list[np.ndarray], models: range) -> tuple[list[np.ndarray], list[float]]:
+    """What was measured of models, and the means."""
+    found = statistics(torch.from_numpy(deltas[0]))
+    measured = [each for index in models if (each := found(kind, index)) is not None]
+    return [np.asarray(each.values, dtype=np.float64) for each in measured], [each.mean for each in measured]
+
+
+@few
+@given(shape=shapes, seed=seeds, count=st.integers(1, 3), floor=st.sampled_from([0.0, 1e-3, 0.5]))
+def test_fisher_averages_by_information(shape, seed, count, floor):
+    deltas, weights = task_vectors(shape, seed, count), (0.7, 1.2, 0.4)[:count]
+    theirs = derived.fisher(deltas, weights, *of("fisher", deltas, range(count)), floor)
+    assert_close(merged("fisher", deltas, weights, floor=floor, **{"lambda": 0.8}), 0.8 * theirs, 1e-5)
+
+
+@few
+@given(shape=shapes, seed=seeds, count=st.integers(1, 3), delta=st.sampled_from([0.01, 1.0]))
+def test_gradient_matching_is_task_arithmetic_less_the_mismatch_of_gradients(shape, seed, count, delta):
+    deltas, weights = task_vectors(shape, seed, count), (0.7, 1.2, 0.4)[:count]
+    theirs = derived.gradient_matching(deltas, weights, *of("fisher", deltas, range(-1, count)), delta)
+    assert_close(merged("gradient_matching", deltas, weights, delta=delta), theirs, 1e-5)
+
+
+def test_gradient_matching_goes_over_into_task_arithmetic_and_fisher_merging():
+    """With a large delta, and with none where the base knows nothing."""
+    deltas, weights = task_vectors((7, 9), 4), (0.3, 0.3, 0.4)
+    arithmetic = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+    assert_close(merged("gradient_matching", deltas, weights, delta=1e6), np.asarray(arithmetic), 1e-4)
+    information, means = of("fisher", deltas, range(3))
+    nothing = [np.zeros_like(deltas[0]), *information]
+    theirs = derived.gradient_matching(deltas, weights, nothing, [1.0, *means], 0.0)
+    assert_close(merged("fisher", deltas, weights, floor=0.0), theirs, 1e-5)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("regmean", "grams"), ("regmean_plus", "merged_grams")])
+@few
+@given(shape=shapes, seed=seeds, count=st.integers(1, 3), alpha=st.sampled_from([0.1, 0.9, 1.0]))
+def test_regmean_gives_the_outputs_closest_to_those_of_the_models(method, kind, shape, seed, count, alpha):
+    deltas = task_vectors(shape, seed, count)
+    theirs = derived.regmean(deltas, WEIGHTS[:count], of(kind, deltas, range(count))[0], alpha)
+    assert_close(merged(method, deltas, alpha=alpha, **{"lambda": 1.1}), 1.1 * theirs, 1e-3)
+
+
+def test_regmean_stays_at_the_average_where_no_input_is():
+    deltas, grams = task_vectors((5, 8), 3, 2), [torch.diag(torch.tensor([*([1.0] * 6), 0.0, 0.0]))] * 2
+    found = closest_outputs([torch.from_numpy(delta) for delta in deltas], [gram.double() for gram in grams])
+    assert_close(sum(found).numpy(), sum(deltas) / 2)  # type: ignore[union-attr, arg-type]
+
+
+def test_aim_keeps_the_base_in_the_channels_that_are_the_most_active():
+    deltas = task_vectors((6, 5), 2, 2)
+    row = methods.get("task_arithmetic+aim", "here")
+    inputs = replace(
+        inputs_of("task_arithmetic", deltas, (0.5, 0.8)),
+        shared={"normalize": False, "rescale": False, "lambda": 1.0, "omega": 0.3},
+        statistic=statistics(torch.from_numpy(deltas[0])),
+    )
+    magnitudes = of("activations", deltas, range(-1, 0))[0][0]
+    theirs = (0.5 * deltas[0] + 0.8 * deltas[1]) * (1 - magnitudes / magnitudes.max() * 0.7)
+    assert_close(row.merge(inputs).double().numpy(), theirs)
+    plain = METHODS["task_arithmetic"].merge(inputs)
+    assert torch.equal(row.merge(replace(inputs, shared={**inputs.shared, "omega": 1.0})), plain)
+    assert torch.equal(row.merge(replace(inputs, in_layer=False)), plain)
+
+
 # What becomes of tensors that are no matrices of layers
 
 
 @pytest.mark.parametrize("shape", [(15,), (5, 3), (2, 3, 4)])
-@pytest.mark.parametrize("method", ["tsv", "wudi", "iso", "ace"])
+@pytest.mark.parametrize("method", ["tsv", "wudi", "iso", "ace", "regmean", "regmean_plus"])
 def test_what_is_no_matrix_of_a_layer_is_averaged(method, shape):
     deltas = task_vectors(shape, 3)
     weights = WEIGHTS if METHODS[method].takes("weight") else (1.0,) * 3
@@ -165,7 +236,7 @@ def test_knots_merges_what_is_no_matrix_of_a_layer_by_ties():
 # Promises
 
 
-@pytest.mark.parametrize("method", ["wudi", "localize_and_stitch", "knots"])
+@pytest.mark.parametrize("method", ["wudi", "localize_and_stitch", "knots", "fisher", "regmean", "regmean_plus"])
 @few
 @given(shape=shapes, seed=seeds)
 def test_fine_tunes_that_are_the_same_merge_to_themselves(method, shape, seed):
@@ -207,7 +278,7 @@ def test_a_weight_of_zero_for_every_model_gives_the_base(method):
     assert not ours.any()
 
 
-@pytest.mark.parametrize("method", OF_MATRICES)
+@pytest.mark.parametrize("method", [*OF_MATRICES, *MEASURED])
 def test_a_broken_model_makes_nans_and_no_error_of_a_library(method):
     deltas = task_vectors((7, 5), 1)
     deltas[1][2, 3] = np.nan
@@ -215,5 +286,5 @@ def test_a_broken_model_makes_nans_and_no_error_of_a_library(method):
 
 
 def test_methods_that_mergekit_has_not_are_all_here():
-    assert {*OURS} == {*OF_MATRICES, "consensus", "localize_and_stitch"}
+    assert {*OURS} == {*OF_MATRICES, *MEASURED, "consensus", "localize_and_stitch"}
     assert all(not isinstance(METHODS[name].function, TaskVectorMerge) for name in OURS)

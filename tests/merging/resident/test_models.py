@@ -20,11 +20,11 @@ from evomerge.merging.plan import make_plan
 from evomerge.merging.resident.models import ResidentModels, fingerprint
 from evomerge.merging.resident.sources import OnDevice
 from evomerge.recipe import FilteredValue, Parameters, Provenance, Recipe, Slice, Source
-from tests.models import load_models
+from tests.models import UNMEASURED, load_models
 
 PARENTS = ("first", "second", "third")
 RANDOM = [name for name, method in METHODS.items() if method.random]
-TASK_VECTORS = [name for name, method in METHODS.items() if method.shares("lambda")]
+TASK_VECTORS = [name for name in UNMEASURED if METHODS[name].shares("lambda")]
 
 
 def recipe(method: str, seed: int = 0, rescale: str = "l1", density: float = 0.6, **shared: float | bool) -> Recipe:
@@ -86,7 +86,7 @@ def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
 
 
 @pytest.mark.parametrize("rescale", ["l1", "density"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNMEASURED)
 def test_a_merge_is_its_method_applied_tensor_by_tensor(method, rescale, resident, weights):
     merge = recipe(method, seed=5, rescale=rescale)
     expected = {}
@@ -123,20 +123,20 @@ def test_task_vectors_of_weight_zero_give_the_base(method, resident, weights):
 
 def test_candidates_are_written_in_place(resident):
     before = {name: (id(tensor), tensor.data_ptr()) for name, tensor in resident.model.named_parameters()}
-    for method in METHODS:
+    for method in UNMEASURED:
         resident.materialize(recipe(method))
     assert {name: (id(tensor), tensor.data_ptr()) for name, tensor in resident.model.named_parameters()} == before
 
 
 def test_sources_are_left_as_they_were(resident, weights):
-    for method in METHODS:
+    for method in UNMEASURED:
         resident.materialize(recipe(method))
     for model in PARENTS:
         assert resident.materialize(recipes.single(model)) == fingerprint(weights[model])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNMEASURED)
 def test_arithmetic_is_in_float32_with_one_rounding_into_the_model_s_dtype(method, dtype, resident, tiny_models):
     narrow = load_models(tiny_models, tiny_models["base"], "cpu", dtype)
     narrow.materialize(recipe(method))
@@ -158,7 +158,7 @@ def test_sources_keep_the_precision_they_are_stored_in(changed, tiny_models, wei
 # That nothing else decides it
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNMEASURED)
 def test_the_same_recipe_gives_the_same_fingerprint_in_every_process_state(method, resident, tiny_models):
     merge, threads, found = recipe(method, seed=3), torch.get_num_threads(), set()
     other = load_models(dict(reversed(tiny_models.items())), tiny_models["base"], "cpu", "float32")
@@ -189,7 +189,7 @@ def test_the_seed_decides_the_masks(method, resident):
     assert resident.materialize(recipe(method, seed=1)) != resident.materialize(recipe(method, seed=2))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in RANDOM])
+@pytest.mark.parametrize("method", [name for name in UNMEASURED if name not in RANDOM])
 def test_a_method_without_masks_takes_no_notice_of_the_seed(method, resident):
     assert resident.materialize(recipe(method, seed=1)) == resident.materialize(recipe(method, seed=2))
 
@@ -245,7 +245,7 @@ def test_a_model_with_a_value_that_is_not_finite_is_refused_when_it_is_loaded(ch
 def test_non_finite_weights_fail_the_candidate_and_name_the_first_tensor(tiny_models):
     models = load_models(tiny_models, tiny_models["base"], "cpu", "float32")
     models._sources["first"]["model.layers.2.mlp.up_proj.weight"] = OnDevice(torch.full((48, 32), float("nan")))
-    for method in METHODS:
+    for method in UNMEASURED:
         with pytest.raises(CandidateFailed, match=r"non-finite weights .* in model\.layers\.2\.mlp\.up_proj\.weight$"):
             models.materialize(recipe(method))
     others = recipes.linear({"second": 1.0, "third": 1.0})  # the next candidate is unharmed

@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.drawn import Drawn, field_part
 from evomerge.merging.methods.kernels import uniform_field
 from evomerge.merging.resident.sources import Choice, OffDevice, choose, finite
 from evomerge.merging.sources.weights import Weights
 from tests.merging.resident.test_models import recipe
-from tests.models import load_models
+from tests.models import UNMEASURED, load_models
 
 WAYS = [("host", "kept"), ("disk", "kept"), ("device", "made"), ("disk", "made")]
 
@@ -30,7 +29,7 @@ def placed(tiny_models):
 
 
 @pytest.mark.parametrize("rescale", ["l1", "density"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNMEASURED)
 def test_fingerprints_are_equal_wherever_sources_live_and_whether_fields_are_kept(method, rescale, placed):
     found = {way: models.materialize(recipe(method, rescale=rescale)) for way, models in placed.items()}
     assert len(set(found.values())) == 1, found
@@ -39,7 +38,7 @@ def test_fingerprints_are_equal_wherever_sources_live_and_whether_fields_are_kep
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNMEASURED)
 def test_compiled_code_leaves_the_fingerprint_of_other_code_wherever_sources_live(
     method, tiny_models, placed, monkeypatch
 ):

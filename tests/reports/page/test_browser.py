@@ -1,18 +1,24 @@
 """The page in a browser: every figure is drawn, every drop-down works, nothing is fetched, no script fails."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from evomerge.config.search import SearchConfig
+from evomerge.events import unheard
 from evomerge.reports.page import sections
 from evomerge.reports.page.blocks import Section
 from evomerge.reports.page.html import page
 from evomerge.reports.page.story import Story
+from evomerge.runs import directory as runs
+from evomerge.zoo import MODELS
 from tests.reports.page.conftest import Remake, Run, renamed, story
+from tests.searches import EVALS, small_search
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -24,9 +30,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.skip("there is no Chromium on this machine")
     with playwright.sync_playwright() as started:
-        if found is None and not Path(started.chromium.executable_path).exists():
-            pytest.skip("there is no Chromium on this machine")
         opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield opened
         opened.close()
@@ -146,4 +152,26 @@ def test_hostile_names_come_out_as_text(browser: Any, remake: Remake, tmp_path: 
     watched.page.locator('select[data-figure="front"]').first.select_option("0")
     assert watched.page.locator("#figure-front .xtitle").text_content() == HOSTILE
     assert HOSTILE in watched.page.locator("#verdict table").inner_text()
+    assert watched.wrong == []
+
+
+def test_hostile_folders_of_models_and_hostile_items_come_out_as_text(browser: Any, tmp_path: Path) -> None:
+    markup = HOSTILE.replace("/", "")  # a folder's name has no slash
+    model = shutil.copytree(MODELS / "math", tmp_path / markup)
+    tasks = Path(shutil.copytree(EVALS, tmp_path / "evals"))
+    search = small_search(
+        models={"math": str(model), "lang": "zoo:lang"},
+        tasks={"paths": [str(tasks)]},
+        optimizer={"evaluations": 4, "population": 4},
+    )
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(search))
+    runs.start(tmp_path / "search.yaml", tmp_path / "run", (), None, unheard)
+    for data in tasks.glob("*/*.jsonl"):  # after the run, so that scores are not those of markup
+        rows = [json.loads(line) for line in data.read_text().splitlines()]
+        data.write_text("".join(json.dumps(row | {"question": f"{row['question']} {HOSTILE}"}) + "\n" for row in rows))
+    watched = Watched(browser, written(tmp_path / "run", tmp_path), 390)
+    click_through(watched)
+    assert watched.page.locator("img, b").count() == 0
+    assert markup in watched.page.locator("#provenance").text_content()
+    assert HOSTILE in watched.page.locator("#items").text_content()
     assert watched.wrong == []

@@ -1,0 +1,199 @@
+"""Writes a model that has been aligned with another one, and says what that brought."""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.alignment.structure import Permutations, Structure, structure_of
+from evomerge.errors import InputError, choices
+from evomerge.merging.sources.models import Model, find_models
+from evomerge.merging.sources.tensor_files import FLOATS
+from evomerge.merging.sources.weights import RECIPE
+from evomerge.recipe import load as load_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_TOKENS = 1024  # of a text
+WAYS = ("weights", "activations")
+_COPIED = (
+    *("config.json", "generation_config.json", "README.md", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """How much worse the middle of two models is than both, in nats per token of texts (Frankle et al. 2020).
+
+    ends: the mean loss of the two models.
+    middle: the loss of their average.
+    """
+
+    ends: float
+    middle: float
+
+    @property
+    def height(self) -> float:
+        """By how much the middle is worse."""
+        return self.middle - self.ends
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What an alignment brought.
+
+    moved: how many places of each kind have moved.
+    before: the distance of the model from the target, as a share of the target's norm.
+    after: the same once it is aligned.
+    barriers: before and after; None where no texts were given.
+    """
+
+    moved: dict[str, int]
+    before: float
+    after: float
+    barriers: tuple[Barrier, Barrier] | None
+
+
+def read_texts(file: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises InputError where it cannot be read.
+
+    A tab in a line ends what is asked; the loss is that of what follows.
+
+    file: in UTF-8.
+    """
+    try:
+        lines = [line.strip(" \r") for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); expected text in UTF-8, one text a line.") from None
+    return [line for line in lines if line]
+
+
+def align(reference: str, target: str, out: Path, by: str = "weights", texts: Sequence[str] = ()) -> Alignment:
+    """Writes a model whose places are in the order of another one's. It computes what it computed before.
+
+    reference: the model that moves.
+    target: the model that stays.
+    out: the folder to write; it must not hold anything yet.
+    by: what is compared, `weights` or `activations`. Activations need texts.
+    texts: what the models read to compare activations, and to measure the barrier between them.
+    Raises InputError for models that cannot be aligned.
+    """
+    from evomerge.alignment.activations import match_activations
+    from evomerge.alignment.matching import match_weights
+    from evomerge.merging.streamed.shards import check_writable, staged, write_weights
+
+    if by not in WAYS:
+        raise InputError(f"--by is '{by}'; {choices(by, WAYS)}.")
+    check_writable(out)
+    if by == "activations" and not texts:
+        raise InputError("--by activations compares what models do with texts; name a file of them (--texts FILE).")
+    models = find_models(target, [target, reference])
+    base, model = models.base, models[reference]
+    structure = _common(base, model)
+    found = match_activations(base, model, structure, texts) if by == "activations" else None
+    found = found or match_weights(base, model, structure)
+    layout = {name: (info.shape, _dtype(info.dtype)) for name, info in model.table.items()}
+    layout = dict(sorted(layout.items(), key=lambda item: -item[1][1].itemsize))
+    with staged(out) as folder:
+        write_weights(folder, layout, _moved(model, found, list(layout)), 5_000_000_000)
+        for file in sorted({file for pattern in _COPIED for file in model.folder.glob(pattern)}):
+            shutil.copyfile(file, folder / file.name)
+        _copy_recipe(model, folder)
+    here = Permutations.identity(structure)
+    barriers = (_barrier(base, model, here, texts), _barrier(base, model, found, texts)) if texts else None
+    return Alignment(found.moved, _distance(base, model, here), _distance(base, model, found), barriers)
+
+
+def _common(target: Model, model: Model) -> Structure:
+    """The structure of both models. Raises InputError where they differ."""
+    structure = structure_of(target)
+    shapes = [{name: info.shape for name, info in own.table.items()} for own in (target, model)]
+    if shapes[0] != shapes[1] or structure_of(model) != structure:
+        different = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+        raise InputError(
+            f"{model.reference}: has another shape than {target.reference}"
+            f"{f' ({different[0]})' if different else ''}; only models of one shape can be aligned."
+        )
+    return structure
+
+
+def _dtype(stored: str) -> "torch.dtype":
+    import torch
+
+    return getattr(torch, FLOATS[stored])  # type: ignore[no-any-return]
+
+
+def _moved(model: Model, found: Permutations, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
+    for name in names:
+        yield name, found.apply(name, model.weights.read(name))
+        model.weights.close()
+
+
+def _copy_recipe(model: Model, folder: Path) -> None:
+    """Keeps what the search saw that made the model, so that it is never held out. The weights are others now."""
+    source = model.folder / RECIPE
+    if source.is_file():
+        recipe = load_recipe(source)
+        plain = recipe.evomerge.model_copy(update={"fingerprint": None})
+        (folder / RECIPE).write_text(recipe.model_copy(update={"evomerge": plain}).to_yaml(), encoding="utf-8")
+
+
+def _distance(target: Model, model: Model, found: Permutations) -> float:
+    """The norm of the difference of a model, moved, from the target, as a share of the target's norm."""
+    apart = whole = 0.0
+    for name, moved in _moved(model, found, list(model.table)):
+        own = target.weights.read(name).double()
+        apart += float((moved.double() - own).square().sum())
+        whole += float(own.square().sum())
+        target.weights.close()
+    return math.sqrt(apart / whole) if whole else 0.0
+
+
+def _barrier(target: Model, model: Model, found: Permutations, texts: Sequence[str]) -> Barrier:
+    """The barrier between the target and a model that is moved."""
+    import torch
+
+    from evomerge.merging.building import load_model
+    from evomerge.merging.sources.tokenizers import read_tokenizer
+
+    tokenizer, built = read_tokenizer(target.folder), load_model(target.folder, torch.float32)
+    own = dict(built.named_parameters())
+
+    def loss(share: float) -> float:
+        """The loss of the average in which the moved model has a share."""
+        with torch.no_grad():
+            for name, moved in _moved(model, found, list(model.table)):
+                own[name].copy_(target.weights.read(name).float() * (1 - share) + moved.float() * share)
+        return mean_loss(built, tokenizer, texts)
+
+    return Barrier(ends=(loss(0.0) + loss(1.0)) / 2, middle=loss(0.5))
+
+
+def mean_loss(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    """The mean negative log-likelihood of the tokens of texts, in nats.
+
+    Where a text has a tab, only the tokens behind it count: a model that learned answers alone expects no questions.
+
+    model: a causal model of transformers.
+    tokenizer: reads the texts.
+    texts: at least one with a token that counts. The first token of a text does not.
+    """
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for text in texts:
+            question, tab, answer = text.partition("\t")
+            ids = tokenizer(question + answer, return_tensors="pt", truncation=True, max_length=MOST_TOKENS).input_ids
+            first = len(tokenizer(question).input_ids) if tab else 1
+            if ids.shape[1] > first:
+                chances = model(input_ids=ids, use_cache=False).logits[0, first - 1 : -1].double().log_softmax(-1)
+                total -= float(chances.gather(1, ids[0, first:, None]).sum())
+                count += ids.shape[1] - first
+    if not count:
+        raise InputError("--texts: no text has a token that counts; give a file with one text a line.")
+    return total / count

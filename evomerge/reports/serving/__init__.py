@@ -1,0 +1,1 @@
+"""Pages about runs, shown live by a server on this machine."""
