@@ -255,6 +255,12 @@ RECIPES = {
         models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
         parameters: {epsilon: 1e-2}
         """,
+    "ramplus_tl": """
+        merge_method: ramplus_tl
+        base_model: BASE
+        models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
+        parameters: {epsilon: 1e-2, r: 0.7, alpha: 3.0}
+        """,
     "nearswap": """
         merge_method: nearswap
         base_model: BASE
