@@ -437,10 +437,12 @@ def test_the_content_id_takes_in_all_that_decides_the_weights():
         one_model(1.0, parameters={"normalize": False}),
         one_model(1.0, evomerge={"seed": 1}),
         one_model(1.0, evomerge={"rescale": "density"}),
+        one_model(1.0, evomerge={"parallel": [[1, 3]]}),
+        one_model(1.0, evomerge={"parallel": [[1, 3], [3, 5]]}),
         plain.renamed({"a": "b"}),
         plain.model_copy(update={"merge_method": "ties"}),
     ]
-    assert len({plain.content_id(), *(other.content_id() for other in others)}) == 9
+    assert len({plain.content_id(), *(other.content_id() for other in others)}) == 11
 
 
 @few
@@ -533,6 +535,18 @@ REFUSED = {
     ),
     "a misspelled key": ({"models": [{"model": "a", "parameter": {}}]}, "did you mean 'parameters'"),
     "an unknown dtype": ({"models": [{"model": "a"}], "dtype": "int8"}, 'dtype is "int8"'),
+    "a block of one layer": (
+        {"models": [{"model": "a"}], "evomerge": {"parallel": [[1, 2]]}},
+        r"evomerge\.parallel: \[1, 2\] is no block here; write \[first, last \+ 1\] of at least 2 layers",
+    ),
+    "blocks that overlap": (
+        {"models": [{"model": "a"}], "evomerge": {"parallel": [[1, 4], [3, 5]]}},
+        r"evomerge\.parallel: \[3, 5\] is no block",
+    ),
+    "a block before the first layer": (
+        {"models": [{"model": "a"}], "evomerge": {"parallel": [[-1, 2]]}},
+        r"evomerge\.parallel: \[-1, 2\] is no block",
+    ),
     "an infinite weight": ({"models": [{"model": "a", "parameters": {"weight": float("inf")}}]}, "finite"),
 }
 

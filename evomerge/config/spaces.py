@@ -184,7 +184,7 @@ class PinnedConfig(Settings):
     last: int = Field(default=1, ge=0)
 
 
-FormName = Literal["path", "slots", "skip", "repeat", "reorder", "graft", "upscale", "interleave"]
+FormName = Literal["path", "slots", "skip", "repeat", "parallel", "looped", "reorder", "graft", "upscale", "interleave"]
 SCALED_FORMS = ("path", "slots")
 FREE = "free"
 
@@ -195,7 +195,8 @@ class DataFlowConfig(SpaceSettings):
     form: how a path is written as genes (`spaces.forms`).
     sources: the names of the models whose layers are used, or `base`; by default all models.
     granularity: how many layers a block has.
-    repeats: how often form `slots` repeats all blocks, and form `repeat` at most repeats a run.
+    repeats: how often form `slots` repeats all blocks, form `repeat` at most repeats a run, and form `looped` at most
+        runs its block.
     pinned: layers that every path keeps.
     embeddings: the name of the model that gives the embeddings, or `free`; by default the pinned model, or else the
         first source.

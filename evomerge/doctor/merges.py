@@ -26,6 +26,7 @@ from evomerge.spaces import at
 _DRAWN = 2  # recipes, besides the one in the middle of the space
 _OFF_DEVICE: tuple[Where, ...] = ("host", "disk")
 _FILLED = 0.9  # of the free memory, at most
+_NO_CHECKPOINT = "no checkpoint can hold layers that run side by side"
 _ROOM = 1.5  # times the size of a checkpoint, which must be free to write one
 
 
@@ -49,7 +50,7 @@ def fingerprints(patient: Patient) -> Iterator[Finding]:
     recipes = list(_recipes(patient))
     expected: list[str] = []
     first = ""
-    for way in _ways(patient):
+    for way in _ways(patient, any(recipe.evomerge.parallel for recipe in recipes)):
         if way.missing is not None:
             yield Finding("fingerprints", way.name, "those of the other ways", f"left out: {way.missing}", True)
             continue
@@ -89,7 +90,11 @@ def _recipes(patient: Patient) -> Iterator[Recipe]:
         yield space.decode(space.draw(counter_rng(config.seed, "doctor", index)))
 
 
-def _ways(patient: Patient) -> Iterator[Way]:
+def _ways(patient: Patient, parallel: bool) -> Iterator[Way]:
+    """The ways to make merges.
+
+    parallel: whether some of them have layers that run side by side, and so no checkpoint.
+    """
     for device in patient.devices:
         yield _way(patient, device, device)
         for place in _OFF_DEVICE:
@@ -99,7 +104,11 @@ def _ways(patient: Patient) -> Iterator[Way]:
             yield _way(patient, f"{device}, before they are quantized", device, quantized=True)
     if _compiles():
         yield _way(patient, "cpu, compiled", "cpu", compiled=True)
-    yield Way("cpu, as `evomerge merge` writes them", lambda: _written(patient), _no_room(patient))
+    yield Way(
+        "cpu, as `evomerge merge` writes them",
+        lambda: _written(patient),
+        _NO_CHECKPOINT if parallel else _no_room(patient),
+    )
 
 
 def _way(

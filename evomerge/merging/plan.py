@@ -17,7 +17,7 @@ from evomerge.errors import InputError, closest
 from evomerge.layers import is_embedding, layer_count, layer_index, with_layer
 from evomerge.merging import methods
 from evomerge.merging.methods.base import Kind, Method, Parameter, needed
-from evomerge.recipe import Parameters, Recipe, Slice, Source, resolve_setting
+from evomerge.recipe import Blocks, Parameters, Recipe, Slice, Source, resolve_setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class MergePlan:
     rescale: how sparsified task vectors are rescaled, `density` or `l1`.
     tensors: in the order of the names that the plan was made for.
     layers: for each output layer, the number of the layer that each source gives, by reference. A base is among them.
+    parallel: the blocks of output layers that run side by side, as in `Provenance`.
     """
 
     method: Method
@@ -70,6 +71,7 @@ class MergePlan:
     rescale: str
     tensors: tuple[TensorMerge, ...]
     layers: tuple[Mapping[str, int], ...]
+    parallel: Blocks = ()
 
     @property
     def statistics(self) -> tuple[tuple[Kind, str], ...]:
@@ -124,12 +126,14 @@ def make_plan(
     for index, slice_ in enumerate(slices):
         place = f"{where}: slices[{index}]" if recipe.slices else where
         _check_sources(method, slice_, _base(recipe, method, slice_), place)
+    _check_blocks(recipe.evomerge.parallel, sum(slice_.length for slice_ in slices), where)
     return MergePlan(
         method=method,
         seed=recipe.evomerge.seed,
         rescale=recipe.evomerge.rescale,
         tensors=tuple(_tensor_merges(recipe, method, slices, names, names_of, where)),
         layers=tuple(_layers(slices)),
+        parallel=recipe.evomerge.parallel,
     )
 
 
@@ -213,6 +217,14 @@ def _slices(recipe: Recipe, counts: Mapping[str, int], where: str) -> tuple[Slic
                     f"{counts[source.model]}; use a layer_range within [0, {counts[source.model]}]."
                 )
     return slices
+
+
+def _check_blocks(blocks: Blocks, depth: int, where: str) -> None:
+    if blocks and blocks[-1][1] > depth:
+        raise InputError(
+            f"{where}: evomerge.parallel names layers [{blocks[-1][0]}, {blocks[-1][1]}) of the output, which has "
+            f"{depth}; use blocks within [0, {depth}]."
+        )
 
 
 def _layers(slices: tuple[Slice, ...]) -> Iterator[Mapping[str, int]]:

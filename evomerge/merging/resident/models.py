@@ -8,6 +8,7 @@ What candidates have in common (uniform fields, thresholds, scalar products) is 
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from evomerge.merging.methods.slopes import Key, slopes, smooth_parameters
 from evomerge.merging.naming import check_view, naming_of
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.gradients import Followed, followed
+from evomerge.merging.resident.parallel import with_blocks
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.quantized import int8_layers, quantize, restore
 from evomerge.merging.resident.sources import (
@@ -47,7 +49,7 @@ from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find, Shelf, Stored
-from evomerge.merging.sources.tensor_files import TensorInfo
+from evomerge.merging.sources.tensor_files import Piece, TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.recipe import Recipe, TokenizerSettings
 
@@ -131,6 +133,7 @@ class ResidentModels:
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
         self._plan: MergePlan | None = None
+        self._pieces: Mapping[str, Piece] = self._naming.pieces  # of the candidate
 
     def _find(self) -> None:
         """Finds the tensors of the resident model, and which of them are quantized."""
@@ -218,6 +221,7 @@ class ResidentModels:
 
         recipe: the candidate's.
         quantized: whether `candidate` is quantized. The fingerprint is that of the merge before it is quantized.
+            Layers that run side by side have a part in it (`with_blocks`).
         Raises CandidateFailed where a weight is not finite, and InputError for what cannot be merged.
         """
         plan = self.plan(recipe)
@@ -232,7 +236,7 @@ class ResidentModels:
         bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
         if bad:
             raise CandidateFailed(f"non-finite weights after the merge in {names[bad[0]]}")
-        return _joined(sums) if quantized else fingerprint(parameters)
+        return with_blocks(_joined(sums) if quantized else fingerprint(parameters), plan.parallel)
 
     @torch.no_grad()
     def rehearse(self, recipe: Recipe) -> None:
@@ -279,6 +283,7 @@ class ResidentModels:
         self._plan = plan
         if not self._in_place(plan):
             return self._make_view(plan)
+        self._pieces = self._naming.pieces
         for tensor in plan.tensors:
             self._merge(plan, tensor, self._parameters[tensor.name])
         self._naming.settle(self.model, self._parameters)
@@ -299,7 +304,7 @@ class ResidentModels:
             if layer is not None:
                 layer.take(out)
         self._naming.settle(self.model, self._parameters)
-        self._plan, self.candidate = plan, self.model
+        self._plan, self.candidate, self._pieces = plan, self.model, self._naming.pieces
         return _gathered(sums), _gathered(extremes)
 
     def following(self, wanted: Sequence[str]) -> AbstractContextManager[Followed]:
@@ -315,8 +320,7 @@ class ResidentModels:
         def slopes_of(merge: TensorMerge, gradient: torch.Tensor) -> Mapping[Key, torch.Tensor]:
             return self._slopes_of(plan, merge, gradient, wanted)
 
-        pieces = self._naming.pieces if self.candidate is self.model else {}
-        return followed(self.candidate, self._naming, pieces, merges, slopes_of)
+        return followed(self.candidate, self._naming, self._pieces, merges, slopes_of)
 
     def _slopes_of(
         self, plan: MergePlan, merge: TensorMerge, gradient: torch.Tensor, wanted: Sequence[str]
@@ -324,8 +328,8 @@ class ResidentModels:
         return slopes(plan.method, self._inputs(plan, merge, gradient.device), gradient, wanted)
 
     def _in_place(self, plan: MergePlan) -> bool:
-        """Whether the merge has the resident model's layers in their order."""
-        return len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
+        """Whether the merge has the resident model's layers in their order, one after the other."""
+        return not plan.parallel and len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
 
     def _make_view(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
         check_view(self._folder)
@@ -345,7 +349,9 @@ class ResidentModels:
             for tensor in plan.tensors
         }
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-        self.candidate = make_view(self.model, parameters, templates)
+        self._pieces = {name: _moved(self._naming.pieces[_template(name, templates)], name) for name in parameters}
+        held = {self._pieces[name].tensor: parameter for name, parameter in parameters.items()}
+        self.candidate = make_view(self.model, held, templates, plan.parallel)
         return parameters, made
 
     def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
@@ -470,6 +476,16 @@ def _template(name: str, templates: Sequence[int]) -> str:
     """The name of the resident model's parameter that a view's parameter takes the place of."""
     layer = layer_index(name)
     return name if layer is None else with_layer(name, templates[layer])
+
+
+def _moved(piece: Piece, name: str) -> Piece:
+    """The piece of the resident model that a tensor takes the place of, in the layer that the tensor belongs to.
+
+    piece: in the resident model, a whole tensor.
+    name: of the tensor in a checkpoint.
+    """
+    layer = layer_index(name)
+    return piece if layer is None else replace(piece, tensor=with_layer(piece.tensor, layer))
 
 
 def _check_tokenizer(recipe: Recipe) -> None:

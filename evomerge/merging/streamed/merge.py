@@ -53,6 +53,13 @@ class StreamedMerge:
         Raises InputError for what cannot be merged.
         """
         self._recipe, self._where = recipe, where
+        if recipe.evomerge.parallel:
+            start, end = recipe.evomerge.parallel[0]
+            raise InputError(
+                f"{where}: evomerge.parallel runs layers {start} to {end - 1} side by side, which no architecture of "
+                "transformers does, so that no checkpoint can hold the model; score it in memory with `evomerge "
+                "evaluate RECIPE --config SEARCH.yaml`, or remove the key to run the layers one after the other."
+            )
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._first = models.base.reference

@@ -47,6 +47,8 @@ def distances(recipe: Recipe, config: SearchConfig, models: Models, statistics: 
             f"The models have {size / 1e6:,.0f} million parameters each. Distances are only computed for models of "
             f"up to {MOST_PARAMETERS / 1e6:,.0f} million, since the merge has to be made for them."
         )
+    if recipe.evomerge.parallel:
+        return "The merge runs layers side by side, so that distances of weights would not say what it does."
     merge = StreamedMerge(recipe, models, "the recipe", "cpu", config.evaluation.dtype, statistics)
     if not merge.plan.keeps_layers or len(merge.plan.layers) != layer_count(models.table):
         return "The merge has other layers than its parents, so that no weight of it lies opposite to one of theirs."
