@@ -122,13 +122,16 @@ class RunCandidate:
         Raises WorkFailed where the weights are not those that were scored, and InputError for a failed candidate.
         """
         from evomerge.devices import resolve_device
+        from evomerge.merging import vocabulary
         from evomerge.merging.resident.models import ResidentModels
 
         if self.fingerprint is None:
             raise InputError(f"{self.id} failed ({self._view.error}), so it has no weights; choose another candidate.")
         there = resolve_device(device, "device")
         models, dtype = self._run.prepared.models, self._run.config.evaluation.dtype
-        resident = ResidentModels(models, there, dtype, statistics=self._run.statistics.finder(models))
+        tokens = vocabulary.of_search(self._run.config, models)
+        statistics = self._run.statistics.finder(models)
+        resident = ResidentModels(models, there, dtype, statistics=statistics, vocabulary=tokens)
         fingerprint = resident.materialize(self._record.candidate.recipe)
         if fingerprint != self.fingerprint:
             raise WorkFailed(

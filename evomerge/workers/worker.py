@@ -31,7 +31,7 @@ from evomerge.evaluation.harness import WHOLE, Harness, Tokens
 from evomerge.evaluation.loading import Target
 from evomerge.evaluation.own_files import OwnFiles, read_own
 from evomerge.evaluation.own_scores import OwnItems, OwnScore, OwnScores
-from evomerge.merging import methods
+from evomerge.merging import methods, vocabulary
 from evomerge.merging.methods.base import Kind
 from evomerge.merging.naming import Naming, named_weights, naming_of
 from evomerge.merging.resident.gradients import checkpointed
@@ -405,6 +405,7 @@ def _resident_models(config: SearchConfig, models: Models, head_apart: bool, sta
         fields=placed.fields,
         quantized=bool(evaluation.quantize),
         statistics=statistics,
+        vocabulary=vocabulary.of_search(config, models),
     )
 
 
@@ -424,6 +425,7 @@ def rehearsed_models(config: SearchConfig, models: Models) -> RehearsedModels:
         sources="device" if evaluation.sources == "auto" else evaluation.sources,
         fields="kept" if evaluation.fields == "auto" else evaluation.fields,
         quantized=bool(evaluation.quantize),
+        vocabulary=vocabulary.of_search(config, models),
     )
 
 

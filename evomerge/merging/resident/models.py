@@ -31,13 +31,15 @@ from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.gradients import Followed, followed
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.quantized import int8_layers, quantize, restore
-from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Rehearsed, Source, Where, finite
+from evomerge.merging.resident.rows import Rows
+from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Reader, Rehearsed, Source, Where, finite
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find, Shelf, Stored
 from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
+from evomerge.merging.vocabulary import Vocabulary
 from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
@@ -67,6 +69,7 @@ class ResidentModels:
         fields: Kept = "kept",
         quantized: bool = False,
         statistics: Find | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """models: the models that recipes may name. Every merge has the base's config.
         device: where they are, such as `cpu`.
@@ -80,6 +83,7 @@ class ResidentModels:
         fields: whether what is kept for each element is made again for every candidate.
         quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
         statistics: finds what was measured of the models.
+        vocabulary: that of every merge, with as many rows as the base, where models have other ones.
         Raises InputError for models that cannot be loaded, or do not fit.
         """
         self.devices = devices_of(device, count)
@@ -107,6 +111,8 @@ class ResidentModels:
         shared = sources == "host" and not is_accelerator(torch.device(device))  # pages that a CPU reads where they lie
         self._off_device = sources != "device" and not (rehearsal and shared)
         self._streams: dict[torch.device, CopyStream] = {}
+        self._vocabulary = vocabulary
+        self._rows = Rows(vocabulary, weights, self._naming.vocabulary, self._held) if vocabulary else None
         self._sources = {reference: self._resident(source) for reference, source in weights.items()}
         self._find_statistic = statistics or Shelf().finder(models)
         self._statistics: dict[tuple[Path, str], Source] = {}
@@ -141,35 +147,68 @@ class ResidentModels:
                     f"{source}: the weights lack {name}, which {type(self.model).__name__} needs; "
                     f"{choices(name, weights.table)}."
                 )
-            if info.shape != parameter.shape:
+            aligned = self._rows is not None and name in self._rows
+            if info.shape[aligned:] != parameter.shape[aligned:]:
                 raise InputError(
                     f"{source}: {name} has shape {list(info.shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
             infos[name] = info
+        moved = [name for name in infos if self._rows is not None and name in self._rows]  # made when they are merged
         if self.model.device.type == "meta":
-            empty = {name: _empty(info) for name, info in infos.items()}
-            held = Rehearsed if self._off_device else OnDevice
-            return {name: held(tensor) for name, tensor in empty.items()}
-        resident = {name: self._source(weights, name, served.device) for name, served in self._parameters.items()}
-        checks = _gathered(self._checked(source, self._parameters[name].device) for name, source in resident.items())
-        for name, good in zip(resident, checks.tolist(), strict=True):
+            empty = {name: _empty(info) for name, info in infos.items() if name not in moved}
+            return {name: self._rehearsed_source(tensor) for name, tensor in empty.items()}
+        devices = {name: served.device for name, served in self._parameters.items()}
+        resident = {name: self._source(weights, name, devices[name]) for name in infos if name not in moved}
+        checks = [self._checked(source, devices[name]) for name, source in resident.items()]
+        checks += [finite(weights.read(name)) for name in moved]
+        for name, good in zip([*resident, *moved], _gathered(checks).tolist(), strict=True):
             if not good:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
 
     def _source(self, weights: Weights, name: str, device: torch.device) -> Source:
-        if not self._off_device:
-            return OnDevice(weights.read(name).to(device))
         info = weights.find(name)
         assert info is not None
-        return OffDevice(weights, name, torch.Size(info.shape), self._streams, leaves=self._where == "disk")
+        return self._held(weights, name, torch.Size(info.shape), device)
+
+    def _held(self, weights: Reader, name: str, shape: torch.Size, device: torch.device) -> Source:
+        """A tensor where sources live; without data, in float32, for a rehearsal."""
+        if self.model.device.type == "meta":
+            return self._rehearsed_source(torch.empty(shape, device="meta"))
+        if not self._off_device:
+            return OnDevice(weights.read(name).to(device))
+        return OffDevice(weights, name, shape, self._streams, leaves=self._where == "disk")
+
+    def _rehearsed_source(self, tensor: torch.Tensor) -> Source:
+        return Rehearsed(tensor) if self._off_device else OnDevice(tensor)
 
     def _checked(self, source: Source, device: torch.device) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
         good = finite(source.on(torch.device("cpu") if self._off_device else device))
         source.release()
         return good
+
+    def _source_of(self, tensor: TensorMerge, index: int, device: torch.device) -> Source:
+        """One model's tensor in the rows of the merge.
+
+        index: the model's place in `tensor.models`; -1 is the base.
+        """
+        if self._rows is not None and tensor.name in self._rows:
+            return self._rows.source(tensor, index, device)
+        model, name = tensor.source(index)
+        return self._sources[model][name]
+
+    def _check_tokenizer(self, recipe: Recipe) -> None:
+        """Raises InputError where a recipe builds a tokenizer: a model in memory has the base's tokens."""
+        wanted, base = recipe.vocabulary, [source for source in ("base", recipe.base_model) if source]
+        if wanted is None or wanted in [TokenizerSettings(source=source) for source in base]:
+            return
+        if self._vocabulary is None or wanted != self._vocabulary.wanted:
+            raise InputError(
+                "the recipe builds a tokenizer, and a model in memory keeps the base's; "
+                "write the checkpoint with `evomerge merge` and use that."
+            )
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """The plan of a recipe for these models. Raises InputError for what cannot be merged."""
@@ -184,7 +223,7 @@ class ResidentModels:
         Raises CandidateFailed where a weight is not finite, and InputError for what cannot be merged.
         """
         plan = self.plan(recipe)
-        _check_tokenizer(recipe)
+        self._check_tokenizer(recipe)
         self._hold(quantized)
         if quantized:
             sums, extremes = self._make_quantized(plan)
@@ -296,14 +335,12 @@ class ResidentModels:
         templates = [next(iter(layer.values())) for layer in plan.layers]
         places = {tensor.name: self._parameters[_template(tensor.name, templates)].device for tensor in plan.tensors}
         for tensor in plan.tensors:
-            source = self._sources[tensor.models[0]][tensor.sources[0]]
             if not _unchanged(plan, tensor):
-                made[tensor.name] = torch.empty(source.shape, dtype=self._dtype, device=places[tensor.name])
+                shape = self._source_of(tensor, 0, places[tensor.name]).shape
+                made[tensor.name] = torch.empty(shape, dtype=self._dtype, device=places[tensor.name])
                 self._merge(plan, tensor, made[tensor.name])
         tensors = {
-            tensor.name: made[tensor.name]
-            if tensor.name in made
-            else self._shared(tensor.models[0], tensor.sources[0], places[tensor.name])
+            tensor.name: made[tensor.name] if tensor.name in made else self._shared(tensor, places[tensor.name])
             for tensor in plan.tensors
         }
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
@@ -312,26 +349,24 @@ class ResidentModels:
 
     def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
         plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._room)
-        base = [(tensor.base, tensor.base_source)] if tensor.base is not None else []
-        for model, name in [*base, *zip(tensor.models, tensor.sources, strict=True)]:
-            self._sources[model][name].release()
+        for index in tensor.places:
+            self._source_of(tensor, index, out.device).release()
 
-    def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
-        """A source's tensor. Where it has to change its dtype or device, one copy serves all candidates."""
-        tensor = whole_of(self._sources[reference][name].on(device))
+    def _shared(self, tensor: TensorMerge, device: torch.device) -> torch.Tensor:
+        """The only source of a tensor. Where it has to change its dtype or device, one copy serves all candidates."""
+        whole = whole_of(self._source_of(tensor, 0, device).on(device))
         if self._off_device:  # one copy for all candidates would bring all sources to the device
-            return tensor.to(device, self._dtype)
-        if (tensor.dtype, tensor.device) == (self._dtype, device):
-            return tensor
-        return self._converted.setdefault((reference, name, device), tensor.to(device, self._dtype))
+            return whole.to(device, self._dtype)
+        if (whole.dtype, whole.device) == (self._dtype, device):
+            return whole
+        return self._converted.setdefault((*tensor.source(0), device), whole.to(device, self._dtype))
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge, device: torch.device) -> Inputs:
         """A tensor's inputs, all on one device. Only layers that change places may have sources on another one."""
-        base, sources = tensor.base, self._sources
-        given = zip(tensor.models, tensor.sources, strict=True)
+        elements = {index: self._source_of(tensor, index, device).on(device) for index in tensor.places}
         return Inputs(
-            base=sources[base][tensor.base_source].on(device) if base is not None else None,
-            tensors=tuple(sources[model][name].on(device) for model, name in given),
+            base=elements.get(-1),
+            tensors=tuple(elements[index] for index in range(len(tensor.models))),
             per_model=tensor.per_model,
             shared=tensor.shared,
             uniforms=lambda index: self._uniform(plan.seed, tensor, index, device),
@@ -345,7 +380,9 @@ class ResidentModels:
 
     def _statistic(self, tensor: TensorMerge, device: torch.device, kind: Kind, index: int) -> Statistic | None:
         """A statistic of a tensor of a model. Fisher information lives where sources do; all else is read when it is
-        asked for."""
+        asked for. Rows of tokens that are put in another order have none."""
+        if self._rows is not None and tensor.name in self._rows:
+            return None
         model, name = tensor.source(index)
         if self.model.device.type == "meta":
             return self._rehearsed(self._sources[model][name].shape, kind)
@@ -370,8 +407,14 @@ class ResidentModels:
 
     def _given(self, tensor: TensorMerge, device: torch.device) -> tuple[Hashable, ...]:
         """What results that are kept depend on: the device, then the tensors that are merged, the base's first."""
-        base = (tensor.base, tensor.base_source) if tensor.base is not None else None
-        return (device, base, *zip(tensor.models, tensor.sources, strict=True))
+        moved = self._rows if self._rows is not None and tensor.name in self._rows else None
+
+        def decides(index: int) -> Hashable:
+            own = tensor.source(index)
+            return own if moved is None else (own, moved.given(tensor, index))
+
+        base = decides(-1) if tensor.base is not None else None
+        return (device, base, *map(decides, range(len(tensor.models))))
 
     def _once(
         self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
@@ -393,7 +436,7 @@ class ResidentModels:
 
     def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> Field:
         position, name = tensor.positions[index], tensor.name
-        count = self._sources[tensor.models[index]][tensor.sources[index]].shape.numel()
+        count = self._source_of(tensor, index, device).shape.numel()
         if self._fields == "made":
             return Drawn(seed, position, name, count)
 
@@ -429,16 +472,6 @@ def _template(name: str, templates: Sequence[int]) -> str:
     """The name of the resident model's parameter that a view's parameter takes the place of."""
     layer = layer_index(name)
     return name if layer is None else with_layer(name, templates[layer])
-
-
-def _check_tokenizer(recipe: Recipe) -> None:
-    """Raises InputError where a recipe builds a tokenizer: a model in memory has the base's tokens."""
-    base = [TokenizerSettings(source=source) for source in ("base", recipe.base_model) if source]
-    if recipe.vocabulary is not None and recipe.vocabulary not in base:
-        raise InputError(
-            "the recipe builds a tokenizer, and a model in memory keeps the base's; "
-            "write the checkpoint with `evomerge merge` and use that."
-        )
 
 
 def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:

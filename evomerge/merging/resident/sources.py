@@ -4,8 +4,8 @@ The bits of a merge are the same everywhere. In the host's memory and on the dis
 So the processes of a node share one copy, which the system may drop and read again. A merge fetches chunks of a fixed
 size; a CPU reads them where they lie. On the disk, chunks are released as soon as they are merged.
 
-A tensor that is not stored as it is merged (of an adapter, or a permuted one) cannot be mapped. It is private to its
-process in the host's memory, and made again for every candidate on the disk.
+A tensor that is not stored as it is merged (of an adapter, permuted, or with rows in another order) cannot be mapped.
+It is private to its process in the host's memory, and made again for every candidate on the disk.
 """
 
 import os
@@ -19,7 +19,6 @@ from evomerge.merging.methods.kernels import pieces
 from evomerge.merging.methods.parts import Elements, part_of
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.tensor_files import FLOATS, MappedTensor, TensorInfo, parameter_count
-from evomerge.merging.sources.weights import Weights
 
 Where = Literal["device", "host", "disk"]
 Kept = Literal["kept", "made"]
@@ -28,6 +27,18 @@ Streams = dict[torch.device, CopyStream]
 _SPARE = 0.9  # the share of free memory that is given away
 _BESIDES, _LEAST_BESIDES = 1.25, 1 << 30  # what a worker needs beside sources: of a candidate, and in any case
 _AHEAD = 1 << 24  # bytes that are read ahead of a chunk
+
+
+class Reader(Protocol):
+    """What reads a tensor, as `Weights` does."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of a name, on the CPU."""
+        ...
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        """The tensor as it lies in a file; None where it lies in none."""
+        ...
 
 
 class Source(Protocol):
@@ -68,8 +79,8 @@ class OnDevice:
 class OffDevice:
     """A tensor in the host's memory or on the disk."""
 
-    def __init__(self, weights: Weights, name: str, shape: torch.Size, streams: Streams, leaves: bool = False) -> None:
-        """weights: the source.
+    def __init__(self, weights: Reader, name: str, shape: torch.Size, streams: Streams, leaves: bool = False) -> None:
+        """weights: reads the source.
         name: the tensor's name.
         shape: the tensor's shape.
         streams: the streams that copy to devices, made on first use.
