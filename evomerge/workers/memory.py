@@ -22,6 +22,7 @@ from evomerge.evaluation.harness import Tokens
 from evomerge.evaluation.loading import Target
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.parts import STAGED
+from evomerge.merging.naming import naming_in
 from evomerge.merging.resident.rehearsal import RehearsedModels, Traffic
 from evomerge.merging.resident.sources import Kept, Where
 from evomerge.merging.sources.models import Model, Models, models_of
@@ -187,9 +188,12 @@ def plan_placements(
         for fields in _FIELDS
     }
     sources = merging[near, "made"].held - merging["disk", "made"].held
+    rows = _bytes_of_rows(models) if config.space.tokenizer_source is not None else 0
     places: tuple[Where, ...] = ("device", "host", "disk") if near == "device" else ("host", "disk")
     placements = [
-        _placement(config, where, fields, merging[near if where == near else "disk", fields], scoring, sources, models)
+        _placement(
+            config, where, fields, merging[near if where == near else "disk", fields], scoring, sources, rows, models
+        )
         for where in places
         for fields in _FIELDS
     ]
@@ -241,11 +245,13 @@ def _placement(
     merging: "_Merging",
     scoring: "_Scoring",
     sources: int,
+    rows: int,
     models: Models,
 ) -> Placement:
     """What a placement takes.
 
-    sources: the bytes of all sources.
+    sources: the bytes of all sources that are the same in every worker.
+    rows: the bytes of the sources whose rows each worker puts in another order.
     """
     on_host = not is_accelerator(torch.device(config.evaluation.device))
     candidate = _candidate(merging, scoring)
@@ -259,7 +265,7 @@ def _placement(
     if on_host:
         own = plan.total - mapped
     else:
-        own = process + beside + (_STAGING if where != "device" else 0) + (private if where == "host" else 0)
+        own = process + beside + (_STAGING if where != "device" else 0) + (private + rows if where == "host" else 0)
     return Placement(
         where,
         fields,
@@ -326,6 +332,12 @@ def _private_bytes(model: Model) -> int:
         return 0
     private = [info for name, info in weights.table.items() if weights.mapped(name) is None]
     return sum(math.prod(info.shape) * getattr(torch, FLOATS[info.dtype]).itemsize for info in private)
+
+
+def _bytes_of_rows(models: Models) -> int:
+    """The bytes of the tensors with one row per token of all models, in float32 and in the rows of the base."""
+    names = naming_in(models.base.folder).vocabulary
+    return 4 * len(models) * sum(math.prod(info.shape) for name, info in models.table.items() if name in names)
 
 
 def with_choice(config: SearchConfig, placements: Sequence[Placement]) -> Iterator[Placement]:
