@@ -191,10 +191,8 @@ def plan_placements(
     rows = _bytes_of_rows(models) if config.space.tokenizer_source is not None else 0
     places: tuple[Where, ...] = ("device", "host", "disk") if near == "device" else ("host", "disk")
     placements = [
-        _placement(
-            config, where, fields, merging[near if where == near else "disk", fields], scoring, sources, rows, models
-        )
-        for where in places
+        _placement(config, where, fields, merging[like, fields], scoring, sources, rows, models)
+        for where, like in ((where, near if where == near else "disk") for where in places)
         for fields in _FIELDS
     ]
     return SearchPlan(tuple(with_choice(config, placements)), scoring.tokens)

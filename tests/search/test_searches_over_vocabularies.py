@@ -25,6 +25,9 @@ SPACES = {
 }
 
 
+LEARNED = {"optimizer": {"name": "learned", "evaluations": 4, "learning": {"steps": 3}}}
+
+
 class Stop(Exception):
     """Stands for a kill."""
 
@@ -40,13 +43,12 @@ def others(tmp_path_factory) -> dict[str, str]:
 
 
 def quick(models: dict[str, str] | None, space: dict[str, Any] | None, folder: Path, **changes: Any) -> Path:
-    document = small_search(
-        objectives=[{"task": "base_qa"}],
-        items={"search": 8, "heldout": 8},
-        space=space,
-        optimizer={"name": "random_search", "evaluations": 6},
-        **changes,
-    )
+    usual: dict[str, Any] = {
+        "objectives": [{"task": "base_qa"}],
+        "items": {"search": 8, "heldout": 8},
+        "optimizer": {"name": "random_search", "evaluations": 6},
+    }
+    document = small_search(space=space, **usual | changes)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "search.yaml"
     path.write_text(yaml.safe_dump(document | ({"models": models} if models else {})))
@@ -85,6 +87,18 @@ def test_the_rows_of_tokens_decide_nothing(space, others, tmp_path):
         assert AutoTokenizer.from_pretrained(out).get_vocab() == tokens
         again = json.loads(evomerge("evaluate", recipe, "--config", path, "--json"))
         assert (again["scores"], again["fingerprint"]) == (row["scores"], row["fingerprint"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"workers": {"pool": "local"}, "evaluation": {"sources": "disk"}}, LEARNED])
+def test_gradients_and_placements_do_not_see_the_rows_of_tokens(changes, others, tmp_path):
+    found = []
+    for name, models in {"plain": None, "ours": others}.items():
+        evomerge("run", quick(models, None, tmp_path / name, **changes), "--output", tmp_path / name / "run")
+        rows = content(tmp_path / name / "run")[0]
+        found.append([(row["id"], row["genome"], row["fingerprint"]) for row in rows])
+    assert found[0] == found[1]
+    assert [row for row in found[0] if row[1]]
 
 
 def test_the_base_s_tokens_are_kept_where_vocabularies_differ(others, tmp_path):
