@@ -1,8 +1,13 @@
 """Models that tests name as they like, as the package takes them."""
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import ResidentModels
@@ -32,3 +37,35 @@ def load_models(sources_: Mapping[str, ModelSource | Path], base: Path, *given: 
 def check_models(base: str, references: Mapping[str, str]) -> list[str]:
     """What `preflight` says of models by the names that they have in a message."""
     return preflight(find_models(base, references.values()), {where: name for name, where in references.items()})
+
+
+def write_adapter(
+    folder: Path, base: Path, seed: int, rank: int = 4, dtype: torch.dtype = torch.bfloat16, **config: Any
+) -> Path:
+    """A LoRA of a model, as PEFT saves it, with random factors for the attention, one MLP matrix and the embedding.
+
+    config: keys of its config, and `norm` for a final norm that it stores whole.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (0.2 * torch.randn(shape, generator=generator)).to(dtype)
+
+    norm, tensors = config.pop("norm", False), {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        rows, columns = tensor.shape if tensor.dim() == 2 else (0, 0)
+        if re.search(r"(q|v|down)_proj\.weight$", name):
+            tensors |= {f"{module}.lora_A.weight": drawn(rank, columns), f"{module}.lora_B.weight": drawn(rows, rank)}
+        elif name.endswith("embed_tokens.weight"):
+            tensors |= {
+                f"{module}.lora_embedding_A": drawn(rank, rows),
+                f"{module}.lora_embedding_B": drawn(columns, rank),
+            }
+        elif norm and name.endswith("model.norm.weight"):
+            tensors[f"{module}.weight"] = tensor + 0.1
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    document = {"peft_type": "LORA", "r": rank, "lora_alpha": 3} | config
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    return folder

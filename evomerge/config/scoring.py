@@ -293,6 +293,9 @@ class EvaluationConfig(Settings):
         `disk` maps them, too, and gives the memory back behind the merge. `auto` is the first of these that fits.
     fields: whether the random numbers of DARE and DELLA, and what else is kept for each weight, are `kept` for all
         candidates or `made` again for each of them, which changes no bit. `auto` keeps them where they fit.
+    adapters: whether a LoRA is kept as its `factors`, of which weights are made in every merge, or `expanded` to a
+        model of its own, which changes no bit. `auto` expands adapters where they fit, since merges then take less
+        time, and keeps factors where sources are copied to a device.
     num_fewshot: how many examples precede a question; None for what a task says.
     apply_chat_template: whether prompts are put into the model's chat template.
     fewshot_as_multiturn: whether few-shot examples are turns of their own; by default they are where a chat template is
@@ -313,6 +316,7 @@ class EvaluationConfig(Settings):
     compile: bool | Literal["auto"] = "auto"
     sources: Literal["auto", "device", "host", "disk"] = "auto"
     fields: Literal["auto", "kept", "made"] = "auto"
+    adapters: Literal["auto", "factors", "expanded"] = "auto"
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None

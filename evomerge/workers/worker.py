@@ -393,7 +393,15 @@ def _resident_models(config: SearchConfig, models: Models, head_apart: bool, sta
     evaluation, device = config.evaluation, resolve_device(config.evaluation.device)
     count = count_gpus(config, device)
     used = devices_of(device, count)[0]
-    placed = resolve(evaluation.sources, evaluation.fields, models, evaluation.dtype, used, workers_of_a_node(config))
+    placed = resolve(
+        evaluation.sources,
+        evaluation.fields,
+        evaluation.adapters,
+        models,
+        evaluation.dtype,
+        used,
+        workers_of_a_node(config),
+    )
     return ResidentModels(
         models,
         device,
@@ -403,6 +411,7 @@ def _resident_models(config: SearchConfig, models: Models, head_apart: bool, sta
         head_apart=head_apart,
         sources=placed.sources,
         fields=placed.fields,
+        adapters=placed.adapters,
         quantized=bool(evaluation.quantize),
         statistics=statistics,
         vocabulary=vocabulary.of_search(config, models),
@@ -424,6 +433,7 @@ def rehearsed_models(config: SearchConfig, models: Models) -> RehearsedModels:
         evaluation.compile is True,
         sources="device" if evaluation.sources == "auto" else evaluation.sources,
         fields="kept" if evaluation.fields == "auto" else evaluation.fields,
+        adapters="expanded" if evaluation.adapters == "auto" else evaluation.adapters,
         quantized=bool(evaluation.quantize),
         vocabulary=vocabulary.of_search(config, models),
     )

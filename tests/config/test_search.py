@@ -39,3 +39,8 @@ def test_a_report_is_part_of_the_digest_and_a_search_without_one_has_the_digest_
     before = search(tasks={"paths": ["evals"]}, optimizer={"name": "auto", "evaluations": 20, "population": 8})
     assert before.digest() == "20ee7d9680790b8d"  # as versions without the key had it: it names shared archives
     assert SearchConfig.model_validate(yaml.safe_load(reported.to_yaml())) == reported
+
+
+def test_what_is_kept_where_in_memory_is_not_part_of_the_digest() -> None:
+    placed = search(evaluation={"sources": "disk", "fields": "made", "adapters": "factors"})
+    assert placed.digest() == search().digest() != search(evaluation={"batch_size": 7}).digest()

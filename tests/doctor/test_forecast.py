@@ -24,7 +24,7 @@ def test_the_plan_of_models_of_real_size_is_stated_before_anything_is_loaded(tmp
     path = tmp_path / "search.yaml"
     path.write_text(yaml.safe_dump(make_sparse_search(tmp_path / size, size)))
     started = time.monotonic()
-    told = json.loads(evomerge("check", path, "--json"))
+    told = json.loads(evomerge("check", path, "--address", "auto", "--json"))
     assert time.monotonic() - started < _HANGS
     rows = {(row["sources"], row["fields"]): row for row in told["placements"]}
     weights = 2 * told["parameters"] / 2**30

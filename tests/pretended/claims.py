@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from evomerge import devices
 from evomerge.errors import InputError
 from evomerge.events import unheard
 from evomerge.merging.resident.models import ResidentModels
+from evomerge.merging.sources.adapters import WEIGHTS
+from evomerge.merging.sources.references import ModelSource
 from evomerge.runs import directory as runs
 from evomerge.search.preparation import prepare_file
 from evomerge.workers.memory import _typical, plan_memory
@@ -20,7 +23,7 @@ from tests.commands import content
 from tests.evaluation.test_engine import MERGE, folder, results  # noqa: F401 - a fixture
 from tests.evaluation.test_engine import config as writing
 from tests.merging.resident.test_models import recipe
-from tests.models import UNMEASURED, load_models
+from tests.models import UNMEASURED, load_models, write_adapter
 from tests.pretended import accelerator
 from tests.searches import WriteSearch
 
@@ -147,3 +150,68 @@ def test_a_worker_takes_the_memory_that_the_plan_says(search_file: WriteSearch) 
     peak = devices.peak_memory(HERE) - before
     assert models == pytest.approx(plan.models, rel=0.02)
     assert peak == pytest.approx(plan.total, rel=0.1)
+
+
+@pytest.fixture
+def adapted(tiny_models: dict[str, Path], tmp_path: Path) -> dict[str, ModelSource | Path]:
+    """A base and three LoRAs of it."""
+    base = tiny_models["base"]
+    tuned = {name: write_adapter(tmp_path / name, base, seed) for seed, name in enumerate(("first", "second", "third"))}
+    return {"base": base} | {name: ModelSource(base, place) for name, place in tuned.items()}
+
+
+@pytest.mark.parametrize(("count", "double"), [(1, True), (2, False)], ids=["one device", "two without float64"])
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_adapters_as_factors_leave_the_fingerprints_of_expanded_ones_on_the_cpu(
+    adapted: dict[str, ModelSource | Path], tiny_models: dict[str, Path], where: str, count: int, double: bool
+) -> None:
+    def resident(device: str, count: int, where: str, form: str) -> ResidentModels:
+        given = device, "bfloat16", False, False, count
+        return load_models(adapted, tiny_models["base"], *given, sources=where, fields="made", adapters=form)
+
+    merges = [recipe(method) for method in ("dare_ties", "ties", "linear", "wudi", "arcee_fusion")]
+    expected = resident("cpu", 1, "device", "expanded")
+    PRETEND.refused |= set() if double else {torch.float64}
+    devices._supports.cache_clear()
+    for form in ("factors", "expanded"):
+        models = resident("pretend", count, where, form)
+        assert [models.materialize(merge) for merge in merges] == [expected.materialize(merge) for merge in merges]
+
+
+def test_three_adapters_cost_a_device_their_factors_beside_the_candidate_and_the_base(
+    adapted: dict[str, ModelSource | Path], tiny_models: dict[str, Path]
+) -> None:
+    def held(names: tuple[str, ...], where: str, form: str) -> int:
+        gc.collect()
+        before = PRETEND.live[0]
+        chosen = {name: adapted[name] for name in names}
+        given = "pretend", "float32"
+        models = load_models(chosen, tiny_models["base"], *given, sources=where, fields="made", adapters=form)
+        assert models.devices == [torch.device("pretend")]
+        gc.collect()
+        return PRETEND.live[0] - before
+
+    devices._supports.cache_clear()
+    whole = sum(tensor.nbytes for tensor in load_file(tiny_models["base"] / "model.safetensors").values())
+    files = [load_file(adapted[name].adapter / WEIGHTS) for name in ("first", "second", "third")]
+    factors = sum(tensor.nbytes for file in files for tensor in file.values())
+    buffers = held(("base",), "host", "factors") - whole
+    assert held(tuple(adapted), "device", "factors") == 2 * whole + factors + buffers
+    assert held(tuple(adapted), "host", "factors") == whole + factors + buffers
+    assert held(tuple(adapted), "device", "expanded") > 2 * whole + 3 * factors
+    assert held(tuple(adapted), "host", "expanded") == whole + buffers
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_a_piece_of_the_base_is_copied_once_for_all_adapters(
+    adapted: dict[str, ModelSource | Path], tiny_models: dict[str, Path], where: str
+) -> None:
+    def copies(form: str) -> int:
+        given = "pretend", "bfloat16"
+        models = load_models(adapted, tiny_models["base"], *given, sources=where, fields="made", adapters=form)
+        before = PRETEND.copies["cpu", "pretend:0"]
+        models.materialize(recipe("task_arithmetic"))
+        return PRETEND.copies["cpu", "pretend:0"] - before
+
+    touched = sum(name.endswith(("_A", "_A.weight")) for name in load_file(adapted["first"].adapter / WEIGHTS))
+    assert copies("expanded") - copies("factors") == 3 * touched

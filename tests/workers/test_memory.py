@@ -126,8 +126,8 @@ def test_what_a_search_needs_is_told_part_by_part():
     assert sum(plan.parts().values()) == 2 * plan.total
 
 
-def plan(overrides: tuple[str, ...] = (), path: Path = DEMO) -> SearchPlan:
-    prepared = prepare_file(path, overrides)
+def plan(overrides: tuple[str, ...] = (), path: Path = DEMO, address: str | None = None) -> SearchPlan:
+    prepared = prepare_file(path, overrides, address)
     return plan_placements(prepared.config, prepared.space, prepared.models, prepared.targets)
 
 
@@ -173,8 +173,8 @@ def test_the_first_placement_that_fits_is_taken(monkeypatch, searched):
 def test_what_the_search_file_says_is_taken_wherever_the_device_is():
     away = ("workers.pool=ray", "evaluation.device=cuda")
     if not device_count("cuda"):
-        assert not any(placement.chosen for placement in plan(away).placements)
-    wanted = plan((*away, "evaluation.sources=host", "evaluation.fields=made")).placements
+        assert not any(placement.chosen for placement in plan(away, address="auto").placements)
+    wanted = plan((*away, "evaluation.sources=host", "evaluation.fields=made"), address="auto").placements
     assert [(place.sources, place.fields) for place in wanted if place.chosen] == [("host", "made")]
 
 

@@ -41,7 +41,8 @@ class Held(Protocol):
         ...
 
     def ahead(self, piece: slice) -> None:
-        """Says which piece is asked for next, so that it can be on its way while the one before is merged."""
+        """Says which piece is asked for next, so that it can be on its way while the one before is merged. It may be
+        asked for several times, since tensors may be made of a common one."""
         ...
 
     def done(self, piece: slice) -> None:
@@ -76,6 +77,8 @@ def walk(tensors: tuple[Elements, ...], starts: range) -> Iterator[tuple[slice, 
     count = tensors[0].numel()
     cuts = [slice(start, min(start + starts.step, count)) for start in starts]
     cuts = cuts[:1] if tensors[0].device.type == "meta" else cuts
+    for tensor in held if cuts else ():
+        tensor.ahead(cuts[0])
     for number, piece in enumerate(cuts):
         parts = tuple(part_of(tensor, piece) for tensor in tensors)
         for tensor in held if number + 1 < len(cuts) else ():

@@ -32,12 +32,24 @@ from evomerge.merging.resident.gradients import Followed, followed
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.quantized import int8_layers, quantize, restore
 from evomerge.merging.resident.rows import Rows
-from evomerge.merging.resident.sources import Kept, OffDevice, OnDevice, Reader, Rehearsed, Source, Where, finite
+from evomerge.merging.resident.sources import (
+    Form,
+    FromFactors,
+    Kept,
+    OffDevice,
+    OnDevice,
+    Reader,
+    Rehearsed,
+    Source,
+    Where,
+    dtype_of,
+    finite,
+)
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find, Shelf, Stored
-from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
+from evomerge.merging.sources.tensor_files import TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.merging.vocabulary import Vocabulary
 from evomerge.recipe import Recipe, TokenizerSettings
@@ -67,6 +79,7 @@ class ResidentModels:
         head_apart: bool = False,
         sources: Where = "device",
         fields: Kept = "kept",
+        adapters: Form = "expanded",
         quantized: bool = False,
         statistics: Find | None = None,
         vocabulary: Vocabulary | None = None,
@@ -81,6 +94,7 @@ class ResidentModels:
             source does not tie it, the head is a tensor of its own in any case.
         sources: where the tensors of the models live.
         fields: whether what is kept for each element is made again for every candidate.
+        adapters: what tensors that adapters change are kept as.
         quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
         statistics: finds what was measured of the models.
         vocabulary: that of every merge, with as many rows as the base, where models have other ones.
@@ -105,7 +119,9 @@ class ResidentModels:
         self._naming = naming_of(config, skeleton)
         if quantized:
             quantize(self.model, self._naming)
-        place(self.model, self.devices, 1 + len(models) * (sources == "device"))
+        self._form = adapters
+        whole = models if adapters == "expanded" else {model.source.folder for model in models.values()}
+        place(self.model, self.devices, 1 + len(whole) * (sources == "device"))
         self._find()
         self._where, self._fields = sources, fields
         shared = sources == "host" and not is_accelerator(torch.device(device))  # pages that a CPU reads where they lie
@@ -113,7 +129,9 @@ class ResidentModels:
         self._streams: dict[torch.device, CopyStream] = {}
         self._vocabulary = vocabulary
         self._rows = Rows(vocabulary, weights, self._naming.vocabulary, self._held) if vocabulary else None
-        self._sources = {reference: self._resident(source) for reference, source in weights.items()}
+        self._plain: dict[tuple[TensorInfo, torch.device], Source] = {}
+        good: dict[Source, torch.Tensor] = {}
+        self._sources = {reference: self._resident(source, good) for reference, source in weights.items()}
         self._find_statistic = statistics or Shelf().finder(models)
         self._statistics: dict[tuple[Path, str], Source] = {}
         self._kept: dict[Hashable, Any] = {}
@@ -138,7 +156,11 @@ class ResidentModels:
             restore(self.model)
         self._find()
 
-    def _resident(self, weights: Weights) -> dict[str, Source]:
+    def _resident(self, weights: Weights, good: dict[Source, torch.Tensor]) -> dict[str, Source]:
+        """The tensors of a model by name.
+
+        good: whether sources are finite, as far as they were looked at.
+        """
         source, infos = weights.source, {}
         for name, parameter in self._parameters.items():
             info = weights.find(name)
@@ -155,39 +177,51 @@ class ResidentModels:
                 )
             infos[name] = info
         moved = [name for name in infos if self._rows is not None and name in self._rows]  # made when they are merged
-        if self.model.device.type == "meta":
-            empty = {name: _empty(info) for name, info in infos.items() if name not in moved}
-            return {name: self._rehearsed_source(tensor) for name, tensor in empty.items()}
         devices = {name: served.device for name, served in self._parameters.items()}
-        resident = {name: self._source(weights, name, devices[name]) for name in infos if name not in moved}
-        checks = [self._checked(source, devices[name]) for name, source in resident.items()]
+        resident = {
+            name: self._source(weights, name, info, devices[name]) for name, info in infos.items() if name not in moved
+        }
+        if self.model.device.type == "meta":
+            return resident
+        checks = [self._checked(held, devices[name], good) for name, held in resident.items()]
         checks += [finite(weights.read(name)) for name in moved]
-        for name, good in zip([*resident, *moved], _gathered(checks).tolist(), strict=True):
-            if not good:
+        for name, is_finite in zip([*resident, *moved], _gathered(checks).tolist(), strict=True):
+            if not is_finite:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
 
-    def _source(self, weights: Weights, name: str, device: torch.device) -> Source:
-        info = weights.find(name)
-        assert info is not None
-        return self._held(weights, name, torch.Size(info.shape), device)
+    def _source(self, weights: Weights, name: str, info: TensorInfo, device: torch.device) -> Source:
+        """A tensor of a model. Models that have it in common share it."""
+        changes = weights.products(name) if self._form == "factors" else ()
+        if weights.changes(name) and not changes:
+            return self._held(weights, name, _empty(info), device)
+        start = weights.plain.find(name) or info
+        if (start, device) not in self._plain:
+            self._plain[start, device] = self._held(weights.plain, name, _empty(start), device)
+        plain = self._plain[start, device]
+        read = _empty if device.type == "meta" else weights.read_stored
+        factors = [change.factors(read) for change in changes]
+        return FromFactors(plain, dtype_of(start), factors, device) if factors else plain
 
-    def _held(self, weights: Reader, name: str, shape: torch.Size, device: torch.device) -> Source:
-        """A tensor where sources live; without data, in float32, for a rehearsal."""
-        if self.model.device.type == "meta":
-            return self._rehearsed_source(torch.empty(shape, device="meta"))
+    def _held(self, weights: Reader, name: str, like: torch.Tensor, device: torch.device) -> Source:
+        """A tensor where sources live.
+
+        like: a tensor of its shape and dtype on the meta device, which stands for it in a rehearsal.
+        """
+        if device.type == "meta":
+            return (Rehearsed if self._off_device else OnDevice)(like)
         if not self._off_device:
-            return OnDevice(weights.read(name).to(device))
-        return OffDevice(weights, name, shape, self._streams, leaves=self._where == "disk")
+            return OnDevice(weights.read(name, device))
+        return OffDevice(weights, name, like.shape, self._streams, leaves=self._where == "disk")
 
-    def _rehearsed_source(self, tensor: torch.Tensor) -> Source:
-        return Rehearsed(tensor) if self._off_device else OnDevice(tensor)
-
-    def _checked(self, source: Source, device: torch.device) -> torch.Tensor:
+    def _checked(self, source: Source, device: torch.device, good: dict[Source, torch.Tensor]) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
-        good = finite(source.on(torch.device("cpu") if self._off_device else device))
-        source.release()
-        return good
+        if isinstance(source, FromFactors) and source.stays_finite():
+            source = source.start
+        if source not in good:
+            good[source] = finite(source.on(torch.device("cpu") if self._off_device else device))
+            source.release()
+        return good[source]
 
     def _source_of(self, tensor: TensorMerge, index: int, device: torch.device) -> Source:
         """One model's tensor in the rows of the merge.
@@ -339,10 +373,13 @@ class ResidentModels:
                 shape = self._source_of(tensor, 0, places[tensor.name]).shape
                 made[tensor.name] = torch.empty(shape, dtype=self._dtype, device=places[tensor.name])
                 self._merge(plan, tensor, made[tensor.name])
-        tensors = {
-            tensor.name: made[tensor.name] if tensor.name in made else self._shared(tensor, places[tensor.name])
-            for tensor in plan.tensors
-        }
+        shared: dict[Hashable, torch.Tensor] = {}  # by layers that stand in several places
+        tensors = {}
+        for tensor in plan.tensors:
+            key = (*tensor.source(0), places[tensor.name])
+            if tensor.name not in made and key not in shared:
+                shared[key] = self._shared(tensor, places[tensor.name])
+            tensors[tensor.name] = made[tensor.name] if tensor.name in made else shared[key]
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         self.candidate = make_view(self.model, parameters, templates)
         return parameters, made
@@ -354,8 +391,9 @@ class ResidentModels:
 
     def _shared(self, tensor: TensorMerge, device: torch.device) -> torch.Tensor:
         """The only source of a tensor. Where it has to change its dtype or device, one copy serves all candidates."""
-        whole = whole_of(self._source_of(tensor, 0, device).on(device))
-        if self._off_device:  # one copy for all candidates would bring all sources to the device
+        source = self._source_of(tensor, 0, device)
+        whole = whole_of(source.on(device))
+        if self._off_device or isinstance(source, FromFactors):  # copies for all candidates would be all sources
             return whole.to(device, self._dtype)
         if (whole.dtype, whole.device) == (self._dtype, device):
             return whole
@@ -394,7 +432,7 @@ class ResidentModels:
             return Statistic(stored.read(own), stored.mean)
         key = stored.folder, own
         if key not in self._statistics:
-            self._statistics[key] = self._source(stored.weights, own, device)
+            self._statistics[key] = self._held(stored.weights, own, _empty(stored.weights.table[own]), device)
         return Statistic(self._statistics[key].on(device), stored.mean)
 
     def _rehearsed(self, shape: torch.Size, kind: Kind) -> Statistic | None:
@@ -506,4 +544,4 @@ def _gathered(results: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _empty(info: TensorInfo) -> torch.Tensor:
-    return torch.empty(info.shape, dtype=getattr(torch, FLOATS[info.dtype]), device="meta")
+    return torch.empty(info.shape, dtype=dtype_of(info), device="meta")

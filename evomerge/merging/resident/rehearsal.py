@@ -143,7 +143,7 @@ class RehearsedModels(ResidentModels):
             plan.rescale,
             plan.seed,
             dtype,
-            tuple((type(each), each.shape, each.dtype) for each in self._elements(tensor)),
+            tuple((type(each), each.shape, each.dtype, getattr(each, "ranks", ())) for each in self._elements(tensor)),
             tensor.positions,
             tuple(_frozen(values) for values in tensor.per_model),
             _frozen(tensor.shared),

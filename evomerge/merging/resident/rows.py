@@ -32,9 +32,9 @@ class _Aligned:
     given: tuple[Tensor, ...]
     preferred: str | None
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         tensors = {model: self.weights[model].read(own) for model, own in self.given}
-        return self.vocabulary.aligned(tensors, self.preferred, [self.model])[self.model]
+        return self.vocabulary.aligned(tensors, self.preferred, [self.model])[self.model].to(device)
 
     def mapped(self, name: str) -> None:
         """None, since it lies in no file."""
@@ -48,12 +48,13 @@ class Rows:
         vocabulary: Vocabulary,
         weights: Mapping[str, Weights],
         names: frozenset[str],
-        source: Callable[[Reader, str, torch.Size, torch.device], Source],
+        source: Callable[[Reader, str, torch.Tensor, torch.device], Source],
     ) -> None:
         """vocabulary: of all merges.
         weights: the models that are merged, by reference.
         names: of the tensors with one row per token, in the merge.
-        source: makes the source of a tensor from what reads it, its name, its shape and the device that merges it.
+        source: makes the source of a tensor from what reads it, its name, a tensor like it on the meta device,
+            and the device that merges it.
         """
         self._vocabulary, self._weights, self._names, self._source = vocabulary, weights, names, source
         self._complete = {model: vocabulary.complete(model) for model in weights}
@@ -91,6 +92,6 @@ class Rows:
             info = self._weights[model].find(name)
             assert info is not None  # as it was checked when the models were loaded
             aligned = _Aligned(self._vocabulary, self._weights, model, given, tensor.preferred)
-            shape = torch.Size((self._vocabulary.size, *info.shape[1:]))
-            self._held[own] = given, self._source(aligned, name, shape, device)
+            like = torch.empty(self._vocabulary.size, *info.shape[1:], device="meta")
+            self._held[own] = given, self._source(aligned, name, like, device)
         return self._held[own][1]

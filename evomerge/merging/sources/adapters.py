@@ -1,9 +1,9 @@
 """Adapter: a LoRA (Hu et al. 2021, arXiv 2106.09685) in a PEFT folder, merged into tensors as they are read.
 
-A changed weight is W + scale * B A. Product, scaling and sum are float32, rounded once into the dtype that W is stored
-in. The result is that of PEFT's `merge_and_unload` on a model that was loaded in this dtype. The scale is alpha / r,
-or alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732). Tensors that the adapter stores whole
-(`modules_to_save`, trained biases) replace the base's.
+A changed weight is W + scale * B A, computed so that its bits are the same everywhere (`factors`), and rounded into the
+dtype that W is stored in. The result is that of PEFT's `merge_and_unload` on a model that was loaded in this dtype, up
+to the last place. The scale is alpha / r, or alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732).
+Tensors that the adapter stores whole (`modules_to_save`, trained biases) replace the base's.
 """
 
 import json
@@ -22,6 +22,8 @@ from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo, read_heade
 if TYPE_CHECKING:
     import torch
 
+    from evomerge.merging.sources.factors import Factors
+
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # keys of variants of LoRA that have another formula for the merge, or that were trained on a changed base
 REFUSED = (
@@ -38,6 +40,7 @@ REFUSED = (
     "velora_config",
 )
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+Read = Callable[[TensorInfo], "torch.Tensor"]
 _KEY = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.default)?(?:\.(weight|bias))?")
 
 
@@ -102,6 +105,16 @@ class LowRank:
     scale: float
     transposed: bool
 
+    def factors(self, read: Read) -> "Factors":
+        """The matrices in the order in which the weight is stored.
+
+        read: reads a tensor of the adapter.
+        """
+        from evomerge.merging.sources.factors import Factors
+
+        a, b = read(self.a), read(self.b)
+        return Factors(a.T, b.T, self.scale) if self.transposed else Factors(b, a, self.scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Shift:
@@ -130,26 +143,38 @@ class Adapter:
     shifts: Mapping[str, Shift]
     head: str | None = None
 
-    def adapt(self, name: str, tensor: "torch.Tensor", read: "Callable[[TensorInfo], torch.Tensor]") -> "torch.Tensor":
+    def changes(self, name: str) -> bool:
+        """Whether the adapter changes the tensor of that name."""
+        return name in self.replaced or name in self.low_rank or name in self.shifts
+
+    def stored(self, name: str) -> TensorInfo | None:
+        """The tensor that the adapter stores in the place of the one of that name and does not change again; None where
+        there is none."""
+        return None if name in self.low_rank or name in self.shifts else self.replaced.get(name)
+
+    def products(self, name: str) -> tuple[LowRank, ...]:
+        """All that the adapter does to the tensor of that name, if it only adds products to it; otherwise nothing."""
+        return () if name in self.replaced or name in self.shifts else self.low_rank.get(name, ())
+
+    def adapt(self, name: str, tensor: "torch.Tensor", read: Read, exact: bool = True) -> "torch.Tensor":
         """One tensor of the base with the adapter merged in, in the tensor's dtype.
 
         name: the tensor's name.
         tensor: its values in the base.
         read: reads a tensor of the adapter.
+        exact: whether products have the same bits everywhere. Versions up to 0.2.0 left the order of their sums to
+            torch.
         """
         if name in self.replaced:
             tensor = read(self.replaced[name])
-        for change in self.low_rank.get(name, ()):
-            delta = (read(change.b).float() @ read(change.a).float()) * change.scale
-            tensor = (tensor.float() + (delta.T if change.transposed else delta)).to(tensor.dtype)
+        changes = self.low_rank.get(name, ())
+        tensor = _with_exact(tensor, changes, read) if exact else _with_float32(tensor, changes, read)
         if name in self.shifts:
             shift = self.shifts[name]
             tensor = (tensor.float() + read(shift.vector).float() * shift.scale).to(tensor.dtype)
         return tensor
 
-    def factors(
-        self, name: str, read: "Callable[[TensorInfo], torch.Tensor]"
-    ) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
+    def factors(self, name: str, read: Read) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
         """The factors of what is added to a tensor, the scale in the first, as (rows, rank) and (rank, columns); None
         where the adapter changes the tensor in another way.
 
@@ -172,6 +197,20 @@ class Adapter:
             else info
             for name, info in table.items()
         }
+
+
+def _with_exact(tensor: "torch.Tensor", changes: tuple[LowRank, ...], read: Read) -> "torch.Tensor":
+    from evomerge.merging.methods.parts import whole_of
+    from evomerge.merging.sources.factors import Factored
+
+    return whole_of(Factored(tensor, [change.factors(read) for change in changes])) if changes else tensor
+
+
+def _with_float32(tensor: "torch.Tensor", changes: tuple[LowRank, ...], read: Read) -> "torch.Tensor":
+    for change in changes:
+        delta = (read(change.b).float() @ read(change.a).float()) * change.scale
+        tensor = (tensor.float() + (delta.T if change.transposed else delta)).to(tensor.dtype)
+    return tensor
 
 
 def is_adapter(folder: Path) -> bool:

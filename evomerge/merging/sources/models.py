@@ -106,6 +106,14 @@ class Models(Mapping[str, Model]):
         """The tensors of a merge: the base's, and a head where only others have one."""
         return with_head(self.base.weights, self.head)
 
+    def readings(self) -> "Iterator[Models]":
+        """The models; and where some have adapters, also the models as versions up to 0.2.0 read them
+        (`Adapter.adapt`), which fingerprints of those versions need."""
+        yield self
+        if any(model.source.adapter is not None for model in self.values()):
+            earlier = {key: replace(model, weights=Weights(model.source, exact=False)) for key, model in self.items()}
+            yield Models(earlier.get(self.base.reference, self.base), earlier)
+
     @property
     def seen(self) -> Digests:
         """The items that the searches saw that made these models."""

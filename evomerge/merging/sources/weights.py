@@ -7,6 +7,7 @@ Tensors have the names that transformers would write for the whole model (`namin
 Buffers of old checkpoints are left out, and so are heads that are stored though the config ties them to the embedding.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import InputError, choices
 from evomerge.merging.sources.adapters import CONFIG as ADAPTER_CONFIG
 from evomerge.merging.sources.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from evomerge.merging.sources.adapters import Adapter, load_adapter
+from evomerge.merging.sources.adapters import Adapter, LowRank, load_adapter
 from evomerge.merging.sources.references import ModelSource
 from evomerge.merging.sources.tensor_files import FLOATS as FLOATS
 from evomerge.merging.sources.tensor_files import MappedFiles, MappedTensor, TensorFiles, read_header
@@ -75,20 +76,26 @@ class Weights:
 
     source: where the files are.
     table: by name, every tensor with the dtype and shape that `read` gives it.
+    plain: the model without its adapter; the same object where there is none.
     """
 
-    def __init__(self, source: ModelSource | Path) -> None:
+    def __init__(self, source: ModelSource | Path, exact: bool = True) -> None:
         """Reads the headers, but no values.
 
         source: a model folder, or one with an adapter.
+        exact: see `Adapter.adapt`.
         Raises InputError for files that cannot be read or merged.
         """
         self.source = source if isinstance(source, ModelSource) else ModelSource(source)
+        self._exact = exact
         self._files, self._mapped = TensorFiles(), MappedFiles()
         self._stored = self.table = _model_table(self.source.folder)
         self._adapter: Adapter | None = None
+        self.plain = self
         if self.source.adapter is not None:
             kind = model_config(self.source.folder)["model_type"]
+            self.plain = copy.copy(self)
+            self.plain.source, self.plain.plain = ModelSource(self.source.folder), self.plain
             naming = _naming(self.source.folder)
             renamed = {held: name for name, held in naming.whole.items() if held != name} if naming else {}
             tied = self._tied(renamed.get(HEAD_NAMES[0], HEAD_NAMES[0]))
@@ -107,24 +114,42 @@ class Weights:
         the embedding."""
         return self.table.get(self._name(name))
 
-    def read(self, name: str) -> "torch.Tensor":
-        """One tensor that `find` finds, on the CPU in its storage dtype. Nothing may be written into it.
+    def read(self, name: str, device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """One tensor that `find` finds, in its storage dtype. Nothing may be written into it.
 
-        It is memory-mapped where no adapter changes it. Raises InputError where there is no such tensor.
+        On the CPU it is memory-mapped where no adapter changes it.
+
+        name: the tensor's name.
+        device: where it is to be, and where an adapter is merged into it.
+        Raises InputError where there is no such tensor.
         """
         own = self._name(name)
         if own not in self._stored:
             raise InputError(f"{self.source}: the weights lack {name}; {choices(name, self._stored)}.")
-        tensor = self._files.read(self._stored[own])
-        return tensor if self._adapter is None else self._adapter.adapt(own, tensor, self._files.read)
+        tensor = self._files.read(self._stored[own]).to(device)
+        if self._adapter is None:
+            return tensor
+        return self._adapter.adapt(own, tensor, lambda info: self._files.read(info).to(device), self._exact)
+
+    def read_stored(self, info: TensorInfo) -> "torch.Tensor":
+        """One tensor as a file holds it."""
+        return self._files.read(info)
+
+    def changes(self, name: str) -> bool:
+        """Whether an adapter changes a tensor that `find` finds."""
+        return self._adapter is not None and self._adapter.changes(self._name(name))
+
+    def products(self, name: str) -> tuple[LowRank, ...]:
+        """What an adapter adds to a tensor that `find` finds, if that is all that it does to it; otherwise nothing."""
+        return self._adapter.products(self._name(name)) if self._adapter is not None else ()
 
     def mapped(self, name: str) -> MappedTensor | None:
         """A tensor that `find` finds as it lies in its file; None where what `read` gives lies in no file."""
         own = self._name(name)
-        adapter = self._adapter
-        if adapter is not None and (own in adapter.replaced or own in adapter.low_rank or own in adapter.shifts):
-            return None
-        return self._mapped.find(self._stored[own])
+        if self._adapter is None or not self._adapter.changes(own):
+            return self._mapped.find(self._stored[own])
+        stored = self._adapter.stored(own)
+        return None if stored is None else self._mapped.find(stored)
 
     def factors(self, name: str) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
         """The factors of what an adapter adds to a tensor, as (rows, rank) and (rank, columns), float32; empty where it

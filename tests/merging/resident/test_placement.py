@@ -97,7 +97,9 @@ def spread(pretending: None, tiny_models: dict[str, Path], monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.nn.Module, "to", move)  # which torch cannot do with fake tensors
     monkeypatch.setattr(building, "load_model", load)
-    monkeypatch.setattr(Weights, "read", lambda self, name: torch.empty(self.table[name].shape))
+    monkeypatch.setattr(
+        Weights, "read", lambda self, name, device="cpu": torch.empty(self.table[name].shape, device=device)
+    )
     monkeypatch.setattr("evomerge.merging.resident.placement._room", lambda device: 1e9)
     return load_models(tiny_models, tiny_models["base"], PRETENDED, "float32", count=2)
 

@@ -77,7 +77,9 @@ def test_the_token_opens_the_pages_and_leaves_the_address() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    "query", ["", "?token=", "?token=wrong", f"?token={TOKEN[:-1]}", f"?token={TOKEN}x", "?token=é"]
+    "query",
+    ["", "?token=", "?token=wrong", f"?token={TOKEN[:-1]}", f"?token={TOKEN}x", "?token=é"],
+    ids=["none", "empty", "wrong", "cut", "longer", "no ASCII"],
 )
 def test_nothing_is_shown_without_the_token(path: str, query: str) -> None:
     async def look(client: Any) -> Any:
