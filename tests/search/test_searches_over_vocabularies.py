@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from evomerge import zoo
 from evomerge.config.files import load
+from evomerge.diagnosis.diagnose import diagnose
 from evomerge.errors import InputError
 from evomerge.events import Evaluated, Event
 from evomerge.runs import directory as runs
@@ -177,3 +178,16 @@ def test_rows_cannot_be_matched_without_a_tokenizer(others, tmp_path):
         file.unlink()
     with pytest.raises(InputError, match=r"models\.math: .*its tokenizer cannot be loaded"):
         prepare_file(quick({"math": str(silent)}, None, tmp_path))
+
+
+def test_a_diagnosis_compares_no_rows_of_different_tokens(others, tmp_path):
+    """It says of a renumbered copy what it says of the model, but for the rows."""
+    ours, plain = (
+        diagnose(prepare_file(quick({"math": model}, None, tmp_path / name)), 0).weights
+        for name, model in {"a": others["math"], "b": "zoo:math"}.items()
+    )
+    assert {*plain.places} - {*ours.places} == {"embeddings"}
+    layers = [place for place, name in enumerate(ours.places) if name not in ("embeddings", "head")]
+    shift = len(plain.places) - len(ours.places)
+    for place in layers:
+        assert ours.models["math"].distance[place] == plain.models["math"].distance[place + shift]
