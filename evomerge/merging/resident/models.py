@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from evomerge.devices import CopyStream, devices_of, is_accelerator
+from evomerge.devices import CopyStream, devices_of, is_accelerator, trim
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
@@ -56,7 +56,7 @@ from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
 _SMALL = 1 << 20  # bytes up to which a table is kept even where fields are not
-_LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own
+_LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own, and after which memory is given back
 
 
 class ResidentModels:
@@ -388,6 +388,8 @@ class ResidentModels:
         plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._room)
         for index in tensor.places:
             self._source_of(tensor, index, out.device).release()
+        if self._where == "disk" and out.nbytes >= _LARGE:
+            trim()
 
     def _shared(self, tensor: TensorMerge, device: torch.device) -> torch.Tensor:
         """The only source of a tensor. Where it has to change its dtype or device, one copy serves all candidates."""
