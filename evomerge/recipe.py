@@ -2,7 +2,7 @@
 
 A recipe has `models` or `slices`, with parameters at every level, name filters and layer gradients. Values are looked
 up as in mergekit 0.1.5: source before slice before recipe, the first filter that matches, gradients interpolated over a
-slice's layers. `evomerge.dialect` reads the other forms in which people write recipes. `modules` is refused on purpose.
+slice's layers. `evomerge.dialect` reads the other forms in which people write recipes.
 
 One thing differs. mergekit rounds its inputs to `dtype`, computes in it, and rounds to `out_dtype` if there is one.
 Here everything is computed in float32 from the stored weights and rounded once: to `out_dtype`, or else to `dtype`, or

@@ -15,8 +15,10 @@ from evomerge.devices import free_memory, is_accelerator, resolve_compile
 from evomerge.doctor import Finding, Patient
 from evomerge.errors import InputError, first_line
 from evomerge.export import checkpoint
+from evomerge.merging import vocabulary
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.sources import Kept, Where
+from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.tensor_files import parameter_count
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Recipe
@@ -132,6 +134,7 @@ def _way(
             sources=sources,
             fields=fields,
             quantized=quantized,
+            vocabulary=vocabulary.of_search(prepared.config, prepared.models),
         )
         return lambda recipe: models.materialize(recipe, quantized)
 
@@ -176,12 +179,13 @@ def _compiles() -> bool:
 
 def _written(patient: Patient) -> Callable[[Recipe], str]:
     """Writes checkpoints to a temporary folder."""
-    return lambda recipe: _write(recipe, patient.prepared.config, patient.prepared.models.head_apart)
+    return lambda recipe: _write(recipe, patient.prepared.config, patient.prepared.models)
 
 
-def _write(recipe: Recipe, config: SearchConfig, head_apart: bool) -> str:
-    provenance = recipe.evomerge.model_copy(update={"head_apart": head_apart})
+def _write(recipe: Recipe, config: SearchConfig, models: Models) -> str:
+    provenance = recipe.evomerge.model_copy(update={"head_apart": models.head_apart})
     whole = recipe.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
+    whole = vocabulary.with_tokens(whole, config, models)
     with tempfile.TemporaryDirectory() as folder:
         fingerprint, _ = checkpoint.merge(whole, Path(folder) / "merged", "the recipe", tokenizer=False, card=False)
     return fingerprint

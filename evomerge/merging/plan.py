@@ -32,6 +32,8 @@ class TensorMerge:
     shared: the parameters that models share, by name.
     base: the reference of the base; None where the method does not set it apart.
     base_source: the name of the base's tensor.
+    preferred: the reference of the model whose embeddings stand in where others lack a token, if it is merged, too: the
+        base, whether or not the method sets it apart.
     """
 
     name: str
@@ -42,6 +44,12 @@ class TensorMerge:
     shared: Mapping[str, Any]
     base: str | None
     base_source: str
+    preferred: str | None = None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """An index for `source` for everything that is merged: the base's, where it is set apart, and the models'."""
+        return (*((-1,) if self.base is not None else ()), *range(len(self.models)))
 
     def source(self, index: int) -> tuple[str, str]:
         """The reference of a model and the name of its tensor.
@@ -287,6 +295,7 @@ def _tensor_merge(recipe: Recipe, method: Method, place: _Place, name: str, wher
         shared={parameter.name: value(parameter, None) for parameter in method.shared},
         base=base,
         base_source=base_source,
+        preferred=base or recipe.base_model,
     )
 
 
