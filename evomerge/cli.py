@@ -324,9 +324,14 @@ def export(
         return _write_adapter(recipe, output or Path("adapter"), record.candidate.id, lora_rank, base, scored)
     output = output or Path("recipe.yaml")
     exports.write_recipe(recipe, output)
-    terminal.console().print(
-        f"{record.candidate.id} written to {output}; merge it with `evomerge merge {output} OUT_DIR`"
-    )
+    then = f"merge it with `evomerge merge {output} OUT_DIR`"
+    if recipe.evomerge.parallel:
+        search = directory / SEARCH_FILE
+        then = (
+            "no checkpoint can hold layers that run side by side, and mergekit would run them one after the other; "
+            f"score it with `evomerge evaluate {output} --config {search}`"
+        )
+    terminal.console().print(f"{record.candidate.id} written to {output}; {then}")
     return None
 
 

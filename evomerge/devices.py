@@ -4,6 +4,7 @@ Everything that torch offers for one kind of accelerator alone (streams, page-lo
 asked for here, with a plain answer where there is none, so that no other file needs to know which kind it works on.
 """
 
+import ctypes
 import math
 import os
 import shutil
@@ -244,6 +245,22 @@ def empty_cache(devices: Iterable[torch.device]) -> None:
     for kind in {device.type for device in devices if is_accelerator(device)}:
         if hasattr(module := torch.get_device_module(kind), "empty_cache"):
             module.empty_cache()
+
+
+def trim() -> None:
+    """Gives memory that the allocator of this process holds back for later to the system, where it can (glibc). Much of
+    it is what compiling has left."""
+    free = _malloc_trim()
+    if free is not None:
+        free(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no library of that kind
+        return None
 
 
 @contextmanager

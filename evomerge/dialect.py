@@ -1,9 +1,9 @@
 """mergekit's dialect as people write it, brought to the one form that `Recipe` takes.
 
 Mappings in place of model references become `MODEL@REVISION+ADAPTER@REVISION`. Keys that mergekit ignores at their
-level are left out with a warning. Keys without a value are left out silently. `Recipe` checks everything else. The
-block `evomerge:`, which mergekit does not have, is passed on unchanged, and `post: {aim: }` becomes part of the
-method's name.
+level are left out with a warning. Keys without a value are left out silently. A single module under `modules` is the
+recipe of the whole model. `Recipe` checks everything else. The block `evomerge:`, which mergekit does not have, is
+passed on unchanged, and `post: {aim: }` becomes part of the method's name.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from evomerge.errors import InputError, closest
 
 Warn = Callable[[str], None]
 Reader = Callable[[Any, str, Warn], Any]  # (value, key path, called for each ignored key) -> value in the plain form
+_ONLY_MODULE = "default"  # mergekit's name for the module of a model that has one
 _WHOLE = "since models are merged whole; slices take layers"
 
 
@@ -26,6 +27,7 @@ def plain(document: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
     """
     post = document.get("post")
     content: dict[str, Any] = _RECIPE({key: value for key, value in document.items() if key != "post"}, "", warn)
+    content = _without_modules(content, warn)
     return content if post is None else _with_post(content, post)
 
 
@@ -37,6 +39,38 @@ def _with_post(content: dict[str, Any], post: Any) -> dict[str, Any]:
         raise InputError(f"post is {post}; expected {{aim: {{omega: NUMBER}}}}.")
     method = str(content.get("merge_method", "")).removesuffix("+aim")
     return {**content, "merge_method": f"{method}+aim", "parameters": {**given, **content.get("parameters", {})}}
+
+
+def _without_modules(content: dict[str, Any], warn: Warn) -> dict[str, Any]:
+    """A recipe without `modules`. A module's parameters take precedence over the recipe's."""
+    modules = content.pop("modules", None)
+    if not modules:
+        return content
+    if "models" in content or "slices" in content:
+        raise InputError("give exactly one of models, slices and modules.")
+    if not isinstance(modules, Mapping) or not all(isinstance(module, Mapping) for module in modules.values()):
+        raise InputError(f"modules is {modules}; expected {{default: {{models: [...]}}}}, or models without modules.")
+    if len(modules) > 1:
+        raise InputError(
+            f"modules names {len(modules)} parts ({', '.join(map(str, modules))}), but models are merged as a whole; "
+            "write models without modules, and give a part its own numbers with filters of its tensors' names, as in "
+            "weight: [{filter: vision_tower, value: 0}, {value: 0.5}]."
+        )
+    ((name, module),) = modules.items()
+    if name != _ONLY_MODULE:
+        warn(f"modules.{name} is read as the recipe of the whole model; mergekit would write that part alone.")
+    parameters = dict(content.get("parameters") or {})
+    for key, setting in (module.get("parameters") or {}).items():
+        own, other = _filtered(setting), parameters.get(key)
+        rest = [] if other is None else _filtered(other) or [{"value": other}]
+        parameters[key] = [*own, *rest] if own else setting
+    return {**content, **module, **({"parameters": parameters} if parameters else {})}
+
+
+def _filtered(setting: Any) -> list[Any]:
+    """The values with filters of a parameter's setting; empty where it has none."""
+    settings = setting if isinstance(setting, list) else [setting]
+    return settings if any(isinstance(item, Mapping) for item in settings) else []
 
 
 def as_it_is(value: Any, _key: str, _warn: Warn) -> Any:
@@ -108,11 +142,6 @@ def _dtype(value: Any, _key: str, _warn: Warn) -> Any:
     return value.removeprefix("torch.") or None if isinstance(value, str) else value
 
 
-def _modules(value: Any, key: str, _warn: Warn) -> None:
-    if value:
-        raise InputError(f"{key} is not supported; remove it, or merge this recipe with mergekit.")
-
-
 def _architecture(value: Any, key: str, _warn: Warn) -> None:
     if value:
         raise InputError(
@@ -171,6 +200,7 @@ _PARAMETERS = _named(_setting)
 _MODEL = block({"model": reference, "parameters": _PARAMETERS}, {"layer_range": _WHOLE})
 _SOURCE = block({"model": reference, "layer_range": as_it_is, "parameters": _PARAMETERS})
 _SLICE = block({"sources": each(_SOURCE), "base_model": reference, "parameters": _PARAMETERS})
+_MODULE = block({"models": _form(each(_MODEL)), "slices": _form(each(_SLICE)), "parameters": _PARAMETERS})
 _TOKEN_SOURCES = {
     "model_token": block({"kind": as_it_is, "model": reference, "token_id": as_it_is, "token": as_it_is}),
     "zero": block({"kind": as_it_is}),
@@ -183,7 +213,7 @@ _RECIPE = block(
         "base_model": reference,
         "models": _form(each(_MODEL)),
         "slices": _form(each(_SLICE)),
-        "modules": _modules,
+        "modules": _form(_named(_MODULE)),
         "parameters": _PARAMETERS,
         "dtype": _dtype,
         "out_dtype": _dtype,

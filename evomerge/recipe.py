@@ -2,7 +2,7 @@
 
 A recipe has `models` or `slices`, with parameters at every level, name filters and layer gradients. Values are looked
 up as in mergekit 0.1.5: source before slice before recipe, the first filter that matches, gradients interpolated over a
-slice's layers. `evomerge.dialect` reads the other forms in which people write recipes. `modules` is refused on purpose.
+slice's layers. `evomerge.dialect` reads the other forms in which people write recipes.
 
 One thing differs. mergekit rounds its inputs to `dtype`, computes in it, and rounds to `out_dtype` if there is one.
 Here everything is computed in float32 from the stored weights and rounded once: to `out_dtype`, or else to `dtype`, or
@@ -27,6 +27,7 @@ from evomerge.seen import Digests, decoded
 Scalar = bool | int | float | str
 Kind = type[float] | type[int] | type[bool]
 DTYPES = Literal["float32", "bfloat16", "float16"]
+Blocks = tuple[tuple[int, int], ...]
 
 
 class FilteredValue(Settings):
@@ -177,7 +178,7 @@ class MeasuredOn(Settings):
 
 
 class Provenance(Settings):
-    """What mergekit has no keys for: the seed of the masks, and where the recipe comes from.
+    """What mergekit has no keys for: the seed of the masks, layers side by side, and where the recipe comes from.
 
     seed: of the masks of random methods.
     rescale: what a sparsified task vector is divided by: `density` (Yu et al. 2024, eq. 4; in DELLA each element's own
@@ -195,6 +196,8 @@ class Provenance(Settings):
     head_apart: whether the head is a tensor of its own though all models of the recipe tie it to their embedding,
         because other models of their search do not.
     statistics: what was measured of the models, where the method needs it.
+    parallel: blocks of the output's layers, each as its first layer and the layer after its last one. All layers of a
+        block read the same input, and the mean of their outputs goes on (Sun et al. 2024, arXiv:2407.09298).
     """
 
     seed: int = 0
@@ -211,11 +214,25 @@ class Provenance(Settings):
     seen: str | None = None
     head_apart: bool = False
     statistics: MeasuredOn | None = None
+    parallel: Blocks = ()
 
     @property
     def digests(self) -> Digests:
         """The digests of the items that the recipe's search saw."""
         return decoded(self.seen) if self.seen else frozenset()
+
+    @field_validator("parallel")
+    @classmethod
+    def _in_order(cls, blocks: Blocks) -> Blocks:
+        free = 0
+        for start, end in blocks:
+            if start < free or end < start + 2:
+                raise ValueError(
+                    f"[{start}, {end}] is no block here; write [first, last + 1] of at least 2 layers for each block, "
+                    "counted from 0, in the order of the layers and without overlaps"
+                )
+            free = end
+        return blocks
 
     @field_validator("seen")
     @classmethod
@@ -300,11 +317,13 @@ class Recipe(Settings):
         )
 
     def content_id(self) -> str:
-        """A hash of what decides the weights: everything but scores and provenance."""
+        """A hash of what decides the model: everything but scores and provenance."""
         content = self.model_dump(mode="json", exclude={"evomerge"})
         content["evomerge"] = {"seed": self.evomerge.seed, "rescale": self.evomerge.rescale}
         if self.evomerge.statistics is not None:
             content["evomerge"]["statistics"] = self.evomerge.statistics.names
+        if self.evomerge.parallel:
+            content["evomerge"]["parallel"] = self.evomerge.parallel
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

@@ -437,10 +437,12 @@ def test_the_content_id_takes_in_all_that_decides_the_weights():
         one_model(1.0, parameters={"normalize": False}),
         one_model(1.0, evomerge={"seed": 1}),
         one_model(1.0, evomerge={"rescale": "density"}),
+        one_model(1.0, evomerge={"parallel": [[1, 3]]}),
+        one_model(1.0, evomerge={"parallel": [[1, 3], [3, 5]]}),
         plain.renamed({"a": "b"}),
         plain.model_copy(update={"merge_method": "ties"}),
     ]
-    assert len({plain.content_id(), *(other.content_id() for other in others)}) == 9
+    assert len({plain.content_id(), *(other.content_id() for other in others)}) == 11
 
 
 @few
@@ -480,11 +482,39 @@ def test_single_and_linear_recipes_average_whole_models():
 # What is refused
 
 
-def test_modules_are_refused_by_name(tmp_path):
+MODULES = {
+    "several modules": (
+        {"modules": {"text_decoder": {"models": [{"model": "a"}]}, "vision_tower": {"models": [{"model": "b"}]}}},
+        r"modules names 2 parts \(text_decoder, vision_tower\), .*write models without modules, .* with filters",
+    ),
+    "modules beside models": (
+        {"modules": {"default": {"models": [{"model": "a"}]}}, "models": [{"model": "a"}]},
+        "give exactly one of models, slices and modules",
+    ),
+    "a list of modules": ({"modules": [{"models": [{"model": "a"}]}]}, r"modules is \[.*expected \{default:"),
+    "an empty module": (
+        {"modules": {"default": {"parameters": {"weight": 1}}}},
+        "exactly one of models and slices",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MODULES.values(), ids=MODULES)
+def test_modules_that_are_no_whole_model_are_refused(changes, message, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"merge_method": "linear", "modules": {"text_decoder": {"models": []}}}))
-    with pytest.raises(InputError, match=r"recipe.yaml: modules is not supported; remove it"):
+    path.write_text(yaml.safe_dump({"merge_method": "linear", **changes}))
+    with pytest.raises(InputError, match=f"recipe.yaml: .*{message}"):
         recipes.load(path)
+
+
+def test_a_named_part_is_read_as_the_whole_and_said_so(tmp_path):
+    path, told = tmp_path / "recipe.yaml", []
+    models = [{"model": "a", "parameters": {"weight": 1.0}}]
+    path.write_text(yaml.safe_dump({"merge_method": "linear", "modules": {"text_decoder": {"models": models}}}))
+    assert recipes.load(path, told.append) == recipes.single("a")
+    assert told == [
+        f"{path}: modules.text_decoder is read as the recipe of the whole model; mergekit would write that part alone."
+    ]
 
 
 A = {"model": "a", "layer_range": [0, 4]}
@@ -533,6 +563,18 @@ REFUSED = {
     ),
     "a misspelled key": ({"models": [{"model": "a", "parameter": {}}]}, "did you mean 'parameters'"),
     "an unknown dtype": ({"models": [{"model": "a"}], "dtype": "int8"}, 'dtype is "int8"'),
+    "a block of one layer": (
+        {"models": [{"model": "a"}], "evomerge": {"parallel": [[1, 2]]}},
+        r"evomerge\.parallel: \[1, 2\] is no block here; write \[first, last \+ 1\] of at least 2 layers",
+    ),
+    "blocks that overlap": (
+        {"models": [{"model": "a"}], "evomerge": {"parallel": [[1, 4], [3, 5]]}},
+        r"evomerge\.parallel: \[3, 5\] is no block",
+    ),
+    "a block before the first layer": (
+        {"models": [{"model": "a"}], "evomerge": {"parallel": [[-1, 2]]}},
+        r"evomerge\.parallel: \[-1, 2\] is no block",
+    ),
     "an infinite weight": ({"models": [{"model": "a", "parameters": {"weight": float("inf")}}]}, "finite"),
 }
 

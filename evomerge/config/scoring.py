@@ -274,7 +274,8 @@ class VllmConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """Everything that changes the floating-point results of a score, so all of it is frozen with the search.
+    """Everything that changes the floating-point results of a score, frozen with the search, and where models live,
+    which may change.
 
     What is not set here is as in lm-eval 0.4.13, with two exceptions: log-probabilities are taken in float32 whatever
     the model's dtype, and sampled texts start from the same seed for every candidate.

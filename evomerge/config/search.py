@@ -303,6 +303,8 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "optimizer.stages.scaled": False,
     "space.tensor_weights": "auto",
     "space.parameter.tensor_weights": "auto",
+    "space.tokenizer_source": None,
+    "space.parameter.tokenizer_source": None,
     "space.models": {},
     "space.parameter.models": {},
     **{

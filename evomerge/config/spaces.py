@@ -17,10 +17,26 @@ class SpaceSettings(Settings):
 
     kind: its name in the table `SPACES`.
     changes_layers: whether its recipes have other layers than the base, or the same layers in another order.
+    tokenizer_source: whose tokens all merges have: `base`. It is the default where models have other vocabularies than
+        the base. Where they do not, their rows are merged as they are.
     """
 
     kind: str = "parameter"
     changes_layers: ClassVar[bool] = False
+    tokenizer_source: str | None = None
+
+    @field_validator("tokenizer_source")
+    @classmethod
+    def _of_the_base(cls, source: str | None) -> str | None:
+        if source == "union":
+            raise ValueError(
+                "candidates have the base's tokens, not everyone's; write the base with everyone's tokens first "
+                "(`evomerge merge` of a recipe with tokenizer_source: union, and weight 1 for the base alone), and "
+                "name that as base"
+            )
+        if source not in (None, "base"):
+            raise ValueError(f"is '{source}'; use base, and name the model whose tokens you want as base")
+        return source
 
     @property
     def merging(self) -> "ParameterSpaceConfig | None":
@@ -184,7 +200,7 @@ class PinnedConfig(Settings):
     last: int = Field(default=1, ge=0)
 
 
-FormName = Literal["path", "slots", "skip", "repeat", "reorder", "graft", "upscale", "interleave"]
+FormName = Literal["path", "slots", "skip", "repeat", "parallel", "looped", "reorder", "graft", "upscale", "interleave"]
 SCALED_FORMS = ("path", "slots")
 FREE = "free"
 
@@ -195,7 +211,8 @@ class DataFlowConfig(SpaceSettings):
     form: how a path is written as genes (`spaces.forms`).
     sources: the names of the models whose layers are used, or `base`; by default all models.
     granularity: how many layers a block has.
-    repeats: how often form `slots` repeats all blocks, and form `repeat` at most repeats a run.
+    repeats: how often form `slots` repeats all blocks, form `repeat` at most repeats a run, and form `looped` at most
+        runs its block.
     pinned: layers that every path keeps.
     embeddings: the name of the model that gives the embeddings, or `free`; by default the pinned model, or else the
         first source.
@@ -282,6 +299,13 @@ class HybridConfig(SpaceSettings):
     changes_layers = True
     parameter: ParameterSpaceConfig = ParameterSpaceConfig()
     path: PathConfig = PathConfig()
+
+    @field_validator("parameter")
+    @classmethod
+    def _once(cls, parameter: ParameterSpaceConfig) -> ParameterSpaceConfig:
+        if parameter.tokenizer_source is not None:
+            raise ValueError(".tokenizer_source belongs to the space; write space.tokenizer_source")
+        return parameter
 
     @property
     def merging(self) -> "ParameterSpaceConfig | None":

@@ -303,5 +303,9 @@ def _rest(draft: Draft, recipe: Recipe, options: Options) -> None:
         draft.lose("evaluation", f"out_dtype is {recipe.out_dtype}: a search scores weights as evaluation.dtype.")
     if recipe.vocabulary is not None and recipe.vocabulary.model_dump(exclude_defaults=True) != {"source": "base"}:
         draft.lose("", "The recipe builds a tokenizer; candidates of a search have the base's. Add it to the export.")
+    if recipe.evomerge.parallel:
+        draft.lose(
+            "space", "parallel: the recipe runs layers side by side; space.form parallel or looped searches that."
+        )
     if recipe.chat_template is not None:
         draft.lose("", "The recipe sets a chat_template; candidates of a search have the base's. Add it to the export.")

@@ -10,6 +10,7 @@ from evomerge.diagnosis.findings import sentences
 from evomerge.diagnosis.weights import WeightDiagnosis, diagnose_weights
 from evomerge.evaluation.items import Division
 from evomerge.evaluation.loading import distinct_tasks, load_targets
+from evomerge.merging.naming import naming_in
 from evomerge.search.preparation import Prepared
 
 BASE = "base"
@@ -41,7 +42,8 @@ def diagnose(prepared: Prepared, texts: int = 0) -> Diagnosis:
     """
     config, models = prepared.config, prepared.models
     named = {reference: name for name, reference in config.models.items() if reference != config.base}
-    weights = diagnose_weights(models, named)
+    moved = naming_in(models.base.folder).vocabulary if config.space.tokenizer_source is not None else frozenset()
+    weights = diagnose_weights(models, named, moved)
     layers = None
     if texts:
         read = _search_texts(prepared, texts)

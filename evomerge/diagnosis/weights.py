@@ -6,7 +6,7 @@ trims (Yadav et al. 2023, arXiv:2306.01708): among the elements that are in the 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -102,15 +102,16 @@ def place_of(name: str) -> str:
     return EMBEDDINGS if is_embedding(name) else HEAD
 
 
-def diagnose_weights(models: Models, names: Mapping[str, str]) -> WeightDiagnosis:
+def diagnose_weights(models: Models, names: Mapping[str, str], left_out: Collection[str] = ()) -> WeightDiagnosis:
     """What the weights of fine-tunes say. Memory holds one tensor of every model.
 
     models: the base, and the fine-tunes by reference.
     names: the fine-tunes' names, by reference. Tensors that one of them lacks, or that have another shape there, do not
         count.
+    left_out: the names of tensors that do not count either, such as those with rows in another order.
     """
     places: dict[str, _Sums] = defaultdict(_Sums)
-    for name, base, vectors in _task_vectors(models, names):
+    for name, base, vectors in _task_vectors(models, names, left_out):
         _add(places[place_of(name)], base, vectors)
     order = sorted(places, key=_order)
     everywhere = _together(places.values())
@@ -123,12 +124,12 @@ def diagnose_weights(models: Models, names: Mapping[str, str]) -> WeightDiagnosi
 
 
 def _task_vectors(
-    models: Models, names: Mapping[str, str]
+    models: Models, names: Mapping[str, str], left_out: Collection[str]
 ) -> "Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]":
     """Every tensor's name, its values in the base, and the task vectors by the model's name, in float32."""
     for tensor, info in models.base.table.items():
         found = {reference: models[reference].weights.find(tensor) for reference in names}
-        if any(own is None or own.shape != info.shape for own in found.values()):
+        if tensor in left_out or any(own is None or own.shape != info.shape for own in found.values()):
             continue
         base = models.base.weights.read(tensor).float().flatten()
         vectors = {name: models[own].weights.read(tensor).float().flatten() - base for own, name in names.items()}

@@ -15,8 +15,10 @@ from evomerge.devices import free_memory, is_accelerator, resolve_compile
 from evomerge.doctor import Finding, Patient
 from evomerge.errors import InputError, first_line
 from evomerge.export import checkpoint
+from evomerge.merging import vocabulary
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.sources import Kept, Where
+from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.tensor_files import parameter_count
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Recipe
@@ -26,6 +28,7 @@ from evomerge.spaces import at
 _DRAWN = 2  # recipes, besides the one in the middle of the space
 _OFF_DEVICE: tuple[Where, ...] = ("host", "disk")
 _FILLED = 0.9  # of the free memory, at most
+_NO_CHECKPOINT = "no checkpoint can hold layers that run side by side"
 _ROOM = 1.5  # times the size of a checkpoint, which must be free to write one
 
 
@@ -49,7 +52,7 @@ def fingerprints(patient: Patient) -> Iterator[Finding]:
     recipes = list(_recipes(patient))
     expected: list[str] = []
     first = ""
-    for way in _ways(patient):
+    for way in _ways(patient, any(recipe.evomerge.parallel for recipe in recipes)):
         if way.missing is not None:
             yield Finding("fingerprints", way.name, "those of the other ways", f"left out: {way.missing}", True)
             continue
@@ -89,7 +92,11 @@ def _recipes(patient: Patient) -> Iterator[Recipe]:
         yield space.decode(space.draw(counter_rng(config.seed, "doctor", index)))
 
 
-def _ways(patient: Patient) -> Iterator[Way]:
+def _ways(patient: Patient, parallel: bool) -> Iterator[Way]:
+    """The ways to make merges.
+
+    parallel: whether some of them have layers that run side by side, and so no checkpoint.
+    """
     for device in patient.devices:
         yield _way(patient, device, device)
         for place in _OFF_DEVICE:
@@ -99,7 +106,11 @@ def _ways(patient: Patient) -> Iterator[Way]:
             yield _way(patient, f"{device}, before they are quantized", device, quantized=True)
     if _compiles():
         yield _way(patient, "cpu, compiled", "cpu", compiled=True)
-    yield Way("cpu, as `evomerge merge` writes them", lambda: _written(patient), _no_room(patient))
+    yield Way(
+        "cpu, as `evomerge merge` writes them",
+        lambda: _written(patient),
+        _NO_CHECKPOINT if parallel else _no_room(patient),
+    )
 
 
 def _way(
@@ -123,6 +134,7 @@ def _way(
             sources=sources,
             fields=fields,
             quantized=quantized,
+            vocabulary=vocabulary.of_search(prepared.config, prepared.models),
         )
         return lambda recipe: models.materialize(recipe, quantized)
 
@@ -167,12 +179,13 @@ def _compiles() -> bool:
 
 def _written(patient: Patient) -> Callable[[Recipe], str]:
     """Writes checkpoints to a temporary folder."""
-    return lambda recipe: _write(recipe, patient.prepared.config, patient.prepared.models.head_apart)
+    return lambda recipe: _write(recipe, patient.prepared.config, patient.prepared.models)
 
 
-def _write(recipe: Recipe, config: SearchConfig, head_apart: bool) -> str:
-    provenance = recipe.evomerge.model_copy(update={"head_apart": head_apart})
+def _write(recipe: Recipe, config: SearchConfig, models: Models) -> str:
+    provenance = recipe.evomerge.model_copy(update={"head_apart": models.head_apart})
     whole = recipe.model_copy(update={"dtype": config.evaluation.dtype, "evomerge": provenance})
+    whole = vocabulary.with_tokens(whole, config, models)
     with tempfile.TemporaryDirectory() as folder:
         fingerprint, _ = checkpoint.merge(whole, Path(folder) / "merged", "the recipe", tokenizer=False, card=False)
     return fingerprint

@@ -14,6 +14,7 @@ from evomerge.evidence.table import heldout_table
 from evomerge.files import write_text
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.references import split_adapter
+from evomerge.merging.vocabulary import with_tokens
 from evomerge.recipe import MeasuredOn, Recipe
 from evomerge.search.results import Results
 
@@ -29,7 +30,9 @@ def shared_recipe(record: Record, results: Results, models: Models, statistics: 
     statistics: the run's folder of statistics.
     """
     recipe, archive, config = record.candidate.recipe, results.archive, results.config
-    paths = {reference: str(models[reference].source) for reference in recipe.references}
+    recipe = with_tokens(recipe, config, models)
+    named = dict.fromkeys([*recipe.references, *([config.base] if recipe.tokenizer else [])])
+    paths = {reference: str(models[reference].source) for reference in named}
     alone = {reference for reference in paths if models[reference].source.adapter and not split_adapter(reference)[1]}
     whole = {reference: f"{config.base}+{reference}" if reference in alone else reference for reference in paths}
     heldout = archive.find(record.candidate.id, "heldout")

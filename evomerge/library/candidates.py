@@ -122,6 +122,7 @@ class RunCandidate:
         Raises WorkFailed where the weights are not those that were scored, and InputError for a failed candidate.
         """
         from evomerge.devices import resolve_device
+        from evomerge.merging import vocabulary
         from evomerge.merging.resident.models import ResidentModels
 
         if self.fingerprint is None:
@@ -130,7 +131,9 @@ class RunCandidate:
         statistics, dtype = self._run.statistics, self._run.config.evaluation.dtype
         found = []
         for models in self._run.prepared.models.readings():
-            resident = ResidentModels(models, there, dtype, statistics=statistics.finder(models))
+            tokens = vocabulary.of_search(self._run.config, models)
+            finder = statistics.finder(models)
+            resident = ResidentModels(models, there, dtype, statistics=finder, vocabulary=tokens)
             found.append(resident.materialize(self._record.candidate.recipe))
             if found[-1] == self.fingerprint:
                 return resident.candidate

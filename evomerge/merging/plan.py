@@ -17,7 +17,7 @@ from evomerge.errors import InputError, closest
 from evomerge.layers import is_embedding, layer_count, layer_index, with_layer
 from evomerge.merging import methods
 from evomerge.merging.methods.base import Kind, Method, Parameter, needed
-from evomerge.recipe import Parameters, Recipe, Slice, Source, resolve_setting
+from evomerge.recipe import Blocks, Parameters, Recipe, Slice, Source, resolve_setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class TensorMerge:
     shared: the parameters that models share, by name.
     base: the reference of the base; None where the method does not set it apart.
     base_source: the name of the base's tensor.
+    preferred: the reference of the model whose embeddings stand in where others lack a token, if it is merged, too: the
+        base, whether or not the method sets it apart.
     """
 
     name: str
@@ -42,6 +44,12 @@ class TensorMerge:
     shared: Mapping[str, Any]
     base: str | None
     base_source: str
+    preferred: str | None = None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """An index for `source` for everything that is merged: the base's, where it is set apart, and the models'."""
+        return (*((-1,) if self.base is not None else ()), *range(len(self.models)))
 
     def source(self, index: int) -> tuple[str, str]:
         """The reference of a model and the name of its tensor.
@@ -63,6 +71,7 @@ class MergePlan:
     rescale: how sparsified task vectors are rescaled, `density` or `l1`.
     tensors: in the order of the names that the plan was made for.
     layers: for each output layer, the number of the layer that each source gives, by reference. A base is among them.
+    parallel: the blocks of output layers that run side by side, as in `Provenance`.
     """
 
     method: Method
@@ -70,6 +79,7 @@ class MergePlan:
     rescale: str
     tensors: tuple[TensorMerge, ...]
     layers: tuple[Mapping[str, int], ...]
+    parallel: Blocks = ()
 
     @property
     def statistics(self) -> tuple[tuple[Kind, str], ...]:
@@ -124,12 +134,14 @@ def make_plan(
     for index, slice_ in enumerate(slices):
         place = f"{where}: slices[{index}]" if recipe.slices else where
         _check_sources(method, slice_, _base(recipe, method, slice_), place)
+    _check_blocks(recipe.evomerge.parallel, sum(slice_.length for slice_ in slices), where)
     return MergePlan(
         method=method,
         seed=recipe.evomerge.seed,
         rescale=recipe.evomerge.rescale,
         tensors=tuple(_tensor_merges(recipe, method, slices, names, names_of, where)),
         layers=tuple(_layers(slices)),
+        parallel=recipe.evomerge.parallel,
     )
 
 
@@ -215,6 +227,14 @@ def _slices(recipe: Recipe, counts: Mapping[str, int], where: str) -> tuple[Slic
     return slices
 
 
+def _check_blocks(blocks: Blocks, depth: int, where: str) -> None:
+    if blocks and blocks[-1][1] > depth:
+        raise InputError(
+            f"{where}: evomerge.parallel names layers [{blocks[-1][0]}, {blocks[-1][1]}) of the output, which has "
+            f"{depth}; use blocks within [0, {depth}]."
+        )
+
+
 def _layers(slices: tuple[Slice, ...]) -> Iterator[Mapping[str, int]]:
     for slice_ in slices:
         for offset in range(slice_.length):
@@ -275,6 +295,7 @@ def _tensor_merge(recipe: Recipe, method: Method, place: _Place, name: str, wher
         shared={parameter.name: value(parameter, None) for parameter in method.shared},
         base=base,
         base_source=base_source,
+        preferred=base or recipe.base_model,
     )
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from evomerge.config.files import load
 from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
-from evomerge.config.spaces import ParameterSpaceConfig
+from evomerge.config.spaces import DataFlowConfig, ParameterSpaceConfig
 from evomerge.config.tables import COSTS, OPTIMIZERS, TRACKERS, imported
 from evomerge.devices import dtype_notes, resolve_compile, resolve_device, resolve_dtype
 from evomerge.errors import InputError, choices, naming
+from evomerge.merging import vocabulary
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.tensor_files import parameter_count, torch_dtypes
@@ -98,6 +99,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     _check_trackers(config)
     config, own = own_files.checked(config)
     config, models = _pinned(config)
+    config = _with_tokens(config, models)
     prepared = _with_models(config, models)
     check_controls(config)
     base, space = prepared.models.base, prepared.space
@@ -121,10 +123,10 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     _check_texts(config, distinct_tasks(searched))
     division = Division(searched_tasks, config.items, prepared.models.seen, reported)
     doubts = tuple(soundness.check(tasks, division, config.splits))
-    _check_vocabularies(config, prepared)
     resolved = _resolved(config, prepared, targets, division, address)
     warnings = (
         *prepared.warnings,
+        *_left_out_tokens(config, prepared.models),
         *filter(None, [doubt]),
         *dtype_notes(resolved.evaluation.device, resolved.evaluation.dtype, torch_dtypes(prepared.models.table)),
         *exam_warnings(searched),
@@ -301,6 +303,43 @@ def _pinned(config: SearchConfig) -> tuple[SearchConfig, Models]:
     return config.model_copy(update={"base": models.base.pinned, "models": named}), models.pinned()
 
 
+def _with_tokens(config: SearchConfig, models: Models) -> SearchConfig:
+    """The config in which all merges have the base's tokens, if it asks for that, or if a model that may give some of
+    their rows has them in other ones.
+
+    Raises InputError where a tokenizer cannot be read, and for a base with tokens that have no row.
+    """
+    base, space = models.base, config.space
+    others = {name: models[reference] for name, reference in config.models.items()}
+    others = {name: model for name, model in others.items() if model.kind == base.kind}
+    if space.tokenizer_source is None:
+        made = make_space(config, models) if isinstance(space, DataFlowConfig) else None
+        giving = made.embedding_models if isinstance(made, DataFlowSpace) else list(others)
+        for name, model in others.items():
+            with naming(f"models.{name}"):
+                if vocabulary.other_size(model, base) or (name in giving and vocabulary.other_rows(model, base)):
+                    break
+        else:
+            return config
+    with naming("base"):
+        vocabulary.tokens_of(base.folder, config.base)
+    return config.model_copy(update={"space": space.model_copy(update={"tokenizer_source": "base"})})
+
+
+def _left_out_tokens(config: SearchConfig, models: Models) -> Iterator[str]:
+    """A sentence for every model with tokens that the base lacks, where all merges have the base's tokens."""
+    found = vocabulary.of_search(config, models)
+    if found is None:
+        return
+    for name, reference in config.models.items():
+        extra = sorted(found.own[reference].keys() - found.tokenizer.get_vocab().keys())
+        if extra:
+            several = f"{len(extra)} tokens" if len(extra) > 1 else "a token"
+            yield (
+                f"models.{name} has {several} that the base lacks, such as {extra[0]!r}; merges have the base's tokens."
+            )
+
+
 def _device(config: SearchConfig, address: str | None) -> str:
     """The device that the workers will have. Workers of a Ray cluster may run on machines with GPUs though this one has
     none, so the search file is believed, or the cluster is asked. A Ray that is started here has what this machine has.
@@ -361,7 +400,8 @@ def reopen(config: SearchConfig) -> Prepared:
 
 def _with_models(config: SearchConfig, models: Models) -> Prepared:
     labels = {reference: f"models.{name} ({reference})" for name, reference in config.models.items()}
-    warnings = tuple(preflight(models, labels))
+    one_vocabulary = config.space.tokenizer_source is None
+    warnings = tuple(preflight(models, labels, same_vocabulary=one_vocabulary))
     return Prepared(config, make_space(config, models), models, warnings)
 
 

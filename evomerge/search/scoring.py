@@ -10,9 +10,12 @@ from evomerge.errors import InputError
 from evomerge.layers import layer_count
 from evomerge.merging.plan import make_plan
 from evomerge.merging.sources import located
-from evomerge.merging.sources.models import Models, find_models
+from evomerge.merging.sources.models import Model, Models, find_models
 from evomerge.merging.sources.preflight import preflight
+from evomerge.merging.sources.references import locate, split_adapter
 from evomerge.merging.sources.statistics import shelf_of
+from evomerge.merging.vocabulary import tokens_of
+from evomerge.recipe import Recipe
 from evomerge.search.criteria import mean_of_scores
 from evomerge.search.preparation import prepare_file, unquantized
 
@@ -44,7 +47,10 @@ def score(
         (alone,) = models.values()
         if layer_count(alone.table) != layer_count(prepared.models.table):  # a path's checkpoint stands for itself
             config, models = config.model_copy(update={"base": alone.reference}), Models(alone, models.by_reference)
-    preflight(models)
+    if _has_tokens_of(recipe, models.base):  # as the recipes of searches over several vocabularies
+        space = config.space.model_copy(update={"tokenizer_source": "base"})
+        recipe, config = recipe.model_copy(update={"tokenizer": None}), config.model_copy(update={"space": space})
+    preflight(models, same_vocabulary=config.space.tokenizer_source is None)
     make_plan(recipe, models.table, target)
     seen, head_apart = recipe.evomerge.digests, recipe.evomerge.head_apart
     shelf = shelf_of(recipe, target)
@@ -61,3 +67,13 @@ def score(
         "truncated": evaluation.truncated,
         "fingerprint": evaluation.fingerprint,
     }
+
+
+def _has_tokens_of(recipe: Recipe, base: Model) -> bool:
+    """Whether a recipe builds a tokenizer, and it is the base's, with as many rows."""
+    wanted = recipe.vocabulary
+    if wanted is None or wanted.source in ("base", "union"):
+        return False
+    if locate(split_adapter(wanted.source)[0]) != base.folder:
+        return False
+    return wanted == tokens_of(base.folder, wanted.source)

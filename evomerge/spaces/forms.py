@@ -5,7 +5,7 @@ they become hops, and add its row to `FORMS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from typing import Protocol
 
@@ -249,6 +249,32 @@ def _repeat(config: DataFlowConfig, region: Region) -> Form:
     return FamilyForm((*_which("model", region), first, run, times), build, region)
 
 
+def _parallel(config: DataFlowConfig, region: Region) -> Form:
+    """The form of a model in which a run of layers works side by side (Sun et al. 2024, arXiv:2407.09298)."""
+    return _side_by_side(region, "parallel", ())
+
+
+def _looped(config: DataFlowConfig, region: Region) -> Form:
+    """The form of a model in which a run of layers works side by side, several times (Sun et al. 2024)."""
+    return _side_by_side(region, "looped", (_whole("looped_times", 1, config.repeats, config.repeats),))
+
+
+def _side_by_side(region: Region, name: str, times: tuple[Gene, ...]) -> Form:
+    length = region.end - region.start
+    first = _whole(f"{name}_from", region.start, region.end - 1, region.start + length // 2)
+    run = _whole(f"{name}_layers", 1, length, max(2, length // 4))
+
+    def build(n: Numbers) -> list[Hop]:
+        model, start = n.name("model"), n[f"{name}_from"]
+        end = start + n[f"{name}_layers"]
+        block = region.hops(model, start, end)
+        rounds = n[times[0].name] if times else 1
+        inside = [replace(hop, block=number) for number in range(rounds) for hop in block]
+        return region.hops(model, region.start, start) + inside + region.hops(model, end, region.end)
+
+    return FamilyForm((*_which("model", region), first, run, *times), build, region)
+
+
 def _reorder(config: DataFlowConfig, region: Region) -> Form:
     """The form of all blocks of a model in any order: each has a number, by which they are sorted (random keys, Bean
     1994)."""
@@ -323,6 +349,8 @@ FORMS: dict[str, Callable[[DataFlowConfig, Region], Form]] = {
     "slots": SlotsForm,
     "skip": _skip,
     "repeat": _repeat,
+    "parallel": _parallel,
+    "looped": _looped,
     "reorder": _reorder,
     "graft": _graft,
     "upscale": _upscale,

@@ -1,7 +1,8 @@
 """LayerPath: which layer of which model, in what order and with what scale; and the recipe of a path.
 
 The recipe is one of mergekit's `passthrough`: slices of layers in any order, each with a filtered `scale`. So a path
-candidate is a plain checkpoint, and scales have to fold into weights. How they fold depends on where an architecture
+candidate is a plain checkpoint, and scales have to fold into weights. Only layers that run side by side have no
+checkpoint; they are named in the recipe's `evomerge:` block. How scales fold depends on where an architecture
 puts its norms. (Akiba et al. 2025, section 3.2, scale the input of a hop; see `Scaling`.)
 """
 
@@ -11,7 +12,7 @@ from itertools import groupby
 from typing import Literal
 
 from evomerge.errors import InputError
-from evomerge.recipe import FilteredValue, Recipe, Slice, Source
+from evomerge.recipe import Blocks, FilteredValue, Provenance, Recipe, Slice, Source
 
 Scaling = Literal["mlp", "stream"]
 """What a hop's scale multiplies.
@@ -28,11 +29,13 @@ class Hop:
     model: the model that it comes from.
     layer: its number there, counted from 0.
     scale: what `Scaling` multiplies by.
+    block: the number of the block whose layers run side by side; None where the layer runs alone.
     """
 
     model: str
     layer: int
     scale: float = 1.0
+    block: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,15 @@ class LayerPath:
         slices = [_slice(hop.model, hop.layer, count, scale) for hop, scale, count in runs]
         before = [_slice(self.embeddings, 0, 0, {})] if self.hops[0].model != self.embeddings else []
         after = [_slice(self.head, 0, 0, {})] if self.hops[-1].model != self.head else []
-        return Recipe(merge_method="passthrough", base_model=base, slices=(*before, *slices, *after))
+        whole = Recipe(merge_method="passthrough", base_model=base, slices=(*before, *slices, *after))
+        blocks = side_by_side(self.hops)
+        return whole.model_copy(update={"evomerge": Provenance(parallel=blocks)}) if blocks else whole
+
+
+def side_by_side(hops: Sequence[Hop]) -> Blocks:
+    """The blocks of hops that run side by side, as in `Provenance`. A hop that is left alone in its block is none."""
+    runs = [list(run) for _, run in groupby(range(len(hops)), lambda place: hops[place].block)]
+    return tuple((run[0], run[-1] + 1) for run in runs if hops[run[0]].block is not None and len(run) > 1)
 
 
 def _runs(hops: Sequence[Hop], scales: Sequence[Mapping[str, float]]) -> Iterator[tuple[Hop, Mapping[str, float], int]]:

@@ -23,7 +23,7 @@ from evomerge.recipe import FilteredValue, Parameters, Provenance, Recipe, Setti
 from evomerge.spaces import TAKE, Gene, Genome, at, canonical, categorical, model_of
 from evomerge.spaces.model_bounds import KINDS, model_bounds
 from evomerge.spaces.own_parameters import own_parameters
-from evomerge.spaces.participants import BASE, FROM, TO, Participants
+from evomerge.spaces.participants import BASE, FROM, TO, Participants, takes_pair
 
 EMBEDDINGS, HEAD, REST = "embeddings", "head", "rest"
 Values = Mapping[str, float]
@@ -328,12 +328,13 @@ def _searchable(config: ParameterSpaceConfig, models: int) -> tuple[Method, ...]
     """The methods to search. Raises InputError where one does not take so many models and cannot choose among them."""
     listed = tuple(methods.get(name, "space.method") for name in config.methods)
     for method in listed:
-        if not method.accepts(models) and method.most != 1:
+        choosable = method.most == 1 or (takes_pair(method) and models > 2)
+        if not method.accepts(models) and not choosable:
             raise InputError(
                 f"space.method is {method.name}, which takes {method.count} besides the base, but models lists "
                 f"{models}; change either."
             )
-        if config.participate and method.most is not None and method.most == method.least > 1:
+        if config.participate and takes_pair(method) and models == 2:
             raise InputError(
                 f"space.participate is true, but {method.name} in space.method takes {method.count}, so all of them "
                 "take part; set it to false, or leave the method out."

@@ -119,6 +119,14 @@ def of_parameter_space() -> list[GeneRow]:
             "from", "categorical", "merge", "space.method, one between two models", True, choices="base, the models"
         ),
         GeneRow("to", "categorical", "merge", "space.method, one between two models", True, choices="the models"),
+        GeneRow(
+            "pair",
+            "categorical",
+            "merge",
+            "space.method, one of two models",
+            True,
+            choices="pairs of models",
+        ),
         GeneRow("take", "categorical", "model", "space.participate", False, choices="out, in"),
         *by_kind.values(),
         GeneRow("METHOD.omega", "continuous", "group of tensors", "space.post.aim", False, **asdict(OMEGA.search)),

@@ -22,6 +22,7 @@ from evomerge.evaluation.harness import Tokens
 from evomerge.evaluation.loading import Target
 from evomerge.merging import methods
 from evomerge.merging.methods.parts import STAGED
+from evomerge.merging.naming import naming_in
 from evomerge.merging.resident.rehearsal import RehearsedModels, Traffic
 from evomerge.merging.resident.sources import Form, Kept, Where
 from evomerge.merging.sources.models import Model, Models, models_of
@@ -185,6 +186,7 @@ def plan_placements(
     near: Where = "device" if is_accelerator(device) else "host"
     places: tuple[Where, ...] = ("device", "host", "disk") if near == "device" else ("host", "disk")
     forms = _forms(config, models)
+    by_token = _bytes_of_rows(models) if config.space.tokenizer_source is not None else 0
     rows = [
         (where, fields, form)
         for where in places
@@ -199,10 +201,8 @@ def plan_placements(
     }
     sources = {form: merging[near, "made", form].held - merging["disk", "made", form].held for form in forms}
     placements = [
-        _placement(
-            config, row, merging[near if row[0] == near else "disk", row[1], row[2]], scoring, sources[row[2]], models
-        )
-        for row in rows
+        _placement(config, row, merging[like, row[1], row[2]], scoring, sources[row[2]], by_token, models)
+        for row, like in ((row, near if row[0] == near else "disk") for row in rows)
     ]
     return SearchPlan(tuple(with_choice(config, placements)), scoring.tokens)
 
@@ -251,12 +251,14 @@ def _placement(
     merging: "_Merging",
     scoring: "_Scoring",
     sources: int,
+    by_token: int,
     models: Models,
 ) -> Placement:
     """What a placement takes.
 
     row: where sources live, whether fields are kept, and what adapters are kept as.
-    sources: the bytes of all sources.
+    sources: the bytes of all sources that are the same in every worker.
+    by_token: the bytes of the sources whose rows each worker puts in another order.
     """
     where, fields, form = row
     on_host = not is_accelerator(torch.device(config.evaluation.device))
@@ -271,7 +273,7 @@ def _placement(
     if on_host:
         own = plan.total - mapped
     else:
-        own = process + beside + (_STAGING if where != "device" else 0) + (private if where == "host" else 0)
+        own = process + beside + (_STAGING if where != "device" else 0) + (private + by_token if where == "host" else 0)
     return Placement(
         where,
         fields,
@@ -354,6 +356,12 @@ def _private_bytes(model: Model, form: Form) -> int:
             parts = [matrix for change in changes for matrix in (change.a, change.b)] or [info]
             private += sum(math.prod(part.shape) * getattr(torch, FLOATS[part.dtype]).itemsize for part in parts)
     return private
+
+
+def _bytes_of_rows(models: Models) -> int:
+    """The bytes of the tensors with one row per token of all models, in float32 and in the rows of the base."""
+    names = naming_in(models.base.folder).vocabulary
+    return 4 * len(models) * sum(math.prod(info.shape) for name, info in models.table.items() if name in names)
 
 
 def with_choice(config: SearchConfig, placements: Sequence[Placement]) -> Iterator[Placement]:

@@ -31,7 +31,7 @@ from evomerge.evaluation.harness import WHOLE, Harness, Tokens
 from evomerge.evaluation.loading import Target
 from evomerge.evaluation.own_files import OwnFiles, read_own
 from evomerge.evaluation.own_scores import OwnItems, OwnScore, OwnScores
-from evomerge.merging import methods
+from evomerge.merging import methods, vocabulary
 from evomerge.merging.methods.base import Kind
 from evomerge.merging.naming import Naming, named_weights, naming_of
 from evomerge.merging.resident.gradients import checkpointed
@@ -414,6 +414,7 @@ def _resident_models(config: SearchConfig, models: Models, head_apart: bool, sta
         adapters=placed.adapters,
         quantized=bool(evaluation.quantize),
         statistics=statistics,
+        vocabulary=vocabulary.of_search(config, models),
     )
 
 
@@ -434,6 +435,7 @@ def rehearsed_models(config: SearchConfig, models: Models) -> RehearsedModels:
         fields="kept" if evaluation.fields == "auto" else evaluation.fields,
         adapters="expanded" if evaluation.adapters == "auto" else evaluation.adapters,
         quantized=bool(evaluation.quantize),
+        vocabulary=vocabulary.of_search(config, models),
     )
 
 

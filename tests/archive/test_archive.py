@@ -190,7 +190,14 @@ def test_a_changed_config_is_refused_by_its_key(recorded: Any, key: str, value: 
         opened(directory, {key: value})
 
 
-FREE = {"workers.count": 3, "workers.attempts": 5, "optimizer.evaluations": 99, "tasks.data_root": "/elsewhere"}
+FREE = {
+    "workers.count": 3,
+    "workers.attempts": 5,
+    "optimizer.evaluations": 99,
+    "tasks.data_root": "/elsewhere",
+    "evaluation.sources": "disk",
+    "evaluation.fields": "made",
+}
 
 
 @pytest.mark.parametrize("key", FREE)

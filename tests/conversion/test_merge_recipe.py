@@ -132,6 +132,8 @@ def test_what_only_a_recipe_can_have_is_said(tmp_path: Path) -> None:
     document = two_models("task_arithmetic", weight=1) | {"tokenizer_source": "union", "chat_template": "chatml"}
     _, made = converted(document, tmp_path)
     assert ["tokenizer" in made.lost[0], "chat_template" in made.lost[1]] == [True, True]
+    beside = two_models("task_arithmetic", weight=1) | {"evomerge": {"parallel": [[1, 3]]}}
+    assert "space.form parallel or looped" in converted(beside, tmp_path)[1].lost[-1]
 
 
 def test_what_a_recipe_does_not_say_is_asked_for(tmp_path: Path, refuses: Refuses) -> None:

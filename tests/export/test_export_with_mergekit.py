@@ -255,6 +255,12 @@ RECIPES = {
         models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
         parameters: {epsilon: 1e-2}
         """,
+    "ramplus_tl": """
+        merge_method: ramplus_tl
+        base_model: BASE
+        models: [{model: FIRST}, {model: SECOND}, {model: THIRD}]
+        parameters: {epsilon: 1e-2, r: 0.7, alpha: 3.0}
+        """,
     "nearswap": """
         merge_method: nearswap
         base_model: BASE
@@ -382,6 +388,27 @@ HABITS = {
           - {model: SECOND, parameters: }
         parameters: {weight: {value: 0.75}}
         dtype:
+        """,
+    "one module with models": """
+        merge_method: task_arithmetic
+        base_model: BASE
+        parameters: {weight: [{filter: mlp, value: 0.2}, {value: 0.9}], lambda: 3}
+        modules:
+          default:
+            parameters: {weight: [{filter: q_proj, value: 0.6}], lambda: 0.5}
+            models:
+              - {model: FIRST, parameters: {weight: [{filter: up_proj, value: 0.1}]}}
+              - {model: SECOND}
+        """,
+    "one module with slices": """
+        merge_method: slerp
+        base_model: FIRST
+        parameters: {t: 0.9}
+        modules:
+          default:
+            parameters: {t: {filter: mlp, value: [0, 1]}}
+            slices:
+              - sources: [{model: FIRST, layer_range: [0, 4]}, {model: SECOND, layer_range: [0, 4]}]
         """,
     "slices with all of it": """
         merge_method: slerp

@@ -196,8 +196,8 @@ class Full:
     def __exit__(self, *_: object) -> None:
         os.close(self._handle)
 
-    def write(self, text: str) -> None:
-        os.write(self._handle, text[: len(text) // 2].encode())
+    def write(self, content: bytes) -> None:
+        os.write(self._handle, content[: len(content) // 2])
         fails()
 
 

@@ -83,20 +83,46 @@ def test_auto_takes_the_accelerator_and_other_kinds_are_refused_in_a_sentence() 
         devices.resolve_device("pretent")
 
 
-@pytest.mark.parametrize(("count", "double"), [(1, True), (2, False)], ids=["one device", "two without float64"])
+@pytest.mark.parametrize(
+    ("count", "double", "sources", "fields"),
+    [(1, True, "device", "kept"), (1, True, "host", "made"), (2, False, "disk", "made")],
+    ids=["one device", "sources on the host", "two without float64, sources on the disk"],
+)
 @pytest.mark.parametrize("method", UNMEASURED)
 def test_a_method_leaves_the_fingerprint_of_the_cpu(
-    tiny_models: dict[str, Path], method: str, count: int, double: bool
+    tiny_models: dict[str, Path], method: str, count: int, double: bool, sources: str, fields: str
 ) -> None:
-    def resident(device: str, count: int) -> ResidentModels:
-        return load_models(tiny_models, tiny_models["base"], device, "float32", False, False, count)
+    def resident(device: str, count: int, **placed: str) -> ResidentModels:
+        return load_models(tiny_models, tiny_models["base"], device, "float32", False, False, count, **placed)
 
     expected = resident("cpu", 1).materialize(recipe(method))
     PRETEND.refused |= set() if double else {torch.float64}
     devices._supports.cache_clear()
-    models = resident("pretend", count)
+    models = resident("pretend", count, sources=sources, fields=fields)
     assert {parameter.device.index for parameter in models.model.parameters()} == set(range(count))
     assert models.materialize(recipe(method)) == expected
+
+
+def test_a_device_holds_no_source_that_lives_on_the_host_and_fetches_it_in_two_chunks(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evomerge.merging.methods import passes
+
+    monkeypatch.setattr(passes, "STAGED", 256)
+    gc.collect()
+    before = devices.used_memory(HERE)
+    models = load_models(tiny_models, tiny_models["base"], "pretend", "float32", sources="host", fields="made")
+    candidate = sum(parameter.nbytes for parameter in models.model.parameters())
+    buffers = sum(buffer.nbytes for buffer in models.model.buffers())
+    assert devices.used_memory(HERE) - before == candidate + buffers
+    devices.reset_peak_memory(HERE)
+    copies = PRETEND.copies["cpu", str(HERE)]
+    merge = recipe("linear")
+    models.materialize(merge)
+    sizes = [parameter.numel() for parameter in models.model.parameters()]
+    chunks = len(merge.models) * sum(-(-size // 256) for size in sizes)
+    assert chunks <= PRETEND.copies["cpu", str(HERE)] - copies <= chunks + 2 * len(sizes)  # and their weights
+    assert devices.peak_memory(HERE) - before < candidate + buffers + 40 * 256 * 4
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -126,6 +126,27 @@ def test_a_finished_search_reports_itself_finished_and_can_be_extended(undisturb
     assert json.loads(evomerge("status", extended, "--json"))["budget"] == 30
 
 
+def test_a_search_goes_on_where_models_live_elsewhere_and_leaves_the_same_archive(
+    search_file: WriteSearch, tmp_path: Path
+) -> None:
+    elsewhere = ["evaluation.sources=disk", "evaluation.fields=made"]
+    path = search_file(
+        space={"method": "dare_ties"},
+        items={"search": 4, "heldout": 4},
+        evaluation={"sources": "device", "fields": "kept"},
+        controls={"one_knob": False, "random_search": False},
+    )
+    for name, evaluations in (("whole", 8), ("parted", 4)):
+        evomerge("run", path, "--output", tmp_path / name, "--set", f"optimizer.evaluations={evaluations}")
+    before = runs.read(tmp_path / "parted").config
+    changes = [part for key in (*elsewhere, "optimizer.evaluations=8") for part in ("--set", key)]
+    evomerge("resume", tmp_path / "parted", *changes)
+    after = runs.read(tmp_path / "parted").config
+    assert (after.evaluation.sources, after.evaluation.fields) == ("disk", "made")
+    assert after.digest() == before.digest()  # which names a search in a shared storage
+    assert on_search_items(tmp_path / "parted") == on_search_items(tmp_path / "whole")
+
+
 def test_what_was_scored_is_what_ships(undisturbed: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

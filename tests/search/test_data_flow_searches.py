@@ -36,6 +36,10 @@ SPACES: dict[str, dict[str, Any]] = {
         "space": {"kind": "data_flow", "form": "slots", "granularity": 2, "scale": {"low": 0.5, "high": 1.5}},
         "optimizer": {"evaluations": 24, "name": "cat_cma", "population": 8},
     },
+    "looped": {
+        "space": {"kind": "data_flow", "form": "looped", "sources": ["lang", "math"]},
+        "optimizer": {"evaluations": 24},
+    },
     "hybrid": {
         "space": {"kind": "hybrid", "parameter": {"density": {"fixed": 1.0}}, "path": {"sources": ["lang"]}},
         "optimizer": {
@@ -160,6 +164,51 @@ def test_a_search_on_the_zoo_is_interrupted_resumed_exported_and_merged(name, se
     for target in (recipe, merged):
         row = json.loads(evomerge("evaluate", target, "--config", path, "--json"))
         assert (row["scores"], row["fingerprint"]) == (other["scores"], other["fingerprint"])
+
+
+@pytest.mark.slow
+def test_layers_side_by_side_are_searched_resumed_exported_and_evaluated_but_not_written(search_file, tmp_path, capsys):
+    path = search_file(
+        objectives=[{"task": "base_qa"}],
+        items={"search": 12, "heldout": 12},
+        space={"kind": "data_flow", "form": "looped", "sources": ["lang", "math"]},
+        optimizer={"evaluations": 8},
+    )
+    whole, cut, count = tmp_path / "whole", tmp_path / "cut", 0
+
+    def stop_at_the_sixth(event: Event) -> None:
+        nonlocal count
+        count += isinstance(event, Evaluated)
+        if count == 6:
+            raise Stop
+
+    evomerge("run", path, "--output", whole)
+    with pytest.raises(Stop):
+        runs.start(path, cut, (), None, stop_at_the_sixth)
+    evomerge("resume", cut)
+    assert content(cut) == content(whole)
+    rows = content(whole)[0]
+    assert all(row["state"] == "done" for row in rows)
+    other = next(row for row in rows if row["genome"])
+    recipe = tmp_path / "recipe.yaml"
+    told = " ".join(evomerge("export", whole, "--candidate", other["id"], "-o", recipe).split())
+    assert "no checkpoint can hold layers that run side by side" in told
+    row = json.loads(evomerge("evaluate", recipe, "--config", path, "--json"))
+    assert (row["scores"], row["fingerprint"]) == (other["scores"], other["fingerprint"])
+    again = json.loads(evomerge("evaluate", recipe, "--config", whole / "search.yaml", "--json"))
+    assert again["scores"] == row["scores"]
+    assert yaml.safe_load(recipe.read_text())["evomerge"]["parallel"]
+    for options in ((), ("--lora-rank", "4")):
+        evomerge("merge", recipe, tmp_path / "merged", *options, status=2)
+        refusal = " ".join(capsys.readouterr().err.split())
+        assert "side by side, which no architecture of transformers does" in refusal
+    assert not (tmp_path / "merged").exists()
+    evomerge("report", whole, "-o", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    best = runs.read(whole).results.best()
+    assert best is not None
+    assert ("Side by side run" in page) == bool(best.candidate.recipe.evomerge.parallel)
+    assert ("evomerge evaluate recipe.yaml" in page) == bool(best.candidate.recipe.evomerge.parallel)
 
 
 def test_a_model_with_other_tokens_gives_neither_embeddings_nor_head(tiny_models, search_file, tmp_path):

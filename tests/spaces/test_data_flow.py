@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from evomerge.config.spaces import DataFlowConfig, HybridConfig, ParameterSpaceConfig
 from evomerge.errors import InputError
-from evomerge.recipe import Recipe
+from evomerge.recipe import Provenance, Recipe
 from evomerge.spaces import at, canonical
 from evomerge.spaces.data_flow import DataFlowSpace, limited
 from evomerge.spaces.forms import FORMS, distances
@@ -73,6 +73,16 @@ class TestSkips(SpaceContract):
 
 class TestRepeats(SpaceContract):
     space = flow(form="repeat", pinned={"model": "math"})
+    tensors = TENSORS
+
+
+class TestLayersSideBySide(SpaceContract):
+    space = flow(form="parallel", pinned={"model": "math"})
+    tensors = TENSORS
+
+
+class TestLoops(SpaceContract):
+    space = flow(form="looped", sources=["lang"], repeats=4)
     tensors = TENSORS
 
 
@@ -151,13 +161,18 @@ def test_a_model_is_a_path_like_any_other(form):
 
 def only(space: DataFlowSpace, **values: float | str) -> list[tuple[str, int]]:
     """The hops of the start with some genes changed."""
+    return hops(changed(space, **values))
+
+
+def changed(space: DataFlowSpace, **values: float | str) -> Recipe:
+    """The recipe of the start with some genes changed."""
     genome = [
         float(gene.choices.index(str(values[gene.name])))
         if gene.choices and gene.name in values
         else float(values.get(gene.name, gene.start))
         for gene in space.genes
     ]
-    return hops(space.decode(genome))
+    return space.decode(genome)
 
 
 def layers(model: str, *numbers: int) -> list[tuple[str, int]]:
@@ -181,6 +196,35 @@ def test_families_build_what_they_are_named_after():
     order = flow(form="reorder", granularity=2, sources=["lang"])
     turned = {gene.name: 1.0 - gene.start for gene in order.genes if gene.kind == "place"}
     assert only(order, **turned) == layers("lang", 4, 5, 2, 3, 0, 1)
+
+
+def test_a_run_of_layers_works_side_by_side_once_or_several_times():
+    once = changed(flow(form="parallel"), model="lang", parallel_from=1, parallel_layers=3)
+    assert hops(once) == layers("lang", 0, 1, 2, 3, 4, 5)
+    assert once.evomerge.parallel == ((1, 4),)
+    looped = flow(form="looped", repeats=3)
+    thrice = changed(looped, model="math", looped_from=2, looped_layers=2, looped_times=3)
+    assert hops(thrice) == layers("math", 0, 1, 2, 3, 2, 3, 2, 3, 4, 5)
+    assert thrice.evomerge.parallel == ((2, 4), (4, 6), (6, 8))
+    assert len({one.content_id() for one in (once, thrice, thrice.model_copy(update={"evomerge": Provenance()}))}) == 3
+
+
+def test_a_layer_that_is_alone_in_its_block_runs_as_any_other():
+    whole = changed(flow(form="skip"), model="lang", skip_layers=0)
+    assert changed(flow(form="parallel"), model="lang", parallel_layers=1) == whole
+    assert changed(flow(form="parallel"), model="lang", parallel_from=5, parallel_layers=4) == whole
+    again = changed(flow(form="looped"), model="lang", looped_from=3, looped_layers=1, looped_times=2)
+    assert hops(again) == layers("lang", 0, 1, 2, 3, 3, 4, 5)
+    assert again.evomerge.parallel == ()
+
+
+def test_layers_that_a_limit_leaves_out_are_missing_in_their_block():
+    cut = changed(flow(form="looped", max_layers=5), model="lang", looped_from=1, looped_layers=3, looped_times=2)
+    assert hops(cut) == layers("lang", 0, 1, 2, 3, 1)
+    assert cut.evomerge.parallel == ((1, 4),)
+    once = changed(flow(form="looped", max_repeats=1), model="lang", looped_from=1, looped_layers=3, looped_times=2)
+    assert hops(once) == layers("lang", 0, 1, 2, 3, 4, 5)
+    assert once.evomerge.parallel == ((1, 4),)
 
 
 def test_random_paths_go_forward_more_often_than_not():

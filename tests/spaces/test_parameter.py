@@ -172,6 +172,7 @@ OWN = {
     "model_stock": {"model_stock.filter_wise"},
     "sce": {"sce.select_topk"},
     "ram": {"ram.epsilon"},
+    "ramplus_tl": {"ramplus_tl.r", "ramplus_tl.alpha", "ramplus_tl.epsilon"},
     "passthrough": {"passthrough.scale"},
     "iso": {"iso.alpha"},
     "ace": {"ace.alpha"},
@@ -331,12 +332,50 @@ def test_the_names_and_order_of_a_plain_space_s_genes_are_those_that_archives_ho
     assert all(gene.domain == "continuous" and not gene.when for gene in space.genes)
 
 
-def test_a_method_for_two_models_is_refused_for_three() -> None:
+def test_a_method_for_two_models_is_refused_for_one() -> None:
     config = ParameterSpaceConfig.model_validate({"method": "nuslerp"})
     with pytest.raises(
-        InputError, match=r"^space\.method is nuslerp, which takes 2 models besides the base, .* lists 3"
+        InputError, match=r"^space\.method is nuslerp, which takes 2 models besides the base, .* lists 1"
     ):
-        ParameterSpace(config, "base", {"a": "path/a", "b": "path/b", "c": "path/c"}, TENSORS, seed=7)
+        ParameterSpace(config, "base", {"a": "path/a"}, TENSORS, seed=7)
+
+
+def of_three(**settings: object) -> ParameterSpace:
+    config = ParameterSpaceConfig.model_validate(settings)
+    return ParameterSpace(config, "base", {"a": "path/a", "b": "path/b", "c": "path/c"}, TENSORS, seed=7)
+
+
+class TestPairs(SpaceContract):
+    space = of_three(method=["nuslerp", "sce"], participate=True)
+    tensors = TENSORS
+
+
+def test_a_method_for_two_models_chooses_them_by_gene_among_more() -> None:
+    space = of_three(method="nuslerp")
+    pairs = {"a and b": "ab", "a and c": "ac", "b and c": "bc"}
+    for pair, names in pairs.items():
+        genome = genome_of(space, pair=pair)
+        assert sources(space.decode(genome)) == ["base", *(f"path/{name}" for name in names)]
+        counted = active(space.genes, np.array(genome))
+        weighted = {
+            gene.name.split(":")[1]
+            for gene, counts in zip(space.genes, counted, strict=True)
+            if counts and gene.kind == "weight"
+        }
+        assert weighted == set(names)
+    near: list[tuple[dict[str, float], str]] = [({"c": 1.0}, "ac"), ({"b": 0.3, "c": 0.3}, "bc"), ({}, "ab")]
+    for weights, names in [*near, (dict.fromkeys("abc", 0.3), "ab")]:
+        assert sources(space.decode(space.encode(weights)))[1:] == [f"path/{name}" for name in names]
+
+
+def test_who_takes_part_in_a_pair_is_not_asked_again() -> None:
+    space = of_three(method=["linear", "nuslerp"], participate=True)
+    assert {gene.kind for gene in space.genes} == {"method", "pair", "take", "weight"}
+    out = {f"take__{name}": "out" for name in "abc"}
+    assert sources(space.decode(genome_of(space, method="nuslerp", pair="b and c", **out)))[1:] == ["path/b", "path/c"]
+    genome = np.array(genome_of(space, method="nuslerp"))
+    counted = {gene.kind for gene, counts in zip(space.genes, active(space.genes, genome), strict=True) if counts}
+    assert "take" not in counted
 
 
 @pytest.mark.parametrize("density", [0.001, 0.05, 0.15, 0.5, 0.85, 0.9, 0.999, 1 - 1e-9])

@@ -207,3 +207,36 @@ def test_a_ray_started_here_asks_for_a_token_that_stands_in_no_file(
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_worker_of_a_node_shares_the_sources(ray_here: Any, tmp_path: Path) -> None:
+    import ray
+    import torch
+    from safetensors.torch import save_file
+
+    from evomerge.merging.resident.sources import OffDevice, finite
+    from evomerge.merging.sources.weights import Weights
+    from tests.merging.resident.test_sources import taken
+
+    size = 256 << 20  # beside which what Ray needs in a process counts little
+    save_file({"a": torch.ones(size // 2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+
+    @ray.remote(num_cpus=1)
+    class Holding:
+        def __init__(self) -> None:
+            assert bool(finite(torch.ones(1 << 17, dtype=torch.bfloat16)))  # starts what computing needs
+            self.before = taken(tmp_path)
+            source = OffDevice(Weights(tmp_path), "a", torch.Size([size // 2]), {})
+            self.tensor = source.on(torch.device("cpu"))
+            assert bool(finite(self.tensor))
+
+        def grown(self) -> int:
+            return taken(tmp_path) - self.before
+
+    first = Holding.remote()
+    alone = ray.get(first.grown.remote())
+    second = Holding.remote()
+    ray.get(second.grown.remote())  # has read all of it
+    together = sum(ray.get([first.grown.remote(), second.grown.remote()]))
+    assert alone > 0.9 * size
+    assert together - alone < 0.1 * size

@@ -16,7 +16,13 @@ from evomerge.merging.methods.model_stock import merge_model_stock
 from evomerge.merging.methods.passthrough import merge_passthrough
 from evomerge.merging.methods.regmean import merge_regmean, merge_regmean_plus
 from evomerge.merging.methods.regression import merge_ace, merge_wudi
-from evomerge.merging.methods.selection import merge_arcee_fusion, merge_nearswap, merge_ram, merge_sce
+from evomerge.merging.methods.selection import (
+    merge_arcee_fusion,
+    merge_nearswap,
+    merge_ram,
+    merge_ramplus_tl,
+    merge_sce,
+)
 from evomerge.merging.methods.spectral import merge_iso, merge_knots, merge_tsv
 from evomerge.merging.methods.spherical import merge_karcher, merge_multislerp, merge_nuslerp, merge_slerp
 from evomerge.merging.methods.stitching import merge_consensus, merge_localize_and_stitch
@@ -28,6 +34,7 @@ INT8_MASK = Parameter("int8_mask", bool, False)  # mergekit's memory saver; acce
 LAMBDA = Parameter("lambda", float, 1.0)
 ALPHA = Parameter("alpha", float, 1.0, search=Range(0.0, 2.0, 1.0, 0.2))
 OMEGA = Parameter("omega", float, 0.4, within=(0.0, 1.0), search=Range(0.0, 1.0, 0.4, 0.15))
+LEAST_CHANGE = Parameter("epsilon", float, 1e-5, search=Range(0.0, 1e-3, 1e-5, 1e-4))
 OFF_DIAGONAL = Parameter("alpha", float, 0.9, within=(0.0, 1.0), search=Range(0.0, 1.0, 0.9, 0.1))
 _OF_SPARSIFIERS = {
     "outliers": (Parameter("gamma", float, 0.01, search=Range(0.0, 0.1, 0.01, 0.01), cuts=True),),
@@ -197,7 +204,18 @@ METHODS: dict[str, Method] = {
             paper="Reinforced Agent Merging, arXiv:2601.13572",
             function=merge_ram,
             base="required",
-            shared=(Parameter("epsilon", float, 1e-5, search=Range(0.0, 1e-3, 1e-5, 1e-4)),),
+            shared=(LEAST_CHANGE,),
+        ),
+        Method(
+            name="ramplus_tl",
+            paper="Reinforced Agent Merging (RAM+), arXiv:2601.13572",
+            function=merge_ramplus_tl,
+            base="required",
+            shared=(
+                Parameter("r", float, 0.1, search=Range(0.0, 1.0, 0.1, 0.1)),
+                Parameter("alpha", float, 0.2, search=Range(0.0, 1.0, 0.2, 0.1)),
+                LEAST_CHANGE,
+            ),
         ),
         Method(
             name="nearswap",

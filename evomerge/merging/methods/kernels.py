@@ -95,6 +95,8 @@ def below(field: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """
     if field.dtype == torch.int16 and not torch.compiler.is_compiling():
         return indicator(torch.lt, field, steps - 32768)
+    if field.dtype == torch.int32:  # on CPUs torch compiles no vector instructions that make floats of them
+        return indicator(torch.lt, field, steps.to(torch.int32))
     return indicator(torch.lt, field_steps(field), steps)
 
 
@@ -221,12 +223,16 @@ def ordered_total(values: Callable[[slice], torch.Tensor], count: int, device: t
     count: how many elements the vector has.
     device: where the vector is.
     """
+    sums: list[torch.Tensor] = []
 
-    def total(start: int) -> torch.Tensor:
-        return ordered_sum(values(slice(start, min(start + _PIECE, count))))
+    def add(start: int) -> None:
+        total = ordered_sum(values(slice(start, min(start + _PIECE, count))))
+        if not sums:  # one tensor, since a list of small ones would leave holes in malloc's memory
+            sums.append(total.new_empty(-(-count // _PIECE)))
+        sums[0][start // _PIECE] = total[0]
 
-    sums = for_each_chunk(total, range(0, count, _PIECE), device)
-    return ordered_sum(torch.cat(sums)) if sums else ordered_sum(values(slice(0, 0)))
+    for_each_chunk(add, range(0, count, _PIECE), device)
+    return ordered_sum(sums[0] if sums else values(slice(0, 0)))
 
 
 def divisor(total: float) -> float:
@@ -248,11 +254,15 @@ def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:
     whole = words.numel() // _COLUMNS * _COLUMNS
     size = _COLUMNS * (1 if words.device.type == "cpu" else 256)  # in the cache, or in few launches
 
-    def sums(start: int) -> torch.Tensor:
-        return (words[start : min(start + size, whole)].view(-1, _COLUMNS) * columns).sum(1)
+    rows = columns.new_empty(whole // _COLUMNS + 1)  # a list would leave holes in malloc's memory
 
-    rest = (words[whole:] * columns[: words.numel() - whole]).sum().reshape(1)
-    rows = torch.cat([*for_each_chunk(sums, range(0, whole, size), words.device), rest])
+    def put(start: int) -> None:
+        stop = min(start + size, whole)
+        sums = (words[start:stop].view(-1, _COLUMNS) * columns).sum(1)
+        rows[start // _COLUMNS : stop // _COLUMNS].copy_(sums)
+
+    for_each_chunk(put, range(0, whole, size), words.device)
+    rows[-1] = (words[whole:] * columns[: words.numel() - whole]).sum()
     return (rows * _multipliers(salt, rows.numel(), rows.device)).sum() + salt
 
 

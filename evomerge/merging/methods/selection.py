@@ -1,7 +1,7 @@
 """Methods that select, element by element, which models change the base, and by how much.
 
-They are SCE (Wan et al. 2024), Reinforced Agent Merging (2026), NearSwap and Arcee Fusion. Elements that equal a
-threshold are treated alike.
+They are SCE (Wan et al. 2024), Reinforced Agent Merging (RAM and RAM+, 2026), NearSwap and Arcee Fusion. Elements that
+equal a threshold are treated alike.
 """
 
 import math
@@ -11,7 +11,7 @@ from functools import partial, reduce
 import torch
 
 from evomerge.devices import widened
-from evomerge.merging.methods.base import Inputs, each_time
+from evomerge.merging.methods.base import Inputs, Latest, each_time
 from evomerge.merging.methods.gram import gram
 from evomerge.merging.methods.kernels import (
     UNIFORM_STEPS,
@@ -145,15 +145,48 @@ def merge_ram(inputs: Inputs) -> Pass:
     return Pass(_average_changes, (_base(inputs), *inputs.tensors), numbers)
 
 
+def merge_ramplus_tl(inputs: Inputs) -> Pass:
+    """The pass of RAM that strengthens the changes that one model alone makes: by 1 + r rho, where rho is the number of
+    the model's changes that others share, divided by the number of those that it makes alone, but at most `alpha`.
+
+    Both are counted in each tensor (`tl`: tensor-local).
+    """
+    epsilon, most = inputs.shared["epsilon"], inputs.shared["alpha"]
+    models = (-1, *range(len(inputs.tensors)))
+    counts = inputs.once(Latest("shared and own changes", epsilon), models, lambda: _changes(inputs, epsilon))
+    shared, alone = counts.to(torch.float64).unbind(1)
+    more = inputs.shared["r"] * (shared / alone.clamp(min=1.0)).clamp(min=0.0, max=most)
+    numbers = numbers_on(inputs.device, epsilon=[epsilon], more=more.unbind())
+    return Pass(_average_changes, (_base(inputs), *inputs.tensors), numbers)
+
+
+def _changes(inputs: Inputs, epsilon: float) -> torch.Tensor:
+    """For each model, how many of its changes others share, and how many it makes alone; int64, shape (models, 2)."""
+    (bound,) = numbers_on(inputs.device, epsilon=[epsilon])["epsilon"]
+    counts = torch.zeros(len(inputs.tensors), 2, dtype=torch.int64, device=inputs.device)
+    for piece in pieces(inputs.count, inputs.device):
+        changed = torch.stack([delta_in(inputs, index, piece).abs() > bound for index in range(len(inputs.tensors))])
+        many = changed.sum(0)
+        counts[:, 0] += (changed & (many > 1)).sum(1)
+        counts[:, 1] += (changed & (many == 1)).sum(1)
+    return counts
+
+
 def _average_changes(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
+    """Without `more`, changes that one model alone makes are as strong as they are."""
     base, deltas = deltas_of(tensors)
     changed = []
     for delta in deltas:
         size = delta.abs()
         changed.append(indicator(torch.gt, size, numbers["epsilon"][0], out=size))
         delta *= changed[-1]
+    many = total_of(changed)
+    if "more" in numbers:
+        alone = indicator(torch.eq, many, 1.0)
+        for delta, more in zip(deltas, numbers["more"], strict=True):
+            delta *= alone * more + 1.0
     total = total_of(deltas)
-    total /= total_of(changed).clamp_(min=1.0)
+    total /= many.clamp_(min=1.0)
     base += total
     return base
 

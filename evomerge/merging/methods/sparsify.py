@@ -184,8 +184,11 @@ def largest_magnitude(inputs: Inputs, index: int) -> torch.Tensor:
     inputs: the tensors of all models, and the base.
     index: the model's index in `inputs.tensors`.
     """
-    cuts = pieces(inputs.count, inputs.device)
-    return torch.stack([delta_in(inputs, index, piece).abs_().amax() for piece in cuts]).amax()
+    cuts = list(pieces(inputs.count, inputs.device))
+    found = torch.empty(len(cuts), dtype=torch.float32, device=inputs.device)
+    for number, piece in enumerate(cuts):
+        found[number] = delta_in(inputs, index, piece).abs_().amax()  # a list would leave holes in malloc's memory
+    return found.amax()
 
 
 def delta_in(inputs: Inputs, index: int, piece: slice) -> torch.Tensor:

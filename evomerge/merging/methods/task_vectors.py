@@ -226,14 +226,14 @@ def _l1(
     fields = sparsifier.fields(inputs, index)
     moved = numbers_on(inputs.device, **{name: [value] for name, value in values.items()})
     numbers = {name: scalars[0] for name, scalars in moved.items()}
-    before, after = [], []
+    before, after = torch.zeros((2, 1), dtype=torch.int64, device=inputs.device)
     for piece in pieces(inputs.count, inputs.device):
         delta = delta_in(inputs, index, piece)
         own = tuple(field_part(field, piece, inputs.device) for field in fields)
         kept = sparsifier.keep(delta, own, numbers)
-        before.append(exact_l1(delta, largest))
-        after.append(exact_l1(delta * kept, largest))
-    return torch.stack(before).sum(), torch.stack(after).sum()
+        before += exact_l1(delta, largest)
+        after += exact_l1(delta * kept, largest)
+    return before.sum(), after.sum()
 
 
 def _l1_below(inputs: Inputs, index: int, largest: torch.Tensor) -> torch.Tensor:

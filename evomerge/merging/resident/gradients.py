@@ -55,7 +55,7 @@ def followed(
 
     model: the candidate.
     naming: the names of its tensors in checkpoints.
-    pieces: where merged tensors lie in the model's, by name; empty where names are those of the model.
+    pieces: where merged tensors lie in the model's, by name; those with the same name there may be missing.
     merges: the merges whose parameters are asked for.
     slopes_of: see `Followed`.
     """

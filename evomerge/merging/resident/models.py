@@ -8,7 +8,8 @@ What candidates have in common (uniform fields, thresholds, scalar products) is 
 import mmap
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from evomerge.devices import CopyStream, devices_of, is_accelerator
+from evomerge.devices import CopyStream, devices_of, is_accelerator, trim
 from evomerge.errors import CandidateFailed, InputError, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
@@ -29,14 +30,17 @@ from evomerge.merging.methods.slopes import Key, slopes, smooth_parameters
 from evomerge.merging.naming import check_view, naming_of
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.resident.gradients import Followed, followed
+from evomerge.merging.resident.parallel import with_blocks
 from evomerge.merging.resident.placement import place
 from evomerge.merging.resident.quantized import int8_layers, quantize, restore
+from evomerge.merging.resident.rows import Rows
 from evomerge.merging.resident.sources import (
     Form,
     FromFactors,
     Kept,
     OffDevice,
     OnDevice,
+    Reader,
     Rehearsed,
     Source,
     Where,
@@ -47,13 +51,14 @@ from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find, Shelf, Stored
-from evomerge.merging.sources.tensor_files import TensorInfo
+from evomerge.merging.sources.tensor_files import Piece, TensorInfo
 from evomerge.merging.sources.weights import Weights, untied_head
+from evomerge.merging.vocabulary import Vocabulary
 from evomerge.recipe import Recipe, TokenizerSettings
 
 T = TypeVar("T")
 _SMALL = 1 << 20  # bytes up to which a table is kept even where fields are not
-_LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own
+_LARGE = 1 << 16  # bytes from which on a tensor gets memory pages of its own, and after which memory is given back
 
 
 class ResidentModels:
@@ -79,6 +84,7 @@ class ResidentModels:
         adapters: Form = "expanded",
         quantized: bool = False,
         statistics: Find | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """models: the models that recipes may name. Every merge has the base's config.
         device: where they are, such as `cpu`.
@@ -93,6 +99,7 @@ class ResidentModels:
         adapters: what tensors that adapters change are kept as.
         quantized: whether the first candidates will be quantized, so that there never is room for a whole one.
         statistics: finds what was measured of the models.
+        vocabulary: that of every merge, with as many rows as the base, where models have other ones.
         Raises InputError for models that cannot be loaded, or do not fit.
         """
         self.devices = devices_of(device, count)
@@ -122,6 +129,8 @@ class ResidentModels:
         shared = sources == "host" and not is_accelerator(torch.device(device))  # pages that a CPU reads where they lie
         self._off_device = sources != "device" and not (rehearsal and shared)
         self._streams: dict[torch.device, CopyStream] = {}
+        self._vocabulary = vocabulary
+        self._rows = Rows(vocabulary, weights, self._naming.vocabulary, self._held) if vocabulary else None
         self._plain: dict[tuple[TensorInfo, torch.device], Source] = {}
         good: dict[Source, torch.Tensor] = {}
         self._sources = {reference: self._resident(source, good) for reference, source in weights.items()}
@@ -131,6 +140,7 @@ class ResidentModels:
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
         self._plan: MergePlan | None = None
+        self._pieces: Mapping[str, Piece] = self._naming.pieces  # of the candidate
 
     def _find(self) -> None:
         """Finds the tensors of the resident model, and which of them are quantized."""
@@ -162,19 +172,23 @@ class ResidentModels:
                     f"{source}: the weights lack {name}, which {type(self.model).__name__} needs; "
                     f"{choices(name, weights.table)}."
                 )
-            if info.shape != parameter.shape:
+            aligned = self._rows is not None and name in self._rows
+            if info.shape[aligned:] != parameter.shape[aligned:]:
                 raise InputError(
                     f"{source}: {name} has shape {list(info.shape)}, expected {list(parameter.shape)} "
                     "from the base model's config."
                 )
             infos[name] = info
+        moved = [name for name in infos if self._rows is not None and name in self._rows]  # made when they are merged
+        devices = {name: served.device for name, served in self._parameters.items()}
         resident = {
-            name: self._source(weights, name, info, self._parameters[name].device) for name, info in infos.items()
+            name: self._source(weights, name, info, devices[name]) for name, info in infos.items() if name not in moved
         }
         if self.model.device.type == "meta":
             return resident
-        checks = _gathered(self._checked(held, self._parameters[name].device, good) for name, held in resident.items())
-        for name, is_finite in zip(resident, checks.tolist(), strict=True):
+        checks = [self._checked(held, devices[name], good) for name, held in resident.items()]
+        checks += [finite(weights.read(name)) for name in moved]
+        for name, is_finite in zip([*resident, *moved], _gathered(checks).tolist(), strict=True):
             if not is_finite:
                 raise InputError(f"{source}: {name} holds values that are not finite; nothing can be merged with them.")
         return resident
@@ -183,21 +197,25 @@ class ResidentModels:
         """A tensor of a model. Models that have it in common share it."""
         changes = weights.products(name) if self._form == "factors" else ()
         if weights.changes(name) and not changes:
-            return self._held(weights, name, info, device)
+            return self._held(weights, name, _empty(info), device)
         start = weights.plain.find(name) or info
         if (start, device) not in self._plain:
-            self._plain[start, device] = self._held(weights.plain, name, start, device)
+            self._plain[start, device] = self._held(weights.plain, name, _empty(start), device)
         plain = self._plain[start, device]
         read = _empty if device.type == "meta" else weights.read_stored
         factors = [change.factors(read) for change in changes]
         return FromFactors(plain, dtype_of(start), factors, device) if factors else plain
 
-    def _held(self, weights: Weights, name: str, info: TensorInfo, device: torch.device) -> Source:
+    def _held(self, weights: Reader, name: str, like: torch.Tensor, device: torch.device) -> Source:
+        """A tensor where sources live.
+
+        like: a tensor of its shape and dtype on the meta device, which stands for it in a rehearsal.
+        """
         if device.type == "meta":
-            return (Rehearsed if self._off_device else OnDevice)(_empty(info))
+            return (Rehearsed if self._off_device else OnDevice)(like)
         if not self._off_device:
             return OnDevice(weights.read(name, device))
-        return OffDevice(weights, name, torch.Size(info.shape), self._streams, leaves=self._where == "disk")
+        return OffDevice(weights, name, like.shape, self._streams, leaves=self._where == "disk")
 
     def _checked(self, source: Source, device: torch.device, good: dict[Source, torch.Tensor]) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
@@ -207,6 +225,27 @@ class ResidentModels:
             good[source] = finite(source.on(torch.device("cpu") if self._off_device else device))
             source.release()
         return good[source]
+
+    def _source_of(self, tensor: TensorMerge, index: int, device: torch.device) -> Source:
+        """One model's tensor in the rows of the merge.
+
+        index: the model's place in `tensor.models`; -1 is the base.
+        """
+        if self._rows is not None and tensor.name in self._rows:
+            return self._rows.source(tensor, index, device)
+        model, name = tensor.source(index)
+        return self._sources[model][name]
+
+    def _check_tokenizer(self, recipe: Recipe) -> None:
+        """Raises InputError where a recipe builds a tokenizer: a model in memory has the base's tokens."""
+        wanted, base = recipe.vocabulary, [source for source in ("base", recipe.base_model) if source]
+        if wanted is None or wanted in [TokenizerSettings(source=source) for source in base]:
+            return
+        if self._vocabulary is None or wanted != self._vocabulary.wanted:
+            raise InputError(
+                "the recipe builds a tokenizer, and a model in memory keeps the base's; "
+                "write the checkpoint with `evomerge merge` and use that."
+            )
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """The plan of a recipe for these models. Raises InputError for what cannot be merged."""
@@ -218,10 +257,11 @@ class ResidentModels:
 
         recipe: the candidate's.
         quantized: whether `candidate` is quantized. The fingerprint is that of the merge before it is quantized.
+            Layers that run side by side have a part in it (`with_blocks`).
         Raises CandidateFailed where a weight is not finite, and InputError for what cannot be merged.
         """
         plan = self.plan(recipe)
-        _check_tokenizer(recipe)
+        self._check_tokenizer(recipe)
         self._hold(quantized)
         if quantized:
             sums, extremes = self._make_quantized(plan)
@@ -232,7 +272,7 @@ class ResidentModels:
         bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
         if bad:
             raise CandidateFailed(f"non-finite weights after the merge in {names[bad[0]]}")
-        return _joined(sums) if quantized else fingerprint(parameters)
+        return with_blocks(_joined(sums) if quantized else fingerprint(parameters), plan.parallel)
 
     @torch.no_grad()
     def rehearse(self, recipe: Recipe) -> None:
@@ -279,6 +319,7 @@ class ResidentModels:
         self._plan = plan
         if not self._in_place(plan):
             return self._make_view(plan)
+        self._pieces = self._naming.pieces
         for tensor in plan.tensors:
             self._merge(plan, tensor, self._parameters[tensor.name])
         self._naming.settle(self.model, self._parameters)
@@ -299,7 +340,7 @@ class ResidentModels:
             if layer is not None:
                 layer.take(out)
         self._naming.settle(self.model, self._parameters)
-        self._plan, self.candidate = plan, self.model
+        self._plan, self.candidate, self._pieces = plan, self.model, self._naming.pieces
         return _gathered(sums), _gathered(extremes)
 
     def following(self, wanted: Sequence[str]) -> AbstractContextManager[Followed]:
@@ -315,8 +356,7 @@ class ResidentModels:
         def slopes_of(merge: TensorMerge, gradient: torch.Tensor) -> Mapping[Key, torch.Tensor]:
             return self._slopes_of(plan, merge, gradient, wanted)
 
-        pieces = self._naming.pieces if self.candidate is self.model else {}
-        return followed(self.candidate, self._naming, pieces, merges, slopes_of)
+        return followed(self.candidate, self._naming, self._pieces, merges, slopes_of)
 
     def _slopes_of(
         self, plan: MergePlan, merge: TensorMerge, gradient: torch.Tensor, wanted: Sequence[str]
@@ -324,8 +364,8 @@ class ResidentModels:
         return slopes(plan.method, self._inputs(plan, merge, gradient.device), gradient, wanted)
 
     def _in_place(self, plan: MergePlan) -> bool:
-        """Whether the merge has the resident model's layers in their order."""
-        return len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
+        """Whether the merge has the resident model's layers in their order, one after the other."""
+        return not plan.parallel and len(plan.layers) == layer_count(self._parameters) and plan.keeps_layers
 
     def _make_view(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
         check_view(self._folder)
@@ -333,44 +373,46 @@ class ResidentModels:
         templates = [next(iter(layer.values())) for layer in plan.layers]
         places = {tensor.name: self._parameters[_template(tensor.name, templates)].device for tensor in plan.tensors}
         for tensor in plan.tensors:
-            source = self._sources[tensor.models[0]][tensor.sources[0]]
             if not _unchanged(plan, tensor):
-                made[tensor.name] = torch.empty(source.shape, dtype=self._dtype, device=places[tensor.name])
+                shape = self._source_of(tensor, 0, places[tensor.name]).shape
+                made[tensor.name] = torch.empty(shape, dtype=self._dtype, device=places[tensor.name])
                 self._merge(plan, tensor, made[tensor.name])
-        shared = cache(self._shared)  # by layers that stand in several places
-        tensors = {
-            tensor.name: made[tensor.name]
-            if tensor.name in made
-            else shared(tensor.models[0], tensor.sources[0], places[tensor.name])
-            for tensor in plan.tensors
-        }
+        shared: dict[Hashable, torch.Tensor] = {}  # by layers that stand in several places
+        tensors = {}
+        for tensor in plan.tensors:
+            key = (*tensor.source(0), places[tensor.name])
+            if tensor.name not in made and key not in shared:
+                shared[key] = self._shared(tensor, places[tensor.name])
+            tensors[tensor.name] = made[tensor.name] if tensor.name in made else shared[key]
         parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-        self.candidate = make_view(self.model, parameters, templates)
+        self._pieces = {name: _moved(self._naming.pieces[_template(name, templates)], name) for name in parameters}
+        held = {self._pieces[name].tensor: parameter for name, parameter in parameters.items()}
+        self.candidate = make_view(self.model, held, templates, plan.parallel)
         return parameters, made
 
     def _merge(self, plan: MergePlan, tensor: TensorMerge, out: torch.Tensor) -> None:
         plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._room)
-        base = [(tensor.base, tensor.base_source)] if tensor.base is not None else []
-        for model, name in [*base, *zip(tensor.models, tensor.sources, strict=True)]:
-            self._sources[model][name].release()
+        for index in tensor.places:
+            self._source_of(tensor, index, out.device).release()
+        if self._where == "disk" and out.nbytes >= _LARGE:
+            trim()
 
-    def _shared(self, reference: str, name: str, device: torch.device) -> torch.Tensor:
-        """A source's tensor. Where it has to change its dtype or device, one copy serves all candidates."""
-        source = self._sources[reference][name]
-        tensor = whole_of(source.on(device))
+    def _shared(self, tensor: TensorMerge, device: torch.device) -> torch.Tensor:
+        """The only source of a tensor. Where it has to change its dtype or device, one copy serves all candidates."""
+        source = self._source_of(tensor, 0, device)
+        whole = whole_of(source.on(device))
         if self._off_device or isinstance(source, FromFactors):  # copies for all candidates would be all sources
-            return tensor.to(device, self._dtype)
-        if (tensor.dtype, tensor.device) == (self._dtype, device):
-            return tensor
-        return self._converted.setdefault((reference, name, device), tensor.to(device, self._dtype))
+            return whole.to(device, self._dtype)
+        if (whole.dtype, whole.device) == (self._dtype, device):
+            return whole
+        return self._converted.setdefault((*tensor.source(0), device), whole.to(device, self._dtype))
 
     def _inputs(self, plan: MergePlan, tensor: TensorMerge, device: torch.device) -> Inputs:
         """A tensor's inputs, all on one device. Only layers that change places may have sources on another one."""
-        base, sources = tensor.base, self._sources
-        given = zip(tensor.models, tensor.sources, strict=True)
+        elements = {index: self._source_of(tensor, index, device).on(device) for index in tensor.places}
         return Inputs(
-            base=sources[base][tensor.base_source].on(device) if base is not None else None,
-            tensors=tuple(sources[model][name].on(device) for model, name in given),
+            base=elements.get(-1),
+            tensors=tuple(elements[index] for index in range(len(tensor.models))),
             per_model=tensor.per_model,
             shared=tensor.shared,
             uniforms=lambda index: self._uniform(plan.seed, tensor, index, device),
@@ -384,7 +426,9 @@ class ResidentModels:
 
     def _statistic(self, tensor: TensorMerge, device: torch.device, kind: Kind, index: int) -> Statistic | None:
         """A statistic of a tensor of a model. Fisher information lives where sources do; all else is read when it is
-        asked for."""
+        asked for. Rows of tokens that are put in another order have none."""
+        if self._rows is not None and tensor.name in self._rows:
+            return None
         model, name = tensor.source(index)
         if self.model.device.type == "meta":
             return self._rehearsed(self._sources[model][name].shape, kind)
@@ -396,7 +440,7 @@ class ResidentModels:
             return Statistic(stored.read(own), stored.mean)
         key = stored.folder, own
         if key not in self._statistics:
-            self._statistics[key] = self._held(stored.weights, own, stored.weights.table[own], device)
+            self._statistics[key] = self._held(stored.weights, own, _empty(stored.weights.table[own]), device)
         return Statistic(self._statistics[key].on(device), stored.mean)
 
     def _rehearsed(self, shape: torch.Size, kind: Kind) -> Statistic | None:
@@ -409,8 +453,14 @@ class ResidentModels:
 
     def _given(self, tensor: TensorMerge, device: torch.device) -> tuple[Hashable, ...]:
         """What results that are kept depend on: the device, then the tensors that are merged, the base's first."""
-        base = (tensor.base, tensor.base_source) if tensor.base is not None else None
-        return (device, base, *zip(tensor.models, tensor.sources, strict=True))
+        moved = self._rows if self._rows is not None and tensor.name in self._rows else None
+
+        def decides(index: int) -> Hashable:
+            own = tensor.source(index)
+            return own if moved is None else (own, moved.given(tensor, index))
+
+        base = decides(-1) if tensor.base is not None else None
+        return (device, base, *map(decides, range(len(tensor.models))))
 
     def _once(
         self, name: str, given: tuple[Hashable, ...], what: Hashable, models: tuple[int, ...], make: Callable[[], T]
@@ -432,7 +482,7 @@ class ResidentModels:
 
     def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> Field:
         position, name = tensor.positions[index], tensor.name
-        count = self._sources[tensor.models[index]][tensor.sources[index]].shape.numel()
+        count = self._source_of(tensor, index, device).shape.numel()
         if self._fields == "made":
             return Drawn(seed, position, name, count)
 
@@ -470,14 +520,14 @@ def _template(name: str, templates: Sequence[int]) -> str:
     return name if layer is None else with_layer(name, templates[layer])
 
 
-def _check_tokenizer(recipe: Recipe) -> None:
-    """Raises InputError where a recipe builds a tokenizer: a model in memory has the base's tokens."""
-    base = [TokenizerSettings(source=source) for source in ("base", recipe.base_model) if source]
-    if recipe.vocabulary is not None and recipe.vocabulary not in base:
-        raise InputError(
-            "the recipe builds a tokenizer, and a model in memory keeps the base's; "
-            "write the checkpoint with `evomerge merge` and use that."
-        )
+def _moved(piece: Piece, name: str) -> Piece:
+    """The piece of the resident model that a tensor takes the place of, in the layer that the tensor belongs to.
+
+    piece: in the resident model, a whole tensor.
+    name: of the tensor in a checkpoint.
+    """
+    layer = layer_index(name)
+    return piece if layer is None else replace(piece, tensor=with_layer(piece.tensor, layer))
 
 
 def _unchanged(plan: MergePlan, tensor: TensorMerge) -> bool:

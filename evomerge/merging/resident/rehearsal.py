@@ -94,7 +94,7 @@ class RehearsedModels(ResidentModels):
         self._followed.clear()
         for merge in plan.tensors:
             if smooth_parameters(plan.method, merge.shared, wanted):
-                shape = self._sources[merge.models[0]][merge.sources[0]].shape
+                shape = self._source_of(merge, 0, torch.device("meta")).shape
                 self._slopes_of(plan, merge, torch.empty(shape, dtype=self._dtype, device="meta"), wanted)
 
     def _slopes_of(
@@ -151,9 +151,8 @@ class RehearsedModels(ResidentModels):
         )
 
     def _elements(self, tensor: TensorMerge) -> list[Elements]:
-        base = [(tensor.base, tensor.base_source)] if tensor.base is not None else []
-        sources = [*base, *zip(tensor.models, tensor.sources, strict=True)]
-        return [self._sources[model][name].on(torch.device("meta")) for model, name in sources]
+        here = torch.device("meta")
+        return [self._source_of(tensor, index, here).on(here) for index in tensor.places]
 
 
 def _frozen(values: Mapping[str, Any]) -> Hashable:

@@ -6,8 +6,8 @@ size; a CPU reads them where they lie. On the disk, chunks are released as soon 
 
 A tensor that an adapter changes by a product of two small matrices is kept as these factors where memory is short: its
 pieces are made of them and of the base's tensor, which it shares with the base, wherever that lives. Any other tensor
-that is not stored as it is merged (expanded, or a permuted one) cannot be mapped. It is private to its process in the
-host's memory, and made again for every candidate on the disk.
+that is not stored as it is merged (expanded, permuted, or with its rows in another order) cannot be mapped. It is
+private to its process in the host's memory, and made again for every candidate on the disk.
 """
 
 import math
@@ -25,7 +25,6 @@ from evomerge.merging.methods.parts import Elements, part_of
 from evomerge.merging.sources.factors import Factored, Factors
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.tensor_files import FLOATS, MappedTensor, TensorInfo, parameter_count
-from evomerge.merging.sources.weights import Weights
 
 Where = Literal["device", "host", "disk"]
 Kept = Literal["kept", "made"]
@@ -35,6 +34,18 @@ Streams = dict[torch.device, CopyStream]
 _SPARE = 0.9  # the share of free memory that is given away
 _BESIDES, _LEAST_BESIDES = 1.25, 1 << 30  # what a worker needs beside sources: of a candidate, and in any case
 _AHEAD = 1 << 24  # bytes that are read ahead of a chunk
+
+
+class Reader(Protocol):
+    """What reads a tensor, as `Weights` does."""
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The tensor of a name, on a device."""
+        ...
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        """The tensor as it lies in a file; None where it lies in none."""
+        ...
 
 
 class Source(Protocol):
@@ -75,8 +86,8 @@ class OnDevice:
 class OffDevice:
     """A tensor in the host's memory or on the disk."""
 
-    def __init__(self, weights: Weights, name: str, shape: torch.Size, streams: Streams, leaves: bool = False) -> None:
-        """weights: the source.
+    def __init__(self, weights: Reader, name: str, shape: torch.Size, streams: Streams, leaves: bool = False) -> None:
+        """weights: reads the source.
         name: the tensor's name.
         shape: the tensor's shape.
         streams: the streams that copy to devices, made on first use.

@@ -2,7 +2,7 @@
 
 A layer in two places must be two modules, because each keeps its keys and values under its own number in the cache. And
 a config with another depth would cut layers off. So a view copies the modules, which need little memory, numbers them,
-and gives them parameters, which may be shared.
+and gives them parameters, which may be shared. Layers may also run side by side (`parallel`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,22 @@ from typing import Any
 from torch import nn
 
 from evomerge.layers import layer_index, with_layer
+from evomerge.merging.resident.parallel import run_side_by_side
 from evomerge.merging.skeleton import with_layers
+from evomerge.recipe import Blocks
 
 _Parameters = Mapping[int, nn.Parameter]
 
 
-def make_view(skeleton: Any, parameters: Mapping[str, nn.Parameter], templates: Sequence[int]) -> Any:
+def make_view(
+    skeleton: Any, parameters: Mapping[str, nn.Parameter], templates: Sequence[int], parallel: Blocks = ()
+) -> Any:
     """A copy of a model with other layers.
 
     skeleton: the model to copy.
-    parameters: every parameter of the view by name, tied parameters once. They are shared, not copied.
+    parameters: every parameter of the view by its name in memory, tied parameters once. They are shared, not copied.
     templates: for each layer of the view, the number of the model's layer whose modules it copies.
+    parallel: the blocks of the view's layers that run side by side, as in `Provenance`.
     """
     layers = _layers_of(skeleton)
     config = with_layers(skeleton.config, [(skeleton.config, template) for template in templates])
@@ -32,6 +37,8 @@ def make_view(skeleton: Any, parameters: Mapping[str, nn.Parameter], templates: 
     for place, template in enumerate(templates):
         replaced = {id(own[with_layer(name, template)]): new for name, new in inside[place].items()}
         built.append(_copy(layers[template], replaced, place))
+    for start, end in parallel:
+        run_side_by_side(built[start:end])
     view = _copy(skeleton, outside, None, {id(layers): nn.ModuleList(built)})
     for module in view.modules():
         if module.__dict__.get("config") is skeleton.config:

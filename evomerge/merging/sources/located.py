@@ -13,7 +13,9 @@ def located(recipe: Recipe) -> Recipe:
     """A copy of a recipe in which paths that do not exist here are replaced by the references that they stood for where
     the recipe was exported."""
     aliases = recipe.evomerge.aliases
-    missing = {path: aliases[path] for path in recipe.references if path in aliases and not _is_here(path)}
+    tokens = [recipe.vocabulary.source] if recipe.vocabulary is not None else []
+    named = (*recipe.references, *tokens)
+    missing = {path: aliases[path] for path in named if path in aliases and not _is_here(path)}
     return recipe.renamed(missing)
 
 

@@ -1,25 +1,33 @@
 """Whether models can be merged, by their configs and headers, before any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from evomerge.errors import InputError
+from evomerge.merging.naming import naming_in
 from evomerge.merging.sources.model_settings import check_settings
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.tensor_files import FLOATS, TensorInfo
-from evomerge.merging.sources.weights import Weights, with_head
+from evomerge.merging.sources.weights import HEAD_NAMES, Weights, with_head
 
 
-def preflight(models: Models, labels: Mapping[str, str] | None = None, same_tensors: bool = True) -> list[str]:
+def preflight(
+    models: Models,
+    labels: Mapping[str, str] | None = None,
+    same_tensors: bool = True,
+    same_vocabulary: bool = True,
+) -> list[str]:
     """Warnings about models whose configs differ from the base's.
 
     models: the base, and the models that are merged with it.
     labels: what to call a model in a message, by reference; by default the reference.
     same_tensors: whether names and shapes have to be the base's too.
+    same_vocabulary: whether tensors with one row per token have to have the base's rows.
     Raises InputError at the first difference that makes models unmergeable.
     """
     base, head = models.base, models.head
     base_table = with_head(base.weights, head)
     _check_floats(base.reference, base_table)
+    by_token = frozenset() if same_vocabulary else naming_in(base.folder).vocabulary | set(HEAD_NAMES)
     warnings, own_heads = [], []
     for model in models.values():
         if model is base:
@@ -32,7 +40,7 @@ def preflight(models: Models, labels: Mapping[str, str] | None = None, same_tens
             )
         if same_tensors:
             _check_rows(label, model.weights, base.reference, base_table)
-            _check_tables(label, with_head(model.weights, head), base.reference, base_table)
+            _check_tables(label, with_head(model.weights, head), base.reference, base_table, by_token)
         _check_floats(label, model.table)
         warnings.append(check_settings(label, model.config, base.reference, base.config))
         own_heads += [label] if model.weights.own_head is not None else []
@@ -56,14 +64,22 @@ def _check_rows(label: str, weights: Weights, base: str, base_table: Mapping[str
             )
 
 
-def _check_tables(label: str, table: Mapping[str, TensorInfo], base: str, base_table: Mapping[str, TensorInfo]) -> None:
+def _check_tables(
+    label: str,
+    table: Mapping[str, TensorInfo],
+    base: str,
+    base_table: Mapping[str, TensorInfo],
+    by_token: Collection[str],
+) -> None:
+    """Raises InputError for tensors that the base has not alike; those that are `by_token` may have other rows."""
     for tensor, info in base_table.items():
         if tensor not in table:
             raise InputError(
                 f"{label} lacks the tensor {tensor} of the base ({base}); only whole fine-tunes can be merged, so save "
                 "it with all of its weights."
             )
-        if table[tensor].shape != info.shape:
+        there, here = table[tensor].shape, info.shape
+        if there != here and (tensor not in by_token or there[1:] != here[1:]):
             raise InputError(
                 f"{label}: {tensor} has shape {list(table[tensor].shape)}, but the base ({base}) has "
                 f"{list(info.shape)}; only models of one shape can be merged."

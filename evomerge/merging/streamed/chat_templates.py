@@ -4,6 +4,14 @@ A template renders what the format's publisher documents, also where mergekit's 
 `eos_token` and `bos_token` are the tokenizer's.
 """
 
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from evomerge.errors import InputError, choices
+from evomerge.merging.sources.tokenizers import read_tokenizer
+from evomerge.recipe import Recipe
+
 _CHATML = (  # github.com/openai/openai-python, chatml.md
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{{ '\n' }}"
@@ -65,3 +73,39 @@ CHAT_TEMPLATES = {
     "llama3": _LLAMA3,
     "mistral": _MISTRAL,
 }
+
+
+def chat_template(recipe: Recipe, folders: Mapping[str, Path], where: str) -> str | None:
+    """The Jinja text that a recipe's `chat_template` stands for; None for `auto` where no model has a template.
+
+    `auto` is the template that most models have. A name is that of a model, or of a format (chat_templates.py).
+
+    recipe: the recipe.
+    folders: the models' folders, by reference.
+    where: what the recipe is called, which opens an error's message.
+    Raises InputError for any other name, and for a model without a template.
+    """
+    wanted = recipe.chat_template or ""
+    if wanted == "auto":
+        templates = [text for text in map(_template, folders.values()) if text]
+        return Counter(templates).most_common(1)[0][0] if templates else None
+    if wanted in folders:
+        text = _template(folders[wanted])
+        if text is None:
+            raise InputError(f"{where}: chat_template: {wanted} has no chat template; name another model, or use auto.")
+        return text
+    if "{" in wanted:
+        return wanted
+    if wanted in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[wanted]
+    options = choices(wanted, ["auto", *CHAT_TEMPLATES])
+    raise InputError(
+        f"{where}: chat_template is '{wanted}', no known format; {options}, or write a model of the recipe, or the "
+        "template itself (Jinja)."
+    )
+
+
+def _template(folder: Path) -> str | None:
+    template = read_tokenizer(folder).chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    return template.strip() if template else None

@@ -24,8 +24,9 @@ from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find, Shelf
 from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.merging.sources.weights import HEAD_NAMES, Weights, untied_head
+from evomerge.merging.streamed.chat_templates import chat_template
 from evomerge.merging.streamed.shards import Layout, write_weights
-from evomerge.merging.streamed.vocabulary import Vocabulary, build_vocabulary, chat_template
+from evomerge.merging.vocabulary import Vocabulary, build_vocabulary
 from evomerge.recipe import Recipe
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.model")
@@ -53,6 +54,13 @@ class StreamedMerge:
         Raises InputError for what cannot be merged.
         """
         self._recipe, self._where = recipe, where
+        if recipe.evomerge.parallel:
+            start, end = recipe.evomerge.parallel[0]
+            raise InputError(
+                f"{where}: evomerge.parallel runs layers {start} to {end - 1} side by side, which no architecture of "
+                "transformers does, so that no checkpoint can hold the model; score it in memory with `evomerge "
+                "evaluate RECIPE --config SEARCH.yaml`, or remove the key to run the layers one after the other."
+            )
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._first = models.base.reference
@@ -92,7 +100,8 @@ class StreamedMerge:
         if self._recipe.vocabulary is None:
             return None
         sizes = {reference: config.get_text_config().vocab_size for reference, config in configs.items()}
-        return build_vocabulary(self._recipe, self._recipe.vocabulary, self._folders, sizes)
+        folders = {reference: self._folders[reference] for reference in self._recipe.references}
+        return build_vocabulary(self._recipe.vocabulary, folders, sizes)
 
     def _output_skeleton(self, configs: dict[str, Any]) -> Skeleton:
         config = configs[self._first]
@@ -218,8 +227,7 @@ class StreamedMerge:
     def _inputs(self, tensor: TensorMerge) -> Inputs:
         sources = {model: self._read(model, name) for model, name in _sources(tensor)}
         if self._vocabulary is not None and tensor.name in self._skeleton.vocabulary:
-            sources = {model: source.to(torch.float32) for model, source in sources.items()}
-            sources = self._vocabulary.aligned(sources, tensor.base or self._recipe.base_model)
+            sources = self._vocabulary.aligned(sources, tensor.preferred)
         count = torch.Size(self._skeleton.parameters[tensor.name]).numel()
         return Inputs(
             base=sources[tensor.base] if tensor.base is not None else None,

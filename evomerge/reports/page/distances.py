@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from evomerge.config.search import SearchConfig
 from evomerge.layers import layer_count
+from evomerge.merging.naming import naming_in
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find
 from evomerge.merging.streamed.merge import StreamedMerge
+from evomerge.merging.vocabulary import with_tokens
 from evomerge.recipe import Recipe
 from evomerge.reports.page.recipes import BASE, column_order, place_of
 
@@ -47,20 +49,24 @@ def distances(recipe: Recipe, config: SearchConfig, models: Models, statistics: 
             f"The models have {size / 1e6:,.0f} million parameters each. Distances are only computed for models of "
             f"up to {MOST_PARAMETERS / 1e6:,.0f} million, since the merge has to be made for them."
         )
+    if recipe.evomerge.parallel:
+        return "The merge runs layers side by side, so that distances of weights would not say what it does."
+    moved = naming_in(models.base.folder).vocabulary if config.space.tokenizer_source is not None else frozenset()
+    recipe = with_tokens(recipe, config, models)
     merge = StreamedMerge(recipe, models, "the recipe", "cpu", config.evaluation.dtype, statistics)
     if not merge.plan.keeps_layers or len(merge.plan.layers) != layer_count(models.table):
         return "The merge has other layers than its parents, so that no weight of it lies opposite to one of theirs."
-    return _measured(merge, {BASE: config.base, **config.models}, models)
+    return _measured(merge, {BASE: config.base, **config.models}, models, moved)
 
 
-def _measured(merge: StreamedMerge, references: dict[str, str], models: Models) -> Distances:
-    """The sums of squares are taken place by place, one tensor after the other."""
+def _measured(merge: StreamedMerge, references: dict[str, str], models: Models, moved: frozenset[str]) -> Distances:
+    """The sums of squares are taken place by place, one tensor after the other; those that are `moved` are left out."""
     norms: dict[str, float] = defaultdict(float)
     merged: dict[str, dict[str, float]] = {name: defaultdict(float) for name in references}
     parents: dict[str, dict[str, float]] = {name: defaultdict(float) for name in references if name != BASE}
     for name, made in merge.merged():
-        if any(models[reference].weights.find(name) is None for reference in references.values()):
-            continue  # a head that some models tie to their embedding
+        if name in moved or any(models[reference].weights.find(name) is None for reference in references.values()):
+            continue  # among them a head that some models tie to their embedding
         place, whole = place_of(name), made.double()
         own = {model: models[reference].weights.read(name).double() for model, reference in references.items()}
         norms[place] += float(own[BASE].square().sum())

@@ -138,7 +138,8 @@ def paths(titles: Sequence[str], shown: Sequence[Path]) -> Drawing:
 
 
 def _path(path: Path, lanes: Sequence[str], depth: int) -> list[dict[str, Any]]:
-    """A line of several widths, and a dot for each hop. Every path has equally many traces."""
+    """A line of several widths, and a dot for each hop, or a square where hops run side by side. Every path has equally
+    many traces."""
     across = list(range(len(path.stops)))
     upward = [lanes.index(stop.lane) * (depth + 1) + stop.layer for stop in path.stops]
     widths = [_width(stop.scale) for stop in path.stops]
@@ -161,15 +162,21 @@ def _path(path: Path, lanes: Sequence[str], depth: int) -> list[dict[str, Any]]:
             "marker": {
                 "size": [6 + 1.2 * width for width in widths],
                 "color": [PALETTE[lanes.index(stop.lane) % len(PALETTE)] for stop in path.stops],
+                "symbol": ["circle" if path.block_of(index) is None else "square" for index in across],
             },
             "hoverinfo": "text",
             "hovertext": [
-                label(f"layer {index}: layer {stop.layer} of {stop.lane}, scale {stop.scale:.3g}")
+                label(f"layer {index}: layer {stop.layer} of {stop.lane}, scale {stop.scale:.3g}{_beside(path, index)}")
                 for index, stop in enumerate(path.stops)
             ],
         }
     )
     return traces
+
+
+def _beside(path: Path, index: int) -> str:
+    block = path.block_of(index)
+    return "" if block is None else f", in the block of layers {block[0]} to {block[1] - 1}"
 
 
 def _width(scale: float) -> int:

@@ -57,12 +57,14 @@ class Rebuilt:
     fingerprint: of its weights.
     recipe: its recipe as YAML.
     warnings: what to know before it ships.
+    parallel: whether it runs layers side by side, so that no checkpoint can hold it.
     """
 
     candidate: str
     fingerprint: str | None
     recipe: str
     warnings: tuple[str, ...]
+    parallel: bool = False
 
 
 def provenance(run: OpenRun) -> Provenance:
@@ -98,4 +100,6 @@ def rebuilt(run: OpenRun, record: Record) -> Rebuilt:
     """
     recipe = shared_recipe(record, run.results, run.prepared.models, run.directory / STATISTICS)
     told = tuple(warnings(record, run.results))
-    return Rebuilt(record.candidate.id, record.evaluation.fingerprint, recipe.to_yaml(), told)
+    return Rebuilt(
+        record.candidate.id, record.evaluation.fingerprint, recipe.to_yaml(), told, bool(recipe.evomerge.parallel)
+    )

@@ -13,7 +13,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.layers import is_embedding, layer_index, with_layer
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.sources.models import Models
-from evomerge.recipe import Recipe
+from evomerge.recipe import Blocks, Recipe
 
 EMBEDDINGS, HEAD, SHARED, MERGE, BASE = "embeddings", "head", "all models", "merge", "base"
 _ALL = "all tensors"
@@ -57,11 +57,17 @@ class Path:
     stops: a layer each.
     embeddings: where the embeddings come from, a lane.
     head: where the final norm and the head come from, a lane.
+    parallel: the blocks of stops that run side by side, as in `Provenance`.
     """
 
     stops: tuple[Stop, ...]
     embeddings: str
     head: str
+    parallel: Blocks = ()
+
+    def block_of(self, index: int) -> tuple[int, int] | None:
+        """The block of a stop, as its first stop and the one after its last; None where the stop runs alone."""
+        return next((block for block in self.parallel if block[0] <= index < block[1]), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +241,7 @@ def _path(plan: MergePlan, lanes: Sequence[str], names: Mapping[str, str]) -> Pa
         for place in (EMBEDDINGS, HEAD)
         if any(place_of(tensor.name) == place for tensor in plan.tensors)
     }
-    return Path(stops, outside.get(EMBEDDINGS, MERGE), outside.get(HEAD, MERGE))
+    return Path(stops, outside.get(EMBEDDINGS, MERGE), outside.get(HEAD, MERGE), plan.parallel)
 
 
 def _layer(sources: Mapping[str, int], lane: str, names: Mapping[str, str]) -> int:

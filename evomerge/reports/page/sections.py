@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from evomerge.errors import EvomergeError
 from evomerge.evidence.ablation import Part
 from evomerge.evidence.comparison import Kept, phrase
+from evomerge.files import SEARCH_FILE
 from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports import views
 from evomerge.reports.page import figures, pictures
@@ -351,6 +352,11 @@ def _path(story: Story) -> Block:
         "top; a layer that is merged of several models lies in the lane called merge. The line leads from layer to "
         "layer; it is the wider, the larger the scale of the layer that it leads to."
     )
+    if any(shown.parallel for _, shown in found):
+        says += (
+            " Squares are layers that run side by side: all layers of such a block read what goes into its first one, "
+            "and the mean of what they give goes on."
+        )
     path = found[0][1]
     lanes = Counter(stop.lane for stop in path.stops)
     notes = (
@@ -358,9 +364,15 @@ def _path(story: Story) -> Block:
         f"{_come(path.head)}.",
         f"Its layers by where they come from: {', '.join(f'{lane} {count}' for lane, count in lanes.items())}. A model "
         "that gives no layer is of no use to it.",
+        *([_side_by_side(path)] if path.parallel else []),
     )
     drawing = pictures.paths([name for name, _ in found], [shown for _, shown in found])
     return Block("path", title, says, drawing, notes=notes if story.winner is not None else ())
+
+
+def _side_by_side(path: Path) -> str:
+    blocks = " and ".join(f"layers {start} to {end - 1}" for start, end in path.parallel)
+    return f"Side by side run {blocks}. The model can be scored in memory, but no checkpoint can hold it."
 
 
 def _come(lane: str) -> str:
@@ -677,6 +689,13 @@ def _rebuild(story: Story) -> Block:
         f"those that were scored, by their fingerprint {again.fingerprint}. The recipe alone is enough."
     )
     commands = f"evomerge export {shlex.quote(story.directory)} -o recipe.yaml\nevomerge merge recipe.yaml merged"
+    if again.parallel:
+        says = (
+            "The commands write the recipe and score it in memory. No checkpoint can hold a model that runs layers "
+            "side by side."
+        )
+        search = shlex.quote(f"{story.directory}/{SEARCH_FILE}")
+        commands = commands.splitlines()[0] + f"\nevomerge evaluate recipe.yaml --config {search}"
     texts = (
         Text("The commands", commands, copied=True, opened=True),
         Text(f"The recipe of {again.candidate}", again.recipe, copied=True),

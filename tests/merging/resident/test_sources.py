@@ -38,14 +38,19 @@ def test_fingerprints_are_equal_wherever_sources_live_and_whether_fields_are_kep
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-def test_compiled_code_makes_fields_with_the_bits_of_kept_ones(tiny_models, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", UNMEASURED)
+def test_compiled_code_leaves_the_fingerprint_of_other_code_wherever_sources_live(
+    method, tiny_models, placed, monkeypatch
+):
     from evomerge.merging.methods import passes
 
     monkeypatch.setattr(passes, "_COMPILED_FROM", 1)
-    base = tiny_models["base"]
-    eager = load_models(tiny_models, base, "cpu", "bfloat16")
-    compiled = load_models(tiny_models, base, "cpu", "bfloat16", compiled=True, sources="disk", fields="made")
-    assert compiled.materialize(recipe("dare_ties")) == eager.materialize(recipe("dare_ties"))
+    expected = placed["device", "kept"].materialize(recipe(method))
+    for sources, fields in (("device", "kept"), ("disk", "made")):
+        compiled = load_models(
+            tiny_models, tiny_models["base"], "cpu", "bfloat16", compiled=True, sources=sources, fields=fields
+        )
+        assert compiled.materialize(recipe(method)) == expected
 
 
 @pytest.mark.parametrize("start", [0, 70_000])
@@ -96,17 +101,30 @@ def test_one_value_that_is_not_finite_is_found_in_any_piece(bad, place):
 SIZE = 64 << 20
 
 
-def _pss() -> int:
+def pss() -> int:
     return 1024 * int(re.findall(r"^Pss: +(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)[0])
 
 
+def taken(folder: Path) -> int:
+    """This process's share of the files that it has mapped from a folder, and all memory that lies in no file."""
+    size = re.findall(r"^Pss_Anon: +(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    size += [
+        share
+        for mapping in mappings
+        if f" {folder}/" in mapping
+        for share in re.findall(r"^Pss: +(\d+)", mapping, re.MULTILINE)
+    ]
+    return 1024 * sum(map(int, size))
+
+
 def _hold(folder: Path, leaves: bool, link: Connection) -> None:
-    before = _pss()
+    before = pss()
     tensor = OffDevice(Weights(folder), "a", torch.Size([SIZE // 2]), {}, leaves).on(torch.device("cpu"))
     assert bool(finite(tensor))
     link.send(before)
     while link.recv():
-        link.send(_pss())
+        link.send(pss())
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")

@@ -89,6 +89,14 @@ def test_the_width_of_a_path_follows_its_scales() -> None:
     assert dots["y"] == [0, 4, 1]  # lanes of two layers each, and a gap
 
 
+def test_layers_that_run_side_by_side_are_squares_that_name_their_block() -> None:
+    stops = tuple(Stop("math", layer) for layer in range(4))
+    *_, dots = pictures.paths(["only"], [LayerPath(stops, "math", "math", ((1, 3),))]).figure["data"]
+    assert dots["marker"]["symbol"] == ["circle", "square", "square", "circle"]
+    named = ["in the block of layers 1 to 2" in text for text in dots["hovertext"]]
+    assert named == [False, True, True, False]
+
+
 @given(st.integers(0, 5000), st.integers(2, 100))
 def test_thinning_keeps_the_ends_and_the_order(count: int, most: int) -> None:
     kept = thinned(count, most)

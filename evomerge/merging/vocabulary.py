@@ -8,20 +8,26 @@ The rules are those of mergekit 0.1.5. A model that lacks a token gets an embedd
 - zeros, if no model has it.
 
 A recipe's `tokenizer.tokens` may name another source. Rows beyond the tokens are padding: the average of all tokens.
+
+In a search, all merges have the base's tokens, and as many rows as the base.
 """
 
 import tempfile
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, choices
+from evomerge.merging.building import load_config
+from evomerge.merging.naming import naming_in
+from evomerge.merging.sources.models import Model, Models
 from evomerge.merging.sources.tokenizers import read_tokenizer
-from evomerge.merging.streamed.chat_templates import CHAT_TEMPLATES
 from evomerge.quiet import quiet
 from evomerge.recipe import ModelToken, Recipe, TokenizerSettings, TokenSettings, ZeroToken
 
@@ -35,6 +41,7 @@ class Vocabulary:
     rows: each model's row of every token, int64, shape (tokens,); -1 where the model lacks the token.
     own: each model's rows by the text of the token.
     settings: what the recipe says about single tokens, by id.
+    wanted: the recipe's settings.
     """
 
     tokenizer: Any
@@ -42,56 +49,79 @@ class Vocabulary:
     rows: Mapping[str, torch.Tensor]
     own: Mapping[str, Mapping[str, int]]
     settings: Mapping[int, TokenSettings]
+    wanted: TokenizerSettings
 
-    def aligned(self, tensors: Mapping[str, torch.Tensor], base: str | None) -> dict[str, torch.Tensor]:
-        """The embeddings of the models that are merged, each with one row per row of the output's embeddings.
+    def complete(self, model: str) -> bool:
+        """Whether a model has every token that any model has, and no token is taken from elsewhere."""
+        return not self.settings and bool(((self.rows[model] >= 0) | self._nowhere).all())
 
-        tensors: the embeddings by model, float32, with one row per token of the model.
+    def aligned(
+        self, tensors: Mapping[str, torch.Tensor], base: str | None, wanted: Iterable[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The embeddings of the models that are merged, each with one row per row of the output's embeddings, float32.
+
+        tensors: the embeddings by model, with one row per token of the model.
         base: the model whose embeddings are preferred where others lack a token, if it is among `tensors`.
+        wanted: the models whose embeddings are made; by default all of them.
         Raises InputError where a token's source is not among them.
         """
         device = next(iter(tensors.values())).device
         rows = {model: self.rows[model].to(device) for model in tensors}
-        has = torch.stack([rows[model] >= 0 for model in tensors])
-        forced = torch.zeros(has.shape[1], dtype=torch.bool, device=device)
+        owners = torch.stack([rows[model] >= 0 for model in tensors]).sum(dim=0)
+        forced = torch.zeros(owners.shape, dtype=torch.bool, device=device)
         forced[[token for token, settings in self.settings.items() if settings.force]] = True
-        instead = self._defaults(tensors, rows, has, forced, base)
-        return {model: self._rows(tensors[model], rows[model], instead, forced) for model in tensors}
+        lacked = ((owners < len(tensors)) | forced).nonzero().flatten()
+        instead = self._defaults(tensors, {model: own[lacked] for model, own in rows.items()}, lacked.tolist(), base)
+        made = {}
+        for model in tensors if wanted is None else wanted:
+            kept = (rows[model] >= 0) & ~forced
+            made[model] = self._rows(tensors[model], rows[model], kept, lacked, instead)
+        return made
 
     def _rows(
-        self, tensor: torch.Tensor, rows: torch.Tensor, instead: torch.Tensor, forced: torch.Tensor
+        self,
+        tensor: torch.Tensor,
+        rows: torch.Tensor,
+        kept: torch.Tensor,
+        lacked: torch.Tensor,
+        instead: torch.Tensor,
     ) -> torch.Tensor:
-        kept = (rows >= 0) & ~forced
-        aligned = tensor.new_empty((self.size, *tensor.shape[1:]))
-        tokens = aligned[: len(rows)]
-        tokens[kept] = tensor[rows[kept]]
-        tokens[~kept] = instead[~kept]
-        aligned[len(rows) :] = tokens.mean(dim=0)
+        """One model's embeddings: its own for the tokens that are `kept`, and `instead` for those of the `lacked` that
+        are not."""
+        aligned = tensor.new_empty((self.size, *tensor.shape[1:]), dtype=torch.float32)
+        tokens, missing = aligned[: len(rows)], ~kept[lacked]
+        tokens[kept] = tensor[rows[kept]].to(torch.float32)
+        tokens[lacked[missing]] = instead[missing]
+        if self.size > len(rows):
+            aligned[len(rows) :] = _mean(tokens)
         return aligned
 
     def _defaults(
         self,
         tensors: Mapping[str, torch.Tensor],
         rows: Mapping[str, torch.Tensor],
-        has: torch.Tensor,
-        forced: torch.Tensor,
+        tokens: Sequence[int],
         base: str | None,
     ) -> torch.Tensor:
-        """The embedding of each token for models that lack the token."""
+        """The embedding of each of some tokens for models that lack it, float32.
+
+        rows: each model's row of each token; -1 where it lacks the token.
+        """
         some = next(iter(tensors.values()))
-        owners = has.sum(dim=0)
-        defaults = some.new_zeros((has.shape[1], *some.shape[1:]))
-        wanted = (owners < len(tensors)) | forced
+        defaults = some.new_zeros((len(tokens), *some.shape[1:]), dtype=torch.float32)
+        owners = torch.zeros(len(tokens), device=some.device)
         for model, tensor in tensors.items():
-            mine = wanted & (rows[model] >= 0)
-            defaults[mine] += tensor[rows[model][mine]]
+            mine = rows[model] >= 0
+            owners += mine
+            defaults[mine] += tensor[rows[model][mine]].to(torch.float32)
         defaults /= owners.clamp(min=1).reshape(-1, *[1] * (some.dim() - 1))
         if base is not None and base in tensors:
-            mine = wanted & (rows[base] >= 0)
-            defaults[mine] = tensors[base][rows[base][mine]]
-        for token, settings in self.settings.items():
-            if wanted[token] and settings.source is not None:
-                defaults[token] = self._configured(tensors, token, settings)
+            mine = rows[base] >= 0
+            defaults[mine] = tensors[base][rows[base][mine]].to(torch.float32)
+        for place, token in enumerate(tokens):
+            settings = self.settings.get(token)
+            if settings is not None and settings.source is not None:
+                defaults[place] = self._configured(tensors, token, settings)
         return defaults
 
     def _configured(self, tensors: Mapping[str, torch.Tensor], token: int, settings: TokenSettings) -> torch.Tensor:
@@ -153,26 +183,33 @@ class Vocabulary:
     @property
     def unknown(self) -> list[str]:
         """The tokens that no model has and that the recipe names no source for."""
-        nowhere = torch.stack(list(self.rows.values())).amax(dim=0) < 0
         return [
             str(self.tokenizer.convert_ids_to_tokens(token))
-            for token in nowhere.nonzero().flatten().tolist()
+            for token in self._nowhere.nonzero().flatten().tolist()
             if token not in self.settings or self.settings[token].source is None
         ]
 
+    @property
+    def _nowhere(self) -> torch.Tensor:
+        """Which tokens no model has."""
+        return torch.stack(list(self.rows.values())).amax(dim=0) < 0
 
-def build_vocabulary(
-    recipe: Recipe, settings: TokenizerSettings, folders: Mapping[str, Path], sizes: Mapping[str, int]
-) -> Vocabulary:
+
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of rows, added in float64 one after the other, so that its bits depend on no device and no threads."""
+    total = np.add.reduce(rows.cpu().numpy(), axis=0, dtype=np.float64)
+    return torch.from_numpy(np.asarray(total / len(rows), dtype=np.float32)).to(rows.device)
+
+
+def build_vocabulary(settings: TokenizerSettings, folders: Mapping[str, Path], sizes: Mapping[str, int]) -> Vocabulary:
     """The vocabulary of a merge's output.
 
-    recipe: the recipe. The first model that it names counts as `base`; it is the base where there is one.
-    settings: how the recipe builds the tokenizer.
-    folders: the models' folders, by reference.
+    settings: how the tokenizer is built.
+    folders: the models' folders, by reference. The first one counts as `base`.
     sizes: how many rows each model's embeddings have, by reference.
     Raises InputError where a tokenizer cannot be read, or a source of a token does not exist.
     """
-    tokenizers = {reference: read_tokenizer(folders[reference]) for reference in recipe.references}
+    tokenizers = {reference: read_tokenizer(folder) for reference, folder in folders.items()}
     own = {
         reference: {text: row for text, row in tokenizer.get_vocab().items() if row < sizes[reference]}
         for reference, tokenizer in tokenizers.items()
@@ -196,11 +233,91 @@ def build_vocabulary(
         rows=rows,
         own=own,
         settings={vocabulary[text]: token for text, token in (settings.tokens or {}).items()},
+        wanted=settings,
     )
     for token, wanted in built.settings.items():
         if isinstance(wanted.source, str | ModelToken):
             built.source(token, wanted)
     return built
+
+
+def of_search(config: SearchConfig, models: Models) -> Vocabulary | None:
+    """The vocabulary of a search's merges; None where its models have one vocabulary.
+
+    config: the search's, resolved.
+    models: the models of the search.
+    Raises InputError where a tokenizer cannot be read.
+    """
+    if config.space.tokenizer_source is None:
+        return None
+    every = {models.base.reference: models.base, **models}
+    return _of_base(tuple((reference, model.folder) for reference, model in every.items()))
+
+
+def with_tokens(recipe: Recipe, config: SearchConfig, models: Models) -> Recipe:
+    """A recipe of a search that says itself which tokens its merge has.
+
+    recipe: the recipe.
+    config: the search's, resolved.
+    models: the models of the search.
+    Raises InputError where the base's tokenizer cannot be read.
+    """
+    if config.space.tokenizer_source is None:
+        return recipe
+    return recipe.model_copy(update={"tokenizer": tokens_of(models.base.folder, config.base)})
+
+
+@lru_cache(maxsize=1)
+def _of_base(folders: tuple[tuple[str, Path], ...]) -> Vocabulary:
+    reference, folder = folders[0]
+    return build_vocabulary(
+        tokens_of(folder, reference), dict(folders), {model: _size(folder) for model, folder in folders}
+    )
+
+
+def tokens_of(folder: Path, reference: str) -> TokenizerSettings:
+    """The settings of a recipe whose output has the tokens of a model, and as many rows.
+
+    folder: the model's.
+    reference: the model's.
+    Raises InputError where the model has tokens without a row.
+    """
+    tokens, rows = read_tokenizer(folder).get_vocab(), _size(folder)
+    count = max(tokens.values()) + 1
+    if count > rows:
+        extra = max(tokens, key=lambda text: tokens[text])
+        raise InputError(
+            f"{folder}: its tokenizer has the token '{extra}', for which its embeddings have no row; resize them "
+            "(resize_token_embeddings), or take another base."
+        )
+    return TokenizerSettings(source=reference, pad_to_multiple_of=None if count == rows else rows)
+
+
+def other_size(model: Model, base: Model) -> bool:
+    """Whether a model has another number of rows than the base. Raises InputError where it then has no tokenizer."""
+    tables = [(base.weights.find(name), model.weights.find(name)) for name in naming_in(base.folder).vocabulary]
+    if model.folder == base.folder or all(
+        here is None or there is None or here.shape[:1] == there.shape[:1] for here, there in tables
+    ):
+        return False
+    read_tokenizer(model.folder)
+    return True
+
+
+def other_rows(model: Model, base: Model) -> bool:
+    """Whether a model lacks a token of the base, or has it in another row. A model without a tokenizer does not."""
+    if model.folder == base.folder:
+        return False
+    try:
+        own = read_tokenizer(model.folder).get_vocab()
+    except InputError:
+        return False
+    return any(own.get(text) != row for text, row in read_tokenizer(base.folder).get_vocab().items())
+
+
+def _size(folder: Path) -> int:
+    """How many rows the embeddings of the model in a folder have."""
+    return int(load_config(folder).get_text_config().vocab_size)
 
 
 def _output(
@@ -209,7 +326,7 @@ def _output(
     tokenizers: Mapping[str, Any],
     own: Mapping[str, Mapping[str, int]],
 ) -> Any:
-    from evomerge.merging.sources.references import locate
+    from evomerge.merging.sources.references import locate, split_adapter
 
     base = next(iter(tokenizers))
     if source in ("base", "union"):
@@ -223,7 +340,7 @@ def _output(
         return tokenizers[base]
     if source == "union":
         return _union(tokenizers, own)
-    return read_tokenizer(folders[source] if source in folders else locate(source))
+    return read_tokenizer(folders[source] if source in folders else locate(split_adapter(source)[0]))
 
 
 def _union(tokenizers: Mapping[str, Any], own: Mapping[str, Mapping[str, int]]) -> Any:
@@ -242,39 +359,3 @@ def _union(tokenizers: Mapping[str, Any], own: Mapping[str, Mapping[str, int]]) 
     union.add_tokens([text for text in plain if text not in first and text not in added])
     union.add_tokens(list(added.values()))
     return union
-
-
-def chat_template(recipe: Recipe, folders: Mapping[str, Path], where: str) -> str | None:
-    """The Jinja text that a recipe's `chat_template` stands for; None for `auto` where no model has a template.
-
-    `auto` is the template that most models have. A name is that of a model, or of a format (chat_templates.py).
-
-    recipe: the recipe.
-    folders: the models' folders, by reference.
-    where: what the recipe is called, which opens an error's message.
-    Raises InputError for any other name, and for a model without a template.
-    """
-    wanted = recipe.chat_template or ""
-    if wanted == "auto":
-        templates = [text for text in map(_template, folders.values()) if text]
-        return Counter(templates).most_common(1)[0][0] if templates else None
-    if wanted in folders:
-        text = _template(folders[wanted])
-        if text is None:
-            raise InputError(f"{where}: chat_template: {wanted} has no chat template; name another model, or use auto.")
-        return text
-    if "{" in wanted:
-        return wanted
-    if wanted in CHAT_TEMPLATES:
-        return CHAT_TEMPLATES[wanted]
-    options = choices(wanted, ["auto", *CHAT_TEMPLATES])
-    raise InputError(
-        f"{where}: chat_template is '{wanted}', no known format; {options}, or write a model of the recipe, or the "
-        "template itself (Jinja)."
-    )
-
-
-def _template(folder: Path) -> str | None:
-    template = read_tokenizer(folder).chat_template
-    template = template.get("default") if isinstance(template, dict) else template
-    return template.strip() if template else None
