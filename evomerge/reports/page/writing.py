@@ -1,5 +1,6 @@
 """Writes the page of a run, once or again and again while its search runs."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,3 +62,5 @@ def check_output(output: Path) -> None:
         raise InputError(f"{output}: is a folder; give -o the name of a file.")
     if not output.parent.is_dir():
         raise InputError(f"{output}: the folder {output.parent} does not exist; make it, or choose another -o.")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output}: the folder {output.parent} cannot be written to; choose another -o.")

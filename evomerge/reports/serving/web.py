@@ -10,6 +10,7 @@ aiohttp comes with ray[default], so it costs no further package.
 
 import asyncio
 import hmac
+import logging
 import re
 import secrets
 import socket
@@ -61,6 +62,7 @@ def serve(site: Site, listener: socket.socket, token: str) -> None:
     token: what a reader must know.
     """
     made = application(site, token, f"evomerge-{port_of(listener)}")
+    logging.getLogger("aiohttp.server").disabled = True  # it prints the address of a request that nobody can read
     web.run_app(made, sock=listener, print=None, access_log=None, shutdown_timeout=0.5)  # a log would keep the token
 
 
