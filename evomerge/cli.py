@@ -316,23 +316,22 @@ def export(
     runs.check_sources(opened)
     record = choice.choose(opened.results, candidate, prefer or [])
     recipe = exports.shared_recipe(record, opened.results, opened.prepared.models, directory / STATISTICS)
-    for warning in choice.warnings(record, opened.results):
-        terminal.warn(warning)
     if lora_rank is not None:
         base = str(opened.prepared.models.base.folder)
         scored = directory / SEARCH_FILE if score else None
-        return _write_adapter(recipe, output or Path("adapter"), record.candidate.id, lora_rank, base, scored)
-    output = output or Path("recipe.yaml")
-    exports.write_recipe(recipe, output)
-    then = f"merge it with `evomerge merge {output} OUT_DIR`"
-    if recipe.evomerge.parallel:
-        search = directory / SEARCH_FILE
-        then = (
-            "no checkpoint can hold layers that run side by side, and mergekit would run them one after the other; "
-            f"score it with `evomerge evaluate {output} --config {search}`"
-        )
-    terminal.console().print(f"{record.candidate.id} written to {output}; {then}")
-    return None
+        _write_adapter(recipe, output or Path("adapter"), record.candidate.id, lora_rank, base, scored)
+    else:
+        output = output or Path("recipe.yaml")
+        exports.write_recipe(recipe, output)
+        then = f"merge it with `evomerge merge {output} OUT_DIR`"
+        if recipe.evomerge.parallel:
+            then = (
+                "no checkpoint can hold layers that run side by side, and mergekit would run them one after the other; "
+                f"score it with `evomerge evaluate {output} --config {directory / SEARCH_FILE}`"
+            )
+        terminal.console().print(f"{record.candidate.id} written to {output}; {then}")
+    for warning in choice.warnings(record, opened.results):
+        terminal.warn(warning)
 
 
 @app.command()

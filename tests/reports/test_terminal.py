@@ -103,10 +103,10 @@ def test_elsewhere_a_search_ends_with_a_line_of_all_that_counts(finished: Path) 
 
 
 def test_check_says_what_there_is_and_leaves_out_what_there_is_not(search_file: WriteSearch) -> None:
-    lines = dict(
-        line.split(": ", 1)
-        for line in evomerge("check", search_file(optimizer={"evaluations": 20, "population": 8})).splitlines()
-    )
+    shown = evomerge("check", search_file(optimizer={"evaluations": 20, "population": 8}))
+    summary, _, placements = shown.partition("\nGiB")
+    lines = dict(line.split(": ", 1) for line in summary.splitlines())
+    assert "a worker" in placements
     assert lines["groups"] == "embeddings 4, layers_0-1 4, layers_2-3 4, layers_4-5 4, head 4"
     assert "weight the best of base, parents and uniform merge" in lines["starts"]
     assert lines["generations"] == "3"
