@@ -28,7 +28,8 @@ RECIPES: dict[str, tuple[Any, ...]] = {
         "models[0].parameters.weight.value is required",
     ),
     "a method without its base": ({"merge_method": "ties"}, "merge_method ties needs a base_model"),
-    "modules": ({"modules": {"text": {}}, "models": REMOVED}, "modules is not supported; remove it"),
+    "several modules": ({"modules": {"text": {}, "sight": {}}, "models": REMOVED}, "modules", "filter"),
+    "modules that are none": ({"modules": ["text"], "models": REMOVED}, "modules is ['text']; expected {default:"),
     "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "give at most one of tokenizer_source and"),
     "a tokenizer that is not there": ({"tokenizer_source": "./nowhere"}, "./nowhere: no such model folder"),
     "a token with two sources": (

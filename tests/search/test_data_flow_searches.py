@@ -12,7 +12,6 @@ import yaml
 from evomerge.archive.archive import Archive
 from evomerge.candidate import Candidate
 from evomerge.config.files import load
-from evomerge.errors import InputError
 from evomerge.events import Evaluated, Event, unheard
 from evomerge.layers import layer_count
 from evomerge.merging.sources.weights import tensor_table
@@ -211,7 +210,7 @@ def test_layers_side_by_side_are_searched_resumed_exported_and_evaluated_but_not
     assert ("evomerge evaluate recipe.yaml" in page) == bool(best.candidate.recipe.evomerge.parallel)
 
 
-def test_a_model_with_other_tokens_gives_neither_embeddings_nor_head(tiny_models, search_file, tmp_path):
+def test_a_model_whose_tokens_lie_in_other_rows_gives_its_ends_token_by_token(tiny_models, search_file, tmp_path):
     shutil.copytree(tiny_models["first"], tmp_path / "first")
     tokenizer = json.loads((tmp_path / "first" / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
@@ -224,11 +223,8 @@ def test_a_model_with_other_tokens_gives_neither_embeddings_nor_head(tiny_models
         space = {"kind": "data_flow", "sources": ["second", "first"]} | space
         return prepare(load(search_file(name, base=str(tiny_models["base"]), models=models, space=space)))
 
-    assert attempt("theirs.yaml").space.genes
-    with pytest.raises(
-        InputError, match=r"models\.first may give the embeddings or the head, but its tokenizer is not"
-    ):
-        attempt("free.yaml", head="free")
+    assert attempt("theirs.yaml").config.space.tokenizer_source is None
+    assert attempt("free.yaml", head="free").config.space.tokenizer_source == "base"
 
 
 def test_a_search_needs_no_models_besides_the_base(search_file):
