@@ -46,7 +46,10 @@ def held(adapted: Adapted, where: str, form: str, dtype: str = "bfloat16", **mor
     return load_models(adapted, base, "cpu", dtype, sources=where, adapters=form, **{"fields": "made"} | more)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
+@pytest.fixture(
+    scope="module",
+    params=["bfloat16", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("float32", "float16"))],
+)
 def ways(request, adapted) -> dict[tuple[str, str], ResidentModels]:
     return {way: held(adapted, *way, request.param) for way in WAYS}
 
