@@ -178,8 +178,16 @@ def test_what_the_search_file_says_is_taken_wherever_the_device_is():
     assert [(place.sources, place.fields) for place in wanted if place.chosen] == [("host", "made")]
 
 
-@pytest.mark.parametrize("fields", ["kept", "made"])
-@pytest.mark.parametrize("sources", ["device", "disk"])
+@pytest.mark.parametrize(
+    ("sources", "fields"),
+    [
+        ("disk", "made"),
+        *(
+            pytest.param(*row, marks=pytest.mark.exhaustive)
+            for row in (("device", "kept"), ("device", "made"), ("disk", "kept"))
+        ),
+    ],
+)
 def test_merging_one_tensor_of_each_kind_counts_as_much_as_merging_all(tiny_models, sources, fields):
     """One method after the other, as in a search that chooses among them. Checksums and extremes are a few bytes for
     each tensor, which are computed for one tensor of each shape."""

@@ -33,7 +33,7 @@ def test_a_wrong_value_in_a_search_file_is_refused(claim: str, refuses_search: R
 @pytest.mark.ray
 def test_more_gpus_than_there_are_are_refused(search: WriteSearch, tmp_path: Path) -> None:
     options = ("--workers", 2, "--set", "workers.num_gpus=64")
-    says = ("workers: 2 worker(s) of 64 GPU each need 128 GPU", "lower workers.count or workers.num_gpus")
+    says = ("workers.num_gpus is 64, but torch sees", "give the --address of a Ray cluster")
     check_process("run", search(), "--output", tmp_path / "run", *options, says=says, cwd=tmp_path)
 
 

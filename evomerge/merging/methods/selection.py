@@ -10,7 +10,7 @@ from functools import partial, reduce
 
 import torch
 
-from evomerge.devices import widened
+from evomerge.devices import exact_device, widened
 from evomerge.merging.methods.base import Inputs, Latest, each_time
 from evomerge.merging.methods.gram import gram
 from evomerge.merging.methods.kernels import (
@@ -154,7 +154,7 @@ def merge_ramplus_tl(inputs: Inputs) -> Pass:
     epsilon, most = inputs.shared["epsilon"], inputs.shared["alpha"]
     models = (-1, *range(len(inputs.tensors)))
     counts = inputs.once(Latest("shared and own changes", epsilon), models, lambda: _changes(inputs, epsilon))
-    shared, alone = counts.to(torch.float64).unbind(1)
+    shared, alone = counts.to(exact_device(inputs.device)).to(torch.float64).unbind(1)
     more = inputs.shared["r"] * (shared / alone.clamp(min=1.0)).clamp(min=0.0, max=most)
     numbers = numbers_on(inputs.device, epsilon=[epsilon], more=more.unbind())
     return Pass(_average_changes, (_base(inputs), *inputs.tensors), numbers)
