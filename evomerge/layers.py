@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+EMBEDDINGS, HEAD = "embeddings", "head"  # the places before and behind the layers
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # modules that see or hear for a language model have layers of their own, which do not count
 _SENSES = re.compile(
@@ -55,3 +56,18 @@ def embedding_names(names: Iterable[str]) -> list[str]:
 def head_names(names: Iterable[str]) -> list[str]:
     """The names of tensors after the layers (final norm and head), sorted."""
     return sorted(name for name in names if layer_index(name) is None and not is_embedding(name))
+
+
+def place_of(name: str) -> str:
+    """The place of a tensor in its model: `embeddings`, the number of its layer, or `head`."""
+    layer = layer_index(name)
+    if layer is not None:
+        return str(layer)
+    return EMBEDDINGS if is_embedding(name) else HEAD
+
+
+def place_order(place: str) -> tuple[int, int]:
+    """A key that sorts places: embeddings, layers by number, head."""
+    if place.isdigit():
+        return 1, int(place)
+    return (0, 0) if place == EMBEDDINGS else (2, 0)

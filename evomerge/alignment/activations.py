@@ -13,11 +13,10 @@ import torch
 
 from evomerge.alignment.matching import Similarities, assigned, assigned_heads, by_head
 from evomerge.alignment.structure import Permutations, Structure
-from evomerge.merging.building import load_model
+from evomerge.merging.loading import load_source
 from evomerge.merging.sources.models import Model
-from evomerge.merging.sources.tokenizers import read_tokenizer
+from evomerge.merging.sources.tokenizers import read_tokenizer, token_ids
 
-_TOKENS = 1024  # of a text at most
 _LARGEST = 2 << 30  # bytes of similarities that are kept at a time
 
 
@@ -30,12 +29,9 @@ def match_activations(target: Model, model: Model, structure: Structure, texts: 
     texts: what both read.
     """
     tokenizer = read_tokenizer(target.folder)
-    encoded = [
-        tokenizer(text.replace("\t", ""), return_tensors="pt", truncation=True, max_length=_TOKENS).input_ids
-        for text in texts
-    ]
+    encoded = (token_ids(tokenizer, text.replace("\t", "")) for text in texts)
     rows = [ids for ids in encoded if ids.numel()]
-    pair = [load_model(own.folder, torch.float32) for own in (target, model)]
+    pair = [load_source(own.source, torch.float32) for own in (target, model)]
     found = Permutations.identity(structure)
     together = max(1, _LARGEST // (4 * structure.units**2))
     residual = np.zeros((structure.hidden, structure.hidden))

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from evomerge.alignment.structure import Permutations, Structure, structure_of
 from evomerge.errors import InputError, choices
 from evomerge.merging.sources.models import Model, find_models
-from evomerge.merging.sources.tensor_files import FLOATS
+from evomerge.merging.sources.tensor_files import dtype_of
+from evomerge.merging.sources.tokenizers import read_tokenizer, token_ids
 from evomerge.merging.sources.weights import RECIPE
 from evomerge.recipe import load as load_recipe
+from evomerge.seen import encoded
 
 if TYPE_CHECKING:
     import torch
 
-MOST_TOKENS = 1024  # of a text
 WAYS = ("weights", "activations")
 _COPIED = (
     *("config.json", "generation_config.json", "README.md", "tokenizer*", "special_tokens_map.json"),
@@ -98,15 +99,15 @@ def align(reference: str, target: str, out: Path, by: str = "weights", texts: Se
     structure = _common(base, model)
     found = match_activations(base, model, structure, texts) if by == "activations" else None
     found = found or match_weights(base, model, structure)
-    layout = {name: (info.shape, _dtype(info.dtype)) for name, info in model.table.items()}
+    layout = {name: (info.shape, dtype_of(info)) for name, info in model.table.items()}
     layout = dict(sorted(layout.items(), key=lambda item: -item[1][1].itemsize))
+    here = Permutations.identity(structure)
+    barriers = (_barrier(base, model, here, texts), _barrier(base, model, found, texts)) if texts else None
     with staged(out) as folder:
         write_weights(folder, layout, _moved(model, found, list(layout)), 5_000_000_000)
         for file in sorted({file for pattern in _COPIED for file in model.folder.glob(pattern)}):
             shutil.copyfile(file, folder / file.name)
-        _copy_recipe(model, folder)
-    here = Permutations.identity(structure)
-    barriers = (_barrier(base, model, here, texts), _barrier(base, model, found, texts)) if texts else None
+        _keep_seen(model, folder)
     return Alignment(found.moved, _distance(base, model, here), _distance(base, model, found), barriers)
 
 
@@ -123,25 +124,20 @@ def _common(target: Model, model: Model) -> Structure:
     return structure
 
 
-def _dtype(stored: str) -> "torch.dtype":
-    import torch
-
-    return getattr(torch, FLOATS[stored])  # type: ignore[no-any-return]
-
-
 def _moved(model: Model, found: Permutations, names: Sequence[str]) -> "Iterator[tuple[str, torch.Tensor]]":
     for name in names:
         yield name, found.apply(name, model.weights.read(name))
         model.weights.close()
 
 
-def _copy_recipe(model: Model, folder: Path) -> None:
-    """Keeps what the search saw that made the model, so that it is never held out. The weights are others now."""
-    source = model.folder / RECIPE
-    if source.is_file():
-        recipe = load_recipe(source)
-        plain = recipe.evomerge.model_copy(update={"fingerprint": None})
-        (folder / RECIPE).write_text(recipe.model_copy(update={"evomerge": plain}).to_yaml(), encoding="utf-8")
+def _keep_seen(model: Model, folder: Path) -> None:
+    """Keeps what the searches saw that made the model, so that it is never held out. The weights are others now."""
+    recipes = [source / RECIPE for source in model.folders if (source / RECIPE).is_file()]
+    if recipes:
+        recipe, seen = load_recipe(recipes[0]), model.seen
+        changes = {"fingerprint": None, "seen": encoded(seen) if seen else None}
+        noted = recipe.model_copy(update={"evomerge": recipe.evomerge.model_copy(update=changes)})
+        (folder / RECIPE).write_text(noted.to_yaml(), encoding="utf-8")
 
 
 def _distance(target: Model, model: Model, found: Permutations) -> float:
@@ -160,7 +156,6 @@ def _barrier(target: Model, model: Model, found: Permutations, texts: Sequence[s
     import torch
 
     from evomerge.merging.building import load_model
-    from evomerge.merging.sources.tokenizers import read_tokenizer
 
     tokenizer, built = read_tokenizer(target.folder), load_model(target.folder, torch.float32)
     own = dict(built.named_parameters())
@@ -190,8 +185,8 @@ def mean_loss(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     with torch.no_grad():
         for text in texts:
             question, tab, answer = text.partition("\t")
-            ids = tokenizer(question + answer, return_tensors="pt", truncation=True, max_length=MOST_TOKENS).input_ids
-            first = len(tokenizer(question).input_ids) if tab else 1
+            ids = token_ids(tokenizer, question + answer)
+            first = token_ids(tokenizer, question).shape[1] if tab else 1
             if ids.shape[1] > first:
                 chances = model(input_ids=ids, use_cache=False).logits[0, first - 1 : -1].double().log_softmax(-1)
                 total -= float(chances.gather(1, ids[0, first:, None]).sum())

@@ -101,15 +101,18 @@ class _Matching:
             if axis not in axes:
                 continue
             moved = self._found.apply(name, self._model.weights.read(name), but=axis)
-            yield tuple(  # type: ignore[misc]
-                tensor.float().movedim(axes.index(axis), 0).flatten(1) if tensor.dim() > 1 else tensor.float()[:, None]
-                for tensor in (self._target.weights.read(name), moved)
-            )
+            place = axes.index(axis)
+            yield _by_place(self._target.weights.read(name), place), _by_place(moved, place)
             self._target.weights.close()
             self._model.weights.close()
 
     def _by_head(self, similarities: Similarities) -> Similarities:
         return by_head(similarities, self._structure.width)
+
+
+def _by_place(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
+    """A tensor as one row for each place of a dimension, in float32."""
+    return tensor.float().movedim(dimension, 0).reshape(tensor.shape[dimension], -1)
 
 
 def assigned(similarities: Similarities) -> Order:

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.layers import is_layer, layer_index
-from evomerge.merging.building import load_model
+from evomerge.merging.loading import load_source
 from evomerge.merging.sources.references import ModelSource
-from evomerge.merging.sources.tokenizers import read_tokenizer
-from evomerge.merging.sources.weights import Weights
-
-_TOKENS = 1024
+from evomerge.merging.sources.tokenizers import read_tokenizer, token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +28,17 @@ def layer_similarity(source: ModelSource, texts: Sequence[str], device: str) -> 
 
     source: the model's folder, and that of an adapter.
     texts: what the model reads, one at a time, so that the figures do not depend on a batch.
-    device: where it runs.
+    device: where it runs: in float32 on a CPU, and in bfloat16 elsewhere.
     """
     import torch
 
-    tokenizer, model = read_tokenizer(source.folder), _load(source, device)
+    tokenizer = read_tokenizer(source.folder)
+    model = load_source(source, torch.float32 if device == "cpu" else torch.bfloat16).to(device)
     watched = _Watched(model)
     tokens = 0
     with torch.no_grad():
         for text in texts:
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=_most(model)).input_ids
+            ids = token_ids(tokenizer, text)
             if ids.numel():
                 model(input_ids=ids.to(device), use_cache=False)
                 tokens += ids.numel()
@@ -70,23 +68,3 @@ class _Watched:
             self.sums[layer] += float(cosines.sum())
 
         return add
-
-
-def _load(source: ModelSource, device: str) -> Any:
-    """The model of a source, in float32 on a CPU and in bfloat16 elsewhere."""
-    import torch
-
-    model = load_model(source.folder, torch.float32 if device == "cpu" else torch.bfloat16)
-    if source.adapter is not None:
-        from evomerge.merging.naming import naming_in
-
-        weights, own = Weights(source), dict(model.named_parameters())
-        for name, held in naming_in(source.folder).whole.items():
-            if held in own:
-                own[held].data.copy_(weights.read(name))
-    return model.to(device)
-
-
-def _most(model: Any) -> int:
-    """How many tokens are read of a text at most."""
-    return min(_TOKENS, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS))

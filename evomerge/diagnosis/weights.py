@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from evomerge.layers import is_embedding, layer_index
+from evomerge.layers import place_of, place_order
 from evomerge.merging.sources.models import Models
 
 if TYPE_CHECKING:
     import torch
 
-EMBEDDINGS, HEAD = "embeddings", "head"
 LARGE = 0.03  # an element of a task vector beyond this is too large for DARE (Yu et al. 2024, arXiv:2311.03099)
 _TRIMMED = 0.2  # the share of elements that TIES keeps
 
@@ -94,14 +93,6 @@ class _Sums:
     count: int = 0
 
 
-def place_of(name: str) -> str:
-    """The place of a tensor: `embeddings`, the number of its layer, or `head`."""
-    layer = layer_index(name)
-    if layer is not None:
-        return str(layer)
-    return EMBEDDINGS if is_embedding(name) else HEAD
-
-
 def diagnose_weights(models: Models, names: Mapping[str, str], left_out: Collection[str] = ()) -> WeightDiagnosis:
     """What the weights of fine-tunes say. Memory holds one tensor of every model.
 
@@ -113,7 +104,7 @@ def diagnose_weights(models: Models, names: Mapping[str, str], left_out: Collect
     places: dict[str, _Sums] = defaultdict(_Sums)
     for name, base, vectors in _task_vectors(models, names, left_out):
         _add(places[place_of(name)], base, vectors)
-    order = sorted(places, key=_order)
+    order = sorted(places, key=place_order)
     everywhere = _together(places.values())
     pairs = list(combinations(names.values(), 2))
     return WeightDiagnosis(
@@ -199,9 +190,3 @@ def _cosine(sums: _Sums, pair: tuple[str, str]) -> float:
 
 def _conflicts(sums: _Sums, pair: tuple[str, str]) -> float:
     return sums.opposite[pair] / sums.both[pair] if sums.both[pair] else 0.0
-
-
-def _order(place: str) -> tuple[int, int]:
-    if place.isdigit():
-        return 1, int(place)
-    return (0, 0) if place == EMBEDDINGS else (2, 0)

@@ -11,24 +11,18 @@ The fingerprint is that of the base with the adapter merged into it, as `evomerg
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.devices import resolve_dtype
 from evomerge.errors import InputError
 from evomerge.export.card import adapter_card
-from evomerge.export.checkpoint import check_fingerprint, licenses, noted
-from evomerge.export.licenses import combined
+from evomerge.export.checkpoint import make_ready
 from evomerge.export.names import hub_id, public_names
 from evomerge.layers import layer_count
 from evomerge.merging.sources.adapters import CONFIG, WEIGHTS
-from evomerge.merging.sources.located import located
 from evomerge.merging.sources.models import Model, Models, find_models
-from evomerge.merging.sources.preflight import preflight
-from evomerge.merging.sources.statistics import shelf_of
-from evomerge.merging.sources.tensor_files import torch_dtypes
 from evomerge.merging.sources.weights import RECIPE
 from evomerge.recipe import Recipe, single
 
@@ -36,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from evomerge.merging.plan import MergePlan, TensorMerge
+    from evomerge.merging.streamed.merge import StreamedMerge
 
 NOTES = "evomerge_adapter.json"
 _PREFIX = "base_model.model."
@@ -118,52 +113,38 @@ def write_adapter(
     Raises InputError for what no adapter can say, and WorkFailed, leaving nothing, where the recipe records another
     fingerprint than the merge has.
     """
-    from evomerge.merging.methods.kernels import checksum
-    from evomerge.merging.streamed.merge import StreamedMerge
     from evomerge.merging.streamed.shards import check_writable, staged
 
     if rank < 1:
         raise InputError(f"--lora-rank is {rank}; use a rank of at least 1.")
     check_writable(out)
-    recipe = located(recipe)
-    models = find_models(recipe.references[0], recipe.references)
-    for warning in preflight(models, same_tensors=False):
+    ready = make_ready(recipe, where, device, statistics, warn)
+    own = _base_of(ready.recipe, ready.models, base, where)
+    _check_shape(ready.recipe, ready.merge.plan, own, where)
+    for warning in ready.verdict.warnings:
         warn(warning)
-    dtype = recipe.out_dtype or recipe.dtype or resolve_dtype("auto", torch_dtypes(models.base.table))
-    own = _base_of(recipe, models, base, where)
-    found = shelf_of(recipe, where, statistics).finder(models)
-    merge = StreamedMerge(recipe, models, where, device, dtype, found)
-    _check_shape(recipe, merge.plan, own, where)
-    verdict = combined(licenses(models, public_names(recipe)))
-    for warning in verdict.warnings:
-        warn(warning)
-    writing = _Adapter(own, merge.plan, models, rank, where)
+    tried: list[_Adapter] = []
+
+    def attempt(merge: "StreamedMerge") -> str:
+        tried.append(_Adapter(own, merge.plan, ready.models, rank, where))
+        return tried[-1].take_all(merge.merged())
+
+    fingerprint, checked = ready.write(attempt)
+    made = tried[-1]
+    if not made.matrices:
+        raise InputError(f"{where}: the merge changes no matrix of {own.reference}, so there is no LoRA to write.")
+    name = public_names(ready.recipe).get(own.reference, own.folder.name)
     with staged(out) as folder:
-        total = 0
-        for name, tensor in merge.merged():
-            total += int(checksum(tensor, name))
-            writing.take(name, tensor)
-        fingerprint = f"{total % (1 << 64):016x}"
-        checked = check_fingerprint(recipe, fingerprint, where)
-        if not writing.matrices:
-            raise InputError(f"{where}: the merge changes no matrix of {own.reference}, so there is no LoRA to write.")
-        name = public_names(recipe).get(own.reference, own.folder.name)
-        writing.save(folder, *_shared_name(name, own.folder))
+        made.save(folder, *_shared_name(name, own.folder))
+        with_it = _fingerprint_with(own, folder, ready.dtype, where)
         written = WrittenAdapter(
-            name,
-            str(own.folder),
-            _fingerprint_with(own, folder, dtype, where),
-            fingerprint,
-            checked,
-            writing.kept,
-            writing.matrices,
-            sorted(writing.whole),
+            name, str(own.folder), with_it, fingerprint, checked, made.kept, made.matrices, sorted(made.whole)
         )
-        kept = noted(recipe, fingerprint, models)
+        kept = ready.noted(fingerprint)
         (folder / RECIPE).write_text(kept.to_yaml(), encoding="utf-8")
         (folder / NOTES).write_text(json.dumps(_noted(written), indent=2) + "\n", encoding="utf-8")
         if card:
-            text = adapter_card(kept, name, written.fingerprint, written.kinds, verdict)
+            text = adapter_card(kept, name, written.fingerprint, written.kinds, ready.verdict)
             (folder / "README.md").write_text(text, encoding="utf-8")
     return written
 
@@ -319,13 +300,22 @@ class _Adapter:
         """The share of the squared change of all tensors that the adapter has; 1 where nothing changes."""
         return 1.0 - self._lost / self._square if self._square else 1.0
 
-    def take(self, name: str, merged: "torch.Tensor") -> None:
-        """Takes a tensor of the merge.
+    def take_all(self, merged: "Iterable[tuple[str, torch.Tensor]]") -> str:
+        """Takes every tensor of a merge, and returns the merge's fingerprint.
 
-        name: its name.
-        merged: its values.
+        merged: its tensors by name.
         Raises InputError for one that no adapter can change.
         """
+        from evomerge.merging.methods.kernels import checksum, fingerprint_of
+
+        def checksums() -> Iterator[int]:
+            for name, tensor in merged:
+                yield int(checksum(tensor, name))
+                self._take(name, tensor)
+
+        return fingerprint_of(checksums())
+
+    def _take(self, name: str, merged: "torch.Tensor") -> None:
         weights = self._base.weights
         info = weights.table.get(name)
         if info is None or info.shape != tuple(merged.shape):
@@ -384,12 +374,13 @@ class _Adapter:
                 continue
             if own.folder != self._base.folder or own.source.adapter is None:
                 return None
-            factors = own.weights.factors(source)
-            if factors is None:
+            changes = own.weights.products(source)
+            if own.weights.changes(source) and not changes:
                 return None
-            for b, a in factors:
-                left.append(b.double() * share)
-                right.append(a.double())
+            for change in changes:
+                factors = change.factors(own.weights.read_stored)
+                left.append(factors.left.double() * factors.scale * share)
+                right.append(factors.right.double())
         if not left or sum(factor.shape[1] for factor in left) > self._rank:
             return None
         return torch.cat(left, dim=1), torch.cat(right, dim=0)
@@ -490,13 +481,13 @@ def truncated(matrix: "torch.Tensor", rank: int) -> "tuple[torch.Tensor, torch.T
 
 def _fingerprint_with(base: Model, adapter: Path, dtype: str, where: str) -> str:
     """The fingerprint of a base with an adapter merged into it, 16 hexadecimal digits."""
-    from evomerge.merging.methods.kernels import checksum
+    from evomerge.merging.methods.kernels import checksum, fingerprint_of
     from evomerge.merging.streamed.merge import StreamedMerge
 
     reference = f"{base.folder}+{adapter}"
     models = find_models(reference, [reference])
     merge = StreamedMerge(single(reference), models, where, "cpu", dtype)
-    return f"{sum(int(checksum(tensor, name)) for name, tensor in merge.merged()) % (1 << 64):016x}"
+    return fingerprint_of(int(checksum(tensor, name)) for name, tensor in merge.merged())
 
 
 def _shared_name(reference: str, folder: Path) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from evomerge.config.base import GeneConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.errors import InputError
-from evomerge.layers import embedding_names, head_names, layer_count, layer_index
+from evomerge.layers import EMBEDDINGS, HEAD, embedding_names, head_names, layer_count, layer_index
 from evomerge.merging import methods
 from evomerge.merging.methods.base import Method
 from evomerge.merging.methods.sparsify import largest_epsilon
@@ -25,7 +25,7 @@ from evomerge.spaces.model_bounds import KINDS, model_bounds
 from evomerge.spaces.own_parameters import own_parameters
 from evomerge.spaces.participants import BASE, FROM, TO, Participants, takes_pair
 
-EMBEDDINGS, HEAD, REST = "embeddings", "head", "rest"
+REST = "rest"
 Values = Mapping[str, float]
 
 

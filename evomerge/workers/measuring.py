@@ -21,7 +21,7 @@ from evomerge.errors import WorkFailed
 from evomerge.evaluation.calibration import Calibration
 from evomerge.layers import is_layer, layer_index
 from evomerge.merging.methods.base import Kind
-from evomerge.merging.methods.kernels import checksum
+from evomerge.merging.methods.kernels import checksum, fingerprint_of
 from evomerge.merging.naming import Naming
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.statistics import NOTES, Readable
@@ -74,7 +74,7 @@ def store(folder: Path, kind: Kind, subject: str, notes: Mapping[str, Any], meas
             write_weights(made, measured.layout, counted(), _SHARD)
             content = {"kind": kind, **notes, **measured.notes}
             (made / NOTES).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            name = f"{kind}-{subject}-{sum(sums) % (1 << 64):016x}"
+            name = f"{kind}-{subject}-{fingerprint_of(sums)}"
             for file in made.iterdir():
                 file.chmod(0o644)
             made.chmod(0o755)

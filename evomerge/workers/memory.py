@@ -26,7 +26,7 @@ from evomerge.merging.naming import naming_in
 from evomerge.merging.resident.rehearsal import RehearsedModels, Traffic
 from evomerge.merging.resident.sources import Form, Kept, Where
 from evomerge.merging.sources.models import Model, Models, models_of
-from evomerge.merging.sources.tensor_files import FLOATS
+from evomerge.merging.sources.tensor_files import dtype_of
 from evomerge.recipe import Recipe
 from evomerge.spaces import SearchSpace, at
 from evomerge.workers.worker import Worker, rehearsed_models, workers_of_a_node
@@ -354,7 +354,7 @@ def _private_bytes(model: Model, form: Form) -> int:
         if weights.mapped(name) is None:
             changes = weights.products(name) if form == "factors" else ()
             parts = [matrix for change in changes for matrix in (change.a, change.b)] or [info]
-            private += sum(math.prod(part.shape) * getattr(torch, FLOATS[part.dtype]).itemsize for part in parts)
+            private += sum(math.prod(part.shape) * dtype_of(part).itemsize for part in parts)
     return private
 
 

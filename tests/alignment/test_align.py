@@ -20,6 +20,9 @@ from evomerge.alignment.matching import assigned, assigned_heads
 from evomerge.alignment.structure import Permutations, structure_of
 from evomerge.errors import InputError
 from evomerge.merging.sources.models import find_models
+from evomerge.merging.sources.weights import RECIPE
+from evomerge.recipe import Provenance, Recipe, Source, load
+from evomerge.seen import SIZE, encoded
 from tests.architectures import family
 from tests.bad_input import Refuses
 from tests.commands import evomerge
@@ -91,6 +94,22 @@ def test_activations_bring_a_shuffled_copy_back(tmp_path: Path) -> None:
     assert before.ends == pytest.approx(after.ends, rel=1e-5)
 
 
+def test_what_a_search_saw_goes_along_and_the_fingerprint_does_not(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    seen = frozenset({b"x" * SIZE})
+    noted = Recipe(
+        merge_method="linear",
+        models=(Source(model="first", parameters={"weight": 1.0}),),
+        evomerge=Provenance(fingerprint="0" * 16, seen=encoded(seen)),
+    )
+    model = shutil.copytree(tiny_models["first"], tmp_path / "model")
+    (model / RECIPE).write_text(noted.to_yaml())
+    align(str(model), str(tiny_models["base"]), tmp_path / "out")
+    found = load(tmp_path / "out" / RECIPE).evomerge
+    assert (found.digests, found.fingerprint) == (seen, None)
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
 def test_the_assignment_of_heads_is_the_best_of_all(seed: int, groups: int, per_group: int) -> None:
@@ -125,6 +144,9 @@ def test_what_cannot_be_aligned_is_refused_and_nothing_is_written(tiny_models: d
         (tiny_models["first"], tiny_models["base"], "activations", "--texts FILE"),
         (tiny_models["first"], tiny_models["base"], "wieghts", "did you mean 'weights'?"),
     ]
+    with pytest.raises(InputError, match="no text has a token that counts"):
+        align(str(tiny_models["first"]), str(tiny_models["base"]), tmp_path / "out", texts=["one\t"])
+    assert not (tmp_path / "out").exists()
     for model, target, by, message in cases:
         with pytest.raises(InputError, match=message):
             align(str(model), str(target), tmp_path / "out", by)

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.diagnosis.weights import LARGE, WeightDiagnosis, diagnose_weights, place_of
+from evomerge.diagnosis.weights import LARGE, WeightDiagnosis, diagnose_weights
+from evomerge.layers import place_of
 from evomerge.merging.sources.models import find_models
 from evomerge.merging.sources.weights import load_tensors
 

@@ -4,7 +4,7 @@ Uniform numbers, sums that scale a delta, and fingerprints are computed with int
 order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -238,6 +238,14 @@ def ordered_total(values: Callable[[slice], torch.Tensor], count: int, device: t
 def divisor(total: float) -> float:
     """A sum of weights to divide by: `total` itself, or 1 where its magnitude is below 1e-8."""
     return total if abs(total) >= NEGLIGIBLE_WEIGHT else 1.0
+
+
+def fingerprint_of(checksums: Iterable[int]) -> str:
+    """The fingerprint of weights, 16 hexadecimal digits: the sum of their checksums, the same in any order.
+
+    checksums: of all tensors.
+    """
+    return f"{sum(checksums) % (1 << 64):016x}"
 
 
 def checksum(tensor: torch.Tensor, name: str) -> torch.Tensor:

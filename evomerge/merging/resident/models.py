@@ -23,7 +23,7 @@ from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import empty_model, load_config, load_model
 from evomerge.merging.methods.base import Inputs, Kind, Latest, Statistic
 from evomerge.merging.methods.drawn import Drawn, Field
-from evomerge.merging.methods.kernels import as_field, checksum, uniform_field
+from evomerge.merging.methods.kernels import as_field, checksum, fingerprint_of, uniform_field
 from evomerge.merging.methods.parts import whole_of
 from evomerge.merging.methods.passes import room_on
 from evomerge.merging.methods.slopes import Key, slopes, smooth_parameters
@@ -44,14 +44,13 @@ from evomerge.merging.resident.sources import (
     Rehearsed,
     Source,
     Where,
-    dtype_of,
     finite,
 )
 from evomerge.merging.resident.view import make_view
 from evomerge.merging.skeleton import ties, untied
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find, Shelf, Stored
-from evomerge.merging.sources.tensor_files import Piece, TensorInfo
+from evomerge.merging.sources.tensor_files import Piece, TensorInfo, dtype_of
 from evomerge.merging.sources.weights import Weights, untied_head
 from evomerge.merging.vocabulary import Vocabulary
 from evomerge.recipe import Recipe, TokenizerSettings
@@ -272,7 +271,7 @@ class ResidentModels:
         bad = (~torch.isfinite(extremes).all(1)).nonzero().flatten().tolist()
         if bad:
             raise CandidateFailed(f"non-finite weights after the merge in {names[bad[0]]}")
-        return with_blocks(_joined(sums) if quantized else fingerprint(parameters), plan.parallel)
+        return with_blocks(fingerprint_of(sums.tolist()) if quantized else fingerprint(parameters), plan.parallel)
 
     @torch.no_grad()
     def rehearse(self, recipe: Recipe) -> None:
@@ -543,11 +542,7 @@ def least_and_largest(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     """The fingerprint of weights, 16 hexadecimal digits: the sum of the tensors' checksums, the same in any order and
     on any device."""
-    return _joined(checksums(parameters))
-
-
-def _joined(sums: torch.Tensor) -> str:
-    return f"{sum(sums.tolist()) % (1 << 64):016x}"
+    return fingerprint_of(checksums(parameters).tolist())
 
 
 def checksums(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:

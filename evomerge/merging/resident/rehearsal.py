@@ -6,6 +6,7 @@ last, beside which the most is kept. Each of the others leaves only a tensor as 
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -120,7 +121,7 @@ class RehearsedModels(ResidentModels):
                 key = key_of_kept(tensor.name, own, what, models)
                 if key not in self._kept:
                     self._stands_in.add(key)
-                    super()._once(tensor.name, own, what, models, lambda size=size: _nothing(size))  # type: ignore[misc]
+                    super()._once(tensor.name, own, what, models, partial(_nothing, size))
         sources = sum(elements.numel() * elements.dtype.itemsize for elements in self._elements(tensor))
         self._moved.append((sources, sum(first.kept.values()), out.nbytes))
 

@@ -24,7 +24,7 @@ from evomerge.merging.methods.kernels import pieces
 from evomerge.merging.methods.parts import Elements, part_of
 from evomerge.merging.sources.factors import Factored, Factors
 from evomerge.merging.sources.models import Models
-from evomerge.merging.sources.tensor_files import FLOATS, MappedTensor, TensorInfo, parameter_count
+from evomerge.merging.sources.tensor_files import MappedTensor, TensorInfo, dtype_of, parameter_count
 
 Where = Literal["device", "host", "disk"]
 Kept = Literal["kept", "made"]
@@ -276,12 +276,6 @@ def choose(
         return Choice("disk", "made", form)
     kept: Kept = "kept" if fields + rest <= device * _SPARE else "made"
     return Choice("host" if sources <= room else "disk", kept, form)
-
-
-def dtype_of(info: TensorInfo) -> torch.dtype:
-    """A tensor's dtype, as torch has it."""
-    dtype: torch.dtype = getattr(torch, FLOATS[info.dtype])
-    return dtype
 
 
 def finite(tensor: Elements) -> torch.Tensor:

@@ -174,21 +174,6 @@ class Adapter:
             tensor = (tensor.float() + read(shift.vector).float() * shift.scale).to(tensor.dtype)
         return tensor
 
-    def factors(self, name: str, read: Read) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
-        """The factors of what is added to a tensor, the scale in the first, as (rows, rank) and (rank, columns); None
-        where the adapter changes the tensor in another way.
-
-        name: the tensor's name.
-        read: reads a tensor of the adapter.
-        """
-        if name in self.replaced or name in self.shifts:
-            return None
-        pairs = [
-            (read(change.b).float() * change.scale, read(change.a).float(), change)
-            for change in self.low_rank.get(name, ())
-        ]
-        return [(a.T, b.T) if change.transposed else (b, a) for b, a, change in pairs]
-
     def adapt_table(self, table: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """The table of a base, with dtypes and shapes of the tensors that the adapter replaces."""
         return {

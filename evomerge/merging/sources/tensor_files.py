@@ -60,6 +60,14 @@ class TensorInfo:
     piece: Piece | None = None
 
 
+def dtype_of(info: TensorInfo) -> "torch.dtype":
+    """A tensor's dtype, as torch has it."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, FLOATS[info.dtype])
+    return dtype
+
+
 def torch_dtypes(table: Mapping[str, TensorInfo]) -> list[str]:
     """What torch calls the dtypes of tensors."""
     return [FLOATS[info.dtype] for info in table.values()]
@@ -131,7 +139,7 @@ class MappedTensor:
         import torch
 
         self._memory, self._start, self._stop = memory, start, stop
-        dtype, count = getattr(torch, FLOATS[info.dtype]), math.prod(info.shape)
+        dtype, count = dtype_of(info), math.prod(info.shape)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self.tensor: torch.Tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=start)

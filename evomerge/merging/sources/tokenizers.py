@@ -1,10 +1,15 @@
 """The tokenizer of a model folder, without code from it."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import InputError, first_line
 from evomerge.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+_MOST_TOKENS = 1024
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -19,3 +24,13 @@ def read_tokenizer(folder: Path) -> Any:
         raise InputError(
             f"{folder}: its tokenizer cannot be loaded ({reason}); check config.json and the tokenizer's files."
         ) from None
+
+
+def token_ids(tokenizer: Any, text: str) -> "torch.Tensor":
+    """The tokens of a text, its first 1024 at most; shape (1, tokens).
+
+    tokenizer: as `read_tokenizer` gives it.
+    text: one text.
+    """
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt", truncation=True, max_length=_MOST_TOKENS).input_ids
+    return ids

@@ -151,14 +151,6 @@ class Weights:
         stored = self._adapter.stored(own)
         return None if stored is None else self._mapped.find(stored)
 
-    def factors(self, name: str) -> "list[tuple[torch.Tensor, torch.Tensor]] | None":
-        """The factors of what an adapter adds to a tensor, as (rows, rank) and (rank, columns), float32; empty where it
-        adds nothing. None where there is no adapter, or where it changes the tensor in another way.
-
-        name: the tensor's name.
-        """
-        return None if self._adapter is None else self._adapter.factors(self._name(name), self._files.read)
-
     def close(self) -> None:
         """Gives back the memory that reading has mapped, once no tensor needs it."""
         self._files.close()

@@ -17,7 +17,7 @@ from evomerge.errors import InputError, WorkFailed, choices
 from evomerge.layers import layer_count, layer_index, with_layer
 from evomerge.merging.building import load_config
 from evomerge.merging.methods.base import Inputs, Kind, Statistic
-from evomerge.merging.methods.kernels import checksum, uniform_field
+from evomerge.merging.methods.kernels import checksum, fingerprint_of, uniform_field
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.skeleton import Skeleton, skeleton_of, untied, with_layers
 from evomerge.merging.sources.models import Models
@@ -175,7 +175,7 @@ class StreamedMerge:
         self._write_generation(folder)
         if tokenizer or self._vocabulary is not None:
             self._write_tokenizer(folder)
-        return f"{sum(sums) % (1 << 64):016x}"
+        return fingerprint_of(sums)
 
     def _layout(self) -> Layout:
         """The shape and dtype of each tensor to write, wider elements first, so that every tensor is aligned."""
@@ -294,8 +294,10 @@ def _sources(tensor: TensorMerge) -> list[tuple[str, str]]:
 def stored_fingerprint(folder: Path) -> str:
     """The fingerprint of the checkpoint in a folder, 16 hexadecimal digits, read one tensor at a time."""
     weights = Weights(folder)
-    total = 0
-    for name in skeleton_of(load_config(folder), folder).parameters:
-        total += int(checksum(weights.read(name), name))
-        weights.close()
-    return f"{total % (1 << 64):016x}"
+
+    def checksums() -> Iterator[int]:
+        for name in skeleton_of(load_config(folder), folder).parameters:
+            yield int(checksum(weights.read(name), name))
+            weights.close()
+
+    return fingerprint_of(checksums())

@@ -5,14 +5,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from evomerge.config.search import SearchConfig
-from evomerge.layers import layer_count
+from evomerge.layers import layer_count, place_of, place_order
 from evomerge.merging.naming import naming_in
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.statistics import Find
 from evomerge.merging.streamed.merge import StreamedMerge
 from evomerge.merging.vocabulary import with_tokens
 from evomerge.recipe import Recipe
-from evomerge.reports.page.recipes import BASE, column_order, place_of
+from evomerge.reports.page.recipes import BASE
 
 MOST_PARAMETERS = 300_000_000  # of a model: a merge of more takes longer than people wait for a report
 
@@ -74,7 +74,7 @@ def _measured(merge: StreamedMerge, references: dict[str, str], models: Models, 
             merged[model][place] += float((whole - tensor).square().sum())
             if model != BASE:
                 parents[model][place] += float((tensor - own[BASE]).square().sum())
-    places = tuple(sorted(norms, key=column_order))
+    places = tuple(sorted(norms, key=place_order))
     total = math.sqrt(sum(norms.values())) or 1.0
 
     def by_place(squares: dict[str, float]) -> tuple[float, ...]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from evomerge.config.search import SearchConfig
-from evomerge.layers import is_embedding, layer_index, with_layer
+from evomerge.layers import EMBEDDINGS, HEAD, layer_index, place_of, place_order, with_layer
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
 from evomerge.merging.sources.models import Models
 from evomerge.recipe import Blocks, Recipe
 
-EMBEDDINGS, HEAD, SHARED, MERGE, BASE = "embeddings", "head", "all models", "merge", "base"
+SHARED, MERGE, BASE = "all models", "merge", "base"
 _ALL = "all tensors"
 _LAYER = re.compile(r"(?:^|\.)\d+\.")
 
@@ -107,7 +107,7 @@ def spread(grids: Sequence[Grid]) -> tuple[Grid, Grid]:
     grids: at least one.
     """
     columns = tuple(dict.fromkeys(column for grid in grids for column in grid.columns))
-    columns = tuple(sorted(columns, key=column_order))
+    columns = tuple(sorted(columns, key=place_order))
     models = dict.fromkeys(model for grid in grids for model, _ in grid.rows)
     rows = [
         (model, kind)
@@ -142,21 +142,6 @@ def _at(values: Mapping[tuple[Row, str], float], row: Row, column: str) -> float
     return values.get((row, column), values.get(((row[0], _ALL), column)))
 
 
-def column_order(column: str) -> tuple[int, int]:
-    """A key that sorts columns: embeddings, layers by number, head."""
-    if column.isdigit():
-        return 1, int(column)
-    return (0, 0) if column == EMBEDDINGS else (2, 0)
-
-
-def place_of(tensor: str) -> str:
-    """The column of a tensor: the number of its layer, `embeddings` or `head`."""
-    layer = layer_index(tensor)
-    if layer is not None:
-        return str(layer)
-    return EMBEDDINGS if is_embedding(tensor) else HEAD
-
-
 def kind_of(tensor: str) -> str:
     """The kind of a tensor: its name without the layers before it, as in `self_attn.q_proj`."""
     if layer_index(tensor) is None:
@@ -185,7 +170,7 @@ def _grids(plan: MergePlan, names: Mapping[str, str]) -> dict[str, Grid]:
 
 def _grid(cells: Mapping[tuple[str, str, str], Sequence[float]]) -> Grid:
     """The grid of one parameter. A model whose kinds of tensors all have the same value in every layer has one row."""
-    columns = tuple(sorted({place for _, _, place in cells}, key=column_order))
+    columns = tuple(sorted({place for _, _, place in cells}, key=place_order))
     rows: list[Row] = []
     values: list[tuple[float | None, ...]] = []
     for model in dict.fromkeys(owner for owner, _, _ in cells):

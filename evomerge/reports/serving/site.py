@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Site:
     def index(self) -> Shown:
         """The page with a line for each run."""
         rows = [
-            self._renewed("line", number, lambda directory=directory: _line(directory))  # type: ignore[misc]
+            self._renewed("line", number, partial(_line, directory))
             | {"name": str(directory), "address": f"/runs/{number}"}
             for number, directory in enumerate(self._directories, start=1)
         ]

@@ -8,7 +8,7 @@ import torch
 
 from evomerge.errors import CandidateFailed, InputError
 from evomerge.events import unheard
-from evomerge.export import checkpoint
+from evomerge.export import adapter, checkpoint
 from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.sources import Choice, FromFactors, choose, resolve
@@ -200,6 +200,8 @@ def test_recipes_of_earlier_versions_are_merged_as_those_versions_expanded_adapt
     for number, found in enumerate(prints):
         noted = merge.model_copy(update={"evomerge": merge.evomerge.model_copy(update={"fingerprint": found})})
         assert checkpoint.merge(noted, tmp_path / f"out{number}", "recipe.yaml") == (found, True)
+        written = adapter.write_adapter(noted, tmp_path / f"lora{number}", "recipe.yaml", 64, base=base)
+        assert (written.merged, written.checked) == (found, True)
 
 
 def test_a_search_over_adapters_is_resumed_with_other_placements_to_the_same_archive(adapted, search, tmp_path):
