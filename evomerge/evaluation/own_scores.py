@@ -169,7 +169,7 @@ class OwnScores:
     ) -> OwnScore:
         seed = int(counter_rng(self._config.seed, "own score", score.name, split).integers(2**31))
         given = GivenSplit(split, seed, copy.deepcopy(items))
-        before = _versions(model)
+        before, hooks = _versions(model), _hooks(model)
         try:
             with torch.no_grad(), _from_seed(model, seed), contextlib.redirect_stdout(sys.stderr):
                 value = self._functions[score.name](model, tokenizer, given, **copy.deepcopy(score.arguments))
@@ -187,6 +187,11 @@ class OwnScores:
             raise InputError(
                 f"{score.name}: its function has changed the model's weights, which other candidates may share; it may "
                 "only read them."
+            )
+        if _hooks(model) != hooks:
+            raise InputError(
+                f"{score.name}: its function has left hooks on the model, through which other candidates would run; "
+                "remove them before it returns."
             )
         return _checked(score.name, value, len(items))
 
@@ -237,6 +242,11 @@ def _from_seed(model: Any, seed: int) -> Iterator[None]:
 def _versions(model: Any) -> list[int]:
     """A number for each weight of a model, which rises whenever the weight is written to."""
     return [weight._version for weight in model.parameters() if not weight.is_inference()]
+
+
+def _hooks(model: Any) -> int:
+    """How many hooks a model has that run when it does."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def _line(error: BaseException, path: str) -> str:

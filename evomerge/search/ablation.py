@@ -21,7 +21,7 @@ from evomerge.candidate import Candidate
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
-from evomerge.merging.methods import METHODS
+from evomerge.merging import methods
 from evomerge.recipe import Recipe, Slice, Source
 from evomerge.search.controls import UNIFORM, start_weights
 from evomerge.search.loop import Search
@@ -89,7 +89,7 @@ class Ablation:
         """The winner with the weights of one model set to 0, by model; empty where models have no weights, or fewer
         than two take part."""
         recipe = self.winner.recipe
-        method = METHODS.get(recipe.merge_method)
+        method = methods.find(recipe.merge_method)
         taking = [name for name, reference in self.config.models.items() if _takes_part(recipe, reference)]
         if method is None or not method.takes("weight") or len(taking) < 2:
             return {}

@@ -174,6 +174,11 @@ def test_a_function_must_not_change_the_model(tmp_path: Path) -> None:
         scored(tmp_path, "next(model.parameters()).mul_(2); return 0.0")
 
 
+def test_a_function_must_not_leave_hooks_behind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has left hooks on the model"):
+        scored(tmp_path, "model.register_forward_hook(lambda *given: None); return 0.0")
+
+
 def test_a_model_that_was_put_into_training_is_put_back(tmp_path: Path) -> None:
     worker = Worker(alone(tmp_path, "def score(model, tokenizer, split):\n    model.train()\n    return 1.0\n"))
     worker.evaluate(MIDDLE, "search")

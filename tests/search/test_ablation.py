@@ -1,5 +1,6 @@
 """An ablation puts parts of the winner back: alone, then all but some, and the weights of one model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,12 @@ def test_a_model_left_out_keeps_its_place_but_no_weight(planned: Ablation) -> No
             for source, before in zip(slice_.sources, old.sources, strict=True):
                 left_out = source.model == planned.config.models[name]
                 assert source.parameters == (before.parameters | {"weight": 0.0} if left_out else before.parameters)
+
+
+def test_models_are_left_out_of_a_merge_with_a_post_step_too(planned: Ablation) -> None:
+    recipe = planned.winner.recipe.model_copy(update={"merge_method": "dare_ties+aim"})
+    changed = replace(planned, winner=replace(planned.winner, recipe=recipe))
+    assert set(changed.without) == set(planned.without)
 
 
 def test_every_recipe_has_an_id_of_its_own(planned: Ablation) -> None:
