@@ -412,8 +412,13 @@ class Archive:
         ]
         return [record for _, record in sorted(recorded, key=lambda pair: pair[0])]
 
-    def record_end(self, budget: float) -> None:
-        """Records that the search has come to its end with a budget."""
+    def record_end(self, budget: float, early: str = "") -> None:
+        """Records that the search has come to its end.
+
+        budget: that it had.
+        early: why it ended before this was spent; empty where it was spent.
+        """
+        self._studies["search"].set_user_attr("early", early)
         self._studies["search"].set_user_attr("ended", budget)
 
     @property
@@ -421,6 +426,12 @@ class Archive:
         """The budget with which the search has come to its end; None where it has not, or did not record it."""
         ended: float | None = self._studies["search"].user_attrs.get("ended")
         return ended
+
+    @property
+    def early(self) -> str:
+        """Why the search has ended before its budget was spent; empty where it has not, or did not record it."""
+        early: str = self._studies["search"].user_attrs.get("early", "") if self.ended is not None else ""
+        return early
 
     def check_sources(self, sources: Mapping[str, str]) -> None:
         """Raises InputError where a source model has changed since the archive was made.

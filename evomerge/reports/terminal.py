@@ -398,6 +398,7 @@ def show_result(output: Console, run: OpenRun) -> None:
     output: where they are printed.
     run: the run.
     """
+    _explain_end(output, run.results.early)
     show_front(output, run.results, _FRONT_ROWS)
     rows = [(title, row.heldout, row.heldout_mean) for title, row in views.comparison(run.results)]
     chosen_on = "other items" if run.config.items.selection else "search items"
@@ -555,9 +556,16 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
     for table in progress_tables(status, config, output.width):
         output.print(table)
     _sentence(output, progress_note(status))
+    _explain_end(output, status.early)
     show_failures(output, status.failures)
     if status.evidence is not None:
         show_evidence(output, status.evidence)
+
+
+def _explain_end(output: Console, early: str) -> None:
+    """Says why a search ended before its budget was spent, if it did."""
+    if early:
+        _sentence(output, f"The search ended before its budget was spent, since {early}.")
 
 
 def _sentence(output: Console, text: str) -> None:

@@ -147,6 +147,7 @@ class StatusView:
     rate: evaluations per minute; None where the run has stopped or its log does not say.
     seconds_left: seconds until the last evaluation; None likewise.
     pace: rate and time left as people read them; empty likewise.
+    early: why the search ended before its budget was spent; empty where it did not.
     """
 
     state: str
@@ -170,6 +171,7 @@ class StatusView:
     rate: float | None = None
     seconds_left: int | None = None
     pace: str = ""
+    early: str = ""
 
     def at(self, pace: Pace) -> "StatusView":
         """The same status, with how fast the run goes."""
@@ -361,6 +363,7 @@ def status(results: Results, running: bool) -> StatusView:
         best=looked.at(best) if best else None,
         best_parent=_best_of(records, lambda kind: kind == PARENT, criteria, looked),
         best_control=_best_of(records, lambda kind: kind not in ("search", BASE, PARENT), criteria, looked),
+        early=results.early,
     )
 
 

@@ -16,7 +16,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.optimizers.base import Optimizer
 from evomerge.optimizers.pareto import ScoreArray
-from evomerge.search.generations import propose
+from evomerge.search.generations import NOTHING_LEFT, propose
 from evomerge.spaces import SearchSpace
 from evomerge.workers import Job
 
@@ -60,6 +60,11 @@ class AsyncSchedule:
             self._queue[candidate.id] = (self._created + index, candidate)
         self._created += len(genomes)
         self._asked += 1
+
+    @property
+    def early(self) -> str:
+        """Why it has ended before its budget was spent; empty where it has not."""
+        return NOTHING_LEFT if self._exhausted else ""
 
     def arrival(self) -> Arrival:
         """The number of the next evaluation to arrive, and how many asks came before it."""

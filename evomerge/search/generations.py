@@ -24,6 +24,9 @@ from evomerge.spaces import Genome, SearchSpace
 from evomerge.workers import Job
 
 
+NOTHING_LEFT = "its optimizer has nothing more to propose"
+
+
 def propose(space: SearchSpace, genome: NDArray[np.float64], generation: int, index: int) -> Candidate:
     """The candidate of a proposed genome.
 
@@ -181,6 +184,13 @@ class Generations:
         if self.subsets is not None:
             self.subsets.adapt(generation.halves)
         self._told += 1
+
+    @property
+    def early(self) -> str:
+        """Why it has ended before its budget was spent; empty where it has not."""
+        if self.watch is not None and self.watch.over:
+            return f"scores on selection items have not risen for {self.watch.stop_after} candidates"
+        return NOTHING_LEFT if self._exhausted else ""
 
     def arrival(self) -> None:
         """None, since the order of arrival does not count."""

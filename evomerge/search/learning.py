@@ -154,6 +154,15 @@ class Learning:
         """The next job; None while jobs that run must finish first, and at the end."""
         return self._queue.popleft() if self._queue else None
 
+    @property
+    def early(self) -> str:
+        """Why it has ended before its last step; empty where it has not."""
+        if not self._ending or self._learner.step >= self._settings.steps:
+            return ""
+        if not self._sensitivity.moves.any():
+            return "its loss depends on no gene"
+        return f"search scores along its gradients have not risen {self._settings.patience} times in a row"
+
     def arrival(self) -> None:
         """None, since the order of arrival does not count."""
 

@@ -69,6 +69,15 @@ class Schedule(Protocol):
         ...
 
 
+class Proposals(Schedule, Protocol):
+    """The schedule of an optimizer."""
+
+    @property
+    def early(self) -> str:
+        """Why it has ended before its budget was spent; empty where it has not."""
+        ...
+
+
 @runtime_checkable
 class FollowsGradients(Protocol):
     """A schedule whose jobs may ask for gradients."""
@@ -85,13 +94,13 @@ class FollowsGradients(Protocol):
 class InTurn:
     """Steps along gradients first, then the schedule that starts where they end. See `Schedule`."""
 
-    def __init__(self, learning: Learning, then: Callable[[Learning], Schedule | None]) -> None:
+    def __init__(self, learning: Learning, then: Callable[[Learning], Proposals | None]) -> None:
         """learning: the steps.
         then: makes the schedule that follows, once the steps are over; None where none follows.
         """
         self._learning = learning
-        self._make: Callable[[Learning], Schedule | None] | None = then
-        self._then: Schedule | None = None
+        self._make: Callable[[Learning], Proposals | None] | None = then
+        self._then: Proposals | None = None
 
     def next(self) -> Job | None:
         """The next job of the schedule whose turn it is."""
@@ -119,6 +128,11 @@ class InTurn:
     def receive_gradient(self, record: GradientRecord) -> None:
         """See `FollowsGradients`."""
         self._learning.receive_gradient(record)
+
+    @property
+    def early(self) -> str:
+        """See `Proposals`."""
+        return self._learning.early if self._then is None else self._then.early
 
 
 class FixedList:
@@ -184,12 +198,13 @@ class Search:
         essential = FixedList(essential_controls(self.config))
         self._drain([essential], quantized)
         further = FixedList(further_controls(self.config, self.space))
-        self._drain([self._proposals(essential), further], quantized)
+        proposals = self._proposals(essential)
+        self._drain([proposals, further], quantized)
         self._drain([FixedList(self._results.finalists())])
         chosen = self._results.reported()
         for split in self.config.splits[1:]:
             self._drain([FixedList(chosen, split)])
-        self.archive.record_end(self.config.limit)
+        self.archive.record_end(self.config.limit, proposals.early)
         self.listener(Finished(len(self.archive.records())))
 
     def score(self, candidates: Sequence[Candidate], split: Split) -> None:
@@ -212,7 +227,7 @@ class Search:
     def _results(self) -> Results:
         return Results(self.archive, self.config)
 
-    def _proposals(self, essential: FixedList) -> Schedule:
+    def _proposals(self, essential: FixedList) -> Proposals:
         """The schedule of the optimizer, which starts at the best essential control, or where the config says.
 
         essential: the essential controls, evaluated.
@@ -255,7 +270,7 @@ class Search:
 
     def _evolution(
         self, essential: FixedList, problem: Problem, criteria: Criteria, learning: Learning
-    ) -> Schedule | None:
+    ) -> Proposals | None:
         """What follows the steps along gradients; None where nothing does."""
         config = self.config.optimizer
         if not config.stages[1:]:

@@ -113,6 +113,11 @@ class Results:
             return False
         return all(archive.find(candidate.id, split) for split in config.splits[1:] for candidate in self.reported())
 
+    @property
+    def early(self) -> str:
+        """Why the search has ended before its budget was spent; empty where it has not."""
+        return self.archive.early if self.finished else ""
+
     def front(self) -> list[Record]:
         """The Pareto front on all search items, best mean first."""
         return front_of(self.records(), self.criteria())

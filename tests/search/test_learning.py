@@ -341,7 +341,8 @@ def test_an_extended_search_keeps_what_it_had(make: Callable[..., Prepared], tmp
     assert content(extended, longer)[2] == kept[2] == content(expected, longer)[2]
     assert ids(extended)[: len(ids(short))] == ids(short)
     assert [record.candidate for record in extended.records()] == [record.candidate for record in expected.records()]
-    assert commands.status(extended, longer.config)["state"] == "finished"
+    status = commands.status(extended, longer.config)
+    assert (status["state"], status["early"]) == ("finished", "")
 
 
 def test_a_search_ends_when_scores_on_selection_items_stop_rising(
@@ -360,7 +361,9 @@ def test_a_search_ends_when_scores_on_selection_items_stop_rising(
     whole, undisturbed = run(prepared, tmp_path / "whole", fits_ever_better)
     evolved = [name for name in ids(whole) if name.startswith("g")]
     assert 12 <= len(evolved) <= 60
-    assert commands.status(whole, prepared.config)["state"] == "finished"
+    status = commands.status(whole, prepared.config)
+    assert status["state"] == "finished"
+    assert status["early"] == "scores on selection items have not risen for 12 candidates"
     assert "selection" in {split for name, split in undisturbed.evaluated if name.startswith("l")}
     expected = content(whole, prepared)
     for size in (2, 16):

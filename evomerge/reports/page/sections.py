@@ -142,6 +142,8 @@ def _cost(story: Story) -> Block:
         f"step along a gradient costs {FORWARD_PASSES:g} times the share of the items that it reads. The first four "
         "rows leave controls out."
     )
+    if story.status.early:
+        says += f" The search ended before its budget was spent, since {story.status.early}."
     return Block("cost", "Cost", says, tables=(Table(("", ""), rows),))
 
 
