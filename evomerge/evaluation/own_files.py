@@ -5,6 +5,7 @@ A search keeps copies of them in its run directory, so that it goes on with the 
 
 import ast
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -99,19 +100,58 @@ def checked(config: SearchConfig) -> tuple[SearchConfig, dict[str, OwnFiles]]:
 
 
 def _check_function(files: OwnFiles, score: ScoreConfig) -> None:
-    """Raises InputError where the source is not Python, or binds no such name at its top level."""
+    """Raises InputError where the source is not Python, binds no such name at its top level, or binds it to a function
+    that cannot be called as it will be."""
     path = source_file(score)
     try:
         tree = ast.parse(files.source, path)
     except (SyntaxError, ValueError) as error:
         line = f" at line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise InputError(f"{files.key}.python: {path} is not valid Python{line}; correct it.") from None
-    names = [name for statement in tree.body for name in _bound(statement)]
-    if score.function not in names:
+    bound = {name: statement for statement in tree.body for name in _bound(statement)}
+    if score.function not in bound:
+        known = choices(score.function, bound)
+        raise InputError(f"{files.key}.python names {score.function}, which {path} does not define; {known}.")
+    function = bound[score.function]
+    if isinstance(function, ast.FunctionDef) and not function.decorator_list:  # a decorator may change what it takes
+        check_call(files.key, score, _signature(function.args))
+
+
+def _signature(given: ast.arguments) -> inspect.Signature:
+    """What a function takes, by its source."""
+    kinds = inspect.Parameter
+    first = [
+        *((name, kinds.POSITIONAL_ONLY) for name in given.posonlyargs),
+        *((name, kinds.POSITIONAL_OR_KEYWORD) for name in given.args),
+    ]
+    needed = [kinds.empty] * (len(first) - len(given.defaults))
+    parameters = [
+        kinds(name.arg, kind, default=default)
+        for (name, kind), default in zip(first, [*needed, *given.defaults], strict=True)
+    ]
+    parameters += [kinds(given.vararg.arg, kinds.VAR_POSITIONAL)] if given.vararg else []
+    parameters += [
+        kinds(name.arg, kinds.KEYWORD_ONLY, default=kinds.empty if default is None else default)
+        for name, default in zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    ]
+    parameters += [kinds(given.kwarg.arg, kinds.VAR_KEYWORD)] if given.kwarg else []
+    return inspect.Signature(parameters)
+
+
+def check_call(key: str, score: ScoreConfig, signature: inspect.Signature) -> None:
+    """Raises InputError where a score's function cannot be called as it will be.
+
+    key: where the search file names the score.
+    score: its settings.
+    signature: what the function takes.
+    """
+    try:
+        signature.bind(None, None, None, **score.arguments)
+    except TypeError as error:
         raise InputError(
-            f"{files.key}.python names {score.function}, which {path} does not define; "
-            f"{choices(score.function, dict.fromkeys(names))}."
-        )
+            f"{key}.python: {score.function} cannot be called with a model, a tokenizer, a split and the arguments "
+            f"{', '.join(score.arguments) or '(none)'} ({str(error).rstrip('.')}); correct either."
+        ) from None
 
 
 def _bound(statement: ast.stmt) -> Iterator[str]:

@@ -26,7 +26,7 @@ from evomerge.config.scoring import ObjectiveConfig
 from evomerge.config.search import SearchConfig
 from evomerge.devices import seeded
 from evomerge.errors import CandidateFailed, InputError, WorkFailed, first_line
-from evomerge.evaluation.own_files import OwnFiles, documents, source_file
+from evomerge.evaluation.own_files import OwnFiles, check_call, documents, source_file
 from evomerge.outcomes import Outcomes
 from evomerge.randomness import counter_rng
 
@@ -215,13 +215,8 @@ def _function(own: OwnFiles, module: ModuleType, score: ObjectiveConfig) -> Call
     function: Callable[..., Any] | None = getattr(module, score.function, None)
     if function is None or not callable(function):
         raise InputError(f"{own.key}.python: {score.function} in {module.__file__} is no function; name one.")
-    try:
-        inspect.signature(function).bind(None, None, None, **score.arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{own.key}.python: {score.function} cannot be called with a model, a tokenizer, a split and the arguments "
-            f"{', '.join(score.arguments) or '(none)'} ({str(error).rstrip('.')}); correct either."
-        ) from None
+    with contextlib.suppress(ValueError):  # some callables, such as built-in ones, do not say what they take
+        check_call(own.key, score, inspect.signature(function))
     return function
 
 

@@ -23,7 +23,6 @@ from evomerge.search.watching import Watch
 from evomerge.spaces import Genome, SearchSpace
 from evomerge.workers import Job
 
-
 NOTHING_LEFT = "its optimizer has nothing more to propose"
 
 

@@ -209,6 +209,34 @@ def test_what_cannot_be_called_is_told_before_anything_is_scored(
         Worker(alone(tmp_path, source, arguments=arguments))
 
 
+@pytest.mark.parametrize(
+    ("taken", "arguments", "says"),
+    [
+        ("model, tokenizer", {}, "too many positional arguments"),
+        ("model, tokenizer, split, *, far", {}, "missing a required.* 'far'"),
+        ("model, tokenizer, split", {"far": 1}, "unexpected keyword argument 'far'"),
+        ("model, tokenizer, split, far, /", {"far": 1}, "'far'"),
+        ("model, tokenizer, split, near=2, *, far=3", {"far": 1}, None),
+        ("*models, **others", {"far": 1}, None),
+        ("model, /, tokenizer, split=None, *, far", {"far": 1}, None),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_told_from_its_source(
+    taken: str, arguments: dict[str, Any], says: str | None, tmp_path: Path
+) -> None:
+    source = f"def score(other): return 1\n\n\ndef score({taken}):\n    return 0\n"
+    if says is None:
+        assert checked(alone(tmp_path, source, arguments=arguments))
+        return
+    with pytest.raises(InputError, match=rf"objectives\[0\].python: score cannot be called .*{says}"):
+        checked(alone(tmp_path, source, arguments=arguments))
+
+
+def test_a_decorated_function_is_not_judged_by_its_source(tmp_path: Path) -> None:
+    source = "def takes_all(function): return lambda *given: 0\n\n\n@takes_all\ndef score(): return 0\n"
+    assert checked(alone(tmp_path, source))
+
+
 def test_checking_a_search_runs_no_code(tmp_path: Path) -> None:
     source = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{FLUENCY}"
     search = config(tmp_path, source)
