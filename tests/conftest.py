@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other take several times the processor time
 os.environ.setdefault("RAY_worker_niceness", "0")  # beside other work, Ray's 15 would make a test wait for minutes
 # Ray reads once in a process whether it asks for tokens, and searches started here do ask.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
