@@ -67,7 +67,11 @@ def test_the_models_of_a_case_have_learned_different_skills() -> None:
         assert set(trained) <= set(study.SKILLS)
 
 
-@pytest.mark.parametrize("settings", [study.evolving(9, seed=1), study.controlling(9)], ids=["evolved", "random"])
+SETTINGS = {"evolved": study.evolving(9, seed=1), "random": study.controlling(9)}
+SETTINGS |= {method: study.merging_by(method) for method in study.COMPARED}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("case", study.CASES)
 def test_search_files_are_ones_that_evomerge_reads(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
     config = load(study.write_search(tmp_path, case, "some", settings), [])
