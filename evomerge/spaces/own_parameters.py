@@ -5,6 +5,7 @@ where the search file names them. Numbers vary by group of tensors, and by model
 Whole numbers and switches have one value for the whole merge.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -129,6 +130,8 @@ def _bounds(parameter: Parameter, change: GeneChange, where: str) -> GeneConfig:
             raise InputError(f"{where}.{key} is {value:g}; use a whole number.")
         if parameter.kind is bool and value not in (0, 1):
             raise InputError(f"{where}.{key} is {value:g}; use 0 (false) or 1 (true).")
-        if value < 0:
-            raise InputError(f"{where}.{key} is {value:g}; use a number of at least 0.")
+        least, most = parameter.within if parameter.within is not None and key != "step" else (0.0, math.inf)
+        if not least <= value <= most:
+            expected = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise InputError(f"{where}.{key} is {value:g}; use a number {expected}.")
     return checked

@@ -147,6 +147,8 @@ def test_lambda_is_a_gene_once_its_bounds_are_written() -> None:
         ({"method": "karcher", "parameters": {"karcher": {"max_iter": {"high": 2.5}}}}, "use a whole number"),
         ({"method": "model_stock", "parameters": {"model_stock": {"filter_wise": {"low": 0}}}}, "is a switch"),
         ({"method": "ram", "parameters": {"ram": {"epsilon": {"low": -1}}}}, "use a number of at least 0"),
+        ({"method": "regmean", "parameters": {"regmean": {"alpha": {"high": 2}}}}, r"alpha\.high is 2; .* from 0 to 1"),
+        ({"post": {"aim": {"omega": {"fixed": 1.5}}}}, r"space\.post\.aim\.omega\.fixed is 1\.5; .* from 0 to 1"),
     ],
 )
 def test_a_space_that_does_not_fit_the_model_says_what_to_change(settings: dict[str, object], message: str) -> None:
