@@ -18,7 +18,10 @@ import torch
 from torch import nn
 
 from evomerge.errors import WorkFailed
+from evomerge.evaluation.activations import PLACES, name_of
+from evomerge.evaluation.activations import outputs as outputs_of_layers
 from evomerge.evaluation.calibration import Calibration
+from evomerge.evaluation.packing import Tokens
 from evomerge.layers import is_layer, layer_index
 from evomerge.merging.methods.base import Kind
 from evomerge.merging.methods.kernels import checksum, fingerprint_of
@@ -377,3 +380,30 @@ def merged_inputs(
             models.merge_some(plan, inside, partial(_of, held))
 
     return Measurement(layout, tensors(), {"shared": shared})
+
+
+# What comes out of layers
+
+
+def outputs(model: Any, rows: Sequence[Tokens], batch_size: int) -> Measurement:
+    """What a model's layers put out at the last tokens of some rows (`activations.outputs`), in the model's dtype; for
+    each row a tensor of shape (layers, tokens, channels).
+
+    model: the model.
+    rows: what it reads, the longest first.
+    batch_size: how many rows it reads at a time.
+    """
+    tokens = {name_of(row): min(len(row), PLACES) for row in rows}
+    with torch.no_grad():
+        first = outputs_of_layers(model, rows[-1:])
+    layout = {name: ((len(first), count, first[0].shape[-1]), first[0].dtype) for name, count in tokens.items()}
+
+    @torch.no_grad()
+    def tensors() -> Tensors:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            put_out = torch.stack([layer.cpu() for layer in outputs_of_layers(model, batch)], dim=1)
+            for row, own in zip(batch, put_out, strict=True):
+                yield name_of(row), own[:, : tokens[name_of(row)]].contiguous()
+
+    return Measurement(layout, tensors())
