@@ -335,13 +335,11 @@ def sources_of(config: SearchConfig, controls: Sequence[Candidate], evaluations:
     base, sources = scored[BASE], dict[str, tuple[tuple[str, float], ...]]()
     for objective in config.objectives:
         if objective.cost is None:
-            zero = sign_of(objective) * base[objective.name] if base is not None else -math.inf
-            gains = {
-                reference: sign_of(objective) * scores[objective.name] - zero
-                for reference, scores in parents.items()
-                if scores is not None
-            }
-            better = {reference: gain for reference, gain in gains.items() if gain > 0} or {config.base: 1.0}
+            sign, name = sign_of(objective), objective.name
+            values = {reference: sign * scores[name] for reference, scores in parents.items() if scores is not None}
+            zero = sign * base[name] if base is not None else min(values.values(), default=0.0)
+            better = {reference: value - zero for reference, value in values.items() if value > zero}
+            better = better or {config.base: 1.0}
             total = sum(better.values())
             sources[objective.name] = tuple((reference, gain / total) for reference, gain in better.items())
     return tuple(sources.items())
