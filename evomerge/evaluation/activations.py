@@ -1,10 +1,11 @@
 """The loss without labels that compares layers: how far their outputs are from those of the models of a merge.
 
 The merge reads the prompts of items. What its layers put out at the last tokens of a prompt should be a weighted
-average of what the item's sources put out there. The loss of an item is the mean squared distance from it. Each layer's
-distance is divided by that of the models from the base, on all prompts of the objective: at 0 the merge is at its
-target, and at 1 it is about as far from it as models are from the base. Layers in which no model differs from the base
-do not count.
+average of what the item's sources put out there, and so should the logits behind the last token, which count like one
+more layer: without them nothing would say what the final norm and the head should be. The loss of an item is the mean
+squared distance from it. Each layer's distance is divided by that of the models from the base, on all prompts of the
+objective: at 0 the merge is at its target, and at 1 it is about as far from it as models are from the base. Layers in
+which no model differs from the base do not count.
 
 Xu et al. 2025 (ProDistill, arXiv:2502.12706) fit coefficients to distances of this kind, one layer after the other.
 Here all layers are compared in one pass.
@@ -13,7 +14,7 @@ Here all layers are compared in one pass.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,19 +23,24 @@ import torch
 from evomerge.candidate import Descent
 from evomerge.config.scoring import ObjectiveConfig
 from evomerge.errors import InputError
-from evomerge.evaluation.likelihoods import Request
+from evomerge.evaluation.likelihoods import Request, logits_at
 from evomerge.evaluation.losses import Encode, Item, Losses, TaskDocuments
 from evomerge.evaluation.packing import Tokens
-from evomerge.layers import is_layer, layer_index
+from evomerge.layers import is_layer
 
 PLACES = 32  # tokens at the end of a row at which layers are compared; all tokens of long prompts would fill disks
+_OTHER_LAYERS = (
+    "optimizer.learning.loss is activations, but this architecture has no layers that put out one vector for each token; "
+    "use likelihood or entropy."
+)
 
 
 class Outputs(Protocol):
     """What a model's layers put out on the rows of all search items, wherever it lies."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The outputs on a row (`name_of`), shape (layers, tokens, channels)."""
+        """The outputs on a row (`name_of`), shape (layers, tokens, channels), or its logits (`head_of`), shape
+        (vocabulary,)."""
         ...
 
 
@@ -52,50 +58,51 @@ def digest_of(rows: Sequence[Tokens]) -> str:
     return hashlib.sha256(json.dumps([PLACES, *rows]).encode()).hexdigest()[:16]
 
 
-class _Enough(Exception):
-    """Ends a forward pass behind the last layer."""
+def head_of(row: Tokens) -> str:
+    """What the logits of a row are called."""
+    return f"{name_of(row)}.head"
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[list[torch.Tensor]]:
-    """A context in which the outputs of a model's layers are kept, and a forward pass ends behind the last."""
+def _watched(model: Any, shape: torch.Size) -> Iterator[list[torch.Tensor]]:
+    """A context in which the outputs of a model's layers are kept. A forward pass raises InputError where they are not
+    one vector for each token of the shape."""
     kept: list[torch.Tensor] = []
-    named = [(layer_index(f"{name}.") or 0, module) for name, module in model.named_modules() if is_layer(name)]
-    layers = [module for _, module in sorted(named, key=lambda pair: pair[0])]
 
     def keep(_: Any, __: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-        if len(kept) == len(layers):
-            raise _Enough
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.dim() != 3 or hidden.shape[:2] != shape:
+            raise InputError(_OTHER_LAYERS)
+        kept.append(hidden)
 
     with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_hook(keep).remove)
+        for name, layer in model.named_modules():
+            if is_layer(name):
+                stack.callback(layer.register_forward_hook(keep).remove)
         yield kept
 
 
-def outputs(model: Any, rows: Sequence[Tokens]) -> list[torch.Tensor]:
-    """What each layer of a model puts out at the last `PLACES` tokens of some rows, or at as many as a row has.
+def outputs(model: Any, rows: Sequence[Tokens]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What each layer of a model puts out at the last `PLACES` tokens of some rows, or at as many as a row has, and the
+    logits behind the last token of each row.
 
     model: a causal model of transformers.
     rows: what it reads, together.
-    Returns for each layer a tensor of shape (rows, tokens, channels), on the layer's device. Rows that are shorter than
-    others have anything at the end.
+    Returns for each layer a tensor of shape (rows, tokens, channels), on the layer's device, and logits of shape (rows,
+    vocabulary). Rows that are shorter than others have anything at the end.
     Raises InputError where layers do not put out one vector for each token.
     """
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=model.device)
     starts = torch.tensor([max(0, len(row) - PLACES) for row in rows])
     places = (starts[:, None] + torch.arange(min(PLACES, length))).clamp(max=length - 1)
-    with _watched(model) as kept, suppress(_Enough):
-        model(input_ids=ids, use_cache=False)
-    if not kept or any(hidden.dim() != 3 or hidden.shape[:2] != ids.shape for hidden in kept):
-        raise InputError(
-            "optimizer.learning.loss is activations, but the layers of this architecture do not put out one vector for "
-            "each token; use likelihood or entropy."
-        )
+    ends = torch.tensor([place * length + len(row) - 1 for place, row in enumerate(rows)], device=model.device)
+    with _watched(model, ids.shape) as kept:
+        logits = logits_at(model, {"input_ids": ids, "use_cache": False}, ends)
+    if not kept:
+        raise InputError(_OTHER_LAYERS)
     numbers = torch.arange(len(rows))[:, None]
-    return [hidden[numbers.to(hidden.device), places.to(hidden.device)] for hidden in kept]
+    return [hidden[numbers.to(hidden.device), places.to(hidden.device)] for hidden in kept], logits
 
 
 class LayerLosses(Losses):
@@ -151,38 +158,37 @@ class LayerLosses(Losses):
     ) -> torch.Tensor:
         """See `Losses`. Without a descent, targets are zero and layers are not scaled."""
         rows = [self._row(request) for item in items for request in item.requests]
-        hidden = outputs(model, rows)
+        hidden, logits = outputs(model, rows)
         targets: Iterable[torch.Tensor | None] = [None] * len(hidden)
-        factors = torch.ones(len(hidden), len(rows))
+        heads, factors = None, torch.ones(len(hidden) + 1, len(rows))
         if descent is not None:
             owners = [item.objective for item in items for _ in item.requests]
-            sources = descent.sources_by_name
-            averages = [self._average(row, sources[owner]) for row, owner in zip(rows, owners, strict=True)]
+            sources = [descent.sources_by_name[owner] for owner in owners]
+            averages = [self._average(name_of(row), own) for row, own in zip(rows, sources, strict=True)]
             targets = torch.nn.utils.rnn.pad_sequence([own.transpose(0, 1) for own in averages]).permute(2, 1, 0, 3)
+            heads = torch.stack([self._average(head_of(row), own) for row, own in zip(rows, sources, strict=True)])
             factors = torch.stack([self._factors(owner) for owner in owners], dim=1)
         counts = torch.tensor([min(len(row), PLACES) for row in rows])
         shares = (torch.arange(hidden[0].shape[1]) < counts[:, None]) / counts[:, None]  # of a row's tokens in its loss
-        total = torch.zeros(len(rows), device=device)
-        for own, target, factor in zip(hidden, targets, factors, strict=True):
-            away = own.float() if target is None else own.float() - target.to(own.device)
-            distances = (away.square().mean(dim=-1) * shares.to(own.device)).sum(dim=-1)
-            total = total + (distances * factor.to(own.device)).to(device)
-        pieces = torch.split(total, [len(item.requests) for item in items])
+        total = _squares(logits, heads) * factors[-1].to(logits.device)
+        for own, target, factor in zip(hidden, targets, factors[:-1], strict=True):
+            distances = (_squares(own, target) * shares.to(own.device)).sum(dim=-1)
+            total = total + (distances * factor.to(own.device)).to(total.device)
+        pieces = torch.split(total.to(device), [len(item.requests) for item in items])
         return torch.stack([piece.mean() for piece in pieces])
 
-    def _read(self, model: str, row: Tokens) -> torch.Tensor:
-        """What the layers of a model put out on a row, shape (layers, tokens, channels)."""
+    def _read(self, model: str, name: str) -> torch.Tensor:
         assert self._outputs_of is not None
-        return self._outputs_of(model).read(name_of(row))
+        return self._outputs_of(model).read(name)
 
-    def _average(self, row: Tokens, sources: Mapping[str, float]) -> torch.Tensor:
-        """The weighted average of what sources put out on a row, float32, shape (layers, tokens, channels)."""
-        first, *others = (weight * self._read(model, row).float() for model, weight in sources.items())
+    def _average(self, name: str, sources: Mapping[str, float]) -> torch.Tensor:
+        """The weighted average of what sources put out, float32."""
+        first, *others = (weight * self._read(model, name).float() for model, weight in sources.items())
         return sum(others, first)
 
     def _factors(self, objective: str) -> torch.Tensor:
-        """What the distances of each layer are multiplied by, float32, shape (layers,). They add up to 1 where each has
-        the distance of the models from the base."""
+        """What the distances of each layer and of the logits are multiplied by, float32, shape (layers + 1,). The
+        products add up to 1 where each distance is that of the models from the base."""
         if objective not in self._scales:
             self._scales[objective] = self._made_factors(objective)
         return self._scales[objective]
@@ -191,9 +197,17 @@ class LayerLosses(Losses):
         total = torch.zeros((), dtype=torch.float64)
         count = 0
         for row in self._rows(item for _, items in self._items[objective] for item in items):
-            base = self._read(self._base, row).double()
+            base, logits = (self._read(self._base, name(row)).double() for name in (name_of, head_of))
             for model in self._models:
-                total = total + (self._read(model, row).double() - base).square().mean(dim=(1, 2))
+                away = (self._read(model, name_of(row)).double() - base).square().mean(dim=(1, 2))
+                behind = (self._read(model, head_of(row)).double() - logits).square().mean()
+                total = total + torch.cat([away, behind[None]])
                 count += 1
         scales, counted = total / count, total > 0
         return torch.where(counted, 1 / (scales * counted.sum()), 0.0).float()
+
+
+def _squares(own: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    """The mean squared distance over the last dimension, float32."""
+    away = own.float() if target is None else own.float() - target.to(own.device)
+    return away.square().mean(dim=-1)

@@ -1,6 +1,6 @@
 """Losses that compare layers, against transformers in float64 on lm-eval's own prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from tests.evaluation.reference import lm_eval_says
 MODELS = ("zoo:base", "zoo:math", "zoo:lang")
 WEIGHTS = {"qa": (("zoo:math", 0.75), ("zoo:lang", 0.25)), "choice:acc_norm": (("zoo:base", 1.0),)}
 COMPARED = {"optimizer": {"learning": {"loss": "activations"}}}
-Layers = list[torch.Tensor]
 
 
 def descent(*names: str, **changes: Any) -> Descent:
@@ -28,14 +27,14 @@ def descent(*names: str, **changes: Any) -> Descent:
     return Descent(**{**usual, **changes}, weights=tuple((name, 1.0) for name in names), sources=sources)
 
 
-def layers_of(model: Any, row: Sequence[int]) -> Layers:
-    """What every layer puts out on a row."""
-    kept: Layers = []
+def put_out(model: Any, row: Sequence[int], places: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What every layer puts out at the last tokens of a row, shape (layers, tokens, channels), and the last logits."""
+    kept: list[torch.Tensor] = []
     handles = [layer.register_forward_hook(lambda *given: kept.append(given[-1][0])) for layer in model.model.layers]
-    model(input_ids=torch.tensor([row]))
+    logits = model(input_ids=torch.tensor([row])).logits[0, -1]
     for handle in handles:
         handle.remove()
-    return kept
+    return torch.stack(kept)[:, -places:], logits
 
 
 class Measured:
@@ -46,7 +45,8 @@ class Measured:
 
     @torch.no_grad()
     def read(self, name: str) -> torch.Tensor:
-        return torch.stack([own[-self._places :] for own in layers_of(self._model, self._rows[name])])
+        row, _, head = name.partition(".")
+        return put_out(self._model, self._rows[row], self._places)[bool(head)]
 
 
 @pytest.fixture
@@ -85,24 +85,31 @@ class Exact:
             prompts += [] if row in prompts else [row]
         return prompts
 
-    def read(self, model: Any, row: list[int]) -> torch.Tensor:
-        return torch.stack(layers_of(model, row))[:, -self._places :]
+    def distances(self, model: Any, row: tuple[int, ...], known: Mapping[str, Any], weights: Any) -> torch.Tensor:
+        """The mean squared distance of each layer and of the logits from an average."""
+        targets = [sum(weight * known[name][kind] for name, weight in weights) for kind in range(2)]
+        layers, logits = (own - target for own, target in zip(put_out(model, row, self._places), targets, strict=True))
+        return torch.cat([layers.square().mean((1, 2)), logits.square().mean()[None]])
 
     def loss(self, items: Sequence[dict[str, Any]], weights: tuple[tuple[str, float], ...]) -> torch.Tensor:
         with torch.no_grad():
             rows = {tuple(row) for item in items for row in self.rows(item)}
-            known = {row: {name: self.read(model, list(row)) for name, model in self._models.items()} for row in rows}
-            away = [
-                (known[row][name] - known[row]["zoo:base"]).square().mean((1, 2)) for row in rows for name in MODELS[1:]
+            known = {
+                row: {name: put_out(model, row, self._places) for name, model in self._models.items()} for row in rows
+            }
+            from_base = [
+                self.distances(self._models[name], row, known[row], (("zoo:base", 1.0),))
+                for row in rows
+                for name in MODELS[1:]
             ]
-            scale = torch.stack(away).mean(0)
-        total = torch.zeros((), dtype=torch.float64)
+            scale = torch.stack(from_base).mean(0)
+        losses = []
         for item in items:
-            for row in self.rows(item):
-                target = sum(weight * known[tuple(row)][name] for name, weight in weights)
-                distance = (self.read(self.merge, row) - target).square().mean((1, 2))
-                total = total + (distance / scale).mean() / len(self.rows(item)) / len(items)
-        return total
+            read = [tuple(row) for row in self.rows(item)]
+            losses += [
+                sum((self.distances(self.merge, row, known[row], weights) / scale).mean() for row in read) / len(read)
+            ]
+        return sum(losses) / len(losses)
 
 
 def slopes(harness: Harness, request: Descent) -> torch.Tensor:
@@ -187,7 +194,9 @@ def test_layers_that_put_out_something_else_are_refused(compared, qa_task):
     qa_task()
     harness = compared("qa")
     harness._model.model.layers[-1].register_forward_hook(lambda *given: given[-1][None])
-    with pytest.raises(InputError, match=r"do not put out one vector for each token; use likelihood or entropy"):
+    with pytest.raises(
+        InputError, match=r"no layers that put out one vector for each token; use likelihood or entropy"
+    ):
         activations.outputs(harness._model, [(1, 2, 3)])
 
 
