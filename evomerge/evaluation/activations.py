@@ -30,8 +30,8 @@ from evomerge.layers import is_layer
 
 PLACES = 32  # tokens at the end of a row at which layers are compared; all tokens of long prompts would fill disks
 _OTHER_LAYERS = (
-    "optimizer.learning.loss is activations, but this architecture has no layers that put out one vector for each token; "
-    "use likelihood or entropy."
+    "optimizer.learning.loss is activations, but this architecture has no layers that put out one vector for each "
+    "token; use likelihood or entropy."
 )
 
 
