@@ -12,6 +12,9 @@ Kind = Literal["control", "search"]
 # Scores on a split's items; on some of the search's; on all of the search's, with quantized weights.
 Study = Literal["search", "subset", "quantized", "selection", "heldout"]
 
+Sources = tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
+"""By metric, the references of models, each with its weight."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -98,6 +101,8 @@ class Descent:
     shards: into how many shards the mini-batch is divided.
     weights: the metrics whose losses are summed up, by name, with the weight of each in the sum.
     wanted: the names of the parameters by which derivatives are taken; empty where only losses are asked for.
+    sources: for each metric, the references of the models whose layers' outputs are averaged, with the weight of each;
+        empty where the loss compares no layers.
     """
 
     step: int
@@ -106,6 +111,12 @@ class Descent:
     shards: int
     weights: tuple[tuple[str, float], ...]
     wanted: tuple[str, ...]
+    sources: Sources = ()
+
+    @property
+    def sources_by_name(self) -> dict[str, dict[str, float]]:
+        """The weight of each source in what layers should put out, by metric and the source's reference."""
+        return {name: dict(weights) for name, weights in self.sources}
 
     @property
     def subset(self) -> Subset | None:

@@ -35,6 +35,8 @@ class LearningConfig(Settings):
 
     loss: `likelihood` is that of the right answers. `entropy` needs no answers: it makes the model surer of its own,
         over the options of an item, or over the first token that it would write (Yang et al. 2024, AdaMerging).
+        `activations` needs none either: it brings what layers put out on prompts close to a weighted average of what
+        those of the models put out there (after Xu et al. 2025, ProDistill).
     steps: how many steps there are at most; with 0, `auto` follows no gradients.
     share: the share of the search items that a step reads.
     rate: how far a gene moves in the first steps, in its own units; it falls to a tenth. By default what suits the
@@ -47,7 +49,7 @@ class LearningConfig(Settings):
         and takes more time.
     """
 
-    loss: Literal["likelihood", "entropy"] = "likelihood"
+    loss: Literal["likelihood", "entropy", "activations"] = "likelihood"
     steps: int = Field(default=60, ge=0)
     share: float = Field(default=0.25, gt=0, le=1)
     rate: float | None = Field(default=None, gt=0)

@@ -21,6 +21,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.config.tables import COSTS, imported
 from evomerge.errors import CandidateFailed, EvomergeError, InputError
 from evomerge.evaluation import few_shots
+from evomerge.evaluation.activations import LayerLosses, OutputsOf
 from evomerge.evaluation.calibration import Calibration, texts_of
 from evomerge.evaluation.generation import GenerationBatch, GenerationPlan, TransformersWriter, Writer
 from evomerge.evaluation.items import Division, part
@@ -39,6 +40,7 @@ from evomerge.evaluation.losses import Losses
 from evomerge.evaluation.margins import Choices, choices_of
 from evomerge.evaluation.metrics import task_metrics
 from evomerge.evaluation.own_scores import Item, OwnItems
+from evomerge.evaluation.packing import Tokens as Row
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
 from evomerge.seen import Digests
@@ -100,6 +102,7 @@ class Harness:
         seen: Digests = frozenset(),
         targets: Mapping[str, Target] | None = None,
         own: OwnItems | None = None,
+        outputs_of: OutputsOf | None = None,
     ) -> None:
         """Takes a model and its tokenizer, and builds nothing yet.
 
@@ -110,10 +113,12 @@ class Harness:
         seen: digests of items that must not be held out (`evomerge.seen`).
         targets: the tasks that the config measures, where they are loaded already; by default they are loaded here.
         own: the items of the user's own scores; by default there are none.
+        outputs_of: what the layers of each model put out, where the loss compares layers.
         Raises InputError for a task that cannot be loaded.
         """
         self._config, self._model, self._writer, self._seen = config, model, writer, seen
         self._own = own or OwnItems()
+        self._outputs_of = outputs_of
         self._targets = targets or load_targets(config.reported, config.tasks, config.evaluation)
         with quiet():
             from lm_eval.models.huggingface import HFLM
@@ -132,7 +137,7 @@ class Harness:
                 with quiet():
                     targets = forked(self._targets)
                     self._splits[name] = _PreparedSplit(
-                        self._config, self._lm, split, self._seen, targets, metrics, self._own
+                        self._config, self._lm, split, self._seen, targets, metrics, self._own, self._outputs_of
                     )
                     if self._model.device.type != "meta":
                         self._splits[name].check_packing(self._model)
@@ -260,6 +265,19 @@ class Harness:
         with quiet(), torch.set_grad_enabled(bool(descent.wanted)):
             return self._splits["search"].descend(model, descent)
 
+    @cached_property
+    def compared_rows(self) -> list[Row]:
+        """What models read so that the outputs of their layers can be compared, each row once, the longest first.
+
+        Raises InputError where there is nothing to read.
+        """
+        self.prepare("search")
+        with quiet():
+            rows = self._splits["search"].compared_rows()
+        if not rows:
+            raise InputError("no search item has a text on which layers could be compared; use another loss.")
+        return rows
+
     def calibration(self, model: str) -> Calibration:
         """What statistics of a model are measured on, as the search file says.
 
@@ -304,7 +322,9 @@ class _PreparedSplit:
         targets: Mapping[str, Target],
         metrics: Sequence[ObjectiveConfig],
         own: OwnItems,
+        outputs_of: OutputsOf | None = None,
     ) -> None:
+        self._outputs_of = outputs_of
         self._config, self._lm, self._targets, self._metrics = config, lm, targets, metrics
         tasks, searched = (distinct_tasks(of_metrics(named, targets)) for named in (metrics, config.measured))
         division = Division(
@@ -334,17 +354,27 @@ class _PreparedSplit:
     @cached_property
     def _losses(self) -> Losses:
         """Made for the first gradient that is asked for."""
-        return self._losses_of(unlabelled=self._config.optimizer.learning.loss == "entropy")
+        return self._losses_of(self._config.optimizer.learning.loss)
 
-    def _losses_of(self, unlabelled: bool) -> Losses:
+    def _losses_of(self, loss: str) -> Losses:
         measured = [metric for metric in self._config.measured if metric.task]
         documents = {id(task.task): task.documents for task in self._tasks}
         encode = partial(_encode_answer, self._lm)
         chat = self._config.evaluation.apply_chat_template
-        return Losses(measured, self._targets, documents, encode, self._config.items.seed, chat, unlabelled)
+        given = measured, self._targets, documents, encode, self._config.items.seed, chat
+        if loss == "activations":
+            base, models = self._config.base, list(self._config.models.values())
+            limit = self._lm.max_length
+            return LayerLosses(*given, base=base, models=models, max_length=limit, outputs_of=self._outputs_of)
+        return Losses(*given, unlabelled=loss == "entropy")
+
+    def compared_rows(self) -> list[Row]:
+        losses = self._losses_of("activations")
+        assert isinstance(losses, LayerLosses)
+        return losses.rows
 
     def items_of_tasks(self, tasks: Sequence[str] | None, most: int) -> list[LossItem]:
-        return self._losses_of(unlabelled=False).of_tasks(tasks, most)
+        return self._losses_of("likelihood").of_tasks(tasks, most)
 
     def descend(self, model: Any, descent: Descent) -> dict[str, float]:
         return self._losses.follow(model, descent, *self._limits)

@@ -8,7 +8,7 @@ never change, because the composition of a batch changes the last digits of the 
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,11 +318,21 @@ def read_logits(model: Any, batch: Batch) -> torch.Tensor:
     model: a causal model of transformers.
     batch: the rows that it runs.
     """
-    with _head_reads(model, batch.reads):
-        logits: torch.Tensor = model(**batch.inputs(model)).logits
-    if logits.shape[:2] == (1, len(batch.reads)):  # only the reads, or a single row of which every column is read
+    return logits_at(model, batch.inputs(model), batch.reads)
+
+
+def logits_at(model: Any, inputs: Mapping[str, Any], reads: torch.Tensor) -> torch.Tensor:
+    """The logits at some places, shape (reads, vocabulary).
+
+    model: a causal model of transformers.
+    inputs: the arguments of the call.
+    reads: places in the flattened ids, shape (reads,).
+    """
+    with _head_reads(model, reads):
+        logits: torch.Tensor = model(**inputs).logits
+    if logits.shape[:2] == (1, len(reads)):  # only the reads, or a single row of which every column is read
         return logits[0]
-    return logits.flatten(0, 1)[batch.reads.to(logits.device)]
+    return logits.flatten(0, 1)[reads.to(logits.device)]
 
 
 @contextlib.contextmanager

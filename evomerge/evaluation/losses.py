@@ -107,18 +107,51 @@ class Losses:
         chat: whether prompts follow the model's chat template.
         unlabelled: whether losses are entropies, so that references are not needed.
         """
-        self._seed = seed
+        self._seed, self._unlabelled = seed, unlabelled
         self._tasks = {objective.name: objective.task for objective in objectives}
         self._items: dict[str, list[tuple[str, list[Item | None]]]] = {}
         for objective in objectives:
             target = targets[objective.task]
             filter_name = objective.filter or target.filters()[0]
-            items = _unlabelled_items if unlabelled else _items
             made = [
-                (task.config.task, items(task, objective, filter_name, documents[id(task)], encode, chat))
+                (task.config.task, self.make(task, objective, filter_name, documents[id(task)], encode, chat))
                 for task in target.tasks
             ]
             self._items[objective.name] = _normalized(made)
+
+    def make(
+        self,
+        task: Any,
+        objective: ObjectiveConfig,
+        filter_name: str,
+        documents: TaskDocuments,
+        encode: Encode,
+        chat: bool,
+    ) -> list[Item | None]:
+        """An item for each document of a task; None for documents without a loss.
+
+        task: lm-eval's.
+        objective: the metric.
+        filter_name: the filter whose output the metric compares.
+        documents: the task's instances, by document.
+        encode: makes requests of instances.
+        chat: whether prompts follow the model's chat template.
+        """
+        items = _unlabelled_items if self._unlabelled else _items
+        return items(task, objective, filter_name, documents, encode, chat)
+
+    def losses_of(
+        self, model: Any, items: Sequence[Item], descent: Descent | None, max_length: int, device: torch.device
+    ) -> torch.Tensor:
+        """The loss of each item, float32, shape (items,).
+
+        model: the candidate.
+        items: those of a batch.
+        descent: what is asked for; None in a rehearsal.
+        max_length: the model's context in tokens.
+        device: where batches are kept.
+        """
+        return _losses(model, items, max_length, device)
 
     def of_tasks(self, tasks: Collection[str] | None, most: int) -> list[Item]:
         """The items that have a reference, each once, in their order.
@@ -169,7 +202,7 @@ class Losses:
         totals = dict.fromkeys(weights, 0.0)
         together = [item for items in self.chosen(descent).values() for item in items]
         for batch in _batches(together, batch_size):
-            losses = _losses(model, batch, max_length, device)
+            losses = self.losses_of(model, batch, descent, max_length, device)
             for item, loss in zip(batch, losses.tolist(), strict=True):
                 totals[item.objective] += loss / counts[item.objective]
             factors = losses.new_tensor([weights[item.objective] / counts[item.objective] for item in batch])
@@ -189,7 +222,7 @@ class Losses:
         items = [item for by_task in self._items.values() for _, own in by_task for item in own if item is not None]
         batches = _batches(items, batch_size)
         largest = max(batches, key=lambda batch: batch[0].longest * sum(len(item.requests) for item in batch))
-        _losses(model, largest, max_length, device).sum().backward()  # type: ignore[no-untyped-call]
+        self.losses_of(model, largest, None, max_length, device).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _items(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from evomerge.config.running import OptimizerConfig, StageConfig
+from evomerge.config.running import LearningConfig, OptimizerConfig, StageConfig
 from evomerge.config.tables import LEARNED, OPTIMIZERS, imported
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Optimizer, Problem
@@ -32,28 +32,40 @@ def _make(config: OptimizerConfig, problem: Problem) -> Optimizer:
     return made
 
 
-def learning_steps(config: OptimizerConfig, limit: float) -> int:
+def passes_before(config: LearningConfig, models: int) -> float:
+    """What a search reads before its first step along a gradient, in forward passes over all search items: all items
+    once with the base and with every model, where the loss compares layers with theirs.
+
+    config: how gradients are followed.
+    models: how many models there are besides the base.
+    """
+    return 1.0 + models if config.loss == "activations" else 0.0
+
+
+def learning_steps(config: OptimizerConfig, limit: float, models: int = 0) -> int:
     """How many steps along gradients a search takes at most: as many as the config says, but they and the candidates
     that are scored between them cost at most a part of the budget where evolution follows.
 
     config: the search's optimizer settings.
     limit: the budget, in evaluations.
+    models: how many models there are besides the base.
     """
     share = 1.0 if config.name == LEARNED else _LEARNING
+    left = max(0.0, share * limit - passes_before(config.learning, models))
     cost = FORWARD_PASSES * config.learning.share + 1 / config.learning.every
-    return min(config.learning.steps, int(share * limit / cost))
+    return min(config.learning.steps, int(left / cost))
 
 
-def learns(config: OptimizerConfig, limit: float) -> bool:
+def learns(config: OptimizerConfig, limit: float, models: int = 0) -> bool:
     """Whether a search should follow gradients first, where its tasks and its method allow it."""
     if config.follows_gradients:
         return True
     free = config.name == "auto" and not config.stages and config.schedule == "pipelined"
-    return free and learning_steps(config, limit) >= _FEWEST_STEPS
+    return free and learning_steps(config, limit, models) >= _FEWEST_STEPS
 
 
 def following_gradients(
-    config: OptimizerConfig, moved: Sequence[str], genes: Sequence[Gene], limit: float, selects: bool
+    config: OptimizerConfig, moved: Sequence[str], genes: Sequence[Gene], limit: float, selects: bool, models: int = 0
 ) -> OptimizerConfig:
     """The config of a search that follows gradients first, with its stages.
 
@@ -62,8 +74,9 @@ def following_gradients(
     genes: all genes.
     limit: the budget, in evaluations.
     selects: whether there are selection items.
+    models: how many models there are besides the base.
     """
-    learning = config.learning.model_copy(update={"steps": max(1, learning_steps(config, limit))})
+    learning = config.learning.model_copy(update={"steps": max(1, learning_steps(config, limit, models))})
     config = config.model_copy(update={"learning": learning})
     if config.follows_gradients:
         return config

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.archive.gradients import GradientRecord, digest_of, rounded
-from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, learned_id
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, Sources, learned_id
 from evomerge.config.search import SearchConfig
 from evomerge.events import Listener, Stepped, Warned
 from evomerge.optimizers.base import Problem
 from evomerge.optimizers.learned import Learner
-from evomerge.optimizers.make import FORWARD_PASSES
+from evomerge.optimizers.make import FORWARD_PASSES, passes_before
 from evomerge.optimizers.ranking import Incumbent
+from evomerge.search.controls import BASE, PARENT
 from evomerge.search.criteria import Criteria, references, sign_of
 from evomerge.spaces import Genome, SearchSpace
 from evomerge.spaces.sensitivity import Sensitivity, sensitivity
@@ -102,6 +103,7 @@ class Learning:
         criteria: Criteria,
         limits: Sequence[LossLimit],
         listener: Listener,
+        sources: Sources = (),
     ) -> None:
         """config: the search's.
         space: decodes genomes.
@@ -110,9 +112,10 @@ class Learning:
         criteria: those of the search items.
         limits: the constraints on losses.
         listener: is told of steps.
+        sources: for each objective, the models whose layers are compared with the merge's, with their weights.
         """
         self._config, self._space, self._criteria, self._listener = config, space, criteria, listener
-        self._names = names
+        self._names, self._sources = names, sources
         self._problem, self._limits = problem, deque(limits)
         self._settings = config.optimizer.learning
         stage = config.optimizer.stages[0] if config.optimizer.stages else None
@@ -125,7 +128,7 @@ class Learning:
         self._candidates: dict[int, Candidate] = {}  # by step
         self._scored: dict[int, Evaluation | None] = {}
         self._ending = not self._sensitivity.moves.any()
-        self.cost, self.finished = 0.0, False
+        self.cost, self.finished = passes_before(self._settings, len(config.models)), False
         self._go_on()
 
     @property
@@ -275,7 +278,7 @@ class Learning:
             wanted = self._sensitivity.wanted
             self.cost += FORWARD_PASSES * share
         descents = [
-            Descent(number, share, shard, settings.shards, tuple(weights.items()), wanted)
+            Descent(number, share, shard, settings.shards, tuple(weights.items()), wanted, self._sources)
             for shard in range(settings.shards)
         ]
         self._step = _Step(candidate, descents[0])
@@ -324,6 +327,31 @@ def loss_limits(
             parent = max(among, key=lambda pair: pair[0])[1]
             limits[constraint.name] = LossLimit(constraint.name, parent, -math.log(constraint.retain))
     return list(limits.values())
+
+
+def sources_of(config: SearchConfig, controls: Sequence[Candidate], evaluations: Sequence[Evaluation]) -> Sources:
+    """For each objective, with whose layers those of the merge are compared, and how much each model counts: by how
+    much it scores better than the base on the objective. Where none does, it is the base alone.
+
+    config: the search's.
+    controls: the essential controls.
+    evaluations: theirs, on search items.
+    """
+    if config.optimizer.learning.loss != "activations":
+        return ()
+    scored = {candidate.id: evaluation.scores for candidate, evaluation in zip(controls, evaluations, strict=True)}
+    parents = {reference: scored[f"{PARENT}-{name}"] for name, reference in config.models.items()}
+    base, sources = scored[BASE], dict[str, tuple[tuple[str, float], ...]]()
+    for objective in config.objectives:
+        if objective.cost is None:
+            sign, name = sign_of(objective), objective.name
+            values = {reference: sign * scores[name] for reference, scores in parents.items() if scores is not None}
+            zero = sign * base[name] if base is not None else min(values.values(), default=0.0)
+            better = {reference: value - zero for reference, value in values.items() if value > zero}
+            better = better or {config.base: 1.0}
+            total = sum(better.values())
+            sources[objective.name] = tuple((reference, gain / total) for reference, gain in better.items())
+    return tuple(sources.items())
 
 
 class Multipliers:

@@ -31,7 +31,7 @@ from evomerge.search.controls import (
 )
 from evomerge.search.criteria import Criteria, check_limits
 from evomerge.search.generations import Generations
-from evomerge.search.learning import Learning, loss_limits
+from evomerge.search.learning import Learning, loss_limits, sources_of
 from evomerge.search.results import Results
 from evomerge.search.subsets import Subsets
 from evomerge.search.watching import Watch
@@ -256,7 +256,8 @@ class Search:
         problem = Problem(self.space.genes, start, self.config.seed, ranking, evaluated, self.space.draw)
         if self.config.optimizer.follows_gradients:
             limits = loss_limits(self.config, essential.candidates, list(essential.evaluations.values()))
-            learning = Learning(self.config, self.space, self.names, problem, criteria, limits, self.listener)
+            sources = sources_of(self.config, essential.candidates, list(essential.evaluations.values()))
+            learning = Learning(self.config, self.space, self.names, problem, criteria, limits, self.listener, sources)
             return InTurn(learning, partial(self._evolution, essential, problem, criteria))
         if self.config.optimizer.schedule == "pipelined":
             return self._generations(essential, problem, criteria)

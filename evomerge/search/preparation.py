@@ -114,7 +114,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     tasks = distinct_tasks(targets)
     searched = of_metrics(config.measured, targets)
     doubt = None
-    if learns(config.optimizer, config.limit):
+    if learns(config.optimizer, config.limit, len(config.models)):
         config, prepared, doubt = _learning(config, prepared, searched)
         space = prepared.space
     own_items = OwnItems.of(config, own)
@@ -242,6 +242,8 @@ def _learning(
     own = [metric.name for metric in config.measured if metric.python is not None]
     if own:
         reason = f"{own[0]} is a function of your own, which has no derivative"
+    if config.optimizer.learning.loss == "activations":
+        reason = reason or _incomparable(config)
     if reason is None:
         division = Division(tasks, config.items, prepared.models.seen)
         chat = config.evaluation.apply_chat_template
@@ -259,13 +261,26 @@ def _learning(
         except InputError:  # too many items are alike
             items = config.items
     optimizer = following_gradients(
-        config.optimizer, moved, prepared.space.genes, config.limit, selects=bool(items.selection)
+        config.optimizer, moved, prepared.space.genes, config.limit, bool(items.selection), len(config.models)
     )
     unsteered = None
-    if config.constraints and optimizer.learning.loss == "entropy":
-        unsteered = "constraints do not steer steps along gradients, since optimizer.learning.loss is entropy."
+    if config.constraints and optimizer.learning.loss != "likelihood":
+        loss = optimizer.learning.loss
+        unsteered = f"constraints do not steer steps along gradients, since optimizer.learning.loss is {loss}."
     config = config.model_copy(update={"items": items, "optimizer": optimizer})
     return config, replace(prepared, config=config), unsteered
+
+
+def _incomparable(config: SearchConfig) -> str | None:
+    """Why a merge's layers cannot be compared with those of its sources; None where they can."""
+    if config.space.changes_layers:
+        return (
+            f"optimizer.learning.loss is activations, and with space.kind {config.space.kind} a merge has other layers "
+            "than its sources"
+        )
+    if not any(objective.task for objective in config.objectives):
+        return "optimizer.learning.loss is activations, and no objective has items that could be read"
+    return None
 
 
 def _with_tensor_weights(config: SearchConfig) -> SearchConfig:

@@ -1,13 +1,15 @@
 """Results: what a search has found so far, judged by its criteria."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from evomerge.archive.archive import Archive, Record, steering
+from evomerge.archive.gradients import GradientRecord
 from evomerge.candidate import Candidate, Study
 from evomerge.config.search import SearchConfig
-from evomerge.optimizers.make import FORWARD_PASSES
+from evomerge.optimizers.make import FORWARD_PASSES, passes_before
 from evomerge.search.best import best_of, best_searched, finalists, front_of, reported
 from evomerge.search.controls import count_controls
 from evomerge.search.criteria import Criteria, criteria_of
@@ -84,15 +86,13 @@ class Results:
     def equivalents(self) -> float:
         """What the search has cost so far, controls left out, in forward passes over all search items: an evaluation
         counts as the share of the items that it is scored on, and a step along gradients as three times that."""
-        learning = self.config.optimizer.learning
         records = (
             self.archive.records(steering(self.config)),
             self.archive.records("subset") if self.config.subsets is True else [],
         )
         searched = [record.evaluation for study in records for record in study if record.candidate.kind == "search"]
         scored = sum(1.0 if evaluation.subset is None else evaluation.subset.share for evaluation in searched)
-        passes = [FORWARD_PASSES * learning.share if record.step > 0 else 1.0 for record in self.archive.gradients()]
-        return scored + sum(passes) / learning.shards
+        return scored + passes(self.config, self.archive.gradients())
 
     @property
     def steps(self) -> int:
@@ -162,3 +162,16 @@ def none_feasible(results: Results) -> str:
         f"no candidate keeps to the constraints on {items} items: {asked}; {closest.candidate.id} comes closest with "
         f"{reached}, so there is nothing to export; search longer, or ask for less."
     )
+
+
+def passes(config: SearchConfig, gradients: Sequence[GradientRecord]) -> float:
+    """What steps along gradients have cost, in forward passes over all search items. The first has waited for what is
+    read before it.
+
+    config: the search's.
+    gradients: the records of the shards of some steps.
+    """
+    learning = config.optimizer.learning
+    each = [FORWARD_PASSES * learning.share if record.step > 0 else 1.0 for record in gradients]
+    first = any(record.step == 1 and record.shard == 0 for record in gradients)
+    return sum(each) / learning.shards + first * passes_before(learning, len(config.models))

@@ -18,7 +18,10 @@ def wanted(config: SearchConfig) -> list[tuple[Kind, str]]:
     """The statistics that the methods of a search need: kinds, with the references of the models."""
     space = config.space.merging
     rows = [methods.get(name, "space.method") for name in space.methods] if space is not None else []
-    return list(dict.fromkeys(pair for row in rows for pair in needed(row, config.base, config.models.values())))
+    pairs = [pair for row in rows for pair in needed(row, config.base, config.models.values())]
+    if config.optimizer.follows_gradients and config.optimizer.learning.loss == "activations":
+        pairs += [("outputs", reference) for reference in (config.base, *config.models.values())]
+    return list(dict.fromkeys(pairs))
 
 
 def measure(pairs: list[tuple[Kind, str]], pool: WorkerPool, listener: Listener) -> Names:

@@ -18,7 +18,10 @@ import torch
 from torch import nn
 
 from evomerge.errors import WorkFailed
+from evomerge.evaluation.activations import PLACES, head_of, name_of
+from evomerge.evaluation.activations import outputs as outputs_of_layers
 from evomerge.evaluation.calibration import Calibration
+from evomerge.evaluation.packing import Tokens
 from evomerge.layers import is_layer, layer_index
 from evomerge.merging.methods.base import Kind
 from evomerge.merging.methods.kernels import checksum, fingerprint_of
@@ -377,3 +380,35 @@ def merged_inputs(
             models.merge_some(plan, inside, partial(_of, held))
 
     return Measurement(layout, tensors(), {"shared": shared})
+
+
+# What comes out of layers
+
+
+def outputs(model: Any, rows: Sequence[Tokens], batch_size: int) -> Measurement:
+    """What a model's layers put out at the last tokens of some rows, for each row a tensor of shape (layers, tokens,
+    channels), and its logits, shape (vocabulary,) (`activations.outputs`). In the model's dtype.
+
+    model: the model.
+    rows: what it reads, the longest first.
+    batch_size: how many rows it reads at a time.
+    """
+    with torch.no_grad():
+        layers, logits = outputs_of_layers(model, rows[-1:])
+    channels, tokens = layers[0].shape[-1], {row: min(len(row), PLACES) for row in rows}
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for row in rows:
+        layout[name_of(row)] = (len(layers), tokens[row], channels), layers[0].dtype
+        layout[head_of(row)] = logits.shape[1:], logits.dtype
+
+    @torch.no_grad()
+    def tensors() -> Tensors:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            hidden, heads = outputs_of_layers(model, batch)
+            put_out = torch.stack([layer.cpu() for layer in hidden], dim=1)
+            for row, own, head in zip(batch, put_out, heads.cpu(), strict=True):
+                yield name_of(row), own[:, : tokens[row]].contiguous()
+                yield head_of(row), head.contiguous()
+
+    return Measurement(layout, tensors())

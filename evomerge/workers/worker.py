@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from evomerge.devices import (
     synchronize,
 )
 from evomerge.errors import CandidateFailed, InputError, WorkerPoisoned, WorkFailed, first_line, naming
+from evomerge.evaluation.activations import digest_of
 from evomerge.evaluation.calibration import Calibration
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.harness import WHOLE, Harness, Tokens
@@ -98,7 +100,16 @@ class Worker:
         items = OwnItems.of(config, own)
         self._own = None if rehearsal or not own else OwnScores(config, own)
         self._tokenizer = tokenizer
-        self._harness = Harness(config, self.models.model, tokenizer, engine, seen | models.seen, targets, items)
+        self._harness = Harness(
+            config,
+            self.models.model,
+            tokenizer,
+            engine,
+            seen | models.seen,
+            targets,
+            items,
+            partial(self._statistics, "outputs"),
+        )
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         costs = [cost for cost in costs if not COSTS[cost].of_texts]  # those are counted in what is answered
         self._learns = config.optimizer.follows_gradients
@@ -244,7 +255,7 @@ class Worker:
     def _measured(self, kind: Kind, models: list[str]) -> str:
         """Measures statistics, and returns the name of their folder."""
         assert self._folder is not None
-        calibrations = [self._calibration(model) for model in models]
+        calibrations = [self._calibration(model) for model in models] if kind != "outputs" else []
         self._held = None
         self.models.materialize(single(models[0]))
         model, naming, rows = self.models.model, self._naming, self._config.evaluation.batch_size
@@ -256,6 +267,8 @@ class Worker:
                 parameters={"alpha": self._alpha},
             )
             measured = measuring.merged_inputs(self.models, recipe, naming, calibrations, rows)
+        elif kind == "outputs":
+            measured = measuring.outputs(model, self._harness.compared_rows, rows)
         elif kind == "fisher":
             drawn = self._config.statistics.labels == "drawn"
             measured = measuring.fisher(model, naming, calibrations[0], drawn)
@@ -275,6 +288,8 @@ class Worker:
 
     def _settings(self, kind: Kind, models: Sequence[str]) -> dict[str, Any]:
         """What statistics depend on besides the models."""
+        if kind == "outputs":
+            return {"items": digest_of(self._harness.compared_rows), "dtype": self._config.evaluation.dtype}
         settings: dict[str, Any] = {
             "items": [self._calibration(model).digest for model in models],
             "dtype": self._config.evaluation.dtype,

@@ -252,7 +252,7 @@ def test_gradients_cannot_be_followed_through_a_function_and_evolution_works_alo
     prepared = prepare(config(tmp_path, optimizer=budget))
     assert any("fluency is a function of your own" in warning for warning in prepared.warnings)
     assert "learned" not in prepared.config.optimizer.names
-    for loss in ("likelihood", "entropy"):
+    for loss in ("likelihood", "entropy", "activations"):
         asked = {"name": "learned", "evaluations": 40, "learning": {"loss": loss}}
         with pytest.raises(InputError, match="asks for learned, but fluency is a function of your own"):
             prepare(config(tmp_path, optimizer=asked))

@@ -8,6 +8,7 @@ import yaml
 
 from evomerge.config.files import load
 from evomerge.config.tables import LEARNED
+from evomerge.errors import InputError
 from evomerge.search.preparation import Prepared, prepare
 from tests.searches import EVALS, WriteSearch
 
@@ -99,13 +100,13 @@ def test_where_no_answer_satisfies_its_own_metric_it_evolves_alone_and_says_why(
         "best; evolution works alone."
     )
     kept = [{"task": "base_qa", "retain": 0.9, "of": "base"}]
-    unlabelled = {"learning": {"loss": "entropy"}}
     paths = {"paths": [str(EVALS), str(tmp_path)]}
-    without = auto(search_file, unlabelled, objectives=objectives, tasks=paths, constraints=kept)
-    assert without.config.optimizer.follows_gradients
-    assert [text for text in without.warnings if "gradients" in text] == [
-        "constraints do not steer steps along gradients, since optimizer.learning.loss is entropy."
-    ]
+    for loss in ("entropy", "activations"):
+        without = auto(search_file, {"learning": {"loss": loss}}, objectives=objectives, tasks=paths, constraints=kept)
+        assert without.config.optimizer.follows_gradients
+        assert [text for text in without.warnings if "gradients" in text] == [
+            f"constraints do not steer steps along gradients, since optimizer.learning.loss is {loss}."
+        ]
 
 
 def test_a_method_without_derivatives_or_a_path_is_evolved_without_a_word(search_file: WriteSearch) -> None:
@@ -155,3 +156,32 @@ def test_weights_by_tensor_that_a_search_file_asks_for_stay_where_gradients_cann
     without = auto(search_file, space=wanted | {"method": ["model_stock", "ties"], "weight": {"fixed": 0.5}})
     assert not without.config.optimizer.follows_gradients
     assert without.config.space.merging.by_tensor
+
+
+@pytest.mark.parametrize(("kind", "own"), [("data_flow", {"scale": {"low": 0.5}}), ("hybrid", {})])
+def test_layers_are_not_compared_where_a_merge_has_others_than_its_sources(
+    search_file: WriteSearch, kind: str, own: dict[str, Any]
+) -> None:
+    optimizer = {"name": "learned", "learning": {"loss": "activations"}}
+    with pytest.raises(InputError) as refused:
+        auto(search_file, optimizer, space={"kind": kind, **own})
+    assert str(refused.value) == (
+        f"optimizer asks for learned, but optimizer.learning.loss is activations, and with space.kind {kind} a merge "
+        "has other layers than its sources; use another optimizer, or auto."
+    )
+
+
+def test_layers_are_not_compared_where_only_costs_are_objectives(search_file: WriteSearch) -> None:
+    optimizer = {"name": "learned", "learning": {"loss": "activations"}}
+    with pytest.raises(InputError, match="no objective has items that could be read; use another optimizer, or auto"):
+        auto(search_file, optimizer, objectives=[{"cost": "parameters", "weight": 1}])
+
+
+@pytest.mark.parametrize(("evaluations", "steps"), [(100, 60), (40, 24), (16, None)])
+def test_reading_the_models_takes_its_part_of_the_budget(
+    search_file: WriteSearch, evaluations: int, steps: int | None
+) -> None:
+    optimizer = {"evaluations": evaluations, "learning": {"loss": "activations"}}
+    config = auto(search_file, optimizer).config
+    assert config.optimizer.follows_gradients == (steps is not None)
+    assert steps is None or config.optimizer.learning.steps == steps

@@ -48,10 +48,11 @@ def stopper(count: int) -> Listener:
 
 
 @pytest.mark.slow
-def test_without_labels_the_entropy_falls_and_a_killed_search_takes_the_same_path(
-    search_file: WriteSearch, tmp_path: Path
+@pytest.mark.parametrize("loss", ["entropy", "activations"])
+def test_without_labels_the_loss_falls_and_a_killed_search_takes_the_same_path(
+    search_file: WriteSearch, tmp_path: Path, loss: str
 ) -> None:
-    optimizer = SEARCH["optimizer"] | {"learning": LEARNING | {"loss": "entropy"}}
+    optimizer = SEARCH["optimizer"] | {"learning": LEARNING | {"loss": loss}}
     path, whole, cut = search_file(**SEARCH | {"optimizer": optimizer}), tmp_path / "whole", tmp_path / "cut"
     evomerge("run", path, "--output", whole)
     with pytest.raises(Stop):
@@ -96,7 +97,9 @@ def test_a_search_along_gradients_is_interrupted_resumed_shown_exported_and_merg
 def test_one_worker_and_two_that_share_each_step_leave_the_same_archive(
     search_file: WriteSearch, tmp_path: Path
 ) -> None:
-    path = search_file(**SEARCH | {"workers": {"pool": "ray", "num_cpus": 0.5}})
+    learning = LEARNING | {"loss": "activations"}  # for which workers read what others have measured
+    optimizer = SEARCH["optimizer"] | {"learning": learning}
+    path = search_file(**SEARCH | {"optimizer": optimizer, "workers": {"pool": "ray", "num_cpus": 0.5}})
     for count in (1, 2):
         runs.start(path, tmp_path / f"{count}", (f"workers.count={count}",), None, unheard)
     assert content(tmp_path / "1") == content(tmp_path / "2")

@@ -11,17 +11,20 @@ import pytest
 
 from evomerge.archive.archive import Archive
 from evomerge.archive.gradients import digest_of
-from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, is_learned
+from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, failure, is_learned
 from evomerge.config.files import load
+from evomerge.config.running import LearningConfig
 from evomerge.config.scoring import ConstraintConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.events import Event, Warned, unheard
+from evomerge.reports.page.course import costs
 from evomerge.search.controls import essential_controls
 from evomerge.search.criteria import criteria_of
-from evomerge.search.learning import Multipliers, loss_limits
+from evomerge.search.learning import Multipliers, loss_limits, sources_of
 from evomerge.search.loop import Search
 from evomerge.search.preparation import Prepared, prepare
+from evomerge.search.results import Results
 from tests import commands
 from tests.fakes import FakePool, Killed, Quadratics
 from tests.searches import WriteSearch
@@ -444,3 +447,67 @@ def test_losses_are_limited_by_the_parents_that_scores_are_limited_by(tmp_path: 
     source = criteria_of(archive, config).limits[-1].source
     assert source.startswith(f"of {limit.parent.id}'s ")
     assert limit.slack == pytest.approx(-np.log(0.9))
+
+
+# Layers that are compared
+
+
+def test_models_that_beat_the_base_are_averaged_by_how_much_they_do() -> None:
+    objectives = [{"task": "t"}, {"task": "u"}, {"task": "v", "goal": "minimize"}, {"cost": "parameters"}]
+    config = SearchConfig.model_validate(
+        {
+            "base": "b",
+            "models": {"first": "f", "second": "s"},
+            "objectives": objectives,
+            "optimizer": {"learning": {"loss": "activations"}},
+        }
+    )
+    scores = {
+        "base": {"t": 0.2, "u": 0.9, "v": 8.0},
+        "parent-first": {"t": 0.5, "u": 0.9, "v": 9.0},
+        "parent-second": {"t": 0.3, "u": 0.1, "v": 4.0},
+        "uniform": {"t": 1.0, "u": 1.0, "v": 1.0},
+    }
+    controls = essential_controls(config)
+    found = sources_of(config, controls, [Evaluation(scores[each.id]) for each in controls])
+    assert {name: dict(own) for name, own in found} == {
+        "t": pytest.approx({"f": 0.75, "s": 0.25}),
+        "u": {"b": 1.0},
+        "v": {"s": 1.0},
+    }
+    without = [
+        failure("broken") if each.id in ("base", "parent-second") else Evaluation(scores[each.id]) for each in controls
+    ]
+    assert dict(sources_of(config, controls, without))["t"] == (("b", 1.0),)
+    likelihood = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"learning": LearningConfig()})}
+    )
+    assert sources_of(likelihood, controls, []) == ()
+
+
+def test_steps_that_compare_layers_name_the_sources_and_count_what_was_read_before(
+    make: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    prepared = make(with_learning(LEARNED_ALONE, loss="activations", shards=2))
+    math, lang = references(prepared)
+    follow, asked = losses(prepared), list[Descent]()
+
+    def follower(candidate: Candidate, descent: Descent) -> Gradient:
+        asked.append(descent)
+        return follow(candidate, descent)
+
+    def scores(candidate: Candidate) -> tuple[float, float]:
+        return {"base": (0.1, 0.5), "parent-math": (0.4, 0.4), "parent-lang": (0.2, 0.6)}.get(candidate.id, (0.3, 0.3))
+
+    archive, _ = run(prepared, tmp_path, scores, follower)
+    first, second = (objective.name for objective in prepared.config.objectives)
+    assert len(asked) == 12
+    for descent in asked:
+        assert descent.sources_by_name[first] == pytest.approx({math: 0.75, lang: 0.25})
+        assert descent.sources_by_name[second] == {lang: 1.0}
+    results = Results(archive, prepared.config)
+    assert results.equivalents == pytest.approx(cost(archive, prepared) + 3)
+    assert costs(results).searched.passes == pytest.approx(results.equivalents)
+    unlike = make(with_learning(LEARNED_ALONE, loss="entropy"))
+    archive, _ = run(unlike, tmp_path / "entropy", scores)
+    assert Results(archive, unlike.config).equivalents == pytest.approx(cost(archive, unlike))

@@ -11,14 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from evomerge.candidate import Descent, Gradient
 from evomerge.config import files
 from evomerge.errors import InputError, WorkFailed
+from evomerge.evaluation import activations
+from evomerge.evaluation.activations import head_of, name_of
 from evomerge.evaluation.calibration import Calibration
 from evomerge.evaluation.likelihoods import Request
 from evomerge.evaluation.losses import Item
-from evomerge.merging.naming import naming_in
+from evomerge.merging.naming import named_weights, naming_in
 from evomerge.merging.sources.statistics import Shelf, read
-from evomerge.recipe import Recipe, Source
+from evomerge.recipe import Recipe, Source, single
 from evomerge.search.statistics import wanted
 from evomerge.workers import measuring
 from evomerge.workers.worker import Worker
@@ -138,6 +141,57 @@ def test_what_is_written_is_read_and_nothing_stays_of_what_fails(
     with pytest.raises(WorkFailed, match="are not finite"):
         measuring.store(tmp_path, "grams", "1" * 16, notes, broken)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_layers_put_out_is_written_row_by_row_at_the_last_tokens(
+    model: Any, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "PLACES", 3)
+    monkeypatch.setattr(measuring, "PLACES", 3)
+    rows = [(1, 5, 9, 4, 7), (1, 3, 6, 2), (1, 8)]
+    found = collected(measuring.outputs(model, rows, 2))
+    kept: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda *given: kept.append(given[-1][0, -3:])) for layer in model.model.layers
+    ]
+    for row in rows:
+        kept.clear()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row])).logits[0, -1]
+        torch.testing.assert_close(found.pop(name_of(row)), torch.stack(kept), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.pop(head_of(row)), logits, rtol=1e-4, atol=1e-6)
+    assert not found
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_step_that_compares_layers_is_the_same_to_the_bit_wherever_sources_live_and_whoever_measured(
+    search: WriteSearch, tmp_path: Path
+) -> None:
+    steps = []
+    for where in ("host", "disk"):
+        changes = {
+            "evaluation": {"device": "cpu", "dtype": "float32", "sources": where},
+            "optimizer": {"name": "learned", "learning": {"loss": "activations"}},
+        }
+        measurer, worker = (worker_of(search, tmp_path / where, **changes) for _ in range(2))
+        pairs = wanted(measurer._config)
+        assert [kind for kind, _ in pairs] == ["outputs"] * 3
+        for kind, reference in pairs:
+            measurer.measure(kind, reference)
+        base, (first, second) = worker._config.base, worker._config.models.values()
+        models = tuple(Source(model=model, parameters={"weight": 0.5}) for model in (first, second))
+        recipe = Recipe(merge_method="task_arithmetic", base_model=base, models=models)
+        sources = (("base_qa", ((first, 0.25), (second, 0.75))), ("cross_math_b", ((base, 1.0),)))
+        asked = Descent(1, 0.5, 0, 1, (("base_qa", 1.0), ("cross_math_b", 0.5)), ("weight",), sources)
+        gradient = worker.descend(recipe, asked)
+        assert isinstance(gradient, Gradient)
+        assert len(gradient.slopes) == 2 * len(named_weights(worker.models.model))
+        steps.append((gradient.losses, gradient.slopes, gradient.fingerprint))
+        alone = dataclasses.replace(asked, wanted=(), sources=(("base_qa", ((first, 1.0),)), sources[1]))
+        loss = worker.descend(single(first), alone).losses["base_qa"]
+        assert loss < 1e-6 < gradient.losses["base_qa"]
+    assert steps[0] == steps[1]
 
 
 def worker_of(search: WriteSearch, folder: Path, **changes: Any) -> Worker:

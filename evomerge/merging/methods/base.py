@@ -65,7 +65,7 @@ def each_time(what: Hashable, models: tuple[int, ...], make: Callable[[], T], /)
     return make()
 
 
-Kind = Literal["fisher", "grams", "merged_grams", "activations"]
+Kind = Literal["fisher", "grams", "merged_grams", "activations", "outputs"]
 
 
 @dataclass(frozen=True, slots=True)

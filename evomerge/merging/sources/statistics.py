@@ -29,6 +29,7 @@ WORDS: Mapping[Kind, str] = {
     "grams": "the Gram matrices of inputs",
     "merged_grams": "the Gram matrices of inputs behind merged layers",
     "activations": "the magnitudes of activations",
+    "outputs": "the outputs of layers",
 }
 Names = Mapping[str, Mapping[str, str]]
 """The names of folders with statistics, by the model's reference and the kind."""

@@ -8,11 +8,10 @@ from evomerge.archive.archive import Record, steering, studies
 from evomerge.archive.gradients import GradientRecord
 from evomerge.candidate import is_learned
 from evomerge.config.running import StageConfig
-from evomerge.optimizers.make import FORWARD_PASSES
 from evomerge.reports.progress import stage_starts
 from evomerge.search.best import means
 from evomerge.search.criteria import Criteria
-from evomerge.search.results import Results
+from evomerge.search.results import Results, passes
 
 _SECONDS_PER_HOUR = 3600.0
 
@@ -177,11 +176,10 @@ def _added(first: Spent, second: Spent) -> Spent:
 
 def _learned(results: Results, gradients: Sequence[GradientRecord]) -> Spent:
     """What steps along gradients cost."""
-    learning = results.config.optimizer.learning
-    passes = sum(FORWARD_PASSES * learning.share if record.step > 0 else 1.0 for record in gradients) / learning.shards
+    cost = passes(results.config, gradients)
     hours = sum(record.seconds for record in gradients) / _SECONDS_PER_HOUR
     steps = len({record.step for record in gradients if record.step > 0})
-    return Spent(0, steps, passes, passes * _all_items(results), hours)
+    return Spent(0, steps, cost, cost * _all_items(results), hours)
 
 
 def _evaluated(results: Results, record: Record) -> Spent:

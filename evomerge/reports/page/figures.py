@@ -369,8 +369,12 @@ def _marks(shown: Course, traces: Sequence[Mapping[str, Any]]) -> list[dict[str,
     return made
 
 
-def losses(by_metric: Mapping[str, Sequence[tuple[int, float]]]) -> Drawing:
-    """The loss of each metric by the step along gradients."""
+def losses(by_metric: Mapping[str, Sequence[tuple[int, float]]], unit: str) -> Drawing:
+    """The loss of each metric by the step along gradients.
+
+    by_metric: the number and the loss of each step.
+    unit: the title of the axis of losses.
+    """
     traces = [
         {
             "type": "scatter",
@@ -383,7 +387,7 @@ def losses(by_metric: Mapping[str, Sequence[tuple[int, float]]]) -> Drawing:
         }
         for index, (name, steps) in enumerate(by_metric.items())
     ]
-    axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "loss in nats"}, "automargin": True}}
+    axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": unit}, "automargin": True}}
     return Drawing(figure_of(traces, height=360, **axes))
 
 

@@ -249,7 +249,9 @@ def _losses(story: Story) -> Block:
         "The mean loss of each metric on the items of each step along gradients; lower is better. Steps read different "
         "items, so lines jump up and down."
     )
-    return Block("losses", title, says, figures.losses(story.course.losses))
+    compared = story.run.config.optimizer.learning.loss == "activations"
+    unit = "loss, as a share of the distance between models" if compared else "loss in nats"
+    return Block("losses", title, says, figures.losses(story.course.losses, unit))
 
 
 # Recipe
