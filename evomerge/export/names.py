@@ -31,7 +31,11 @@ def public_recipe(recipe: Recipe) -> Recipe:
     renamed = recipe.renamed(public_names(recipe))
     measured = renamed.evomerge.statistics
     statistics = measured and measured.model_copy(update={"folder": None})
-    public = renamed.evomerge.model_copy(update={"aliases": {}, "statistics": statistics})
+    aligned = {
+        name: own.model_copy(update={"model": _public(own.model), "to": _public(own.to)})
+        for name, own in renamed.evomerge.aligned.items()
+    }
+    public = renamed.evomerge.model_copy(update={"aliases": {}, "aligned": aligned, "statistics": statistics})
     return renamed.model_copy(update={"evomerge": public})
 
 

@@ -29,6 +29,7 @@ from evomerge.events import (
     Evaluated,
     Event,
     Finished,
+    ModelAligned,
     SearchStarts,
     StatisticsMeasured,
     Stepped,
@@ -106,6 +107,8 @@ class SearchView:
             case WorkersReady(count):
                 self._say(f"{count} worker{'s' * (count != 1)} ready after {time.monotonic() - self._begun:.0f} s")
                 self._begun = time.monotonic()
+            case ModelAligned(model, brought, seconds):
+                self._say(f"{model} is {brought} ({seconds:.1f} s)")
             case StatisticsMeasured(kind, model, _, seconds):
                 self._say(f"{kind.replace('_', ' ')} of {model} measured in {seconds:.1f} s")
             case SearchStarts(control):
@@ -556,6 +559,8 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
         output.print(table)
     _sentence(output, progress_note(status))
     show_failures(output, status.failures)
+    for name, brought in status.aligned.items():
+        _sentence(output, f"{name} is {brought}")
     if status.evidence is not None:
         show_evidence(output, status.evidence)
 
