@@ -72,6 +72,19 @@ class WorkersReady(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class AlignmentStarts(Event):
+    """A model is going to be aligned, which takes minutes for large ones.
+
+    model: the model's name.
+    by: what is compared.
+    """
+
+    name: ClassVar[str] = "aligning"
+    model: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelAligned(Event):
     """The aligned copy of a model lies in the run's folder.
 

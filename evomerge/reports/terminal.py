@@ -26,6 +26,7 @@ from evomerge.archive.archive import steering
 from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
 from evomerge.events import (
+    AlignmentStarts,
     Evaluated,
     Event,
     Finished,
@@ -107,6 +108,8 @@ class SearchView:
             case WorkersReady(count):
                 self._say(f"{count} worker{'s' * (count != 1)} ready after {time.monotonic() - self._begun:.0f} s")
                 self._begun = time.monotonic()
+            case AlignmentStarts(model, by):
+                self._say(f"aligning {model} by {by} ...")
             case ModelAligned(model, brought, seconds):
                 self._say(f"{model} is {brought} ({seconds:.1f} s)")
             case StatisticsMeasured(kind, model, _, seconds):

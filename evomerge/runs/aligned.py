@@ -6,15 +6,14 @@ Workers on other machines read them where they lie, as they do the run's statist
 
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from evomerge.alignment.align import Alignment, Reading, align_model, noted, subject
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
-from evomerge.events import Listener, ModelAligned, Warned
+from evomerge.events import AlignmentStarts, Listener, ModelAligned, Warned
 from evomerge.files import ALIGNED
 from evomerge.merging.sources.models import models_of
 from evomerge.recipe import Aligned
@@ -37,12 +36,13 @@ def with_copies(prepared: Prepared, directory: Path, listener: Listener) -> Prep
     asked = [name for name, folder in folders.items() if folder is None]
     if not asked:
         return prepared
+    read = _readings(prepared, asked)
     directory.mkdir(parents=True, exist_ok=True)
     with run_lock(directory):
         for leftover in (directory / ALIGNED).glob(".*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         for name in asked:
-            _copy(prepared, name, directory / ALIGNED / name, listener)
+            _copy(prepared, name, read[name], directory / ALIGNED / name, listener)
     return in_place(prepared, folders | {name: str((directory / ALIGNED / name).resolve()) for name in asked})
 
 
@@ -72,20 +72,15 @@ def brought(config: SearchConfig) -> dict[str, Aligned]:
     return {name: _told(config, name, of[1]) for name, of in found.items() if of is not None}
 
 
-def _copy(prepared: Prepared, name: str, folder: Path, listener: Listener) -> None:
+def _copy(prepared: Prepared, name: str, read: Sequence[Reading], folder: Path, listener: Listener) -> None:
     """Writes the aligned copy of a model, unless it is there."""
     config, started = prepared.config, time.perf_counter()
     by, base, model = config.align[name].by, prepared.models.base, prepared.models[config.models[name]]
-    read = _readings(prepared, name)
-    if by == "activations" and not read:
-        raise InputError(
-            f"align.{name} is activations, but no search item has a reference answer to compare them on; give "
-            "statistics.texts, or use weights."
-        )
     there = noted(folder)
     if there is not None and there[0] == subject(base, model, by, read):
         found = there[1]
     else:
+        listener(AlignmentStarts(name, by))
         shutil.rmtree(folder, ignore_errors=True)  # made of something else
         found = align_model(base, model, folder, by, read, read[:: max(1, len(read) // _JUDGED)][:_JUDGED])
     doubt = found.doubt(name)
@@ -94,14 +89,22 @@ def _copy(prepared: Prepared, name: str, folder: Path, listener: Listener) -> No
     listener(ModelAligned(name, _told(config, name, found).sentence, time.perf_counter() - started))
 
 
-def _readings(prepared: Prepared, name: str) -> list[Reading]:
-    """What statistics of a model are measured on, with the answers as what counts; nothing where there is none."""
+def _readings(prepared: Prepared, names: Sequence[str]) -> dict[str, list[Reading]]:
+    """What statistics of models are measured on, by the model's name, with the right answers as what counts. It may be
+    nothing for a model whose weights are compared."""
     from evomerge.workers.worker import Worker
 
     worker = Worker(prepared.config, prepared.models, prepared.targets, rehearsal=True)
-    with suppress(InputError):  # items without references: weights are aligned without
-        return [Reading(row, first) for row, first in worker.answers(prepared.config.models[name]).items()]
-    return []
+    found: dict[str, list[Reading]] = {}
+    for name in names:
+        try:
+            answers = worker.answers(prepared.config.models[name])
+        except InputError:
+            if prepared.config.align[name].by == "activations":
+                raise
+            answers = {}
+        found[name] = [Reading(tokens, first) for tokens, first in answers.items()]
+    return found
 
 
 def _told(config: SearchConfig, name: str, found: Alignment) -> Aligned:

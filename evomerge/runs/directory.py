@@ -87,7 +87,8 @@ def begin(
         check_storage(prepared.config.storage)
     for warning in prepared.warnings:
         listener(Warned(warning))
-    prepared = with_copies(prepared, directory, listener)
+    with naming(where):
+        prepared = with_copies(prepared, directory, listener)
     listener(WorkersAwaited())
     with closing(_pool(prepared, address, directory)) as pool:
         directory.mkdir(parents=True, exist_ok=True)

@@ -185,6 +185,14 @@ def test_what_cannot_be_aligned_is_refused_before_anything_is_written(
     refuses("run", search(changes), "--output", tmp_path / "run", says=says)
 
 
+def test_activations_need_something_to_compare_them_on(
+    search: WriteSearch, apart: Path, refuses: Refuses, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n")
+    path = search({"models.second": str(apart), "align": "activations", "statistics.texts": "texts.txt"})
+    refuses("run", path, "--output", tmp_path / "run", says=(f"{path}: statistics.texts: ", "has no text of at least"))
+
+
 def test_statistics_of_a_model_that_is_yet_to_be_aligned_are_refused(
     search: WriteSearch, apart: Path, refuses: Refuses, tmp_path: Path
 ) -> None:
