@@ -14,7 +14,9 @@ from evomerge.alignment import align
 from evomerge.alignment.align import NOTES
 from evomerge.config.search import SearchConfig
 from evomerge.events import Event, ModelAligned, Warned, WorkersReady
+from evomerge.export.names import without_paths
 from evomerge.files import ALIGNED
+from evomerge.recipe import load
 from evomerge.runs import directory as runs
 from tests.bad_input import Refuses
 from tests.commands import content, evomerge
@@ -151,6 +153,7 @@ def test_an_exported_recipe_names_the_copy_and_merges_to_what_was_scored(
     assert "- `second`, which is apart, aligned with base by weights: distance" in card
     assert str(tmp_path) not in card
     assert yaml.safe_load(card.split("---")[1])["base_model"] == ["first", "apart"]
+    assert without_paths(f"{apart} and {copy}", load(recipe)) == "apart and second"
     copy.rename(tmp_path / "gone")
     refuses("merge", recipe, tmp_path / "again", says=("bring it along", f"evomerge align {apart} {copy} --to"))
     refuses("export", directory, "-o", recipe, says=("search.yaml: align.second.folder: ", "no such model folder"))
