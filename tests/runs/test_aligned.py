@@ -16,6 +16,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.events import Event, ModelAligned, Warned, WorkersReady
 from evomerge.export.names import without_paths
 from evomerge.files import ALIGNED
+from evomerge.merging.sources.models import models_of
 from evomerge.recipe import load
 from evomerge.runs import directory as runs
 from tests.bad_input import Refuses
@@ -140,11 +141,12 @@ def test_an_exported_recipe_names_the_copy_and_merges_to_what_was_scored(
 ) -> None:
     path, directory, recipe = search({"models.second": str(apart)}), tmp_path / "run", tmp_path / "recipe.yaml"
     evomerge("run", path, "--output", directory, "--set", "align={second: weights}")
-    copy = directory / ALIGNED / "second"
+    copy = (directory / ALIGNED / "second").resolve()
+    assert models_of(runs.read(directory).config)[str(apart)].folder == copy  # as workers find it, wherever they are
     best = next(row for row in content(directory)[0] if row["id"] == "uniform")
     capfd.readouterr()
     evomerge("export", directory, "--candidate", "uniform", "-o", recipe)
-    assert f"the recipe needs {copy.resolve()}, which is {apart}, aligned" in capfd.readouterr().err
+    assert f"the recipe needs {copy}, which is {apart}, aligned" in capfd.readouterr().err
     exported = yaml.safe_load(recipe.read_text())
     assert str(copy) in {source["model"] for source in exported["models"]}
     assert str(apart) not in exported["evomerge"].get("aliases", {}).values()
