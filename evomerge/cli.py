@@ -565,6 +565,9 @@ def align(
     from evomerge.reports import terminal
 
     found = aligning.align(model, to, out, by, aligning.read_texts(texts) if texts else ())
+    doubt = found.doubt(model)
+    if doubt is not None:
+        terminal.warn(doubt)
     if as_json:
         return _print_json(asdict(found))
     return terminal.show_alignment(terminal.console(), out, found)

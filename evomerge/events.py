@@ -72,6 +72,34 @@ class WorkersReady(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class AlignmentStarts(Event):
+    """A model is going to be aligned, which takes minutes for large ones.
+
+    model: the model's name.
+    by: what is compared.
+    """
+
+    name: ClassVar[str] = "aligning"
+    model: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAligned(Event):
+    """The aligned copy of a model lies in the run's folder.
+
+    model: the model's name.
+    brought: what the alignment brought, as a sentence.
+    seconds: that it took; few where the copy was there.
+    """
+
+    name: ClassVar[str] = "aligned"
+    model: str
+    brought: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class StatisticsMeasured(Event):
     """A statistic of a model lies in the run's folder.
 

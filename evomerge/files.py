@@ -9,6 +9,7 @@ from evomerge.errors import InputError, WorkFailed
 DATABASE, SEARCH_FILE = "archive.db", "search.yaml"
 STATISTICS = "statistics"  # what is measured of models for methods that need it
 TASKS = "tasks"  # where a submitted search keeps the tasks that came with it
+ALIGNED = "aligned"  # where a search keeps the aligned copies of its models
 OWN = "own"  # where a search keeps the files of the user's own scores
 
 

@@ -177,6 +177,31 @@ class MeasuredOn(Settings):
     names: dict[str, dict[str, str]] = Field(default_factory=dict)
 
 
+class Aligned(Settings):
+    """A model that was brought next to another one before it was merged.
+
+    model: its reference.
+    to: the reference of the model that stayed.
+    by: what was compared, `weights` or `activations`.
+    distance: of the model from the one that stayed, as a share of that one's norm, before and after.
+    barrier: by how much the average of both models is worse than the two, in nats per token, before and after; None
+        where it was not measured.
+    """
+
+    model: str
+    to: str
+    by: str
+    distance: tuple[float, float]
+    barrier: tuple[float, float] | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What was done, and what it brought."""
+        lost = "" if self.barrier is None else ", loss barrier {:.3f} to {:.3f} nats per token".format(*self.barrier)
+        shares = "{:.3f} to {:.3f}".format(*self.distance)
+        return f"{self.model}, aligned with {self.to} by {self.by}: distance {shares} norms{lost}"
+
+
 class Provenance(Settings):
     """What mergekit has no keys for: the seed of the masks, layers side by side, and where the recipe comes from.
 
@@ -191,6 +216,7 @@ class Provenance(Settings):
     table: those of the controls beside them, with intervals.
     verdicts: sentences that compare it with the best parent and the best control on held-out items.
     aliases: the references that stand elsewhere for the paths in the recipe, by path.
+    aligned: the aligned models among those of the recipe, by path.
     versions: the versions that made it, by package.
     seen: digests of the items that its search saw (`evomerge.seen`), which no report may show as held out.
     head_apart: whether the head is a tensor of its own though all models of the recipe tie it to their embedding,
@@ -210,6 +236,7 @@ class Provenance(Settings):
     table: HeldoutTable | None = None
     verdicts: tuple[str, ...] = ()
     aliases: dict[str, str] = Field(default_factory=dict)
+    aligned: dict[str, Aligned] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     seen: str | None = None
     head_apart: bool = False
@@ -312,7 +339,12 @@ class Recipe(Settings):
                 "chat_template": _renamed(self.chat_template, names),
                 "models": tuple(map(rename, self.models)) if self.models else None,
                 "slices": tuple(map(rename_slice, self.slices)) if self.slices else None,
-                "evomerge": self.evomerge.model_copy(update={"statistics": _renamed_names(self.evomerge, names)}),
+                "evomerge": self.evomerge.model_copy(
+                    update={
+                        "statistics": _renamed_names(self.evomerge, names),
+                        "aligned": {names.get(path, path): own for path, own in self.evomerge.aligned.items()},
+                    }
+                ),
             }
         )
 

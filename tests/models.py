@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from evomerge.alignment.structure import Permutations, structure_of
 from evomerge.merging.methods import METHODS
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.models import Model, Models, find_models
@@ -68,4 +71,21 @@ def write_adapter(
     save_file(tensors, folder / "adapter_model.safetensors")
     document = {"peft_type": "LORA", "r": rank, "lora_alpha": 3} | config
     (folder / "adapter_config.json").write_text(json.dumps(document))
+    return folder
+
+
+def shuffled(base: Path, folder: Path, seed: int) -> Path:
+    """A copy of a model with its places in a random order."""
+    model = find_models(str(base), [str(base)]).base
+    structure, random = structure_of(model), np.random.default_rng(seed)
+    heads = []
+    for _ in range(structure.layers):
+        groups = random.permutation(structure.groups)[:, np.newaxis] * structure.per_group
+        heads.append(np.concatenate([group + random.permutation(structure.per_group) for group in groups]))
+    units = [random.permutation(structure.units) for _ in range(structure.layers)]
+    order = Permutations(structure, random.permutation(structure.hidden), units, heads)
+    shutil.copytree(base, folder)
+    stored = load_file(base / "model.safetensors")
+    moved = {name: order.apply(name, tensor).contiguous() for name, tensor in stored.items()}
+    save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

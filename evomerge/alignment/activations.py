@@ -6,7 +6,7 @@ and the residual stream behind every layer.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,22 +15,28 @@ from evomerge.alignment.matching import Similarities, assigned, assigned_heads, 
 from evomerge.alignment.structure import Permutations, Structure
 from evomerge.merging.loading import load_source
 from evomerge.merging.sources.models import Model
-from evomerge.merging.sources.tokenizers import read_tokenizer, token_ids
 
 _LARGEST = 2 << 30  # bytes of similarities that are kept at a time
 
 
-def match_activations(target: Model, model: Model, structure: Structure, texts: Sequence[str]) -> Permutations:
+class Read(Protocol):
+    """What models read."""
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Tokens, shape (1, tokens)."""
+        ...
+
+
+def match_activations(target: Model, model: Model, structure: Structure, read: Sequence[Read]) -> Permutations:
     """The permutations of a model that bring its activations close to a target's.
 
-    target: the model that stays; its tokenizer reads the texts.
+    target: the model that stays.
     model: the one that moves.
     structure: that of both.
-    texts: what both read.
+    read: what both read.
     """
-    tokenizer = read_tokenizer(target.folder)
-    encoded = (token_ids(tokenizer, text.replace("\t", "")) for text in texts)
-    rows = [ids for ids in encoded if ids.numel()]
+    rows = [reading.ids for reading in read]
     pair = [load_source(own.source, torch.float32) for own in (target, model)]
     found = Permutations.identity(structure)
     together = max(1, _LARGEST // (4 * structure.units**2))

@@ -35,7 +35,7 @@ from evomerge.events import Listener, StorageRetried, unheard
 from evomerge.files import DATABASE, SEARCH_FILE
 from evomerge.outcomes import Outcomes
 from evomerge.quiet import quiet
-from evomerge.recipe import Recipe
+from evomerge.recipe import Aligned, Recipe
 from evomerge.spaces import Gene, active
 from evomerge.versions import FORMAT, versions
 
@@ -204,7 +204,7 @@ class Archive:
 
     def _check_config(self, directory: Path, writing: bool) -> None:
         study = self._studies["search"]
-        current = self._config.model_dump(mode="json", by_alias=True, exclude={"storage"})  # which may hold a password
+        current = comparable(self._config)
         recorded = study.user_attrs.get("config")
         if recorded is None and not writing:
             return
@@ -482,6 +482,18 @@ class Archive:
         """The names of the folders with statistics, by the model's reference and the kind."""
         return dict(self._studies["search"].user_attrs.get("statistics", {}))
 
+    def record_aligned(self, aligned: Mapping[str, Aligned]) -> None:
+        """Records what the alignment of models brought, by the model's name, unless that is recorded."""
+        if aligned and not self.aligned:
+            found = {name: own.model_dump(mode="json") for name, own in aligned.items()}
+            self._studies["search"].set_user_attr("aligned", found)
+
+    @property
+    def aligned(self) -> Mapping[str, Aligned]:
+        """What the alignment of models brought, by the model's name; empty where none was aligned."""
+        found = self._studies["search"].user_attrs.get("aligned", {})
+        return {name: Aligned.model_validate(own) for name, own in found.items()}
+
     def recorded_versions(self) -> Mapping[str, str]:
         """The versions that the search began with, by package; empty in a new archive."""
         return dict(self._studies["search"].user_attrs.get("versions", {}))
@@ -562,10 +574,17 @@ def steering(config: SearchConfig) -> Study:
     return "quantized" if config.evaluation.quantize is not None else "search"
 
 
+def comparable(config: SearchConfig) -> dict[str, Any]:
+    """A config as JSON, without its storage, whose URL may hold a password, and without the folders of aligned models,
+    which move with a run."""
+    left_out: Any = {"storage": True, "align": {"__all__": {"folder"}}}
+    return config.model_dump(mode="json", by_alias=True, exclude=left_out)
+
+
 def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
     """A recorded config with the defaults of keys that came later; as it is where it can no longer be read."""
     try:
-        return SearchConfig.model_validate(recorded).model_dump(mode="json", by_alias=True, exclude={"storage"})
+        return comparable(SearchConfig.model_validate(recorded))
     except ValidationError:
         return recorded
 

@@ -63,6 +63,10 @@ def _anchored(config: SearchConfig, folder: Path) -> SearchConfig:
         else _absolute("tasks.data_root", config.tasks.data_root, folder)[0]
     )
     config = config.with_own(lambda score: _anchored_score(score, folder))
+    copies = {name: own.folder for name, own in config.align.items()}
+    config = config.with_copies(
+        {name: path and _absolute(f"align.{name}.folder", path, folder)[0] for name, path in copies.items()}
+    )
     return config.model_copy(
         update={
             "base": _anchor("base", config.base, folder),

@@ -260,6 +260,18 @@ class StatisticsConfig(Settings):
         return self.texts.get(model) if isinstance(self.texts, dict) else self.texts
 
 
+class AlignConfig(Settings):
+    """How a model that was trained apart from the base is brought next to it: its places are put into the base's order,
+    and it computes what it computed before.
+
+    by: what is compared: `weights`, or the `activations` on what statistics of the model are measured on.
+    folder: where the aligned model is; by default a run writes it into its directory before the search begins.
+    """
+
+    by: Literal["weights", "activations"]
+    folder: str | None = None
+
+
 class VllmConfig(Settings):
     """vLLM, which runs in an environment of its own.
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import (
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -21,6 +22,7 @@ from pydantic import (
 from evomerge.config.base import RESERVED_NAMES, SPLITS, Name, Settings, Split
 from evomerge.config.running import ControlsConfig, LearningConfig, OptimizerConfig, WorkersConfig
 from evomerge.config.scoring import (
+    AlignConfig,
     ConstraintConfig,
     EvaluationConfig,
     ItemsConfig,
@@ -47,6 +49,8 @@ class SearchConfig(Settings):
     tasks: where tasks are found.
     items: how many items the search and the report see.
     statistics: what is measured of models for methods that need it.
+    align: the models that were trained apart from the base, and how each is brought next to it before the search. A way
+        alone (`weights` or `activations`) stands for all models.
     space: what may vary.
     optimizer: how genomes are proposed.
     subsets: whether candidates are scored on a few search items first, and on all only where they may then become the
@@ -68,6 +72,7 @@ class SearchConfig(Settings):
     tasks: TasksConfig = TasksConfig()
     items: ItemsConfig = ItemsConfig()
     statistics: StatisticsConfig = StatisticsConfig()
+    align: dict[str, AlignConfig] = Field(default_factory=dict)
     space: AnySpaceConfig = ParameterSpaceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     subsets: bool | Literal["auto"] = "auto"
@@ -96,6 +101,16 @@ class SearchConfig(Settings):
             raise ValueError(f"two of them would be called {repeated[0]}; give them names (name: path)")
         return dict(zip(names, value, strict=True))
 
+    @field_validator("align", mode="before")
+    @classmethod
+    def _ways(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads a way alone as that of every model, and that of a model as its block."""
+        if isinstance(value, str):
+            value = dict.fromkeys(info.data.get("models", {}), value)
+        if not isinstance(value, dict):
+            return value
+        return {name: {"by": own} if isinstance(own, str) else own for name, own in value.items()}
+
     @field_validator("storage")
     @classmethod
     def _no_password(cls, value: str | None) -> str | None:
@@ -113,6 +128,13 @@ class SearchConfig(Settings):
             )
         if all(objective.weight == 0 for objective in self.objectives):
             raise ValueError(".objectives are all costs; add a task, or give a cost a weight")
+        return self
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        for name in self.align:
+            if name not in self.models:
+                raise ValueError(f".align.{name} is no model; {choices(name, self.models)}")
         return self
 
     @model_validator(mode="after")
@@ -269,10 +291,24 @@ class SearchConfig(Settings):
         """How much the search may cost: candidates, or forward passes over all search items."""
         return float(self.budget) if self.optimizer.equivalents is None else self.optimizer.equivalents
 
+    @property
+    def copies(self) -> dict[str, str]:
+        """The folders of aligned models, by the model's reference."""
+        folders = {self.models[name]: own.folder for name, own in self.align.items()}
+        return {reference: folder for reference, folder in folders.items() if folder is not None}
+
+    def with_copies(self, folders: Mapping[str, str | None]) -> Self:
+        """A copy with other folders of aligned models.
+
+        folders: the new ones, by the model's name.
+        """
+        align = {name: own.model_copy(update={"folder": folders[name]}) for name, own in self.align.items()}
+        return self.model_copy(update={"align": align})
+
     def digest(self) -> str:
         """A hash of everything that the archive's content depends on, 16 hexadecimal digits. It leaves out the workers,
         the budget, the storage, the trackers, what is kept where in memory, and the places of vLLM, of the tasks' data
-        files and of the user's own scores, whose content counts."""
+        files, of the user's own scores and of aligned models, whose content counts."""
         content = self.model_dump(mode="json", by_alias=True, exclude={"workers", "storage", "trackers"})
         for key in ("objectives", "constraints", "report"):
             for score in content[key]:
@@ -280,6 +316,8 @@ class SearchConfig(Settings):
                     del score["python"], score["items"]
         for budget in ("evaluations", "equivalents"):
             content["optimizer"].pop(budget)
+        for aligned in content["align"].values():
+            del aligned["folder"]
         _drop_later_keys(content)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
@@ -295,6 +333,7 @@ class SearchConfig(Settings):
 _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what stands for their ways
     "report": [],
     "statistics": StatisticsConfig().model_dump(mode="json"),
+    "align": {},
     "space.post": PostConfig().model_dump(mode="json"),
     "space.parameter.post": PostConfig().model_dump(mode="json"),
     "evaluation.quantize": None,

@@ -31,7 +31,7 @@ def _of_model(name: str, own: Differences, methods: set[str]) -> Iterator[str]:
     elif own.whole > _STRANGER:
         yield (
             f"{name} is {own.whole:.2f} of the base's norm away from it. Models that were trained apart are about 1.4 "
-            "away, so this is probably no fine-tune of this base. Check `base`."
+            "away, so this is probably no fine-tune of this base. Check `base`, or bring it nearer (`align`)."
         )
     elif own.whole > _FAR:
         yield (

@@ -42,12 +42,18 @@ class Calibration:
     @cached_property
     def rows(self) -> list[Tokens]:
         """What a model reads with the right answers, each row once, the longest first."""
-        rows: dict[Tokens, None] = {}
+        return sorted(self.answers, key=lambda row: (-len(row), row))
+
+    @cached_property
+    def answers(self) -> dict[Tokens, int]:
+        """By what a model reads with a right answer, in the order of the items: the first token of the answer."""
+        rows: dict[Tokens, int] = {}
         for item in self.items:
             right = [each for each, is_right in zip(item.requests, item.right, strict=False) if is_right]
             for request in right or item.requests:
-                rows.setdefault((*request.context, *request.continuation)[-self._max_length :])
-        return sorted(rows, key=lambda row: (-len(row), row))
+                row = (*request.context, *request.continuation)[-self._max_length :]
+                rows.setdefault(row, max(1, len(row) - len(request.continuation)))
+        return rows
 
     def batches(self, size: int) -> list[torch.Tensor]:
         """The rows as batches without padding, so all rows of a batch are equally long; int64, shape (rows, length).

@@ -26,9 +26,11 @@ def model_card(recipe: Recipe, fingerprint: str, verdict: Verdict) -> str:
 def _card(recipe: Recipe, fingerprint: str, verdict: Verdict, changes: Mapping[str, Any], more: Sequence[str]) -> str:
     """The text of a card, with changed front matter and more lines below the parents."""
     names = public_names(recipe)
+    public = public_recipe(recipe)
     parents = [names[reference] for reference in recipe.references]
+    aligned = public.evomerge.aligned
     front: dict[str, Any] = {
-        "base_model": parents,
+        "base_model": [aligned[name].model if name in aligned else name for name in parents],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "license": verdict.license,
@@ -36,7 +38,8 @@ def _card(recipe: Recipe, fingerprint: str, verdict: Verdict, changes: Mapping[s
         **changes,
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "# Merged model", ""]
-    lines += [f"Merged by evomerge with `{recipe.merge_method}` from:", "", *(f"- `{name}`" for name in parents), ""]
+    told = [f"- `{name}`" + (f", which is {aligned[name].sentence}" if name in aligned else "") for name in parents]
+    lines += [f"Merged by evomerge with `{recipe.merge_method}` from:", "", *told, ""]
     lines += [f"Fingerprint of the weights: `{fingerprint}`", "", *more]
     lines += _license_lines(verdict.warnings)
     lines += _score_lines("Search items", recipe.evomerge.scores)
@@ -49,7 +52,7 @@ def _card(recipe: Recipe, fingerprint: str, verdict: Verdict, changes: Mapping[s
             *(f"- {verdict}" for verdict in recipe.evomerge.verdicts),
             "",
         ]
-    written = public_recipe(recipe).to_yaml().strip()
+    written = public.to_yaml().strip()
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", written))])
     return "\n".join([*lines, "## Recipe", "", f"{fence}yaml", written, fence, ""])
 

@@ -1,6 +1,6 @@
 """Chooses the candidate to export, and says what its user should know before sharing it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from evomerge.archive.archive import Record
@@ -104,6 +104,7 @@ def warnings(record: Record, results: Results) -> list[str]:
             f"{record.candidate.id} was scored with quantized weights ({record.evaluation.quantize}), and what ships "
             "is unquantized; `evomerge evaluate` scores that."
         )
+    sentences += _needed_copies(record, results)
     studies: dict[Study, str] = {results.study: "search", "heldout": "held-out"}
     for study, items in studies.items():
         records = results.archive.records(study)
@@ -122,3 +123,11 @@ def warnings(record: Record, results: Results) -> list[str]:
         if compared.verdict != "better":
             sentences.append(f"{sentence(compared)}.")
     return sentences
+
+
+def _needed_copies(record: Record, results: Results) -> Iterator[str]:
+    """A sentence for every aligned model of a candidate, which exists nowhere but in its run."""
+    for name, own in results.archive.aligned.items():
+        folder = results.config.align[name].folder
+        if folder is not None and own.model in record.candidate.recipe.references:
+            yield f"the recipe needs {folder}, which is {own.sentence}; keep that folder, and bring it along."

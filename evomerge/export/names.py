@@ -31,13 +31,19 @@ def public_recipe(recipe: Recipe) -> Recipe:
     renamed = recipe.renamed(public_names(recipe))
     measured = renamed.evomerge.statistics
     statistics = measured and measured.model_copy(update={"folder": None})
-    public = renamed.evomerge.model_copy(update={"aliases": {}, "statistics": statistics})
+    aligned = {
+        name: own.model_copy(update={"model": _public(own.model), "to": _public(own.to)})
+        for name, own in renamed.evomerge.aligned.items()
+    }
+    public = renamed.evomerge.model_copy(update={"aliases": {}, "aligned": aligned, "statistics": statistics})
     return renamed.model_copy(update={"evomerge": public})
 
 
 def without_paths(text: str, recipe: Recipe) -> str:
     """A text with names in the place of the paths of a recipe's models."""
-    names = public_names(recipe) | {path: _public(alias) for path, alias in recipe.evomerge.aliases.items()}
+    noted = recipe.evomerge
+    names = {path: _public(path) for own in noted.aligned.values() for path in (own.model, own.to)}
+    names |= public_names(recipe) | {path: _public(alias) for path, alias in noted.aliases.items()}
     parts = {part: _public(part) for reference in names for part in reference.split("+")}
     local = {path: name for path, name in (parts | names).items() if name != path and len(path) > 1}
     for path in sorted(local, key=len, reverse=True):

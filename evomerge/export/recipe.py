@@ -36,6 +36,7 @@ def shared_recipe(record: Record, results: Results, models: Models, statistics: 
     alone = {reference for reference in paths if models[reference].source.adapter and not split_adapter(reference)[1]}
     whole = {reference: f"{config.base}+{reference}" if reference in alone else reference for reference in paths}
     heldout = archive.find(record.candidate.id, "heldout")
+    aligned = {config.models[name]: own for name, own in archive.aligned.items()}
     provenance = recipe.evomerge.model_copy(
         update={
             "candidate": record.candidate.id,
@@ -44,7 +45,12 @@ def shared_recipe(record: Record, results: Results, models: Models, statistics: 
             "quantized": record.evaluation.quantize,
             "heldout": _scores(heldout) if heldout else None,
             "table": heldout_table(results, record.candidate.id),
-            "aliases": {path: whole[reference] for reference, path in paths.items() if path != whole[reference]},
+            "aliases": {
+                path: whole[reference]
+                for reference, path in paths.items()
+                if path != whole[reference] and reference not in aligned
+            },
+            "aligned": {path: aligned[reference] for reference, path in paths.items() if reference in aligned},
             "versions": dict(archive.recorded_versions()),
             "seen": archive.seen,
             "head_apart": models.head_apart,

@@ -26,9 +26,11 @@ from evomerge.archive.archive import steering
 from evomerge.config.search import SearchConfig
 from evomerge.doctor import Finding
 from evomerge.events import (
+    AlignmentStarts,
     Evaluated,
     Event,
     Finished,
+    ModelAligned,
     SearchStarts,
     StatisticsMeasured,
     Stepped,
@@ -106,6 +108,10 @@ class SearchView:
             case WorkersReady(count):
                 self._say(f"{count} worker{'s' * (count != 1)} ready after {time.monotonic() - self._begun:.0f} s")
                 self._begun = time.monotonic()
+            case AlignmentStarts(model, by):
+                self._say(f"aligning {model} by {by} ...")
+            case ModelAligned(model, brought, seconds):
+                self._say(f"{model} is {brought} ({seconds:.1f} s)")
             case StatisticsMeasured(kind, model, _, seconds):
                 self._say(f"{kind.replace('_', ' ')} of {model} measured in {seconds:.1f} s")
             case SearchStarts(control):
@@ -558,6 +564,8 @@ def show_status(output: Console, status: views.StatusView, config: SearchConfig)
     _sentence(output, progress_note(status))
     _explain_end(output, status.early)
     show_failures(output, status.failures)
+    for name, brought in status.aligned.items():
+        _sentence(output, f"{name} is {brought}")
     if status.evidence is not None:
         show_evidence(output, status.evidence)
 

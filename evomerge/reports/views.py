@@ -4,7 +4,7 @@ Nothing in a view of candidates depends on when or where a candidate ran.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -144,6 +144,7 @@ class StatusView:
     best_parent: the best parent, which a search must beat; None while none is scored.
     best_control: the best of the controls that are neither base nor parents; None likewise.
     evidence: what held-out items say about the best candidate.
+    aligned: what the alignment of models brought, by the model's name; empty where none was aligned.
     rate: evaluations per minute; None where the run has stopped or its log does not say.
     seconds_left: seconds until the last evaluation; None likewise.
     pace: rate and time left as people read them; empty likewise.
@@ -168,6 +169,7 @@ class StatusView:
     best_parent: CandidateView | None = None
     best_control: CandidateView | None = None
     evidence: EvidenceView | None = None
+    aligned: dict[str, str] = field(default_factory=dict)
     rate: float | None = None
     seconds_left: int | None = None
     pace: str = ""
@@ -364,6 +366,7 @@ def status(results: Results, running: bool) -> StatusView:
         best_parent=_best_of(records, lambda kind: kind == PARENT, criteria, looked),
         best_control=_best_of(records, lambda kind: kind not in ("search", BASE, PARENT), criteria, looked),
         early=results.early,
+        aligned={name: own.sentence for name, own in archive.aligned.items()},
     )
 
 

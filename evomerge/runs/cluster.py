@@ -306,6 +306,7 @@ def unpack(packed: Path, directory: Path, wanted: str) -> None:
 def notes(config: SearchConfig) -> list[str]:
     """What a user should know about a search before it goes to a cluster, as sentences."""
     folders = {f"models.{name}": model for name, model in config.models.items()} | {"base": config.base}
+    folders |= {f"align.{name}.folder": own.folder for name, own in config.align.items() if own.folder is not None}
     told = [
         f"{key} is the folder {path}, which is not carried along: every node of the cluster must have it there"
         for key, path in sorted(folders.items())

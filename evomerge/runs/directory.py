@@ -1,7 +1,8 @@
 """Run directories: they are made, locked, run, resumed and read here.
 
 A run directory holds search.yaml (resolved and frozen), archive.db, log.jsonl (one line per event) and best.yaml. The
-last two are derived from the first two. A search with scores of the user's own has copies of their files in own.
+last two are derived from the first two. A search with scores of the user's own has copies of their files in own, and
+one that aligns models has the aligned copies in aligned.
 """
 
 import os
@@ -12,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evomerge.archive.archive import Archive, differences
+from evomerge.archive.archive import Archive, comparable, differences
 from evomerge.archive.storage import check_storage, presence, study_prefix
 from evomerge.config.documents import shown
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
-from evomerge.files import OWN, SEARCH_FILE, STATISTICS, TASKS, check_writable, write_bytes, write_text
+from evomerge.files import ALIGNED, OWN, SEARCH_FILE, STATISTICS, TASKS, check_writable, write_bytes, write_text
+from evomerge.runs.aligned import brought, in_place, portable, with_copies
 from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
 from evomerge.runs.reading import check_archive_kept, check_readable, read_config
@@ -78,12 +80,15 @@ def begin(
     if SEARCH_FILE in held:
         if not again or not _same_search(directory, prepared.config):
             raise InputError(_occupied(directory, prepared.config))
-        return _go_on(directory, prepared, address, listener)
+        copies = {name: own.folder for name, own in read_config(directory).align.items()}
+        return _go_on(directory, in_place(prepared, copies) if copies else prepared, address, listener)
     check_writable(directory)
     with naming(where):
         check_storage(prepared.config.storage)
     for warning in prepared.warnings:
         listener(Warned(warning))
+    with naming(where):
+        prepared = with_copies(prepared, directory, listener)
     listener(WorkersAwaited())
     with closing(_pool(prepared, address, directory)) as pool:
         directory.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,7 @@ def _frozen(directory: Path, prepared: Prepared) -> Prepared:
         (directory / OWN).mkdir(exist_ok=True)
     for name, content in contents.items():
         write_bytes(directory / OWN / name, content)
-    write_text(directory / SEARCH_FILE, config.to_yaml())
+    write_text(directory / SEARCH_FILE, portable(config, directory).to_yaml())
     return replace(prepared, config=kept(prepared.config, files, str((directory / OWN).resolve()))[0])
 
 
@@ -221,7 +226,9 @@ def _archive(directory: Path, prepared: Prepared, writer: Any = None) -> Archive
 def _held(directory: Path) -> list[str]:
     """The names of what a future run directory holds already; locks, tasks and own scores left out; sorted."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name not in (LOCK, OWN, STATISTICS, TASKS))
+        return sorted(
+            path.name for path in directory.iterdir() if path.name not in (ALIGNED, LOCK, OWN, STATISTICS, TASKS)
+        )
     except FileNotFoundError:
         return []
     except NotADirectoryError:
@@ -248,7 +255,7 @@ def _occupied(directory: Path, config: SearchConfig) -> str:
 
 def _differing(held: SearchConfig, config: SearchConfig) -> str:
     """How a search differs from the one that a directory holds."""
-    was, now = (one.model_dump(mode="json", by_alias=True, exclude={"storage"}) for one in (held, config))
+    was, now = comparable(held), comparable(config)
     found = [f"{key} is {shown(there)} there and {shown(here)} here" for key, there, here in differences(was, now)]
     if held.storage != config.storage:
         found.append("its storage is another")
@@ -260,6 +267,7 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
     run.archive.record_sources(identities(run.prepared))
     if run.prepared.seen is not None:
         run.archive.record_seen(run.prepared.seen)
+    run.archive.record_aligned(brought(run.config))
     journal = Journal(run)
     journal(Started(os.getpid(), len(run.archive.tried())))
     tracking = Tracking(listener)

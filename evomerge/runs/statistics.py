@@ -39,6 +39,13 @@ def measure_file(
             raise InputError(f"--kind is {kind}; {choices(kind, WORDS)}.")
     prepared = prepare_file(search_file, overrides, given(address))
     config = prepared.config
+    unaligned = [name for name, own in config.align.items() if own.folder is None]
+    if unaligned:
+        with naming(search_file):
+            raise InputError(
+                f"align.{unaligned[0]} stands for a model that a run makes, and which then has other statistics; "
+                "measure it with the search file in the run's directory."
+            )
     pairs = wanted(config)
     if kinds:
         models = {kind: [config.base, *config.models.values()] for kind in kinds}

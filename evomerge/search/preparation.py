@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.alignment.align import common_structure
 from evomerge.config.files import load
 from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
@@ -21,7 +22,7 @@ from evomerge.errors import InputError, choices, naming
 from evomerge.merging import vocabulary
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
-from evomerge.merging.sources.tensor_files import parameter_count, torch_dtypes
+from evomerge.merging.sources.tensor_files import parameter_count, size_in_bytes, torch_dtypes
 from evomerge.optimizers.make import following_gradients, learns, resolve
 from evomerge.search.controls import check_controls, count_controls, start_of_weights
 from evomerge.seen import encoded
@@ -99,6 +100,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     _check_trackers(config)
     config, own = own_files.checked(config)
     config, models = _pinned(config)
+    _check_aligned(config, models)
     config = _with_tokens(config, models)
     prepared = _with_models(config, models)
     check_controls(config)
@@ -341,6 +343,14 @@ def _with_tokens(config: SearchConfig, models: Models) -> SearchConfig:
     return config.model_copy(update={"space": space.model_copy(update={"tokenizer_source": "base"})})
 
 
+def _check_aligned(config: SearchConfig, models: Models) -> None:
+    """Raises InputError for a model that cannot be aligned with the base."""
+    for name, own in config.align.items():
+        if own.folder is None:
+            with naming(f"align.{name}"):
+                common_structure(models.base, models[config.models[name]])
+
+
 def _left_out_tokens(config: SearchConfig, models: Models) -> Iterator[str]:
     """A sentence for every model with tokens that the base lacks, where all merges have the base's tokens."""
     found = vocabulary.of_search(config, models)
@@ -554,6 +564,12 @@ def summarize(prepared: Prepared, plan: "SearchPlan | None" = None) -> dict[str,
     return {
         "models": {"base": config.base, **config.models},
         "parameters": sum(math.prod(info.shape) for info in prepared.models.table.values()),
+        "align": {name: own.by for name, own in config.align.items()},
+        "gib_of_aligned_copies": {
+            name: _gib(size_in_bytes(prepared.models[config.models[name]].table))
+            for name, own in config.align.items()
+            if own.folder is None
+        },
         "genes": dict(Counter(gene.kind for gene in prepared.space.genes)),
         "groups": dict(Counter(gene.group for gene in prepared.space.genes)),
         "starts": _starts(config, prepared.space),

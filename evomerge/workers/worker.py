@@ -131,6 +131,14 @@ class Worker:
         """The tokens of a split, all of which a candidate reads or writes to be scored on it."""
         return self._harness.tokens(split)
 
+    def answers(self, reference: str) -> Mapping[tuple[int, ...], int]:
+        """By what statistics of a model are measured on, as tokens with a right answer: the first token of the answer.
+
+        reference: the model's.
+        Raises InputError where there is nothing to measure on.
+        """
+        return self._calibration(reference).answers
+
     def rehearse(self, recipe: Recipe) -> None:
         """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
 

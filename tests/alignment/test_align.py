@@ -11,21 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from evomerge import zoo
 from evomerge.alignment.align import align
 from evomerge.alignment.matching import assigned, assigned_heads
-from evomerge.alignment.structure import Permutations, structure_of
 from evomerge.errors import InputError
-from evomerge.merging.sources.models import find_models
 from evomerge.merging.sources.weights import RECIPE
 from evomerge.recipe import Provenance, Recipe, Source, load
 from evomerge.seen import SIZE, encoded
 from tests.architectures import family
 from tests.bad_input import Refuses
 from tests.commands import evomerge
+from tests.models import shuffled
 from tests.searches import EVALS
 
 KINDS = ("llama", "qwen2", "gemma2")  # groups of heads; biases; a tied head and more norms
@@ -35,23 +34,6 @@ IDS = torch.arange(12).reshape(2, 6)
 @pytest.fixture(scope="module", params=KINDS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return family(request.param, tmp_path_factory.mktemp(request.param), ("base",), layers=2)["base"]
-
-
-def shuffled(base: Path, folder: Path, seed: int) -> Path:
-    """A copy of a model with its places in a random order."""
-    model = find_models(str(base), [str(base)]).base
-    structure, random = structure_of(model), np.random.default_rng(seed)
-    heads = []
-    for _ in range(structure.layers):
-        groups = random.permutation(structure.groups)[:, np.newaxis] * structure.per_group
-        heads.append(np.concatenate([group + random.permutation(structure.per_group) for group in groups]))
-    units = [random.permutation(structure.units) for _ in range(structure.layers)]
-    order = Permutations(structure, random.permutation(structure.hidden), units, heads)
-    shutil.copytree(base, folder)
-    stored = load_file(base / "model.safetensors")
-    moved = {name: order.apply(name, tensor).contiguous() for name, tensor in stored.items()}
-    save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def logits(folder: Path) -> torch.Tensor:

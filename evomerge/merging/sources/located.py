@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from evomerge.errors import InputError
 from evomerge.merging.plan import unread_parameters
 from evomerge.merging.sources.references import split_adapter
 from evomerge.recipe import Recipe, single
@@ -11,11 +12,19 @@ from evomerge.recipe import load as load_recipe
 
 def located(recipe: Recipe) -> Recipe:
     """A copy of a recipe in which paths that do not exist here are replaced by the references that they stood for where
-    the recipe was exported."""
+    the recipe was exported. Raises InputError where an aligned model is missing, which has no other place."""
     aliases = recipe.evomerge.aliases
     tokens = [recipe.vocabulary.source] if recipe.vocabulary is not None else []
     named = (*recipe.references, *tokens)
     missing = {path: aliases[path] for path in named if path in aliases and not _is_here(path)}
+    for path, own in recipe.evomerge.aligned.items():
+        if path in named and not _is_here(path):
+            again = (
+                f", or make it again: `evomerge align {own.model} {path} --to {own.to}`" if own.by == "weights" else ""
+            )
+            raise InputError(
+                f"{path}: is not here, and the merge needs it. It is {own.sentence}; bring it along{again}."
+            )
     return recipe.renamed(missing)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.config.search import SearchConfig
 from evomerge.errors import naming
-from evomerge.merging.sources.references import ModelSource, find_source, pinned
+from evomerge.merging.sources.references import ModelSource, find_source, locate, pinned
 from evomerge.merging.sources.tensor_files import TensorInfo
 from evomerge.merging.sources.weights import Weights, identity, model_config, seen_by, untied_head, with_head
 from evomerge.seen import Digests
@@ -120,18 +120,25 @@ class Models(Mapping[str, Model]):
         return self.base.seen.union(*(model.seen for model in self.values()))
 
 
-def find_models(base: str, references: Iterable[str], keys: Mapping[str, str] | None = None) -> Models:
+def find_models(
+    base: str,
+    references: Iterable[str],
+    keys: Mapping[str, str] | None = None,
+    copies: Mapping[str, str] | None = None,
+) -> Models:
     """A base and the models that recipes may name, located and with their headers read.
 
     base: a reference; an adapter that is named by itself is taken to change this model.
     references: the models that recipes may name. The base is one of them only if recipes may name it.
     keys: the key in a file that holds a reference, by reference; it opens an error's message.
+    copies: the folders of aligned models, which stand for models, by reference.
     Raises InputError for a model that is missing, is no model, or has weights that are not read.
     """
 
     def find(reference: str) -> Model:
         with naming(keys[reference]) if keys and reference in keys else nullcontext():
-            source = find_source(reference, base)
+            aligned = (copies or {}).get(reference)
+            source = find_source(reference, base) if aligned is None else ModelSource(locate(aligned))
             return Model(reference, source, model_config(source.folder), Weights(source))
 
     first = find(base)
@@ -141,5 +148,9 @@ def find_models(base: str, references: Iterable[str], keys: Mapping[str, str] | 
 
 def models_of(config: SearchConfig) -> Models:
     """The base and the models of a search. Raises InputError, with the key in the file, for one that cannot be read."""
-    keys = {reference: f"models.{name}" for name, reference in config.models.items()} | {config.base: "base"}
-    return find_models(config.base, (config.base, *config.models.values()), keys)
+    copies = config.copies
+    keys = {
+        reference: f"align.{name}.folder" if reference in copies else f"models.{name}"
+        for name, reference in config.models.items()
+    }
+    return find_models(config.base, (config.base, *config.models.values()), keys | {config.base: "base"}, copies)

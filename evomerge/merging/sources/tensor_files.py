@@ -73,6 +73,11 @@ def torch_dtypes(table: Mapping[str, TensorInfo]) -> list[str]:
     return [FLOATS[info.dtype] for info in table.values()]
 
 
+def size_in_bytes(table: Mapping[str, TensorInfo]) -> int:
+    """How many bytes all tensors have."""
+    return sum(math.prod(info.shape) * dtype_of(info).itemsize for info in table.values())
+
+
 def parameter_count(table: Mapping[str, TensorInfo]) -> int:
     """How many elements all tensors have."""
     return sum(math.prod(info.shape) for info in table.values())

@@ -712,6 +712,7 @@ def _origin(story: Story) -> Block:
     rows = [(name, version) for name, version in origin.versions.items()]
     rows += [("format of the run", str(origin.format)), ("seed", str(origin.seed))]
     rows += [(f"files of {source.name}", source.identity or "cannot be read") for source in origin.sources]
+    rows += list(story.status.aligned.items())
     says = (
         "The versions with which the search began, its seed, and a short fingerprint of each model's files. The same "
         "search file, seed and versions lead to the same archive."
