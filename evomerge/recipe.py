@@ -11,6 +11,7 @@ else to the dtype of most of the base's tensors (where mergekit keeps every tens
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -444,6 +445,8 @@ _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false"}
 
 def _typed(value: Scalar, kind: Kind) -> float | bool:
     """YAML writes 1e-3 as text and true as 1 or yes; read like mergekit, as the parameter's own type."""
+    if type(value) is kind is float and math.isfinite(value):
+        return value
     try:
         typed: float | bool = _TYPES[kind].validate_python(value)
     except ValidationError:

@@ -2,7 +2,6 @@
 data.
 """
 
-import gc
 import math
 import os
 import weakref
@@ -65,7 +64,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._says_yes and func in _QUESTIONS:
             return True
         made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        for leaf in (made,) if isinstance(made, torch.Tensor) else tree_leaves(made):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
         return made
@@ -182,7 +181,8 @@ def plan_placements(
     """
     models, recipes = models or models_of(config), list(_typical(space))
     device = torch.device(config.evaluation.device)
-    scoring = _rehearse_scoring(_placed(config, "disk", "made", "expanded"), recipes, models, targets)
+    least: tuple[Where, Kept, Form] = ("disk", "made", "expanded")
+    scoring, merged = _rehearse_scoring(_placed(config, *least), recipes, models, targets)
     near: Where = "device" if is_accelerator(device) else "host"
     places: tuple[Where, ...] = ("device", "host", "disk") if near == "device" else ("host", "disk")
     forms = _forms(config, models)
@@ -195,9 +195,10 @@ def plan_placements(
     ]
     rehearsed = dict.fromkeys((near if where == near else "disk", fields, form) for where, fields, form in rows)
     rehearsed |= dict.fromkeys(("disk", "made", form) for form in forms)
-    merging = {
-        (where, fields, form): _rehearse_merging(_placed(config, where, fields, form), recipes, models, scoring.wanted)
-        for where, fields, form in rehearsed
+    merging = {least: merged} | {
+        row: _rehearse_merging(_placed(config, *row), recipes, models, scoring.wanted)
+        for row in rehearsed
+        if row != least
     }
     sources = {form: merging[near, "made", form].held - merging["disk", "made", form].held for form in forms}
     placements = [
@@ -295,24 +296,24 @@ def _candidate(merging: _Merging, scoring: _Scoring) -> int:
 
 def _rehearse_scoring(
     config: SearchConfig, recipes: Sequence[Recipe], models: Models, targets: Mapping[str, Target] | None
-) -> _Scoring:
+) -> tuple[_Scoring, _Merging]:
+    """What scoring takes, and what merging takes where models live as the config says."""
     with LiveBytes(says_yes=True) as live:  # transformers asks whether a batch is free of padding
-        alone = rehearsed_models(config, models)
+        resident = rehearsed_models(config, models)
         held = live.now
-        del alone
-        gc.collect()
-        worker = Worker(config, models, targets, rehearsal=True)
-        batches, resident = live.now - held, worker.models
-        assert isinstance(resident, RehearsedModels)
+        worker = Worker(config, models, targets, rehearsal=resident)
+        batches = live.now - held
         learns = config.optimizer.follows_gradients
         wanted = tuple(methods.get(recipe.merge_method, "merge_method").slopes if learns else () for recipe in recipes)
-        peaks, slopes = [], []
+        tops, peaks, slopes = [], [], []
         for recipe, parameters in zip(recipes, wanted, strict=True):
-            resident.rehearse(recipe)
+            tops.append(live.now + live.more(partial(resident.rehearse, recipe)) - batches)
             peaks.append(live.more(partial(worker.rehearse_scoring, recipe)))
             slopes.append(live.more(partial(resident.rehearse_slopes, parameters)))
+        shared = live.now - held - batches
     weights = sum(tensor.nbytes for tensor in resident.model.parameters())
-    return _Scoring(batches, weights, tuple(peaks), tuple(slopes), wanted, worker.tokens("search"))
+    scoring = _Scoring(batches, weights, tuple(peaks), tuple(slopes), wanted, worker.tokens("search"))
+    return scoring, _merging(held, shared, tops, slopes, resident)
 
 
 def _rehearse_merging(
@@ -325,6 +326,11 @@ def _rehearse_merging(
             tops.append(live.now + live.more(partial(resident.rehearse, recipe)))
             slopes.append(live.more(partial(resident.rehearse_slopes, parameters)))
         shared = live.now - held
+    return _merging(held, shared, tops, slopes, resident)
+
+
+def _merging(held: int, shared: int, tops: Sequence[int], slopes: Sequence[int], resident: RehearsedModels) -> _Merging:
+    """tops: the most bytes that lived at once during each merge."""
     return _Merging(held, shared, max(0, max(tops) - held - shared), tuple(slopes), resident.traffic)
 
 

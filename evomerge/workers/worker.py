@@ -58,7 +58,7 @@ class Worker:
         models: Models | None = None,
         targets: Mapping[str, Target] | None = None,
         *,
-        rehearsal: bool = False,
+        rehearsal: RehearsedModels | None = None,
         seen: Digests = frozenset(),
         head_apart: bool = False,
         own: Mapping[str, OwnFiles] | None = None,
@@ -69,7 +69,7 @@ class Worker:
         config: the search's, resolved.
         models: the models that recipes may name, where their headers are read already; by default they are read here.
         targets: the tasks, where they are loaded already; by default they are loaded here.
-        rehearsal: whether weights are neither read nor computed, for `rehearse`.
+        rehearsal: the models without data, where the worker is to count memory (`rehearse_scoring`) and score nothing.
         seen: digests of items that must not be held out, besides those that were seen when the models were made.
         head_apart: see ResidentModels.
         own: the files of the user's own scores, where they are read already; by default they are read here. A rehearsal
@@ -83,11 +83,7 @@ class Worker:
         self._config, self._sources, self._folder = config, models, statistics if isinstance(statistics, Path) else None
         self._shelf = statistics if isinstance(statistics, Shelf) else Shelf([statistics] if statistics else [])
         self._found: dict[tuple[Kind, str], Readable] = {}
-        self.models = (
-            rehearsed_models(config, models)
-            if rehearsal
-            else _resident_models(config, models, head_apart, self._statistics)
-        )
+        self.models: ResidentModels = rehearsal or _resident_models(config, models, head_apart, self._statistics)
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
             if config.evaluation.backend == "vllm" and not rehearsal
@@ -120,17 +116,9 @@ class Worker:
         """The tokens of a split, all of which a candidate reads or writes to be scored on it."""
         return self._harness.tokens(split)
 
-    def rehearse(self, recipe: Recipe) -> None:
-        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
-
-        Where the search follows gradients, one is computed, too.
-        """
-        self._held = None
-        self.models.rehearse(recipe)
-        self.rehearse_scoring(recipe)
-
     def rehearse_scoring(self, recipe: Recipe) -> None:
-        """Scores the candidate that was merged last on the meta device.
+        """Scores the candidate that was rehearsed last, on the meta device, where nothing is computed, so that memory
+        can be counted. Where the search follows gradients, one is computed, too.
 
         recipe: the candidate's.
         """
