@@ -417,9 +417,8 @@ def resolve_setting(setting: Setting | None, tensor: str, t: float, kind: Kind) 
     if setting is None:
         return None
     items = setting if isinstance(setting, list) else [setting]
-    conditions = [item for item in items if isinstance(item, FilteredValue)]
-    if conditions:
-        match = next((condition for condition in conditions if condition.matches(tensor)), None)
+    if items and isinstance(items[0], FilteredValue):  # then all of them are
+        match = next((item for item in items if isinstance(item, FilteredValue) and item.matches(tensor)), None)
         return resolve_setting(match.value, tensor, t, kind) if match else None
     values = [_typed(item, kind) for item in items if not isinstance(item, FilteredValue)]
     return _typed(_gradient(values, t, kind), kind) if values else None

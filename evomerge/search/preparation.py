@@ -510,14 +510,9 @@ def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
             )
 
 
-def unquantized(config: SearchConfig) -> SearchConfig:
-    """The config of a search whose candidates are never quantized."""
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": None})})
-
-
 def plan_of(prepared: Prepared) -> "SearchPlan":
     """What a search takes of memory, disk and tokens, where candidates are not quantized."""
-    from evomerge.workers.memory import plan_placements
+    from evomerge.workers.memory import plan_placements, unquantized
 
     return plan_placements(unquantized(prepared.config), prepared.space, prepared.models, prepared.targets)
 
