@@ -299,7 +299,7 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "space.parameter.post": PostConfig().model_dump(mode="json"),
     "evaluation.quantize": None,
     "optimizer.stop_after": None,
-    "optimizer.learning": LearningConfig().model_dump(mode="json"),
+    "optimizer.learning": LearningConfig(checkpointing=False).model_dump(mode="json"),
     "optimizer.stages.scaled": False,
     "space.tensor_weights": "auto",
     "space.parameter.tensor_weights": "auto",

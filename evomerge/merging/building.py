@@ -5,6 +5,7 @@ transformers has both for a config, `architectures` in config.json decides.
 """
 
 import copy
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def _auto_class(config: Any) -> Any:
 
 
 @cache
-def _classes(auto: Any, config: type) -> set[str]:
+def _classes(auto: Any, config: Hashable) -> set[str]:
     """The names of the classes that an auto class has for a kind of configs."""
     mapping = auto._model_mapping
     if config not in mapping:

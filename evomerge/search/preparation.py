@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.config.files import load
+from evomerge.config.running import OptimizerConfig
 from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import DataFlowConfig, ParameterSpaceConfig
@@ -39,6 +40,7 @@ _WORTH_A_SUBSET = 100  # search items
 _WORTH_A_SHARD = 4e9  # parameters times search items; an estimate, which only decides how evenly workers are used
 _MOST_SHARDS = 32
 _FEW_GENERATIONS = 4
+_CHECKPOINTED_FROM = 10**9  # parameters, from which on layers are computed again unless the search file says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,9 @@ def _resolved(
     genes = prepared.space.genes
     resolved = config.model_copy(
         update={
-            "optimizer": resolve(config.optimizer, len(genes), len(config.objectives), genes),
+            "optimizer": with_checkpointing(
+                resolve(config.optimizer, len(genes), len(config.objectives), genes), prepared.models
+            ),
             "evaluation": _evaluation(config, prepared.models, address),
         }
     )
@@ -214,6 +218,18 @@ def _evaluation(config: SearchConfig, models: Models, address: str | None) -> Ev
             "fewshot_as_multiturn": settings.multiturn,
         }
     )
+
+
+def with_checkpointing(optimizer: OptimizerConfig, models: Models) -> OptimizerConfig:
+    """The settings of an optimizer that say whether layers are computed again on the way back.
+
+    models: the search's.
+    """
+    learning = optimizer.learning
+    if learning.checkpointing != "auto":
+        return optimizer
+    large = optimizer.follows_gradients and parameter_count(models.table) >= _CHECKPOINTED_FROM
+    return optimizer.model_copy(update={"learning": learning.model_copy(update={"checkpointing": large})})
 
 
 def _learning(

@@ -98,7 +98,7 @@ class Worker:
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         costs = [cost for cost in costs if not COSTS[cost].of_texts]  # those are counted in what is answered
         self._learns = config.optimizer.follows_gradients
-        self._checkpointing = config.optimizer.learning.checkpointing
+        self._checkpointing = config.optimizer.learning.checkpointing is True  # `auto` is resolved before
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
         self._calibrations: dict[str, Calibration] = {}

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,17 @@ from evomerge.archive.archive import Archive
 from evomerge.archive.gradients import digest_of
 from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, is_learned
 from evomerge.config.files import load
+from evomerge.config.running import OptimizerConfig
 from evomerge.config.scoring import ConstraintConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.events import Event, Warned, unheard
+from evomerge.merging.sources.tensor_files import TensorInfo
 from evomerge.search.controls import essential_controls
 from evomerge.search.criteria import criteria_of
 from evomerge.search.learning import Multipliers, loss_limits
 from evomerge.search.loop import Search
-from evomerge.search.preparation import Prepared, prepare
+from evomerge.search.preparation import Prepared, prepare, with_checkpointing
 from tests import commands
 from tests.fakes import FakePool, Killed, Quadratics
 from tests.searches import WriteSearch
@@ -441,3 +444,19 @@ def test_losses_are_limited_by_the_parents_that_scores_are_limited_by(tmp_path: 
     source = criteria_of(archive, config).limits[-1].source
     assert source.startswith(f"of {limit.parent.id}'s ")
     assert limit.slack == pytest.approx(-np.log(0.9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "width", "again"),
+    [
+        ({"name": "learned"}, 1 << 15, True),
+        ({"name": "learned"}, 1 << 10, False),
+        ({"name": "cma_es"}, 1 << 15, False),
+        ({"name": "learned", "learning": {"checkpointing": False}}, 1 << 15, False),
+        ({"name": "learned", "learning": {"checkpointing": True}}, 1 << 10, True),
+    ],
+)
+def test_layers_are_computed_again_where_gradients_of_large_models_are_followed(settings, width, again):
+    large = SimpleNamespace(table={"weight": TensorInfo(Path("model"), "BF16", (width, width), "weight")})
+    resolved = with_checkpointing(OptimizerConfig.model_validate(settings), large)
+    assert resolved.learning.checkpointing is again
