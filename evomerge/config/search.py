@@ -280,6 +280,8 @@ class SearchConfig(Settings):
                     del score["python"], score["items"]
         for budget in ("evaluations", "equivalents"):
             content["optimizer"].pop(budget)
+        learning = content["optimizer"]["learning"]
+        learning["checkpointing"] = learning["checkpointing"] is True  # earlier versions knew no `auto`
         _drop_later_keys(content)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
