@@ -11,6 +11,7 @@ else to the dtype of most of the base's tensors (where mergekit keeps every tens
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -448,9 +449,8 @@ def resolve_setting(setting: Setting | None, tensor: str, t: float, kind: Kind) 
     if setting is None:
         return None
     items = setting if isinstance(setting, list) else [setting]
-    conditions = [item for item in items if isinstance(item, FilteredValue)]
-    if conditions:
-        match = next((condition for condition in conditions if condition.matches(tensor)), None)
+    if items and isinstance(items[0], FilteredValue):  # then all of them are
+        match = next((item for item in items if isinstance(item, FilteredValue) and item.matches(tensor)), None)
         return resolve_setting(match.value, tensor, t, kind) if match else None
     values = [_typed(item, kind) for item in items if not isinstance(item, FilteredValue)]
     return _typed(_gradient(values, t, kind), kind) if values else None
@@ -476,6 +476,8 @@ _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false"}
 
 def _typed(value: Scalar, kind: Kind) -> float | bool:
     """YAML writes 1e-3 as text and true as 1 or yes; read like mergekit, as the parameter's own type."""
+    if type(value) is kind is float and math.isfinite(value):
+        return value
     try:
         typed: float | bool = _TYPES[kind].validate_python(value)
     except ValidationError:

@@ -46,7 +46,7 @@ class LearningConfig(Settings):
     shards: into how many parts a step is divided, so that so many workers can share it.
     batch_size: how many rows a model reads at a time in a step; by default as in evaluations.
     checkpointing: whether the outputs of layers are computed again on the way back instead of kept, which saves memory
-        and takes more time.
+        and takes more time; `auto` does so for models with at least a billion parameters.
     """
 
     loss: Literal["likelihood", "entropy", "activations"] = "likelihood"
@@ -57,7 +57,7 @@ class LearningConfig(Settings):
     patience: int = Field(default=2, ge=1)
     shards: int = Field(default=1, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
-    checkpointing: bool = False
+    checkpointing: bool | Literal["auto"] = "auto"
 
 
 class OptimizerConfig(Settings):

@@ -318,6 +318,8 @@ class SearchConfig(Settings):
             content["optimizer"].pop(budget)
         for aligned in content["align"].values():
             del aligned["folder"]
+        learning = content["optimizer"]["learning"]
+        learning["checkpointing"] = learning["checkpointing"] is True  # earlier versions knew no `auto`
         _drop_later_keys(content)
         content["tasks"].pop("data_root")
         content["evaluation"]["vllm"].pop("python")
@@ -338,7 +340,7 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "space.parameter.post": PostConfig().model_dump(mode="json"),
     "evaluation.quantize": None,
     "optimizer.stop_after": None,
-    "optimizer.learning": LearningConfig().model_dump(mode="json"),
+    "optimizer.learning": LearningConfig(checkpointing=False).model_dump(mode="json"),
     "optimizer.stages.scaled": False,
     "space.tensor_weights": "auto",
     "space.parameter.tensor_weights": "auto",

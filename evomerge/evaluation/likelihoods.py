@@ -190,9 +190,10 @@ class PreparedRequests:
     @torch.inference_mode()
     def rehearse(self, model: torch.nn.Module) -> None:
         """Has the model run the batches that take the most memory, and drops the result."""
-        for size in (lambda batch: batch.ids.numel(), lambda batch: batch.reads.numel()):
-            if self.batches:
-                _score(model, max(self.batches, key=size))
+        sizes = [(batch.ids.numel(), batch.reads.numel()) for batch in self.batches]
+        largest = {max(sizes, key=lambda size: size[place]) for place in (0, 1)} if sizes else set()
+        for size in sorted(largest):
+            _score(model, self.batches[sizes.index(size)])
 
     def sample(self) -> "tuple[PreparedRequests, PreparedRequests] | None":
         """The requests of the document with the longest branches, once packed and once as full rows.

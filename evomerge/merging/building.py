@@ -5,6 +5,7 @@ transformers has both for a config, `architectures` in config.json decides.
 """
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,17 +74,19 @@ def _auto_class(config: Any) -> Any:
     class for the config."""
     import transformers
 
-    by_auto = {name: _classes(getattr(transformers, name), config) for name in _AUTO}
+    kind: Any = type(config)  # mypy takes no class for hashable
+    by_auto = {name: _classes(getattr(transformers, name), kind) for name in _AUTO}
     named = [name for name, classes in by_auto.items() if classes & set(config.architectures or ())]
     return getattr(transformers, next(iter([*named, *(name for name in by_auto if by_auto[name]), _AUTO[0]])))
 
 
-def _classes(auto: Any, config: Any) -> set[str]:
-    """The names of the classes that an auto class has for a config."""
+@cache
+def _classes(auto: Any, config: type) -> set[str]:
+    """The names of the classes that an auto class has for a kind of configs."""
     mapping = auto._model_mapping
-    if type(config) not in mapping:
+    if config not in mapping:
         return set()
-    classes = mapping[type(config)]
+    classes = mapping[config]
     return {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}
 
 

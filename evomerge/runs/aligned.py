@@ -92,9 +92,10 @@ def _copy(prepared: Prepared, name: str, read: Sequence[Reading], folder: Path, 
 def _readings(prepared: Prepared, names: Sequence[str]) -> dict[str, list[Reading]]:
     """What statistics of models are measured on, by the model's name, with the right answers as what counts. It may be
     nothing for a model whose weights are compared."""
-    from evomerge.workers.worker import Worker
+    from evomerge.workers.worker import Worker, rehearsed_models
 
-    worker = Worker(prepared.config, prepared.models, prepared.targets, rehearsal=True)
+    without_data = rehearsed_models(prepared.config, prepared.models)
+    worker = Worker(prepared.config, prepared.models, prepared.targets, rehearsal=without_data)
     found: dict[str, list[Reading]] = {}
     for name in names:
         try:

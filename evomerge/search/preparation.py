@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.alignment.align import common_structure
 from evomerge.config.files import load
+from evomerge.config.running import OptimizerConfig
 from evomerge.config.scoring import EvaluationConfig
 from evomerge.config.search import SearchConfig
 from evomerge.config.spaces import DataFlowConfig, ParameterSpaceConfig
@@ -40,6 +41,7 @@ _WORTH_A_SUBSET = 100  # search items
 _WORTH_A_SHARD = 4e9  # parameters times search items; an estimate, which only decides how evenly workers are used
 _MOST_SHARDS = 32
 _FEW_GENERATIONS = 4
+_CHECKPOINTED_FROM = 10**9  # parameters, from which on layers are computed again unless the search file says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,9 @@ def _resolved(
     genes = prepared.space.genes
     resolved = config.model_copy(
         update={
-            "optimizer": resolve(config.optimizer, len(genes), len(config.objectives), genes),
+            "optimizer": with_checkpointing(
+                resolve(config.optimizer, len(genes), len(config.objectives), genes), prepared.models
+            ),
             "evaluation": _evaluation(config, prepared.models, address),
         }
     )
@@ -216,6 +220,18 @@ def _evaluation(config: SearchConfig, models: Models, address: str | None) -> Ev
             "fewshot_as_multiturn": settings.multiturn,
         }
     )
+
+
+def with_checkpointing(optimizer: OptimizerConfig, models: Models) -> OptimizerConfig:
+    """The settings of an optimizer that say whether layers are computed again on the way back.
+
+    models: the search's.
+    """
+    learning = optimizer.learning
+    if learning.checkpointing != "auto":
+        return optimizer
+    large = optimizer.follows_gradients and parameter_count(models.table) >= _CHECKPOINTED_FROM
+    return optimizer.model_copy(update={"learning": learning.model_copy(update={"checkpointing": large})})
 
 
 def _learning(
@@ -535,14 +551,9 @@ def _check_optimizer(config: SearchConfig, space: SearchSpace) -> None:
             )
 
 
-def unquantized(config: SearchConfig) -> SearchConfig:
-    """The config of a search whose candidates are never quantized."""
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": None})})
-
-
 def plan_of(prepared: Prepared) -> "SearchPlan":
     """What a search takes of memory, disk and tokens, where candidates are not quantized."""
-    from evomerge.workers.memory import plan_placements
+    from evomerge.workers.memory import plan_placements, unquantized
 
     return plan_placements(unquantized(prepared.config), prepared.space, prepared.models, prepared.targets)
 

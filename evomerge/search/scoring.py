@@ -17,7 +17,7 @@ from evomerge.merging.sources.statistics import shelf_of
 from evomerge.merging.vocabulary import tokens_of
 from evomerge.recipe import Recipe
 from evomerge.search.criteria import mean_of_scores
-from evomerge.search.preparation import prepare_file, unquantized
+from evomerge.search.preparation import prepare_file
 
 
 def score(
@@ -33,6 +33,7 @@ def score(
     warn: is told of settings in a recipe that have no effect.
     Raises InputError for mistakes in the file, the target or the split.
     """
+    from evomerge.workers.memory import unquantized
     from evomerge.workers.worker import Worker
 
     if split not in SPLITS:

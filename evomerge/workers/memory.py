@@ -2,7 +2,6 @@
 data.
 """
 
-import gc
 import math
 import os
 import weakref
@@ -17,18 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evomerge.config.search import SearchConfig
-from evomerge.devices import device_count, free_memory, is_accelerator
+from evomerge.devices import device_count, free_memory, is_accelerator, resolve_device
 from evomerge.evaluation.harness import Tokens
-from evomerge.evaluation.loading import Target
+from evomerge.evaluation.loading import Target, load_targets
 from evomerge.merging import methods
 from evomerge.merging.methods.parts import STAGED
 from evomerge.merging.naming import naming_in
 from evomerge.merging.resident.rehearsal import RehearsedModels, Traffic
 from evomerge.merging.resident.sources import Form, Kept, Where
 from evomerge.merging.sources.models import Model, Models, models_of
-from evomerge.merging.sources.tensor_files import dtype_of
+from evomerge.merging.sources.tensor_files import dtype_of, parameter_count
 from evomerge.recipe import Recipe
 from evomerge.spaces import SearchSpace, at
+from evomerge.spaces.make import make_space
 from evomerge.workers.worker import Worker, rehearsed_models, workers_of_a_node
 
 _QUESTIONS = tuple(getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense"))
@@ -40,6 +40,7 @@ _KEPT_OF_CANDIDATES, _MOST_KEPT_OF_CANDIDATES = 2.0, 192 << 20
 _ENGINE_LIBRARIES = 1640 << 20  # of a process with an engine, apart from weights and cache
 _STAGING = 4 * STAGED  # bytes of locked memory, in which two pieces wait for their copies
 _SPARE = 0.9  # the share of free memory that is given away
+_PLENTY, _WORKING = 3, 2 << 30  # of models and of batches: what the first placement takes at most, unless it is planned
 _FIELDS: tuple[Kept, ...] = ("kept", "made")
 
 
@@ -65,7 +66,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._says_yes and func in _QUESTIONS:
             return True
         made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        for leaf in (made,) if isinstance(made, torch.Tensor) else tree_leaves(made):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
         return made
@@ -182,7 +183,8 @@ def plan_placements(
     """
     models, recipes = models or models_of(config), list(_typical(space))
     device = torch.device(config.evaluation.device)
-    scoring = _rehearse_scoring(_placed(config, "disk", "made", "expanded"), recipes, models, targets)
+    least: tuple[Where, Kept, Form] = ("disk", "made", "expanded")
+    scoring, merged = _rehearse_scoring(_placed(config, *least), recipes, models, targets)
     near: Where = "device" if is_accelerator(device) else "host"
     places: tuple[Where, ...] = ("device", "host", "disk") if near == "device" else ("host", "disk")
     forms = _forms(config, models)
@@ -195,9 +197,10 @@ def plan_placements(
     ]
     rehearsed = dict.fromkeys((near if where == near else "disk", fields, form) for where, fields, form in rows)
     rehearsed |= dict.fromkeys(("disk", "made", form) for form in forms)
-    merging = {
-        (where, fields, form): _rehearse_merging(_placed(config, where, fields, form), recipes, models, scoring.wanted)
-        for where, fields, form in rehearsed
+    merging = {least: merged} | {
+        row: _rehearse_merging(_placed(config, *row), recipes, models, scoring.wanted)
+        for row in rehearsed
+        if row != least
     }
     sources = {form: merging[near, "made", form].held - merging["disk", "made", form].held for form in forms}
     placements = [
@@ -205,6 +208,42 @@ def plan_placements(
         for row, like in ((row, near if row[0] == near else "disk") for row in rows)
     ]
     return SearchPlan(tuple(with_choice(config, placements)), scoring.tokens)
+
+
+def make_worker(
+    config: SearchConfig, models: Models | None = None, targets: Mapping[str, Target] | None = None, **given: Any
+) -> Worker:
+    """A worker whose sources live where the plan says for the machine that it is on.
+
+    Models that are small beside the memory need no plan: the first placement fits in any case.
+
+    config: the search's, resolved.
+    models, targets: as for a `Worker`.
+    given: what else a `Worker` takes.
+    """
+    models = models or models_of(config)
+    if not _roomy(config, models):
+        targets = targets or load_targets(config.reported, config.tasks, config.evaluation)
+        placed = plan_placements(unquantized(config), make_space(config, models), models, targets).chosen
+        config = _placed(config, placed.sources, placed.fields, placed.adapters)
+    return Worker(config, models, targets, **given)
+
+
+def unquantized(config: SearchConfig) -> SearchConfig:
+    """The config of a search whose candidates are never quantized."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": None})})
+
+
+def _roomy(config: SearchConfig, models: Models) -> bool:
+    """Whether nothing is left to the plan, or this machine has many times the memory that the models take."""
+    evaluation = config.evaluation
+    if "auto" not in (evaluation.sources, evaluation.fields, evaluation.adapters):
+        return True
+    elements = sum(parameter_count(model.table) for model in models.values())
+    device, count = torch.device(resolve_device(evaluation.device)), workers_of_a_node(config)
+    wanted = _PLENTY * 6 * elements + _WORKING  # in float32, with a field of 16 bits
+    on_device = not is_accelerator(device) or wanted <= _SPARE * free_memory(device)
+    return on_device and count * wanted <= _SPARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,24 +334,24 @@ def _candidate(merging: _Merging, scoring: _Scoring) -> int:
 
 def _rehearse_scoring(
     config: SearchConfig, recipes: Sequence[Recipe], models: Models, targets: Mapping[str, Target] | None
-) -> _Scoring:
+) -> tuple[_Scoring, _Merging]:
+    """What scoring takes, and what merging takes where models live as the config says."""
     with LiveBytes(says_yes=True) as live:  # transformers asks whether a batch is free of padding
-        alone = rehearsed_models(config, models)
+        resident = rehearsed_models(config, models)
         held = live.now
-        del alone
-        gc.collect()
-        worker = Worker(config, models, targets, rehearsal=True)
-        batches, resident = live.now - held, worker.models
-        assert isinstance(resident, RehearsedModels)
+        worker = Worker(config, models, targets, rehearsal=resident)
+        batches = live.now - held
         learns = config.optimizer.follows_gradients
         wanted = tuple(methods.get(recipe.merge_method, "merge_method").slopes if learns else () for recipe in recipes)
-        peaks, slopes = [], []
+        tops, peaks, slopes = [], [], []
         for recipe, parameters in zip(recipes, wanted, strict=True):
-            resident.rehearse(recipe)
+            tops.append(live.now + live.more(partial(resident.rehearse, recipe)) - batches)
             peaks.append(live.more(partial(worker.rehearse_scoring, recipe)))
             slopes.append(live.more(partial(resident.rehearse_slopes, parameters)))
+        shared = live.now - held - batches
     weights = sum(tensor.nbytes for tensor in resident.model.parameters())
-    return _Scoring(batches, weights, tuple(peaks), tuple(slopes), wanted, worker.tokens("search"))
+    scoring = _Scoring(batches, weights, tuple(peaks), tuple(slopes), wanted, worker.tokens("search"))
+    return scoring, _merging(held, shared, tops, slopes, resident)
 
 
 def _rehearse_merging(
@@ -325,6 +364,11 @@ def _rehearse_merging(
             tops.append(live.now + live.more(partial(resident.rehearse, recipe)))
             slopes.append(live.more(partial(resident.rehearse_slopes, parameters)))
         shared = live.now - held
+    return _merging(held, shared, tops, slopes, resident)
+
+
+def _merging(held: int, shared: int, tops: Sequence[int], slopes: Sequence[int], resident: RehearsedModels) -> _Merging:
+    """tops: the most bytes that lived at once during each merge."""
     return _Merging(held, shared, max(0, max(tops) - held - shared), tuple(slopes), resident.traffic)
 
 
@@ -348,8 +392,6 @@ def _private_bytes(model: Model, form: Form) -> int:
     form: what tensors that adapters change are kept as.
     """
     weights, private = model.weights, 0
-    if weights.source.adapter is None:
-        return 0
     for name, info in weights.table.items():
         if weights.mapped(name) is None:
             changes = weights.products(name) if form == "factors" else ()

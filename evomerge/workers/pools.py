@@ -29,12 +29,12 @@ def make_pool(
     statistics: the folder of statistics, which workers on other machines must see, too.
     Raises InputError where the pool cannot be made as the config asks.
     """
-    from evomerge.workers.worker import Worker
+    from evomerge.workers.memory import make_worker
 
     row = POOLS[config.workers.pool]
     own = read_own(config)  # which travels with the worker, wherever that is made
     folder = statistics and statistics.absolute()
     loaded = () if row.processes else (models, targets)
-    make_worker = partial(Worker, config, *loaded, own=own, statistics=folder)
-    pool: WorkerPool = imported(row.make)(config, make_worker, address)
+    ready = partial(make_worker, config, *loaded, own=own, statistics=folder)
+    pool: WorkerPool = imported(row.make)(config, ready, address)
     return pool

@@ -60,7 +60,7 @@ class Worker:
         models: Models | None = None,
         targets: Mapping[str, Target] | None = None,
         *,
-        rehearsal: bool = False,
+        rehearsal: RehearsedModels | None = None,
         seen: Digests = frozenset(),
         head_apart: bool = False,
         own: Mapping[str, OwnFiles] | None = None,
@@ -71,7 +71,7 @@ class Worker:
         config: the search's, resolved.
         models: the models that recipes may name, where their headers are read already; by default they are read here.
         targets: the tasks, where they are loaded already; by default they are loaded here.
-        rehearsal: whether weights are neither read nor computed, for `rehearse`.
+        rehearsal: the models without data, where the worker is to count memory (`rehearse_scoring`) and score nothing.
         seen: digests of items that must not be held out, besides those that were seen when the models were made.
         head_apart: see ResidentModels.
         own: the files of the user's own scores, where they are read already; by default they are read here. A rehearsal
@@ -85,11 +85,7 @@ class Worker:
         self._config, self._sources, self._folder = config, models, statistics if isinstance(statistics, Path) else None
         self._shelf = statistics if isinstance(statistics, Shelf) else Shelf([statistics] if statistics else [])
         self._found: dict[tuple[Kind, str], Readable] = {}
-        self.models = (
-            rehearsed_models(config, models)
-            if rehearsal
-            else _resident_models(config, models, head_apart, self._statistics)
-        )
+        self.models: ResidentModels = rehearsal or _resident_models(config, models, head_apart, self._statistics)
         engine = (
             Engine(config.evaluation, models.base.folder, self.models.model, named_weights(self.models.model))
             if config.evaluation.backend == "vllm" and not rehearsal
@@ -113,7 +109,7 @@ class Worker:
         costs = [objective.cost for objective in config.objectives if objective.cost is not None]
         costs = [cost for cost in costs if not COSTS[cost].of_texts]  # those are counted in what is answered
         self._learns = config.optimizer.follows_gradients
-        self._checkpointing = config.optimizer.learning.checkpointing
+        self._checkpointing = config.optimizer.learning.checkpointing is True  # `auto` is resolved before
         self._reports = bool(config.report)  # held-out items then have further tasks, which may take more memory
         self._asked = {cost: imported(COSTS[cost].measure) for cost in costs}
         self._calibrations: dict[str, Calibration] = {}
@@ -139,17 +135,9 @@ class Worker:
         """
         return self._calibration(reference).answers
 
-    def rehearse(self, recipe: Recipe) -> None:
-        """Merges and scores a recipe on the meta device, where nothing is computed, so that memory can be counted.
-
-        Where the search follows gradients, one is computed, too.
-        """
-        self._held = None
-        self.models.rehearse(recipe)
-        self.rehearse_scoring(recipe)
-
     def rehearse_scoring(self, recipe: Recipe) -> None:
-        """Scores the candidate that was merged last on the meta device.
+        """Scores the candidate that was rehearsed last, on the meta device, where nothing is computed, so that memory
+        can be counted. Where the search follows gradients, one is computed, too.
 
         recipe: the candidate's.
         """

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,18 @@ from evomerge.archive.archive import Archive
 from evomerge.archive.gradients import digest_of
 from evomerge.candidate import Candidate, Descent, Evaluation, Gradient, failure, is_learned
 from evomerge.config.files import load
-from evomerge.config.running import LearningConfig
+from evomerge.config.running import LearningConfig, OptimizerConfig
 from evomerge.config.scoring import ConstraintConfig
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.events import Event, Warned, unheard
+from evomerge.merging.sources.tensor_files import TensorInfo
 from evomerge.reports.page.course import costs
 from evomerge.search.controls import essential_controls
 from evomerge.search.criteria import criteria_of
 from evomerge.search.learning import Multipliers, loss_limits, sources_of
 from evomerge.search.loop import Search
-from evomerge.search.preparation import Prepared, prepare
+from evomerge.search.preparation import Prepared, prepare, with_checkpointing
 from evomerge.search.results import Results
 from tests import commands
 from tests.fakes import FakePool, Killed, Quadratics
@@ -511,3 +513,19 @@ def test_steps_that_compare_layers_name_the_sources_and_count_what_was_read_befo
     unlike = make(with_learning(LEARNED_ALONE, loss="entropy"))
     archive, _ = run(unlike, tmp_path / "entropy", scores)
     assert Results(archive, unlike.config).equivalents == pytest.approx(cost(archive, unlike))
+
+
+@pytest.mark.parametrize(
+    ("settings", "width", "again"),
+    [
+        ({"name": "learned"}, 1 << 15, True),
+        ({"name": "learned"}, 1 << 10, False),
+        ({"name": "cma_es"}, 1 << 15, False),
+        ({"name": "learned", "learning": {"checkpointing": False}}, 1 << 15, False),
+        ({"name": "learned", "learning": {"checkpointing": True}}, 1 << 10, True),
+    ],
+)
+def test_layers_are_computed_again_where_gradients_of_large_models_are_followed(settings, width, again):
+    large = SimpleNamespace(table={"weight": TensorInfo(Path("model"), "BF16", (width, width), "weight")})
+    resolved = with_checkpointing(OptimizerConfig.model_validate(settings), large)
+    assert resolved.learning.checkpointing is again

@@ -14,6 +14,7 @@ from evomerge.search import preparation
 from evomerge.search.best import FINALISTS, finalists
 from evomerge.search.loop import Search
 from evomerge.search.results import Results
+from evomerge.workers import memory
 from tests import commands
 from tests.fakes import FakePool, Killed
 from tests.searches import tiny_search
@@ -171,4 +172,4 @@ def test_what_cannot_be_quantized_is_refused_with_its_reason(changes, reason, se
 def test_a_search_that_quantizes_nothing_has_the_digest_that_it_had_before(search_file):
     config = files.load(search_file())
     said = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"quantize": "int8"})})
-    assert preparation.unquantized(said).digest() == config.digest() != said.digest()
+    assert memory.unquantized(said).digest() == config.digest() != said.digest()

@@ -26,6 +26,7 @@ from evomerge.workers.memory import (
     LiveBytes,
     Placement,
     SearchPlan,
+    make_worker,
     plan_memory,
     plan_placements,
     shortage,
@@ -168,6 +169,13 @@ def test_the_first_placement_that_fits_is_taken(monkeypatch, searched):
         first = next(place for place, need in zip(places, needs, strict=True) if need <= needs[number])
         assert (chosen.sources, chosen.fields, chosen.lacking) == (*first, None)
     assert taken(monkeypatch, searched, needs[3]).lacking is not None
+
+
+def test_a_worker_places_its_sources_as_the_plan_of_its_machine_says(monkeypatch, searched):
+    config, wide = searched
+    here = taken(monkeypatch, searched, int(wide.placements[1].host / 0.9) + 1)
+    models = make_worker(config).models
+    assert (models.where, models.fields) == (here.sources, here.fields) == ("host", "made")
 
 
 def test_what_the_search_file_says_is_taken_wherever_the_device_is():

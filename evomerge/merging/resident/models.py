@@ -65,6 +65,8 @@ class ResidentModels:
 
     devices: where they are.
     compiled: whether large tensors are merged by compiled code.
+    where: where the tensors of the models live.
+    fields: whether what is kept for each element is made again for every candidate.
     model: the transformers model that candidates are written into.
     candidate: the last candidate; `model` itself, or a view.
     """
@@ -124,7 +126,7 @@ class ResidentModels:
         whole = models if adapters == "expanded" else {model.source.folder for model in models.values()}
         place(self.model, self.devices, 1 + len(whole) * (sources == "device"))
         self._find()
-        self._where, self._fields = sources, fields
+        self.where, self.fields = sources, fields
         shared = sources == "host" and not is_accelerator(torch.device(device))  # pages that a CPU reads where they lie
         self._off_device = sources != "device" and not (rehearsal and shared)
         self._streams: dict[torch.device, CopyStream] = {}
@@ -214,7 +216,7 @@ class ResidentModels:
             return (Rehearsed if self._off_device else OnDevice)(like)
         if not self._off_device:
             return OnDevice(weights.read(name, device))
-        return OffDevice(weights, name, like.shape, self._streams, leaves=self._where == "disk")
+        return OffDevice(weights, name, like.shape, self._streams, leaves=self.where == "disk")
 
     def _checked(self, source: Source, device: torch.device, good: dict[Source, torch.Tensor]) -> torch.Tensor:
         """Whether a source is finite. What is off the device is checked where it lies."""
@@ -393,7 +395,7 @@ class ResidentModels:
         plan.method.merge_into(out, self._inputs(plan, tensor, out.device), self.compiled, self._room)
         for index in tensor.places:
             self._source_of(tensor, index, out.device).release()
-        if self._where == "disk" and out.nbytes >= _LARGE:
+        if self.where == "disk" and out.nbytes >= _LARGE:
             trim()
 
     def _shared(self, tensor: TensorMerge, device: torch.device) -> torch.Tensor:
@@ -473,7 +475,7 @@ class ResidentModels:
         if key not in self._kept or self._kept[key][0] != value:
             self._kept.pop(key, None)  # before the next is made
             made = make()
-            if self._fields == "made" and bytes_of(made) > _SMALL:
+            if self.fields == "made" and bytes_of(made) > _SMALL:
                 return made
             self._kept[key] = value, tree_map_only(torch.Tensor, _lasting, made)
         kept: T = self._kept[key][1]
@@ -482,7 +484,7 @@ class ResidentModels:
     def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> Field:
         position, name = tensor.positions[index], tensor.name
         count = self._source_of(tensor, index, device).shape.numel()
-        if self._fields == "made":
+        if self.fields == "made":
             return Drawn(seed, position, name, count)
 
         def make() -> torch.Tensor:

@@ -35,6 +35,12 @@ class Piece:
     offset: int
     whole: bool
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements of the piece follow one another in the other tensor."""
+        steps = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return all(size == 1 or own == step for size, own, step in zip(self.shape, self.strides, steps, strict=True))
+
     def of(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """The piece as a view of a contiguous tensor; the tensor itself where the piece is the whole of it."""
         if self.whole:
@@ -179,19 +185,20 @@ class MappedFiles:
         self._open: dict[Path, tuple[mmap.mmap, int, dict[str, Any]]] = {}
 
     def find(self, info: TensorInfo) -> MappedTensor | None:
-        """A tensor as it lies in its file; None where it is only a piece of one, or empty, or not aligned.
+        """A tensor as it lies in its file; None where its elements do not follow one another there, as in some pieces
+        of other tensors, or where it is empty, or not aligned.
 
         Raises InputError for a file that cannot be mapped.
         """
-        if info.piece is not None or 0 in info.shape or info.dtype not in FLOATS:
+        if 0 in info.shape or info.dtype not in FLOATS or (info.piece is not None and not info.piece.contiguous):
             return None
         try:
             memory, start, header = self._open.get(info.file) or self._map(info.file)
         except (OSError, ValueError, struct.error) as error:
             raise InputError(f"{info.file}: cannot be read ({error}); copy or download it again.") from None
-        first, last = (start + offset for offset in header[info.stored]["data_offsets"])
-        aligned = first % ((last - first) // math.prod(info.shape)) == 0
-        return MappedTensor(info, memory, first, last) if aligned else None
+        width = dtype_of(info).itemsize
+        first = start + header[info.stored]["data_offsets"][0] + (info.piece.offset if info.piece else 0) * width
+        return MappedTensor(info, memory, first, first + math.prod(info.shape) * width) if first % width == 0 else None
 
     def _map(self, file: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
         with file.open("rb") as stream:

@@ -429,3 +429,16 @@ def test_sources_on_the_cpu_are_mapped_so_that_workers_of_one_node_share_their_p
 
     file = str(zoo.path("math") / "model.safetensors")
     assert {mapped_file(tensor) for tensor in load_tensors(zoo.path("math")).values()} == {file}
+
+
+def test_pieces_whose_elements_follow_one_another_are_mapped_like_whole_tensors(tmp_path):
+    whole, file = torch.arange(96.0).view(2, 12, 4), tmp_path / "model.safetensors"
+    save_file({"before": torch.ones(3), "whole": whole}, file)
+    views = [whole[1], whole[1, 3:7], whole[1:, 2:5], whole[:, 2:5], whole[1].T, whole[0, :, 1:3]]
+    for view in views:
+        shape = tuple(view.shape)
+        piece = tensor_files.Piece("whole", shape, view.stride(), view.storage_offset(), whole=False)
+        mapped = tensor_files.MappedFiles().find(tensor_files.TensorInfo(file, "F32", shape, "whole", piece))
+        assert (mapped is not None) == view.is_contiguous()
+        assert mapped is None or torch.equal(mapped.tensor, view)
+    assert [view.is_contiguous() for view in views].count(True) == 3
