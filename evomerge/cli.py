@@ -135,10 +135,12 @@ def _search(
     failed = all_failed(finished.results)
     if failed is not None:
         raise WorkFailed(f"{failed}; see `evomerge candidates {directory}`.")
-    if finished.results.best() is None:
+    best = finished.results.best()
+    if best is None:
         terminal.fail(none_feasible(finished.results))
     else:
-        output.print(f"export the best with `evomerge export {directory}`")
+        only = " --evomerge-only" if best.candidate.recipe.evomerge.parallel else ""
+        output.print(f"export the best with `evomerge export {directory}{only}`")
 
 
 class _Interruption:
@@ -305,6 +307,9 @@ def export(
         int | None, typer.Option(help="Write the merge as a LoRA of this rank on the search's base instead.")
     ] = None,
     score: Annotated[bool, typer.Option("--score", help="Score the base with that LoRA on held-out items.")] = False,
+    evomerge_only: Annotated[
+        bool, typer.Option("--evomerge-only", help="Write layers side by side, too, which no checkpoint can hold.")
+    ] = False,
 ) -> None:
     """Write a candidate's recipe, which mergekit reads too."""
     from evomerge.export import choice
@@ -324,13 +329,10 @@ def export(
         _write_adapter(recipe, output or Path("adapter"), record.candidate.id, lora_rank, base, scored)
     else:
         output = output or Path("recipe.yaml")
-        exports.write_recipe(recipe, output)
+        exports.write_recipe(recipe, output, evomerge_only)
         then = f"merge it with `evomerge merge {output} OUT_DIR`"
         if recipe.evomerge.parallel:
-            then = (
-                "no checkpoint can hold layers that run side by side, and mergekit would run them one after the other; "
-                f"score it with `evomerge evaluate {output} --config {directory / SEARCH_FILE}`"
-            )
+            then = f"score it with `evomerge evaluate {output} --config {directory / SEARCH_FILE}`"
         terminal.console().print(f"{record.candidate.id} written to {output}; {then}")
     for warning in choice.warnings(record, opened.results):
         terminal.warn(warning)

@@ -83,13 +83,22 @@ def _scores(record: Record) -> dict[str, float | None] | None:
     return dict(record.evaluation.scores) if record.evaluation.scores is not None else None
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
+def write_recipe(recipe: Recipe, path: Path, evomerge_only: bool = False) -> None:
     """Writes a recipe to a file, whole or not at all.
 
     recipe: the recipe.
     path: the file; missing folders are made.
-    Raises InputError where it cannot be written.
+    evomerge_only: whether it may be a recipe that only evomerge runs, in memory.
+    Raises InputError where it cannot be written, and for layers side by side unless `evomerge_only`: mergekit would not
+    refuse them, but run them one after the other.
     """
+    if recipe.evomerge.parallel and not evomerge_only:
+        start, end = recipe.evomerge.parallel[0]
+        raise InputError(
+            f"{path}: the candidate runs layers {start} to {end - 1} side by side, which no architecture of "
+            "transformers does, so that no checkpoint can hold it, and mergekit would run them one after the other; "
+            "choose another candidate, or give --evomerge-only for a recipe that only `evomerge evaluate` takes."
+        )
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give -o the name of a file.")
     try:

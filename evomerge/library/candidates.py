@@ -142,7 +142,11 @@ class RunCandidate:
             "version has changed."
         )
 
-    def export(self, path: str | Path) -> Path:
-        """Writes the recipe to a file and returns its path. Raises InputError where it cannot be written."""
-        write_recipe(self.recipe, Path(path))
+    def export(self, path: str | Path, evomerge_only: bool = False) -> Path:
+        """Writes the recipe to a file and returns its path.
+
+        evomerge_only: whether it may be a recipe that only evomerge runs: layers side by side.
+        Raises InputError where it cannot be written.
+        """
+        write_recipe(self.recipe, Path(path), evomerge_only)
         return Path(path)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.statistics import NOTES, Readable
 from evomerge.merging.streamed.shards import Layout, write_weights
 from evomerge.recipe import Recipe
+from evomerge.workers.products import Matrix, Products, experts_apart
 
 ROOM = 2 << 30  # bytes of the sums that are kept at a time
 _SHARD = 5 * 10**9
@@ -197,67 +198,76 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The linear layers of a model that read the same input.
+    """What weight matrices of a model read, one or several that read the same.
 
-    owner: the checkpoint's name of the first one's weight, under which the statistic is kept.
-    module: the first one's name in memory.
+    owner: the checkpoint's name of the first one, under which the statistic is kept.
     size: how many channels the input has.
     layer: the number of the layer that they belong to.
     """
 
     owner: str
-    module: str
     size: int
     layer: int
 
 
-def inputs_of(model: Any, naming: Naming, row: torch.Tensor) -> tuple[list[Inputs], dict[str, str]]:
-    """The inputs of the linear layers of a model's layers, and for the name of each weight in checkpoints the owner of
-    its input's statistic.
+@dataclass
+class Readers:
+    """Which weight matrices of a model's layers read which inputs, by their names in checkpoints.
+
+    shared: the owner of the input for the name of each matrix.
+    transposed: the names of those that are stored with a row for each channel of the inputs, as in GPT-2.
+    """
+
+    shared: dict[str, str] = field(default_factory=dict)
+    transposed: list[str] = field(default_factory=list)
+
+    def add(self, owner: str, names: Mapping[str, bool]) -> None:
+        """Notes matrices that read the input of `owner`; for each name, whether it is transposed."""
+        self.shared.update(dict.fromkeys(names, owner))
+        self.transposed += [name for name, transposed in names.items() if transposed]
+
+
+def inputs_of(model: Any, naming: Naming, row: torch.Tensor) -> tuple[list[Inputs], Readers]:
+    """The inputs of the weight matrices of a model's layers, and which matrices read them.
 
     model: the model.
     naming: the names of its tensors in checkpoints.
-    row: what the model reads to find out which layers read the same; shape (1, length).
+    row: what the model reads to find out which matrices read the same; shape (1, length). Experts count that it does
+        not reach.
     """
-    stored: dict[str, list[str]] = {}
-    for name in naming.merged:
-        piece = naming.pieces.get(name)
-        if piece is not None and len(piece.shape) == 2:
-            stored.setdefault(piece.tensor, []).append(name)
+    held = dict(model.named_parameters())
     found: list[Inputs] = []
-    shared: dict[str, str] = {}
+    readers = Readers()
     seen: list[tuple[int, torch.Tensor, str]] = []  # kept alive, so that no other input gets its address
 
-    def look(name: str, size: int, names: list[str], _: Any, given: tuple[torch.Tensor, ...]) -> None:
-        layer = layer_index(f"{name}.weight")
+    def look(matrix: Matrix, names: Mapping[str, bool], given: torch.Tensor) -> None:
+        layer = layer_index(first := next(iter(names)))
         assert layer is not None
+        if first in readers.shared:
+            return
         seen[:] = [each for each in seen if each[0] == layer]
-        owner = next((owner for _, other, owner in seen if other is given[0]), None)
-        if owner is None:
-            owner = names[0]
-            found.append(Inputs(owner, name, size, layer))
-            seen.append((layer, given[0], owner))
-        shared.update(dict.fromkeys(names, owner))
+        alike = matrix.alike(held[matrix.tensor])
+        owner = next((owner for _, other, owner in seen if other is given and len(alike) == 1), None)
+        if owner is not None:
+            readers.add(owner, names)
+            return
+        seen.append((layer, given, first))
+        for own in map(products.names.of, alike):
+            owner = next(iter(own))
+            found.append(Inputs(owner, matrix.shape[0], layer))
+            readers.add(owner, own)
 
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
-            names = [each for each in stored.get(f"{name}.weight", ()) if naming.pieces[each].shape[1] == _size(module)]
-            if names and layer_index(f"{name}.weight") is not None:
-                handle = module.register_forward_pre_hook(partial(look, name, module.in_features, names))
-                stack.callback(handle.remove)
+    products = Products(model, naming, look)
+    with torch.no_grad(), experts_apart(model), products:
         model(input_ids=row.to(model.device), use_cache=False)
-    return sorted(found, key=lambda each: each.layer), shared
-
-
-def _size(module: Any) -> int | None:
-    return module.in_features if isinstance(module, nn.Linear) else None
+    return sorted(found, key=lambda each: each.layer), readers
 
 
 def inputs(
     kind: Kind, model: Any, naming: Naming, calibration: Calibration, batch_size: int, room: int = ROOM
 ) -> Measurement:
     """What goes into the linear layers of a model: the mean of x x' over all tokens (`grams`), or of the magnitudes
-    (`activations`).
+    (`activations`). For an expert all tokens are those that are sent to it; zeros where there are none.
 
     kind: which of the two.
     model: the model.
@@ -267,24 +277,25 @@ def inputs(
     room: bytes of the sums that are kept at a time.
     """
     batches = calibration.batches(batch_size)
-    found, shared = inputs_of(model, naming, batches[0][:1])
+    found, readers = inputs_of(model, naming, batches[0][:1])
     order = 2 if kind == "grams" else 1
     layout = {each.owner: ((each.size,) * order, torch.float32) for each in found}
 
     def tensors() -> Tensors:
         for window in _windows(found, lambda each: 4 * each.size**order, room):
-            yield from gathered(model, window, batches, order).items()
+            yield from gathered(model, naming, window, batches, order).items()
 
-    return Measurement(layout, tensors(), {"shared": shared})
+    return Measurement(layout, tensors(), asdict(readers))
 
 
 @torch.no_grad()
 def gathered(
-    model: Any, wanted: Sequence[Inputs], batches: Sequence[torch.Tensor], order: int
+    model: Any, naming: Naming, wanted: Sequence[Inputs], batches: Sequence[torch.Tensor], order: int
 ) -> dict[str, torch.Tensor]:
     """The mean over all tokens of x x' (`order` 2) or |x| (`order` 1) of some inputs, by owner, on the CPU.
 
     model: the model, which reads no further than the last of these inputs.
+    naming: the names of its tensors in checkpoints.
     wanted: the inputs.
     batches: what the model reads.
     order: see above.
@@ -295,8 +306,11 @@ def gathered(
     sums: dict[str, torch.Tensor] = {}
     counts = dict.fromkeys((each.owner for each in wanted), 0)
 
-    def add(owner: str, _: Any, given: tuple[torch.Tensor, ...]) -> None:
-        rows = given[0].detach().flatten(0, -2).to(torch.float32)
+    def add(_: Matrix, names: Mapping[str, bool], given: torch.Tensor) -> None:
+        owner = next(iter(names))
+        if owner not in counts:
+            return
+        rows = given.detach().flatten(0, -2).to(torch.float32)
         total = rows.T @ rows if order == 2 else rows.abs().sum(dim=0)
         sums[owner] = sums[owner].add_(total) if owner in sums else total
         counts[owner] += len(rows)
@@ -305,10 +319,9 @@ def gathered(
         raise _Enough
 
     with ExitStack() as stack:
-        for each in wanted:
-            handle = modules[each.module].register_forward_pre_hook(partial(add, each.owner))
-            stack.callback(handle.remove)
         stack.callback(modules[end].register_forward_hook(stop).remove)
+        stack.enter_context(experts_apart(model))
+        stack.enter_context(Products(model, naming, add))
         for batch in batches:
             with suppress(_Enough):
                 model(input_ids=batch.to(model.device), use_cache=False)
@@ -325,16 +338,19 @@ class _InMemory:
     """Gram matrices that are not written yet, as a method reads them (`statistics.Readable`).
 
     grams: by owner.
-    shared: the owner for the name of each weight.
+    readers: which weights read which inputs.
     """
 
     grams: Mapping[str, torch.Tensor]
-    shared: Mapping[str, str]
+    readers: Readers
     mean: float = 1.0
 
     def tensor_of(self, name: str) -> str | None:
-        own = self.shared.get(name)
+        own = self.readers.shared.get(name)
         return own if own in self.grams else None
+
+    def transposed(self, name: str) -> bool:
+        return name in self.readers.transposed
 
     def read(self, name: str) -> torch.Tensor:
         return self.grams[name]
@@ -355,7 +371,7 @@ def merged_inputs(
     plan = models.plan(recipe)
     sources = recipe.fine_tunes
     rows = [calibration.batches(batch_size) for calibration in calibrations]
-    found, shared = inputs_of(models.model, naming, rows[0][0][:1])
+    found, readers = inputs_of(models.model, naming, rows[0][0][:1])
     by_layer = {
         layer: [each for each in found if each.layer == layer] for layer in sorted({each.layer for each in found})
     }
@@ -374,12 +390,12 @@ def merged_inputs(
             held: dict[str, Readable] = {}
             for place, reference in enumerate(sources):
                 models.put(reference, [tensor.name for tensor in inside])
-                grams = gathered(models.model, members, rows[place], 2)
+                grams = gathered(models.model, naming, members, rows[place], 2)
                 yield from ((f"{place}:{owner}", gram) for owner, gram in grams.items())
-                held[reference] = _InMemory(grams, shared)
+                held[reference] = _InMemory(grams, readers)
             models.merge_some(plan, inside, partial(_of, held))
 
-    return Measurement(layout, tensors(), {"shared": shared})
+    return Measurement(layout, tensors(), asdict(readers))
 
 
 # What comes out of layers

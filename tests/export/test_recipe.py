@@ -228,3 +228,16 @@ def test_a_recipe_goes_neither_over_a_folder_nor_below_a_file(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"cannot be written .*choose another -o"):
         write_recipe(merged(MATH), tmp_path / "file" / "recipe.yaml")
     assert contents(tmp_path) == before
+
+
+def test_layers_side_by_side_are_written_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    part = Source(model=MATH, layer_range=(0, 6))
+    row = Recipe(merge_method="passthrough", base_model=MATH, slices=(Slice(sources=(part,)),))
+    recipe = row.model_copy(update={"evomerge": Provenance(parallel=((2, 4),))})
+    with pytest.raises(InputError, match=r"layers 2 to 3 side by side, .* give --evomerge-only for a recipe"):
+        write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert contents(tmp_path) == {}
+    write_recipe(recipe, tmp_path / "recipe.yaml", evomerge_only=True)
+    assert recipes.load(tmp_path / "recipe.yaml") == recipe
+    write_recipe(row, tmp_path / "row.yaml")
+    assert recipes.load(tmp_path / "row.yaml") == row

@@ -190,8 +190,11 @@ def test_layers_side_by_side_are_searched_resumed_exported_and_evaluated_but_not
     assert all(row["state"] == "done" for row in rows)
     other = next(row for row in rows if row["genome"])
     recipe = tmp_path / "recipe.yaml"
-    told = " ".join(evomerge("export", whole, "--candidate", other["id"], "-o", recipe).split())
-    assert "no checkpoint can hold layers that run side by side" in told
+    evomerge("export", whole, "--candidate", other["id"], "-o", recipe, status=2)
+    assert "side by side, which no architecture of transformers does" in " ".join(capsys.readouterr().err.split())
+    assert not recipe.exists()
+    told = evomerge("export", whole, "--candidate", other["id"], "-o", recipe, "--evomerge-only")
+    assert f"evomerge evaluate {recipe}" in " ".join(told.split())
     row = json.loads(evomerge("evaluate", recipe, "--config", path, "--json"))
     assert (row["scores"], row["fingerprint"]) == (other["scores"], other["fingerprint"])
     again = json.loads(evomerge("evaluate", recipe, "--config", whole / "search.yaml", "--json"))
@@ -207,7 +210,7 @@ def test_layers_side_by_side_are_searched_resumed_exported_and_evaluated_but_not
     best = runs.read(whole).results.best()
     assert best is not None
     assert ("Side by side run" in page) == bool(best.candidate.recipe.evomerge.parallel)
-    assert ("evomerge evaluate recipe.yaml" in page) == bool(best.candidate.recipe.evomerge.parallel)
+    assert ("--evomerge-only\nevomerge evaluate recipe.yaml" in page) == bool(best.candidate.recipe.evomerge.parallel)
 
 
 def test_a_model_whose_tokens_lie_in_other_rows_gives_its_ends_token_by_token(tiny_models, search_file, tmp_path):

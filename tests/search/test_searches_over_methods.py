@@ -11,21 +11,22 @@ from tests.commands import content, evomerge
 from tests.searches import WriteSearch
 
 pytestmark = pytest.mark.slow  # searches from end to end
-METHODS = ["dare_ties", "localize_and_stitch", "consensus", "wudi", "tsv", "iso", "knots", "ace"]
-SEED = 55  # with which each of the first eight candidates has another method
+METHODS = ["dare_ties", "localize_and_stitch", "consensus", "wudi", "tsv", "iso", "knots", "ace", "regmean"]
+SEED = 523  # with which each of the nine candidates has another method
 
 
 class Stop(Exception):
     """Stands for a kill."""
 
 
-def test_a_search_over_methods_without_data_is_resumed_exported_and_merged(
+def test_a_search_over_methods_with_and_without_data_is_resumed_exported_and_merged(
     search_file: WriteSearch, tmp_path: Path
 ) -> None:
     path = search_file(
         objectives=[{"task": "base_qa"}],
         items={"search": 8, "heldout": 8},
         space={"method": METHODS, "participate": True, "parameters": {"consensus": {"threshold": {}, "agree": {}}}},
+        statistics={"items": 4},
         optimizer={"name": "random_search", "evaluations": 9},
         seed=SEED,
     )
@@ -50,6 +51,6 @@ def test_a_search_over_methods_without_data_is_resumed_exported_and_merged(
         recipe = tmp_path / f"{name}.yaml"
         evomerge("export", whole, "--candidate", row["id"], "-o", recipe)
         assert row["fingerprint"] in evomerge("merge", recipe, tmp_path / name), name
-    again = json.loads(evomerge("evaluate", tmp_path / "wudi.yaml", "--config", path, "--json"))
-    row = found["wudi"]
+    again = json.loads(evomerge("evaluate", tmp_path / "regmean.yaml", "--config", path, "--json"))
+    row = found["regmean"]
     assert (again["scores"], again["fingerprint"]) == (row["scores"], row["fingerprint"])

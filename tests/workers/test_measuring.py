@@ -276,7 +276,7 @@ def test_regmean_plus_measures_behind_layers_that_are_merged(search: WriteSearch
         rows: Sequence[torch.Tensor] = worker._calibration(model).batches(8)
         found, _ = measuring.inputs_of(worker.models.model, naming, rows[0][:1])
         (wanted,) = [each for each in found if each.owner == last]
-        again = measuring.gathered(worker.models.model, [wanted], rows, 2)[last]
+        again = measuring.gathered(worker.models.model, naming, [wanted], rows, 2)[last]
         assert torch.allclose(again, stored.read(f"{place}:{last}"), rtol=1e-3, atol=1e-5)
 
 

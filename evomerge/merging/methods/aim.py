@@ -22,4 +22,4 @@ def keep_base(inputs: Inputs) -> torch.Tensor | None:
     largest = magnitudes.max()
     shares = magnitudes / torch.where(largest > 0, largest, torch.ones_like(largest))
     kept: torch.Tensor = 1 - shares * (1 - inputs.shared["omega"])
-    return kept
+    return kept[:, None] if measured.transposed else kept

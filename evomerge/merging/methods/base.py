@@ -88,10 +88,12 @@ class Statistic:
 
     values: float32; Fisher information in the tensor's shape, a Gram matrix, or one number for each input channel.
     mean: the mean of all values of the model; 1 where no method asks for it.
+    transposed: whether the tensor has a row, not a column, for each input channel.
     """
 
     values: Elements
     mean: float = 1.0
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,8 @@ class MergeFunction(Protocol):
 
 
 class PostStep(Protocol):
-    """What a merge's change of the base is multiplied by in each column, float32, shape (columns,); None where the
-    merge stays as it is."""
+    """What a merge's change of the base is multiplied by in each input channel, float32, shape (columns,) or (rows, 1);
+    None where the merge stays as it is."""
 
     def __call__(self, inputs: Inputs, /) -> torch.Tensor | None: ...
 

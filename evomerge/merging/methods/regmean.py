@@ -34,13 +34,16 @@ def _regression(inputs: Inputs, kind: Kind) -> Pass:
     measured = (
         [inputs.statistic(kind, index) for index in range(len(inputs.tensors))] if is_layer_matrix(inputs) else []
     )
-    grams = [each.values for each in measured if each is not None]
-    if not grams or len(grams) < len(measured):
+    known = [each for each in measured if each is not None]
+    if not known or len(known) < len(measured):
         return averaged(inputs)
     alpha = inputs.shared["alpha"]
 
     def closest(deltas: Matrices) -> Matrices:
-        return closest_outputs(deltas, [_shrunk(wide(gram), alpha) for gram in grams])
+        grams = [_shrunk(wide(each.values), alpha) for each in known]
+        if known[0].transposed:
+            return [part.T for part in closest_outputs([delta.T for delta in deltas], grams)]
+        return closest_outputs(deltas, grams)
 
     return weighted(inputs, Latest(("closest outputs", kind), alpha), closest)
 

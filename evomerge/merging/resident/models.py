@@ -438,7 +438,7 @@ class ResidentModels:
         if own is None:
             return None
         if kind != "fisher" or not isinstance(stored, Stored):
-            return Statistic(stored.read(own), stored.mean)
+            return Statistic(stored.read(own), stored.mean, stored.transposed(name))
         key = stored.folder, own
         if key not in self._statistics:
             self._statistics[key] = self._held(stored.weights, own, _empty(stored.weights.table[own]), device)

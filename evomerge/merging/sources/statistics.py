@@ -59,6 +59,10 @@ class Readable(Protocol):
         """What the statistic of the tensor `name` is called; None where there is none."""
         ...
 
+    def transposed(self, name: str) -> bool:
+        """Whether the tensor `name` has a row, not a column, for each channel of its inputs."""
+        ...
+
     def read(self, name: str) -> "torch.Tensor":
         """A tensor by what it is called, on the CPU."""
         ...
@@ -93,6 +97,10 @@ class Stored:
         if self.notes["kind"] == "merged_grams":
             stored = f"{self.notes['models'].index(self.identity)}:{stored}"
         return stored if stored in self.weights.table else None
+
+    def transposed(self, name: str) -> bool:
+        """Whether the tensor `name` has a row, not a column, for each channel of its inputs."""
+        return name in self.notes.get("transposed", ())
 
     def read(self, name: str) -> "torch.Tensor":
         """A tensor of the files, on the CPU."""

@@ -248,7 +248,9 @@ class StreamedMerge:
         stored = self._find(kind, model)
         own = stored.tensor_of(name)
         moved = self._vocabulary is not None and tensor.name in self._skeleton.vocabulary
-        return None if own is None or moved else Statistic(stored.read(own).to(self._device), stored.mean)
+        if own is None or moved:
+            return None
+        return Statistic(stored.read(own).to(self._device), stored.mean, stored.transposed(name))
 
     def _read(self, model: str, name: str) -> torch.Tensor:
         tensor = self._weights[model].read(name).to(self._device)

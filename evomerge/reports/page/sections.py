@@ -699,7 +699,7 @@ def _rebuild(story: Story) -> Block:
             "side by side."
         )
         search = shlex.quote(f"{story.directory}/{SEARCH_FILE}")
-        commands = commands.splitlines()[0] + f"\nevomerge evaluate recipe.yaml --config {search}"
+        commands = commands.splitlines()[0] + f" --evomerge-only\nevomerge evaluate recipe.yaml --config {search}"
     texts = (
         Text("The commands", commands, copied=True, opened=True),
         Text(f"The recipe of {again.candidate}", again.recipe, copied=True),

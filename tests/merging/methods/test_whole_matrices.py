@@ -215,6 +215,24 @@ def test_aim_keeps_the_base_in_the_channels_that_are_the_most_active():
     assert torch.equal(row.merge(replace(inputs, in_layer=False)), plain)
 
 
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus", "task_arithmetic+aim"])
+def test_matrices_that_are_stored_the_other_way_round_are_merged_as_their_transposes(method: str) -> None:
+    deltas = task_vectors((6, 5), 2, 2)
+    shared = {"normalize": False, "rescale": False, "lambda": 1.0, "omega": 0.3, "alpha": 0.9}
+    measured = statistics(torch.from_numpy(deltas[0]))
+    inputs = replace(inputs_of(method.partition("+")[0], deltas, (0.5, 0.8)), shared=shared, statistic=measured)
+
+    def round_about(kind: Any, index: int) -> Any:
+        return replace(measured(kind, index), transposed=True)
+
+    assert inputs.base is not None
+    turned = replace(
+        inputs, base=inputs.base.T, tensors=tuple(tensor.T for tensor in inputs.tensors), statistic=round_about
+    )
+    row = methods.get(method, "here")
+    assert torch.equal(row.merge(turned).T, row.merge(inputs))
+
+
 # What becomes of tensors that are no matrices of layers
 
 
