@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from evomerge import devices
 from evomerge.errors import InputError
 from evomerge.events import unheard
-from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.adapters import WEIGHTS
 from evomerge.merging.sources.references import ModelSource
 from evomerge.runs import directory as runs
@@ -23,7 +22,8 @@ from tests.commands import content
 from tests.evaluation.test_engine import MERGE, folder, results  # noqa: F401 - a fixture
 from tests.evaluation.test_engine import config as writing
 from tests.merging.resident.test_models import recipe
-from tests.models import UNMEASURED, load_models, write_adapter
+from tests.merging.ways import ON_ONE, ON_TWO, RECIPES, Load, Way, loader, outcomes
+from tests.models import load_models, write_adapter
 from tests.pretended import accelerator
 from tests.searches import WriteSearch
 
@@ -83,24 +83,25 @@ def test_auto_takes_the_accelerator_and_other_kinds_are_refused_in_a_sentence() 
         devices.resolve_device("pretent")
 
 
-@pytest.mark.parametrize(
-    ("count", "double", "sources", "fields"),
-    [(1, True, "device", "kept"), (1, True, "host", "made"), (2, False, "disk", "made")],
-    ids=["one device", "sources on the host", "two without float64, sources on the disk"],
-)
-@pytest.mark.parametrize("method", UNMEASURED)
-def test_a_method_leaves_the_fingerprint_of_the_cpu(
-    tiny_models: dict[str, Path], method: str, count: int, double: bool, sources: str, fields: str
-) -> None:
-    def resident(device: str, count: int, **placed: str) -> ResidentModels:
-        return load_models(tiny_models, tiny_models["base"], device, "float32", False, False, count, **placed)
+@pytest.fixture(scope="module")
+def load(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Load:
+    return loader(tiny_models, tmp_path_factory.mktemp("ways"))
 
-    expected = resident("cpu", 1).materialize(recipe(method))
-    PRETEND.refused |= set() if double else {torch.float64}
+
+@pytest.mark.parametrize(
+    ("ways", "refused"), [(ON_ONE, ()), (ON_TWO, (torch.float64,))], ids=["one device", "two without float64"]
+)
+@pytest.mark.parametrize("method", RECIPES)
+def test_fingerprints_are_those_of_the_cpu_wherever_models_live_and_whatever_is_kept_of_them(
+    method: str, ways: list[Way], refused: tuple[torch.dtype, ...], load: Load
+) -> None:
+    PRETEND.refused.update(refused)
     devices._supports.cache_clear()
-    models = resident("pretend", count, sources=sources, fields=fields)
-    assert {parameter.device.index for parameter in models.model.parameters()} == set(range(count))
-    assert models.materialize(recipe(method)) == expected
+    found = outcomes(method, "float32", ways, load)
+    assert len(set(found.values())) == 1, found
+    for way in ways:
+        placed = {parameter.device.index for parameter in load(way, "float32").model.parameters()}
+        assert placed == ({None} if way.device == "cpu" else set(range(way.count)))
 
 
 def test_a_device_holds_no_source_that_lives_on_the_host_and_fetches_it_in_two_chunks(
@@ -184,24 +185,6 @@ def adapted(tiny_models: dict[str, Path], tmp_path: Path) -> dict[str, ModelSour
     base = tiny_models["base"]
     tuned = {name: write_adapter(tmp_path / name, base, seed) for seed, name in enumerate(("first", "second", "third"))}
     return {"base": base} | {name: ModelSource(base, place) for name, place in tuned.items()}
-
-
-@pytest.mark.parametrize(("count", "double"), [(1, True), (2, False)], ids=["one device", "two without float64"])
-@pytest.mark.parametrize("where", ["device", "host", "disk"])
-def test_adapters_as_factors_leave_the_fingerprints_of_expanded_ones_on_the_cpu(
-    adapted: dict[str, ModelSource | Path], tiny_models: dict[str, Path], where: str, count: int, double: bool
-) -> None:
-    def resident(device: str, count: int, where: str, form: str) -> ResidentModels:
-        given = device, "bfloat16", False, False, count
-        return load_models(adapted, tiny_models["base"], *given, sources=where, fields="made", adapters=form)
-
-    merges = [recipe(method) for method in ("dare_ties", "ties", "linear", "wudi", "arcee_fusion")]
-    expected = resident("cpu", 1, "device", "expanded")
-    PRETEND.refused |= set() if double else {torch.float64}
-    devices._supports.cache_clear()
-    for form in ("factors", "expanded"):
-        models = resident("pretend", count, where, form)
-        assert [models.materialize(merge) for merge in merges] == [expected.materialize(merge) for merge in merges]
 
 
 def test_three_adapters_cost_a_device_their_factors_beside_the_candidate_and_the_base(

@@ -1,12 +1,11 @@
 """Adapters that are kept as factors: the merges and slopes of expanded ones wherever sources live, in less memory."""
 
 import itertools
-import shutil
 
 import pytest
 import torch
 
-from evomerge.errors import CandidateFailed, InputError
+from evomerge.errors import InputError
 from evomerge.events import unheard
 from evomerge.export import adapter, checkpoint
 from evomerge.merging.methods import METHODS
@@ -23,7 +22,6 @@ from tests.merging.resident.test_models import recipe
 from tests.models import UNMEASURED, load_models, models, write_adapter
 
 Adapted = dict[str, ModelSource]
-WAYS = [(where, form) for where in ("device", "host", "disk") for form in ("expanded", "factors")]
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +44,6 @@ def held(adapted: Adapted, where: str, form: str, dtype: str = "bfloat16", **mor
     return load_models(adapted, base, "cpu", dtype, sources=where, adapters=form, **{"fields": "made"} | more)
 
 
-@pytest.fixture(
-    scope="module",
-    params=["bfloat16", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("float32", "float16"))],
-)
-def ways(request, adapted) -> dict[tuple[str, str], ResidentModels]:
-    return {way: held(adapted, *way, request.param) for way in WAYS}
-
-
-def outcome(models: ResidentModels, method: str) -> str:
-    """The fingerprint of a merge, or why there is none: `ace` passes float16's range where some models are the base."""
-    try:
-        return models.materialize(recipe(method))
-    except CandidateFailed as error:
-        assert method == "ace"
-        return str(error)
-
-
-@pytest.mark.parametrize("method", UNMEASURED)
-def test_fingerprints_are_those_of_expanded_adapters_wherever_sources_live(method, ways):
-    found = {way: outcome(models, method) for way, models in ways.items()}
-    assert len(set(found.values())) == 1, found
-
-
 @pytest.mark.parametrize("form", ["expanded", "factors"])
 def test_what_was_scored_is_what_is_written(form, adapted, tmp_path):
     base = str(adapted["base"])
@@ -79,19 +54,6 @@ def test_what_was_scored_is_what_is_written(form, adapted, tmp_path):
     named = {str(source): source for source in adapted.values()}
     scored = held(named, "host", form).materialize(merge)
     assert checkpoint.merge(merge, tmp_path / "out", "recipe.yaml")[0] == scored
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-def test_compiled_merges_of_factors_have_the_bits_of_expanded_ones(adapted, monkeypatch):
-    from evomerge.merging.methods import passes
-
-    monkeypatch.setattr(passes, "_COMPILED_FROM", 1)
-    compiled = held(adapted, "host", "factors", compiled=True)
-    assert compiled.materialize(recipe("dare_ties")) == held(adapted, "device", "expanded").materialize(
-        recipe("dare_ties")
-    )
 
 
 @pytest.mark.parametrize("method", [name for name in UNMEASURED if METHODS[name].slopes])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from evomerge import recipe as recipes
 from evomerge.errors import CandidateFailed, InputError
 from evomerge.layers import layer_index
+from evomerge.merging import methods
 from evomerge.merging.building import load_model
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs
@@ -37,7 +38,7 @@ def recipe(method: str, seed: int = 0, rescale: str = "l1", density: float = 0.6
         },
         "third": {"weight": -0.3, "density": density / 2},
     }
-    row = METHODS[method]
+    row = methods.get(method, "the test")
     return Recipe(
         merge_method=method,
         base_model="base" if row.uses_base else None,

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import re
-import shutil
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,43 +13,6 @@ from evomerge.merging.methods.drawn import Drawn, field_part
 from evomerge.merging.methods.kernels import uniform_field
 from evomerge.merging.resident.sources import Choice, OffDevice, choose, finite
 from evomerge.merging.sources.weights import Weights
-from tests.merging.resident.test_models import recipe
-from tests.models import UNMEASURED, load_models
-
-WAYS = [("host", "kept"), ("disk", "kept"), ("device", "made"), ("disk", "made")]
-
-
-@pytest.fixture(scope="module")
-def placed(tiny_models):
-    return {
-        way: load_models(tiny_models, tiny_models["base"], "cpu", "bfloat16", sources=way[0], fields=way[1])
-        for way in [("device", "kept"), *WAYS]
-    }
-
-
-@pytest.mark.parametrize("rescale", ["l1", "density"])
-@pytest.mark.parametrize("method", UNMEASURED)
-def test_fingerprints_are_equal_wherever_sources_live_and_whether_fields_are_kept(method, rescale, placed):
-    found = {way: models.materialize(recipe(method, rescale=rescale)) for way, models in placed.items()}
-    assert len(set(found.values())) == 1, found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-@pytest.mark.parametrize("method", UNMEASURED)
-def test_compiled_code_leaves_the_fingerprint_of_other_code_wherever_sources_live(
-    method, tiny_models, placed, monkeypatch
-):
-    from evomerge.merging.methods import passes
-
-    monkeypatch.setattr(passes, "_COMPILED_FROM", 1)
-    expected = placed["device", "kept"].materialize(recipe(method))
-    for sources, fields in (("device", "kept"), ("disk", "made")):
-        compiled = load_models(
-            tiny_models, tiny_models["base"], "cpu", "bfloat16", compiled=True, sources=sources, fields=fields
-        )
-        assert compiled.materialize(recipe(method)) == expected
 
 
 @pytest.mark.parametrize("start", [0, 70_000])

@@ -1,0 +1,38 @@
+"""All ways of making a merge on a CPU leave one and the same fingerprint."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.merging.ways import COMPILED, EAGER, RECIPES, Load, Way, loader, outcomes
+
+FEW = ("linear", "dare_ties", "passthrough")  # without fields, with them, and without a pass
+COMPILER = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the compiler's own code
+]
+
+
+def cases() -> Iterator[Any]:
+    for method in RECIPES:
+        more = [] if method in FEW else [pytest.mark.exhaustive]
+        yield pytest.param(method, "float32", EAGER, id=f"{method}-float32")
+        yield pytest.param(method, "bfloat16", EAGER, id=f"{method}-bfloat16", marks=more)
+        yield pytest.param(method, "float16", EAGER, id=f"{method}-float16", marks=pytest.mark.exhaustive)
+        yield pytest.param(method, "bfloat16", COMPILED, id=f"{method}-compiled", marks=[*COMPILER, *more])
+
+
+@pytest.fixture(scope="module")
+def load(tiny_models, tmp_path_factory) -> Load:
+    return loader(tiny_models, tmp_path_factory.mktemp("ways"))
+
+
+@pytest.mark.parametrize(("method", "dtype", "ways"), [*cases()])
+def test_fingerprints_are_equal_wherever_models_live_whatever_is_kept_of_them_and_by_whichever_code(
+    method: str, dtype: str, ways: list[Way], load: Load
+) -> None:
+    found = outcomes(method, dtype, ways, load)
+    assert len(set(found.values())) == 1, found
