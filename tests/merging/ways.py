@@ -64,16 +64,8 @@ COMPILED = [
     Way(compiled=True, sources="host", adapters="factors"),
     Way(compiled=True, sources="disk", fields="made"),
 ]
-ON_ONE = [
-    Way(),
-    Way("pretend", adapters="factors"),
-    Way("pretend", sources="host", fields="made"),
-]
-ON_TWO = [
-    Way(),
-    Way("pretend", count=2, sources="host", adapters="factors"),
-    Way("pretend", count=2, sources="disk", fields="made"),
-]
+ON_ONE = [Way(), Way("pretend", adapters="factors"), Way("pretend", sources="host", fields="made")]
+ON_TWO = [Way(), Way("pretend", count=2, sources="disk", fields="made", adapters="factors")]
 Load: TypeAlias = Callable[[Way, str], ResidentModels]
 
 
