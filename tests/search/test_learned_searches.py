@@ -98,7 +98,8 @@ def test_one_worker_and_two_that_share_each_step_leave_the_same_archive(
     search_file: WriteSearch, tmp_path: Path
 ) -> None:
     learning = LEARNING | {"loss": "activations"}  # for which workers read what others have measured
-    optimizer = SEARCH["optimizer"] | {"learning": learning}
+    read_before = 3  # passes over all items: of the base and of two models
+    optimizer = SEARCH["optimizer"] | {"learning": learning, "evaluations": 12 + 2 * read_before}
     path = search_file(**SEARCH | {"optimizer": optimizer, "workers": {"pool": "ray", "num_cpus": 0.5}})
     for count in (1, 2):
         runs.start(path, tmp_path / f"{count}", (f"workers.count={count}",), None, unheard)
