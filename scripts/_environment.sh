@@ -10,8 +10,10 @@ stamp=.venv/.evomerge-installed${extras//[^a-z]/-}
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ "$constraints" -nt "$stamp" ]; then
   echo "Installing evomerge into .venv (a few minutes the first time) ..." >&2
   # torch first, and exactly: a looser request would fetch gigabytes of CUDA on a CPU machine.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c "$constraints" torch
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".$extras"
+  .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c "$constraints" torch
+  .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c "$constraints" -e ".$extras"
+  # pip would compile one file after the other; some files of packages are templates, which cannot be compiled
+  .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
   touch "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
