@@ -207,7 +207,7 @@ class Losses:
                 totals[item.objective] += loss / counts[item.objective]
             factors = losses.new_tensor([weights[item.objective] / counts[item.objective] for item in batch])
             if factors.any() and losses.requires_grad:
-                (losses * factors).sum().backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward((losses * factors).sum())
         for name, total in totals.items():
             if not math.isfinite(total):
                 raise CandidateFailed(f"the loss of {name} is {total}")
@@ -222,7 +222,7 @@ class Losses:
         items = [item for by_task in self._items.values() for _, own in by_task for item in own if item is not None]
         batches = _batches(items, batch_size)
         largest = max(batches, key=lambda batch: batch[0].longest * sum(len(item.requests) for item in batch))
-        self.losses_of(model, largest, None, max_length, device).sum().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(self.losses_of(model, largest, None, max_length, device).sum())
 
 
 def _items(

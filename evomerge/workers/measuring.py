@@ -152,7 +152,7 @@ def _squared(
     sums = {name: torch.zeros_like(own, dtype=torch.float32) for name, own in wanted.items()}
     with torch.enable_grad(), _following(model, wanted.values()):
         for number in range(len(calibration.items)):
-            calibration.loss(model, number, drawn).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(calibration.loss(model, number, drawn))
             for name, own in wanted.items():
                 if own.grad is not None:
                     sums[name] += own.grad.to(torch.float32).square()
