@@ -142,6 +142,27 @@ def qa_task(write_task):
 
 
 @pytest.fixture
+def text_task(write_task):
+    """A task of texts without prompts."""
+
+    def write(rows, name="text"):
+        return write_task(
+            name,
+            {"search": rows, "heldout": questions(8, seed=2)},
+            validation_split="search",
+            test_split="heldout",
+            output_type="loglikelihood_rolling",
+            doc_to_text="",
+            doc_to_target="{{question}}",
+            metric_list=[
+                {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
+            ],
+        )
+
+    return write
+
+
+@pytest.fixture
 def choice_task(write_task):
     """A multiple-choice task with templates for options and answer."""
 

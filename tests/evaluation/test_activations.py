@@ -166,7 +166,7 @@ def test_losses_do_not_depend_on_the_batch_size_and_shards_sum_up_to_the_whole(c
     assert {name: sum(part[name] for part in parts) for name in names} == pytest.approx(whole, rel=1e-5)
 
 
-def test_answers_change_nothing_and_texts_without_prompts_are_read_themselves(compared, choice_task, write_task):
+def test_answers_change_nothing_and_texts_without_prompts_are_read_themselves(compared, choice_task, text_task):
     losses = []
     for turned in (False, True):
         choice_task(count=9, **({"doc_to_target": "{{(gold + 1) % 2}}"} if turned else {}))
@@ -174,16 +174,7 @@ def test_answers_change_nothing_and_texts_without_prompts_are_read_themselves(co
         losses.append(harness.descend(harness._model, descent("choice:acc_norm")))
     assert losses[0] == losses[1]
     rows = [{"question": "kim " * number + row["question"]} for number, row in enumerate(questions(8, 1))]
-    write_task(
-        "text",
-        {"search": [*rows, {"question": "", "answer": ""}], "heldout": questions(8, seed=2)},
-        validation_split="search",
-        test_split="heldout",
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{question}}",
-        metric_list=[{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
-    )
+    text_task([*rows, {"question": "", "answer": ""}])
     harness = compared("text:word_perplexity")
     lm = harness._lm
     read = {tuple([lm.prefix_token_id, *lm.tok_encode(row["question"])][:-1]) for row in rows}
@@ -209,17 +200,8 @@ def test_a_loss_that_is_no_number_fails_the_candidate(compared, qa_task):
         harness.descend(harness._model, descent("qa"))
 
 
-def test_a_task_of_empty_texts_has_nothing_to_compare(compared, write_task):
+def test_a_task_of_empty_texts_has_nothing_to_compare(compared, text_task):
     rows = [{"question": "", "answer": str(number)} for number in range(8)]
-    write_task(
-        "empty",
-        {"search": rows, "heldout": questions(8, seed=2)},
-        validation_split="search",
-        test_split="heldout",
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{question}}",
-        metric_list=[{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
-    )
+    text_task(rows, "empty")
     with pytest.raises(InputError, match="no search item has a text"):
         _ = compared("empty:word_perplexity").compared_rows

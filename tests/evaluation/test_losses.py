@@ -170,19 +170,10 @@ def test_a_text_s_tokens_follow_those_of_the_prompt_whatever_they_would_be_toget
     assert losses[0] == losses[1]
 
 
-def test_a_rolling_text_s_loss_is_that_of_its_windows(load, write_task, search_config):
+def test_a_rolling_text_s_loss_is_that_of_its_windows(load, text_task, search_config):
     rows = [{"question": "kim " * number + row["question"]} for number, row in enumerate(questions(8, 1))]
     rows.append({"question": "", "answer": ""})
-    write_task(
-        "text",
-        {"search": rows, "heldout": questions(8, seed=2)},
-        validation_split="search",
-        test_split="heldout",
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{question}}",
-        metric_list=[{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
-    )
+    text_task(rows)
     config = search_config("text:word_perplexity")
     harness = Harness(config, *load("base"))
     (name,) = (objective.name for objective in config.objectives)

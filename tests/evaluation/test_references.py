@@ -225,20 +225,9 @@ def test_the_number_of_an_option_stands_for_its_text(write_task, found):
     assert texts(found("texts:exact_match")[0]) == ["yes.", "no.", "no."]
 
 
-def test_a_rolling_likelihood_is_its_own_reference(write_task, found):
+def test_a_rolling_likelihood_is_its_own_reference(text_task, found):
     rows = questions(6, seed=1)
-    write_task(
-        "text",
-        {"search": rows, "heldout": questions(6, seed=2)},
-        validation_split="search",
-        test_split="heldout",
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{question}}",
-        metric_list=[
-            {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
-        ],
-    )
+    text_task(rows)
     assert found("text:word_perplexity")[0] == [Reference()] * 6
 
 
