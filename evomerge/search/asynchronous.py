@@ -64,7 +64,7 @@ class AsyncSchedule:
     @property
     def early(self) -> str:
         """Why it has ended before its budget was spent; empty where it has not."""
-        return NOTHING_LEFT if self._exhausted else ""
+        return NOTHING_LEFT if self._exhausted and self._created < self.config.budget else ""
 
     def arrival(self) -> Arrival:
         """The number of the next evaluation to arrive, and how many asks came before it."""

@@ -187,6 +187,8 @@ class Generations:
     @property
     def early(self) -> str:
         """Why it has ended before its budget was spent; empty where it has not."""
+        if self.spent >= self.config.limit:
+            return ""
         if self.watch is not None and self.watch.over:
             return f"scores on selection items have not risen for {self.watch.stop_after} candidates"
         return NOTHING_LEFT if self._exhausted else ""

@@ -92,6 +92,7 @@ class Learning:
 
     cost: what the stage has cost so far, in forward passes over all search items.
     finished: whether it has come to its end.
+    early: why it has ended before its last step; empty where it has not.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Learning:
         self._candidates: dict[int, Candidate] = {}  # by step
         self._scored: dict[int, Evaluation | None] = {}
         self._ending = not self._sensitivity.moves.any()
+        self.early = "its loss depends on no gene" if self._ending else ""
         self.cost, self.finished = passes_before(self._settings, len(config.models)), False
         self._go_on()
 
@@ -156,15 +158,6 @@ class Learning:
     def next(self) -> Job | None:
         """The next job; None while jobs that run must finish first, and at the end."""
         return self._queue.popleft() if self._queue else None
-
-    @property
-    def early(self) -> str:
-        """Why it has ended before its last step; empty where it has not."""
-        if not self._ending or self._learner.step >= self._settings.steps:
-            return ""
-        if not self._sensitivity.moves.any():
-            return "its loss depends on no gene"
-        return f"search scores along its gradients have not risen {self._settings.patience} times in a row"
 
     def arrival(self) -> None:
         """None, since the order of arrival does not count."""
@@ -200,7 +193,8 @@ class Learning:
         if step.failed is not None:
             self._ending = True
             what = f"step {step.descent.step}" if step.descent.step > 0 else f"the loss of {step.candidate.id}"
-            self._listener(Warned(f"{what} failed ({step.failed}), so no more steps along gradients are taken."))
+            self.early = f"{what} failed ({step.failed})"
+            self._listener(Warned(f"{self.early}, so no more steps along gradients are taken."))
         elif step.descent.step < 0:
             self._multipliers.bound(step.losses)
         else:
@@ -251,7 +245,9 @@ class Learning:
         if self._learner.step in self._scored:
             if None in earlier:
                 return
-            self._ending = self._ending or self._learner.step >= self._settings.steps or self._stalled(earlier)
+            if not self._ending and self._learner.step < self._settings.steps and self._stalled(earlier):
+                self.early = f"search scores have not risen for {self._settings.patience} candidates along gradients"
+            self._ending = self._ending or self._learner.step >= self._settings.steps or bool(self.early)
         if not self._ending:
             self._ask()
         else:

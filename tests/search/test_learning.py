@@ -251,6 +251,11 @@ def test_the_stage_ends_when_scores_have_not_risen_for_as_long_as_patience_says(
     together, _ = run(prepared, tmp_path / "together", scores, size=16, seed=5)
     assert content(together, prepared) == content(archive, prepared)
     assert any(name.startswith("g") for name in ids(archive))
+    assert commands.status(archive, prepared.config)["early"] == ""
+    alone = make(with_learning(LEARNED_ALONE, steps=30, every=1, share=0.1, patience=2) | {"evaluations": 60})
+    archive, _ = run(alone, tmp_path / "by itself", scores)
+    early = commands.status(archive, alone.config)["early"]
+    assert early == "search scores have not risen for 2 candidates along gradients"
 
 
 # Failures
@@ -296,7 +301,8 @@ def test_a_search_whose_first_step_fails_and_that_only_follows_gradients_still_e
     prepared = make(LEARNED_ALONE)
     archive, _ = run(prepared, tmp_path, follower=lambda *_: "no")
     assert ids(archive) == []
-    assert commands.status(archive, prepared.config)["state"] == "finished"
+    status = commands.status(archive, prepared.config)
+    assert (status["state"], status["early"]) == ("finished", "step 1 failed (no)")
 
 
 # Budgets
