@@ -441,7 +441,7 @@ def measure(
         list[str] | None,
         typer.Option(
             metavar="KIND",
-            help="fisher, grams, merged_grams or activations [default: what the search's methods need].",
+            help="fisher, grams, merged_grams, activations or row_weights [default: what the search's methods need].",
         ),
     ] = None,
     workers: Workers = None,

@@ -32,7 +32,7 @@ from evomerge.config.scoring import (
     StatisticsConfig,
     TasksConfig,
 )
-from evomerge.config.spaces import ParameterSpaceConfig, PostConfig
+from evomerge.config.spaces import ParameterSpaceConfig, PostConfig, RowsConfig
 from evomerge.config.storage_url import refuse_password
 from evomerge.config.tables import AnySpaceConfig, TrackerName
 from evomerge.errors import choices
@@ -297,6 +297,19 @@ class SearchConfig(Settings):
         folders = {self.models[name]: own.folder for name, own in self.align.items()}
         return {reference: folder for reference, folder in folders.items() if folder is not None}
 
+    @property
+    def rows(self) -> RowsConfig | None:
+        """How weights of rows are learned; None where they are not."""
+        space = self.space.merging
+        return space.rows if space is not None else None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each objective in the loss whose gradients are followed, by name; costs have none."""
+        objectives = [objective for objective in self.objectives if objective.cost is None]
+        total = sum(objective.weight for objective in objectives)
+        return {objective.name: objective.weight / total for objective in objectives}
+
     def with_copies(self, folders: Mapping[str, str | None]) -> Self:
         """A copy with other folders of aligned models.
 
@@ -336,6 +349,8 @@ _LATER: dict[str, Any] = {  # keys that earlier versions did not have, with what
     "report": [],
     "statistics": StatisticsConfig().model_dump(mode="json"),
     "align": {},
+    "space.rows": None,
+    "space.parameter.rows": None,
     "space.post": PostConfig().model_dump(mode="json"),
     "space.parameter.post": PostConfig().model_dump(mode="json"),
     "evaluation.quantize": None,

@@ -80,6 +80,19 @@ class PostConfig(Settings):
         return ({} if value else None) if isinstance(value, bool) else value
 
 
+class RowsConfig(Settings):
+    """How weights of rows are learned before the first candidate, by gradients on search items.
+
+    steps: how many steps are taken.
+    share: the share of the search items that a step reads; each step draws new ones.
+    rate: how far a weight moves in the first steps; it falls to a tenth.
+    """
+
+    steps: int = Field(default=60, ge=1)
+    share: float = Field(default=0.25, gt=0, le=1)
+    rate: float = Field(default=0.15, gt=0)
+
+
 class ParameterSpaceConfig(SpaceSettings):
     """The parameter space: which numbers of a merge are searched, for each model and each group of tensors.
 
@@ -97,6 +110,8 @@ class ParameterSpaceConfig(SpaceSettings):
     density: the genes of models' densities.
     models: other bounds for single models, by name.
     lambda_: the gene of the method's lambda; fixed at 1 by default.
+    rows: how the rows of every model's weight matrices are weighted before models are merged; None where they are not.
+        Weights of models then start at 1.
     post: what is done to every merge.
     normalize: the method's `normalize`; `auto` leaves it to each method.
     rescale: how sparsified task vectors are rescaled.
@@ -114,6 +129,7 @@ class ParameterSpaceConfig(SpaceSettings):
     density: GeneConfig = GeneConfig(low=0.1, high=1.0, start=1.0, step=0.03)
     models: dict[str, ModelGenes] = Field(default_factory=dict)
     lambda_: GeneConfig = Field(default=GeneConfig(low=0.5, high=1.5, start=1.0, step=0.1, fixed=1.0), alias="lambda")
+    rows: RowsConfig | None = None
     post: PostConfig = PostConfig()
     normalize: bool | Literal["auto"] = False
     rescale: Literal["density", "l1"] = "density"
@@ -137,7 +153,21 @@ class ParameterSpaceConfig(SpaceSettings):
     def methods(self) -> tuple[str, ...]:
         """The names of the methods that candidates may use."""
         named = (self.method,) if isinstance(self.method, str) else self.method
-        return named if self.post.aim is None else tuple(f"{name}+aim" for name in named)
+        steps = "+rows" * (self.rows is not None) + "+aim" * (self.post.aim is not None)
+        return tuple(f"{name}{steps}" for name in named)
+
+    @property
+    def start_of_weights(self) -> float | None:
+        """The weight at which a search starts all weights; None where it starts at a control."""
+        if self.weight.start is not None or self.rows is None:
+            return self.weight.start
+        return min(max(1.0, self.weight.low), self.weight.high)
+
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        """Takes `rows: true` for rows with the defaults, and `rows: false` for none."""
+        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("method")
     @classmethod

@@ -5,6 +5,7 @@ aggregations turn its responses into scores.
 """
 
 import math
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -277,6 +278,14 @@ class Harness:
         if not rows:
             raise InputError("no search item has a text on which layers could be compared; use another loss.")
         return rows
+
+    @cached_property
+    def learned_digest(self) -> str:
+        """16 hexadecimal digits that stand for all search items from which a search can learn along gradients."""
+        self.prepare("search")
+        with quiet():
+            items = self._splits["search"].items_of_tasks(None, sys.maxsize)
+        return Calibration(items, self._lm.max_length).digest
 
     def calibration(self, model: str) -> Calibration:
         """What statistics of a model are measured on, as the search file says.

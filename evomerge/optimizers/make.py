@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from evomerge.config.running import LearningConfig, OptimizerConfig, StageConfig
+from evomerge.config.running import OptimizerConfig, StageConfig
+from evomerge.config.search import SearchConfig
 from evomerge.config.tables import LEARNED, OPTIMIZERS, imported
 from evomerge.errors import InputError
 from evomerge.optimizers.base import Optimizer, Problem
@@ -32,40 +33,50 @@ def _make(config: OptimizerConfig, problem: Problem) -> Optimizer:
     return made
 
 
-def passes_before(config: LearningConfig, models: int) -> float:
-    """What a search reads before its first step along a gradient, in forward passes over all search items: all items
-    once with the base and with every model, where the loss compares layers with theirs.
+def passes_before(config: SearchConfig) -> float:
+    """What a search reads before its first candidate, in forward passes over all search items: all items once with the
+    base and with every model, where the loss compares layers with theirs, and the mini-batches that row weights are
+    learned from.
 
-    config: how gradients are followed.
-    models: how many models there are besides the base.
+    config: the search's.
     """
-    return 1.0 + models if config.loss == "activations" else 0.0
+    models, rows = len(config.models), config.rows
+    compared = 1.0 + models if config.optimizer.learning.loss == "activations" else 0.0
+    if rows is None:
+        return compared
+    merges = 1 + models + (models > 1)  # where learning may start: the base, the models, and their uniform merge
+    return compared + rows.share * (merges + FORWARD_PASSES * rows.steps)
 
 
-def learning_steps(config: OptimizerConfig, limit: float, models: int = 0) -> int:
+def learning_steps(config: OptimizerConfig, limit: float, before: float = 0.0) -> int:
     """How many steps along gradients a search takes at most: as many as the config says, but they and the candidates
     that are scored between them cost at most a part of the budget where evolution follows.
 
     config: the search's optimizer settings.
     limit: the budget, in evaluations.
-    models: how many models there are besides the base.
+    before: what it costs before (`passes_before`).
     """
     share = 1.0 if config.name == LEARNED else _LEARNING
-    left = max(0.0, share * limit - passes_before(config.learning, models))
+    left = max(0.0, share * limit - before)
     cost = FORWARD_PASSES * config.learning.share + 1 / config.learning.every
     return min(config.learning.steps, int(left / cost))
 
 
-def learns(config: OptimizerConfig, limit: float, models: int = 0) -> bool:
+def learns(config: OptimizerConfig, limit: float, before: float = 0.0) -> bool:
     """Whether a search should follow gradients first, where its tasks and its method allow it."""
     if config.follows_gradients:
         return True
     free = config.name == "auto" and not config.stages and config.schedule == "pipelined"
-    return free and learning_steps(config, limit, models) >= _FEWEST_STEPS
+    return free and learning_steps(config, limit, before) >= _FEWEST_STEPS
 
 
 def following_gradients(
-    config: OptimizerConfig, moved: Sequence[str], genes: Sequence[Gene], limit: float, selects: bool, models: int = 0
+    config: OptimizerConfig,
+    moved: Sequence[str],
+    genes: Sequence[Gene],
+    limit: float,
+    selects: bool,
+    before: float = 0.0,
 ) -> OptimizerConfig:
     """The config of a search that follows gradients first, with its stages.
 
@@ -74,9 +85,9 @@ def following_gradients(
     genes: all genes.
     limit: the budget, in evaluations.
     selects: whether there are selection items.
-    models: how many models there are besides the base.
+    before: what it costs before (`passes_before`).
     """
-    learning = config.learning.model_copy(update={"steps": max(1, learning_steps(config, limit, models))})
+    learning = config.learning.model_copy(update={"steps": max(1, learning_steps(config, limit, before))})
     config = config.model_copy(update={"learning": learning})
     if config.follows_gradients:
         return config

@@ -8,7 +8,7 @@ from typing import cast
 from evomerge.errors import InputError, choices, naming
 from evomerge.events import Listener, Warned, WorkersAwaited, WorkersReady
 from evomerge.files import check_writable
-from evomerge.merging.methods.base import Kind
+from evomerge.merging.methods.base import JOINT, Kind
 from evomerge.merging.sources.statistics import WORDS
 from evomerge.search.preparation import prepare_file
 from evomerge.search.statistics import Names, measure, wanted
@@ -49,7 +49,7 @@ def measure_file(
     pairs = wanted(config)
     if kinds:
         models = {kind: [config.base, *config.models.values()] for kind in kinds}
-        models |= {"merged_grams": list(config.models.values())} if "merged_grams" in models else {}
+        models |= {kind: list(config.models.values()) for kind in kinds if kind in JOINT}
         pairs = [(cast(Kind, kind), reference) for kind, references in models.items() for reference in references]
     if not pairs:
         with naming(search_file):

@@ -13,6 +13,7 @@ import numpy as np
 from evomerge.candidate import Candidate
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
+from evomerge.merging.methods import without_rows
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Parameters, Provenance, Recipe, Source, linear, single
 from evomerge.spaces import Genome, SearchSpace, canonical
@@ -91,7 +92,7 @@ def _merges(config: SearchConfig) -> bool:
 def start_of_weights(config: SearchConfig) -> float | None:
     """The weight at which the search starts all weights; None where the config sets none."""
     space = config.space.merging
-    return space.weight.start if space is not None else None
+    return space.start_of_weights if space is not None else None
 
 
 def check_controls(config: SearchConfig) -> None:
@@ -107,16 +108,18 @@ def _random_search(config: SearchConfig, space: SearchSpace, first: int) -> list
     """Candidates that the space draws at random.
 
     Where the optimizer has stages, only the genes of the first stage are drawn, so that random search has no advantage
-    over the search itself.
+    over the search itself. Rows are not weighted, since gradients have learned their weights.
     """
     stages = config.optimizer.stages
     moves = np.array([not stages or gene.kind in stages[0].genes for gene in space.genes])
     start = space.encode({})
-    drawn = (space.draw(counter_rng(config.seed, "random_search", index)) for index in range(config.budget))
-    genomes = [canonical(space.genes, np.where(moves, genome, start)) for genome in drawn]
+    points = (space.draw(counter_rng(config.seed, "random_search", index)) for index in range(config.budget))
+    genomes = [canonical(space.genes, np.where(moves, point, start)) for point in points]
+    recipes = [space.decode(genome) for genome in genomes]
+    plain = [recipe.model_copy(update={"merge_method": without_rows(recipe.merge_method)}) for recipe in recipes]
     return [
-        _control(f"{RANDOM}-{i:04d}", first + i, space.decode(genome), tuple(genome.tolist()))
-        for i, genome in enumerate(genomes)
+        _control(f"{RANDOM}-{i:04d}", first + i, drawn, tuple(genome.tolist()) if drawn == recipe else None)
+        for i, (drawn, recipe, genome) in enumerate(zip(plain, recipes, genomes, strict=True))
     ]
 
 

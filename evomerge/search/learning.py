@@ -130,7 +130,7 @@ class Learning:
         self._scored: dict[int, Evaluation | None] = {}
         self._ending = not self._sensitivity.moves.any()
         self.early = "its loss depends on no gene" if self._ending else ""
-        self.cost, self.finished = passes_before(self._settings, len(config.models)), False
+        self.cost, self.finished = passes_before(config), False
         self._go_on()
 
     @property
@@ -287,9 +287,7 @@ class Learning:
 
     def _weights(self) -> dict[str, float]:
         """The weight of each metric's loss: that of the objective, and the multiplier of the constraint."""
-        objectives = [objective for objective in self._config.objectives if objective.cost is None]
-        total = sum(objective.weight for objective in objectives)
-        weights = {objective.name: objective.weight / total for objective in objectives}
+        weights = self._config.loss_weights
         for name, multiplier in self._multipliers.values.items():
             weights[name] = weights.get(name, 0.0) + multiplier
         return weights

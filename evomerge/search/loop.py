@@ -20,7 +20,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.events import Evaluated, Finished, Listener, SearchStarts, Warned
 from evomerge.optimizers.base import Problem
-from evomerge.optimizers.make import make_optimizer
+from evomerge.optimizers.make import make_optimizer, passes_before
 from evomerge.optimizers.ranking import Ranking
 from evomerge.search.asynchronous import AsyncSchedule
 from evomerge.search.controls import (
@@ -252,7 +252,8 @@ class Search:
         weights = [start_weights(self.config, control) for control in essential.evaluations]
         merges = np.array([bool(control_weights) for control_weights in weights])  # all but the base
         encoded = [self.space.encode(control_weights) for control_weights in weights if control_weights]
-        evaluated = (np.stack(encoded), scores[merges]) if encoded else None
+        plain = self.config.rows is None  # controls weigh no rows, so no genome is one of them
+        evaluated = (np.stack(encoded), scores[merges]) if encoded and plain else None
         problem = Problem(self.space.genes, start, self.config.seed, ranking, evaluated, self.space.draw)
         if self.config.optimizer.follows_gradients:
             limits = loss_limits(self.config, essential.candidates, list(essential.evaluations.values()))
@@ -297,7 +298,8 @@ class Search:
             for candidate, evaluation in learning.scored if learning is not None else ():
                 watch.learn([candidate], [evaluation], counted=False)
         optimizer = make_optimizer(self.config.optimizer.evolving, problem)
-        first, spent = (learning.candidates, learning.cost) if learning is not None else (0, 0.0)
+        before = passes_before(self.config)
+        first, spent = (learning.candidates, learning.cost) if learning is not None else (0, before)
         return Generations(optimizer, self.space, self.config, criteria, subsets, watch, first, spent)
 
     def _drain(self, schedules: Sequence[Schedule], quantized: bool = False) -> None:

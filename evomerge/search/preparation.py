@@ -24,7 +24,7 @@ from evomerge.merging import vocabulary
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.tensor_files import parameter_count, size_in_bytes, torch_dtypes
-from evomerge.optimizers.make import following_gradients, learns, resolve
+from evomerge.optimizers.make import following_gradients, learns, passes_before, resolve
 from evomerge.search.controls import check_controls, count_controls, start_of_weights
 from evomerge.seen import encoded
 from evomerge.spaces import SearchSpace
@@ -118,7 +118,8 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     tasks = distinct_tasks(targets)
     searched = of_metrics(config.measured, targets)
     doubt = None
-    if learns(config.optimizer, config.limit, len(config.models)):
+    _check_rows(config, prepared, searched)
+    if learns(config.optimizer, config.limit, passes_before(config)):
         config, prepared, doubt = _learning(config, prepared, searched)
         space = prepared.space
     own_items = OwnItems.of(config, own)
@@ -244,7 +245,6 @@ def _learning(
     """
     from evomerge.evaluation.items import Division, spare_for_selection
     from evomerge.evaluation.loading import distinct_tasks
-    from evomerge.evaluation.references import without_references
 
     explicit = config.optimizer.follows_gradients
     if not explicit and not isinstance(config.space, ParameterSpaceConfig):
@@ -255,18 +255,9 @@ def _learning(
     prepared = replace(prepared, config=config, space=make_space(config, prepared.models))
     moved = _smooth_kinds(config, prepared)
     reason = None if moved else "none of its genes has a derivative by the first method"
-    if config.evaluation.quantize is not None:
-        reason = f"evaluation.quantize is {config.evaluation.quantize}, through which no gradient passes"
-    own = [metric.name for metric in config.measured if metric.python is not None]
-    if own:
-        reason = f"{own[0]} is a function of your own, which has no derivative"
     if config.optimizer.learning.loss == "activations":
         reason = reason or _incomparable(config)
-    if reason is None:
-        division = Division(tasks, config.items, prepared.models.seen)
-        chat = config.evaluation.apply_chat_template
-        if config.optimizer.learning.loss == "likelihood":
-            reason = without_references(config.measured, targets, division.searched_documents, chat)
+    reason = _without_gradient(config, prepared, targets) or reason
     if reason is not None and explicit:
         raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
     if reason is not None:
@@ -279,7 +270,7 @@ def _learning(
         except InputError:  # too many items are alike
             items = config.items
     optimizer = following_gradients(
-        config.optimizer, moved, prepared.space.genes, config.limit, bool(items.selection), len(config.models)
+        config.optimizer, moved, prepared.space.genes, config.limit, bool(items.selection), passes_before(config)
     )
     unsteered = None
     if config.constraints and optimizer.learning.loss != "likelihood":
@@ -287,6 +278,42 @@ def _learning(
         unsteered = f"constraints do not steer steps along gradients, since optimizer.learning.loss is {loss}."
     config = config.model_copy(update={"items": items, "optimizer": optimizer})
     return config, replace(prepared, config=config), unsteered
+
+
+def _without_gradient(config: SearchConfig, prepared: Prepared, targets: "Mapping[str, Target]") -> str | None:
+    """Why no gradient of a loss can be taken; None where one can."""
+    from evomerge.evaluation.items import Division
+    from evomerge.evaluation.loading import distinct_tasks
+    from evomerge.evaluation.references import without_references
+
+    if config.evaluation.quantize is not None:
+        return f"evaluation.quantize is {config.evaluation.quantize}, through which no gradient passes"
+    own = next((metric.name for metric in config.measured if metric.python is not None), None)
+    if own is not None:
+        return f"{own} is a function of your own, which has no derivative"
+    if config.optimizer.learning.loss != "likelihood":
+        return None
+    division = Division(distinct_tasks(targets), config.items, prepared.models.seen)
+    chat = config.evaluation.apply_chat_template
+    return without_references(config.measured, targets, division.searched_documents, chat)
+
+
+def _check_rows(config: SearchConfig, prepared: Prepared, targets: "Mapping[str, Target]") -> None:
+    """Raises InputError where weights of rows are asked for and cannot be learned."""
+    if config.rows is None:
+        return
+    key = "space.rows" if config.space.merging is config.space else "space.parameter.rows"
+    reason = _without_gradient(config, prepared, targets)
+    if config.optimizer.learning.loss == "activations":
+        reason = "optimizer.learning.loss is activations, which compares whole models"
+    before = passes_before(config)
+    if reason is None and before >= config.limit:
+        raise InputError(
+            f"{key} costs {before:g} forward passes over the search items, but the search may cost {config.limit:g}; "
+            f"give it more, or lower {key}.steps."
+        )
+    if reason is not None:
+        raise InputError(f"{key} asks for weights that follow gradients, but {reason}; leave it out.")
 
 
 def _incomparable(config: SearchConfig) -> str | None:

@@ -172,6 +172,8 @@ def passes(config: SearchConfig, gradients: Sequence[GradientRecord]) -> float:
     gradients: the records of the shards of some steps.
     """
     learning = config.optimizer.learning
+    if not config.optimizer.follows_gradients:
+        return passes_before(config)
     each = [FORWARD_PASSES * learning.share if record.step > 0 else 1.0 for record in gradients]
     first = any(record.step == 1 and record.shard == 0 for record in gradients)
-    return sum(each) / learning.shards + first * passes_before(learning, len(config.models))
+    return sum(each) / learning.shards + first * passes_before(config)

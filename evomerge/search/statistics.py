@@ -7,7 +7,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.events import Listener, StatisticsMeasured
 from evomerge.merging import methods
-from evomerge.merging.methods.base import Kind, needed
+from evomerge.merging.methods.base import JOINT, Kind, needed
 from evomerge.recipe import single
 from evomerge.workers import Job, WorkerPool
 
@@ -43,17 +43,17 @@ def measure(pairs: list[tuple[Kind, str]], pool: WorkerPool, listener: Listener)
             reason = getattr(result, "error", None) or "the worker gave no result"
             raise WorkFailed(f"statistics: the {kind} of {model} could not be measured ({reason}).")
         listener(StatisticsMeasured(str(kind), model, result.name, result.seconds))
-        of = [other for same, other in pairs if same == kind] if kind == "merged_grams" else [model]
+        of = [other for same, other in pairs if same == kind] if kind in JOINT else [model]
         for reference in of:
             names.setdefault(reference, {})[str(kind)] = result.name
     return names
 
 
 def _jobs(pairs: list[tuple[Kind, str]]) -> Iterator[Job]:
-    """A job for each statistic. Those of RegMean++ are measured for all models at once."""
-    together = False
+    """A job for each statistic, but one alone for a kind that is measured for all models at once."""
+    together: set[Kind] = set()
     for kind, reference in pairs:
-        if kind != "merged_grams" or not together:
+        if kind not in together:
             candidate = Candidate(f"{kind} of {reference}", "control", 0, 0, single(reference))
             yield Job(candidate, "search", statistic=kind)
-        together |= kind == "merged_grams"
+        together |= {kind} & set(JOINT)

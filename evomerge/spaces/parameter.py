@@ -107,18 +107,20 @@ class ParameterSpace:
             if users:
                 when = {model: self._participants.part(model, users) for model in self._models}
                 genes += [
-                    Gene(name, kind, group, bounds.low, bounds.high, self._start(bounds), bounds.step, when=when[model])
+                    Gene(name, kind, group, bounds.low, bounds.high, start, bounds.step, when=when[model])
                     for group in self.groups
                     for unit in self._units(kind, group)
                     for model in self._models
                     for name, bounds in [(_name(kind, model, unit), self._bounds[kind, model])]
                     if bounds.fixed is None
+                    for start in [self._start(bounds, kind)]
                 ]
         return genes
 
-    def _start(self, bounds: GeneConfig) -> float:
-        if bounds.start is not None:
-            return bounds.start
+    def _start(self, bounds: GeneConfig, kind: str) -> float:
+        given = self._config.start_of_weights if bounds.start is None and kind == "weight" else bounds.start
+        if given is not None:
+            return min(max(given, bounds.low), bounds.high)
         return min(max(1.0 / len(self._models), bounds.low), bounds.high)
 
     def _units(self, kind: str, group: str) -> list[str]:

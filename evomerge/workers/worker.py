@@ -15,6 +15,7 @@ import torch
 from evomerge.candidate import Descent, Evaluation, Gradient, Measured, Part, Shard, Subset, failure
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
+from evomerge.config.spaces import RowsConfig
 from evomerge.config.tables import COSTS, imported
 from evomerge.devices import (
     count_gpus,
@@ -34,7 +35,7 @@ from evomerge.evaluation.loading import Target
 from evomerge.evaluation.own_files import OwnFiles, read_own
 from evomerge.evaluation.own_scores import OwnItems, OwnScore, OwnScores
 from evomerge.merging import methods, vocabulary
-from evomerge.merging.methods.base import Kind
+from evomerge.merging.methods.base import JOINT, Kind
 from evomerge.merging.naming import Naming, named_weights, naming_of
 from evomerge.merging.resident.gradients import checkpointed
 from evomerge.merging.resident.models import ResidentModels
@@ -47,8 +48,10 @@ from evomerge.recipe import Recipe, Source, single
 from evomerge.seen import Digests
 from evomerge.versions import versions
 from evomerge.workers import measuring
+from evomerge.workers.row_weights import row_weights
 
 T = TypeVar("T")
+_ROWS_FROM = 1 << 20  # the number of the first mini-batch for row weights, so that no later step reads the same
 
 
 class Worker:
@@ -146,6 +149,9 @@ class Worker:
         if self._learns and wanted:
             with self.models.following(wanted), self._layers_again():
                 self._harness.rehearse_descent(self.models.candidate)
+        elif self._config.rows is not None:
+            with self.models.following_rows(), self._layers_again():
+                self._harness.rehearse_descent(self.models.candidate)
 
     def evaluate(
         self, recipe: Recipe, split: Split, subset: Subset | None = None, quantized: bool = False
@@ -236,22 +242,27 @@ class Worker:
     def measure(self, kind: Kind, reference: str) -> Measured:
         """Statistics of a model, measured and written into the run's folder unless they lie there already.
 
-        kind: the kind of statistics; those of `merged_grams` are of all models together.
+        kind: the kind of statistics; those of `JOINT` are of all models together.
         reference: the model's.
         Raises InputError where there is nothing to measure on, and WorkFailed where they are not finite or cannot be
         written.
         """
         assert self._folder is not None
         started = time.perf_counter()
-        models = [reference] if kind != "merged_grams" else list(self._config.models.values())
+        models = self._measured_with(kind, reference)
         held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
         name = held.folder.name if held is not None else self._measured(kind, models)
         return Measured(name, time.perf_counter() - started)
 
+    def _measured_with(self, kind: Kind, reference: str) -> list[str]:
+        """The models whose statistics are measured at once, a model's among them."""
+        return [reference] if kind not in JOINT else list(self._config.models.values())
+
     def _measured(self, kind: Kind, models: list[str]) -> str:
         """Measures statistics, and returns the name of their folder."""
         assert self._folder is not None
-        calibrations = [self._calibration(model) for model in models] if kind != "outputs" else []
+        calibrated = kind not in ("outputs", "row_weights")
+        calibrations = [self._calibration(model) for model in models] if calibrated else []
         self._held = None
         self.models.materialize(single(models[0]))
         model, naming, rows = self.models.model, self._naming, self._config.evaluation.batch_size
@@ -263,6 +274,9 @@ class Worker:
                 parameters={"alpha": self._alpha},
             )
             measured = measuring.merged_inputs(self.models, recipe, naming, calibrations, rows)
+        elif kind == "row_weights":
+            learned = self._config.rows or RowsConfig()
+            measured = row_weights(self.models, self._config.base, models, partial(self._loss, learned), learned)
         elif kind == "outputs":
             measured = measuring.outputs(model, self._harness.compared_rows, rows)
         elif kind == "fisher":
@@ -276,8 +290,24 @@ class Worker:
             "measured": self._settings(kind, models),
             "versions": _numerics(),
         }
-        with self._layers_again() if kind == "fisher" else nullcontext():
+        with self._layers_again() if kind in ("fisher", "row_weights") else nullcontext():
             return measuring.store(self._folder, kind, self._subject(kind, models), notes, measured)
+
+    def _loss(self, settings: RowsConfig, number: int, backward: bool) -> float:
+        """The weighted loss of the candidate in memory on a mini-batch. Raises WorkFailed where it is not finite.
+
+        settings: how large a mini-batch is.
+        number: which mini-batch it is.
+        backward: whether the backward pass runs, too.
+        """
+        weights = self._config.loss_weights
+        wanted = ("weight",) if backward else ()
+        descent = Descent(_ROWS_FROM + number, settings.share, 0, 1, tuple(weights.items()), wanted)
+        try:
+            losses = self._harness.descend(self.models.candidate, descent)
+        except CandidateFailed as error:
+            raise WorkFailed(f"row weights: {error}.") from None
+        return sum(weights[name] * loss for name, loss in losses.items())
 
     def _subject(self, kind: Kind, models: Sequence[str]) -> str:
         return subject(kind, [self._sources[model].identity for model in models], self._settings(kind, models))
@@ -286,6 +316,15 @@ class Worker:
         """What statistics depend on besides the models."""
         if kind == "outputs":
             return {"items": digest_of(self._harness.compared_rows), "dtype": self._config.evaluation.dtype}
+        if kind == "row_weights":
+            return {
+                "items": self._harness.learned_digest,
+                "weights": self._config.loss_weights,
+                "rows": (self._config.rows or RowsConfig()).model_dump(),
+                "dtype": self._config.evaluation.dtype,
+                "loss": self._config.optimizer.learning.loss,
+                "seed": self._config.items.seed,
+            }
         settings: dict[str, Any] = {
             "items": [self._calibration(model).digest for model in models],
             "dtype": self._config.evaluation.dtype,
@@ -317,7 +356,7 @@ class Worker:
         if (kind, reference) not in self._found:
             found: Readable | None = None
             if self._folder is not None:
-                models = [reference] if kind != "merged_grams" else list(self._config.models.values())
+                models = self._measured_with(kind, reference)
                 held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
                 found = replace(held, identity=self._sources[reference].identity) if held is not None else None
             identity = self._sources[reference].identity

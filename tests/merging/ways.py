@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.errors import CandidateFailed
 from evomerge.merging.methods import METHODS, passes
+from evomerge.merging.methods.base import JOINT
 from evomerge.merging.resident import models as resident
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.sources import Form, Kept, Where
@@ -36,6 +37,7 @@ RECIPES: dict[str, list[Recipe]] = {
         for name, row in METHODS.items()
     },
     "dare_ties+aim": [recipe("dare_ties+aim")],
+    **{name: [recipe(name)] for name in ("dare_ties+rows", "breadcrumbs+rows+aim", "wudi+rows")},
 }
 
 
@@ -99,7 +101,7 @@ def loader(tiny_models: Mapping[str, Path], root: Path) -> Load:
 def write_statistics(found: Models, root: Path) -> None:
     """Random statistics of every kind of each model."""
     for kind, (index, (reference, model)) in product(WORDS, enumerate(found.items())):
-        prefix = "0:" if kind == "merged_grams" else ""
+        prefix = "0:" if kind in JOINT else ""
         measured = {prefix + name: statistics(model.weights.read(name))(kind, index) for name in model.weights.table}
         folder = root / f"{kind}-{reference}"
         folder.mkdir()

@@ -16,6 +16,7 @@ from evomerge.merging.methods.model_stock import merge_model_stock
 from evomerge.merging.methods.passthrough import merge_passthrough
 from evomerge.merging.methods.regmean import merge_regmean, merge_regmean_plus
 from evomerge.merging.methods.regression import merge_ace, merge_wudi
+from evomerge.merging.methods.rows import WithRowWeights
 from evomerge.merging.methods.selection import (
     merge_arcee_fusion,
     merge_nearswap,
@@ -315,49 +316,73 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
-POST_STEPS = {"aim": "Nobari et al. 2025, Activation-informed merging (AIM), arXiv:2502.02421"}
+STEPS = {
+    "rows": "rows weighted as gradients have learned, after Yang et al. 2024 (AdaMerging), arXiv:2310.02575",
+    "aim": "Nobari et al. 2025, Activation-informed merging (AIM), arXiv:2502.02421",
+}
+"""What may be done before or behind a merge; a method's name has the steps behind it, in this order."""
 
 
 def get(name: str, where: str) -> Method:
     """The method of a name.
 
-    name: as a recipe gives it, such as `ties`, or with a post-step, such as `ties+aim`.
+    name: as a recipe gives it, such as `ties`, or with a step, such as `ties+aim`.
     where: the place of the name in a file, which opens an error's message.
     Raises InputError for an unknown name.
     """
-    plain, plus, post = name.partition("+")
+    plain, *steps = name.split("+")
     if plain not in METHODS:
         raise InputError(f"{where} is '{name}', no known merge method; {choices(plain, METHODS)}.")
-    if plus and post not in POST_STEPS:
-        raise InputError(f"{where} is '{name}', but '{post}' is no known post-step; {choices(post, POST_STEPS)}.")
+    for step in steps:
+        if step not in STEPS:
+            raise InputError(f"{where} is '{name}', but '{step}' is no known step; {choices(step, STEPS)}.")
     found = find(name)
-    if found is None:
+    if found is None and not METHODS[plain].uses_base:
         raise InputError(
             f"{where} is '{name}', but {plain} sets no base apart, so nothing says what it has added; use "
             "task_arithmetic, which with normalize: true is an average."
         )
+    if found is None:
+        raise InputError(f"{where} is '{name}'; name each step once, in this order: {', '.join(STEPS)}.")
     return found
 
 
+@cache
 def find(name: str) -> Method | None:
     """The method of a name (see `get`); None where there is none."""
-    plain, plus, post = name.partition("+")
-    if plain not in METHODS or (plus and (post not in POST_STEPS or not METHODS[plain].uses_base)):
+    plain, *steps = name.split("+")
+    if plain not in METHODS or steps != [step for step in STEPS if step in steps]:
         return None
-    return _with_aim(plain) if plus else METHODS[plain]
+    method = METHODS[plain]
+    if steps and not method.uses_base:
+        return None
+    for step in steps:
+        method = _WITH[step](method)
+    return method
 
 
-@cache
-def _with_aim(name: str) -> Method:
-    """A method with AIM behind it. mergekit knows no such name, so it cannot merge the recipe without the step."""
-    row = METHODS[name]
-    return replace(
-        row,
-        name=f"{name}+aim",
-        paper=f"{row.paper}; {POST_STEPS['aim']}",
-        base="required",
-        shared=(*row.shared, OMEGA),
-        mergekit=False,
-        statistics=(*row.statistics, Needed("activations", "base")),
-        post=keep_base,
-    )
+def without_rows(name: str) -> str:
+    """The name of the method that leaves rows as they are."""
+    plain, *steps = name.split("+")
+    return "+".join([plain, *(step for step in steps if step != "rows")])
+
+
+def _with(step: str, row: Method) -> Method:
+    """A method with a step. mergekit knows no such name, so it cannot merge the recipe without the step."""
+    paper = f"{row.paper}; {STEPS[step]}"
+    return replace(row, name=f"{row.name}+{step}", paper=paper, base="required", mergekit=False)
+
+
+def _with_rows(row: Method) -> Method:
+    """A method on models whose rows are weighted."""
+    statistics = (*row.statistics, Needed("row_weights"))
+    return replace(_with("rows", row), function=WithRowWeights(row.function), statistics=statistics)
+
+
+def _with_aim(row: Method) -> Method:
+    """A method with AIM behind it."""
+    statistics = (*row.statistics, Needed("activations", "base"))
+    return replace(_with("aim", row), shared=(*row.shared, OMEGA), statistics=statistics, post=keep_base)
+
+
+_WITH = {"rows": _with_rows, "aim": _with_aim}

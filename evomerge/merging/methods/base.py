@@ -65,7 +65,9 @@ def each_time(what: Hashable, models: tuple[int, ...], make: Callable[[], T], /)
     return make()
 
 
-Kind = Literal["fisher", "grams", "merged_grams", "activations", "outputs"]
+Kind = Literal["fisher", "grams", "merged_grams", "activations", "outputs", "row_weights"]
+JOINT: tuple[Kind, ...] = ("merged_grams", "row_weights")
+"""Statistics that are measured for all models at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class Needed:
 
     kind: what is measured: `fisher`, the diagonal Fisher information of every tensor; `grams`, the mean outer product
         of what goes into each linear layer; `merged_grams`, the same, where the layers before are merged already;
-        `activations`, the mean magnitude of each channel of what goes into each linear layer.
+        `activations`, the mean magnitude of each channel of what goes into each linear layer; `row_weights`, weights of
+        the rows of every tensor.
     of: whose they are: of the models that are merged, of the base, or of all of them.
     """
 
@@ -86,7 +89,8 @@ class Needed:
 class Statistic:
     """A statistic of one tensor of one model.
 
-    values: float32; Fisher information in the tensor's shape, a Gram matrix, or one number for each input channel.
+    values: float32; Fisher information in the tensor's shape, a Gram matrix, or one number for each input channel or
+        row.
     mean: the mean of all values of the model; 1 where no method asks for it.
     transposed: whether the tensor has a row, not a column, for each input channel.
     """

@@ -42,6 +42,11 @@ class Followed:
             place = merge.name, None if index is None else merge.models[index], name
             self._totals[place] = self._totals[place] + slope if place in self._totals else slope
 
+    @property
+    def sums(self) -> Mapping[Place, torch.Tensor]:
+        """The derivatives by place, as tensors."""
+        return self._totals
+
     def totals(self) -> dict[Place, float]:
         """The derivatives by place. Tensors that no loss depends on are missing."""
         return {place: float(total) for place, total in self._totals.items()}

@@ -6,8 +6,8 @@ What candidates have in common (uniform fields, thresholds, scalar products) is 
 """
 
 import mmap
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from evomerge.merging.methods.drawn import Drawn, Field
 from evomerge.merging.methods.kernels import as_field, checksum, fingerprint_of, uniform_field
 from evomerge.merging.methods.parts import whole_of
 from evomerge.merging.methods.passes import room_on
+from evomerge.merging.methods.rows import row_count, row_slopes
 from evomerge.merging.methods.slopes import Key, slopes, smooth_parameters
 from evomerge.merging.naming import check_view, naming_of
 from evomerge.merging.plan import MergePlan, TensorMerge, make_plan
@@ -137,6 +138,7 @@ class ResidentModels:
         self._sources = {reference: self._resident(source, good) for reference, source in weights.items()}
         self._find_statistic = statistics or Shelf().finder(models)
         self._statistics: dict[tuple[Path, str], Source] = {}
+        self._small: dict[tuple[Path, str, torch.device], torch.Tensor] = {}
         self._kept: dict[Hashable, Any] = {}
         self._converted: dict[tuple[str, str, torch.device], torch.Tensor] = {}
         self.candidate: Any = self.model
@@ -307,13 +309,33 @@ class ResidentModels:
         tensors: those of its tensors that are merged.
         statistics: finds what was measured of the models; by default as for candidates.
         """
-        usual, self._find_statistic = self._find_statistic, statistics or self._find_statistic
-        try:
+        with self._finding(statistics):
             for tensor in tensors:
                 self._merge(plan, tensor, self._parameters[tensor.name])
+        self._naming.settle(self.model, self._parameters)
+
+    @torch.no_grad()
+    def make_with(self, plan: MergePlan, statistics: Find) -> None:
+        """Makes a merge, which becomes `candidate`. Whether its weights are finite is not checked.
+
+        plan: the merge, which keeps layers in their places.
+        statistics: finds what was measured of the models.
+        """
+        with self._finding(statistics):
+            self._make(plan)
+
+    @contextmanager
+    def _finding(self, statistics: Find | None) -> Iterator[None]:
+        """A context in which statistics are found in another way; None for the usual way."""
+        usual, self._find_statistic = self._find_statistic, statistics or self._find_statistic
+        try:
+            yield
         finally:
             self._find_statistic = usual
-        self._naming.settle(self.model, self._parameters)
+
+    def shape_of(self, tensor: TensorMerge) -> torch.Size:
+        """The shape of a merged tensor."""
+        return self._source_of(tensor, 0, self._parameters[tensor.name].device).shape
 
     def _make(self, plan: MergePlan) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
         """Makes a merge and sets `candidate` to it. Returns its parameters, and those that had to be computed."""
@@ -358,6 +380,16 @@ class ResidentModels:
             return self._slopes_of(plan, merge, gradient, wanted)
 
         return followed(self.candidate, self._naming, self._pieces, merges, slopes_of)
+
+    def following_rows(self) -> AbstractContextManager[Followed]:
+        """The same by the weights of rows (`methods.rows`), each a vector under the name `weight`."""
+        assert self._plan is not None
+        plan = self._plan
+
+        def slopes_of(merge: TensorMerge, gradient: torch.Tensor) -> Mapping[Key, torch.Tensor]:
+            return row_slopes(self._inputs(plan, merge, gradient.device), gradient)
+
+        return followed(self.candidate, self._naming, self._pieces, plan.tensors, slopes_of)
 
     def _slopes_of(
         self, plan: MergePlan, merge: TensorMerge, gradient: torch.Tensor, wanted: Sequence[str]
@@ -432,22 +464,26 @@ class ResidentModels:
             return None
         model, name = tensor.source(index)
         if self.model.device.type == "meta":
-            return self._rehearsed(self._sources[model][name].shape, kind)
+            return self._rehearsed(self._sources[model][name].shape, kind, layer_index(name) is not None)
         stored = self._find_statistic(kind, model)
         own = stored.tensor_of(name)
         if own is None:
             return None
-        if kind != "fisher" or not isinstance(stored, Stored):
+        if kind not in ("fisher", "row_weights") or not isinstance(stored, Stored):
             return Statistic(stored.read(own), stored.mean, stored.transposed(name))
         key = stored.folder, own
+        if kind == "row_weights":  # small, and read for every candidate
+            return Statistic(self._small.setdefault((*key, device), stored.read(own).to(device)))
         if key not in self._statistics:
             self._statistics[key] = self._held(stored.weights, own, _empty(stored.weights.table[own]), device)
         return Statistic(self._statistics[key].on(device), stored.mean)
 
-    def _rehearsed(self, shape: torch.Size, kind: Kind) -> Statistic | None:
+    def _rehearsed(self, shape: torch.Size, kind: Kind, in_layer: bool) -> Statistic | None:
         if kind == "fisher":
             held = Rehearsed if self._off_device else OnDevice
             return Statistic(held(torch.empty(shape, device="meta")).on(torch.device("meta")))
+        if kind == "row_weights":
+            return Statistic(torch.empty(row_count(shape, in_layer), device="meta"))
         if len(shape) != 2:
             return None
         return Statistic(torch.empty(shape[-1:] if kind == "activations" else shape[-1:] * 2, device="meta"))

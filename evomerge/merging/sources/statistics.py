@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import InputError
 from evomerge.files import STATISTICS
-from evomerge.merging.methods.base import Kind
+from evomerge.merging.methods.base import JOINT, Kind
 from evomerge.merging.sources.models import Model
 from evomerge.merging.sources.weights import Weights
 from evomerge.recipe import Recipe
@@ -30,6 +30,7 @@ WORDS: Mapping[Kind, str] = {
     "merged_grams": "the Gram matrices of inputs behind merged layers",
     "activations": "the magnitudes of activations",
     "outputs": "the outputs of layers",
+    "row_weights": "the weights of rows",
 }
 Names = Mapping[str, Mapping[str, str]]
 """The names of folders with statistics, by the model's reference and the kind."""
@@ -74,7 +75,7 @@ class Stored:
 
     folder: where it lies.
     notes: what statistics.json says.
-    identity: of the model that it is asked for; the files of `merged_grams` hold the statistics of several.
+    identity: of the model that it is asked for; files of `JOINT` statistics hold those of several.
     """
 
     folder: Path
@@ -94,7 +95,7 @@ class Stored:
     def tensor_of(self, name: str) -> str | None:
         """The name that the statistic of the tensor `name` has in the files; None where there is none."""
         stored = self.notes.get("shared", {}).get(name, name)
-        if self.notes["kind"] == "merged_grams":
+        if self.notes["kind"] in JOINT:
             stored = f"{self.notes['models'].index(self.identity)}:{stored}"
         return stored if stored in self.weights.table else None
 

@@ -1,6 +1,7 @@
 """Merges in float64, written a second time, that autograd can follow. They share only the masks with the package."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs, Method
+from evomerge.merging.methods.parts import whole_of
 from evomerge.merging.methods.sparsify import SPARSIFIERS
 from evomerge.merging.methods.task_vectors import TaskVectorMerge, _scale
 from tests.merging.methods import derived
@@ -39,10 +41,23 @@ def masks(method: Method, inputs: Inputs) -> list[torch.Tensor]:
     return kept
 
 
+def with_weighted_rows(inputs: Inputs) -> Inputs:
+    """The same inputs with the weighted rows written out, float32."""
+    assert inputs.base is not None
+    base, tensors = whole_of(inputs.base).float(), []
+    for index, tensor in enumerate(inputs.tensors):
+        learned = inputs.statistic("row_weights", index)
+        assert learned is not None
+        tensors.append(base + whole_of(learned.values).view(-1, 1) * (whole_of(tensor).float() - base))
+    return replace(inputs, tensors=tuple(tensors))
+
+
 def merged(method: Method, inputs: Inputs, leaves: Leaves) -> torch.Tensor:
     """The merge in float64, as papers write it."""
-    plain, plus, _ = method.name.partition("+")
-    if plus:
+    plain, _, step = method.name.partition("+")
+    if step == "rows":
+        return merged(METHODS[plain], with_weighted_rows(inputs), leaves)
+    if step:
         assert inputs.base is not None
         activations = inputs.statistic("activations", -1)
         assert activations is not None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from evomerge.merging.methods.base import Kind, Statistic
+from evomerge.merging.methods.rows import row_count
 
 WIDEST = 600  # columns of a tensor that has Gram matrices
 
@@ -17,6 +18,10 @@ def statistics(base: torch.Tensor, seed: int = 0) -> Callable[[Kind, int], Stati
         if kind == "fisher":
             values = torch.rand(base.shape, generator=generator).pow(4) * 3e-7
             return Statistic(values.to(base.device), 1e-7 * (index + 2))
+        if kind == "row_weights":
+            return Statistic(
+                (torch.rand(row_count(base.shape, base.dim() == 2), generator=generator) * 1.5).to(base.device)
+            )
         if base.dim() != 2 or base.shape[1] > WIDEST:
             return None
         if kind == "activations":

@@ -62,6 +62,7 @@ CASES += [(name, {"rescaled": "l1"}) for name in ("dare_ties", "dare_linear", "d
 CASES += [(name, {"with_base": True}) for name in ("nuslerp", "multislerp")]
 CASES += [("multislerp", {"normalize_weights": False}), ("task_arithmetic", {"lambda": 1.0}), ("slerp", {"t": 0.9})]
 CASES += [(f"{name}+aim", {"omega": 0.3}) for name in ("task_arithmetic", "regmean", "gradient_matching")]
+CASES += [(f"{name}+rows", {}) for name in ("task_arithmetic", "dare_ties", "ties", "slerp", "fisher")]
 CASES += [("fisher", {"floor": 1.0}), ("gradient_matching", {"delta": 2.0}), ("regmean", {"alpha": 0.2})]
 CASES += [("dare_ties", {"density": (1.0, 1.0, 1.0)}), ("ties", {"density": (0.0, 0.2, 1.0)})]
 
