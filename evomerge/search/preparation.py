@@ -616,6 +616,9 @@ def summarize(prepared: Prepared, plan: "SearchPlan | None" = None) -> dict[str,
         "candidates": config.budget,
         "generations": _generations(config),
         "equivalents": config.optimizer.equivalents,
+        "rows": {"steps": config.rows.steps, "forward passes": passes_before(config)}
+        if config.rows is not None
+        else {},
         "steps": config.optimizer.learning.steps if config.optimizer.follows_gradients else 0,
         "controls": count_controls(config),
         "objectives": {objective.name: objective.goal for objective in config.objectives},
