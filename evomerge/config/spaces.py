@@ -86,11 +86,14 @@ class RowsConfig(Settings):
     steps: how many steps are taken.
     share: the share of the search items that a step reads; each step draws new ones.
     rate: how far a weight moves in the first steps; it falls to a tenth.
+    pull: how strongly the rows of a tensor are drawn to their mean: what is added to the loss, in nats, where they are
+        1 away from it.
     """
 
     steps: int = Field(default=60, ge=1)
     share: float = Field(default=0.25, gt=0, le=1)
     rate: float = Field(default=0.15, gt=0)
+    pull: float = Field(default=1.0, ge=0)
 
 
 class ParameterSpaceConfig(SpaceSettings):

@@ -4,7 +4,9 @@ The merge is base + sum_i r_i d_i, where the numbers r_i of a model multiply the
 each row of a weight matrix of a layer and one for any other tensor (`methods.rows`). They start at the base, a model or
 the uniform merge, whichever has the least loss. A step reads a mini-batch of search items. The gradient on a merged
 tensor becomes one by its rows as soon as it is complete, so memory grows by a tensor's gradient and not by a model's.
-The numbers that are kept are the mean of the last steps (Polyak and Juditsky 1992).
+The mean squared distance of the numbers from the mean of their tensor is added to the loss, times `pull`, since so many
+numbers can fit the items of a search better than its tasks. The numbers that are kept are the mean of the last steps
+(Polyak and Juditsky 1992).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +53,11 @@ class _Numbers:
     def put(self, weights: Sequence[float]) -> None:
         """Sets all rows of a model to its weight."""
         self.values.copy_(torch.tensor(weights, dtype=torch.float64)[:, None].expand_as(self.values))
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """How far each number is from the mean of its model's."""
+        return self.values - self.values.mean(dim=1, keepdim=True)
 
     def follow(self, gradient: torch.Tensor, step: int, rate: float) -> None:
         """Takes one step of Adam (Kingma and Ba 2015, algorithm 1), and stays in the box.
@@ -144,12 +151,14 @@ def row_weights(
     def tensors() -> Tensors:
         merge(start())
         averaged = max(1, round(_AVERAGED * settings.steps))
+        pull = 2 * settings.pull / sum(own.values.numel() for own in numbers.values())
         for step in range(1, settings.steps + 1):
             with models.following_rows() as followed:
                 loss(step, True)
             rate = settings.rate * (1 - (1 - _FALLS_TO) * (step - 1) / settings.steps)
             for name, own in numbers.items():
-                own.follow(_gradient(followed.sums, name, references, own.values), step, rate)
+                gradient = _gradient(followed.sums, name, references, own.values)
+                own.follow(gradient + pull * own.spread, step, rate)
                 if step > settings.steps - averaged:
                     own.last += own.values / averaged
             merge()

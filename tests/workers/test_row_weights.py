@@ -61,7 +61,7 @@ def test_weights_are_the_same_each_time_and_kept(worker: Worker) -> None:
 def test_settings_that_decide_what_is_learned_decide_the_subject(worker: Worker) -> None:
     models = list(worker._config.models.values())
     before = worker._settings("row_weights", models)
-    assert before["rows"] == {"steps": 8, "share": 0.5, "rate": 0.15}
+    assert before["rows"] == {"steps": 8, "share": 0.5, "rate": 0.15, "pull": 1.0}
     assert before["weights"] == {"base_qa": 0.5, "lang_b": 0.5}
 
 
