@@ -123,6 +123,10 @@ def test_gradients_may_follow_weights_of_tensors_behind_those_of_rows(search_fil
     assert run.config.optimizer.follows_gradients
     assert {record.step for record in run.archive.gradients()} == set(range(1, 11))
     assert run.results.equivalents <= 40
+    start = run.archive.find("l0000", "search")  # no control lies where rows are weighted
+    assert start is not None
+    genes = zip(reopen(run.config).space.genes, start.candidate.genome or (), strict=True)
+    assert {value for gene, value in genes if gene.kind == "weight"} == {1.0}
 
 
 @pytest.mark.parametrize(
