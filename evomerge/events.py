@@ -100,11 +100,22 @@ class ModelAligned(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StatisticsAwaited(Event):
+    """Statistics are going to be measured, which takes minutes for large models.
+
+    kinds: the kinds of statistics.
+    """
+
+    name: ClassVar[str] = "measuring"
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StatisticsMeasured(Event):
     """A statistic of a model lies in the run's folder.
 
     kind: the kind of statistic.
-    model: the model's reference.
+    model: the model's reference; those of all models, where they are measured together.
     folder: the name of its folder.
     seconds: that a worker needed for it; next to none where it was there.
     """
@@ -128,7 +139,7 @@ class Warned(Event):
 class SearchStarts(Event):
     """The essential controls are scored.
 
-    control: the best of them, at which the optimizer starts.
+    control: the best of them, at which the optimizer starts; or the weights that it starts with, in words.
     """
 
     name: ClassVar[str] = "start"

@@ -32,6 +32,7 @@ from evomerge.events import (
     Finished,
     ModelAligned,
     SearchStarts,
+    StatisticsAwaited,
     StatisticsMeasured,
     Stepped,
     Warned,
@@ -112,6 +113,8 @@ class SearchView:
                 self._say(f"aligning {model} by {by} ...")
             case ModelAligned(model, brought, seconds):
                 self._say(f"{model} is {brought} ({seconds:.1f} s)")
+            case StatisticsAwaited(kinds):
+                self._say(f"measuring {' and '.join(kind.replace('_', ' ') for kind in kinds)} ...")
             case StatisticsMeasured(kind, model, _, seconds):
                 self._say(f"{kind.replace('_', ' ')} of {model} measured in {seconds:.1f} s")
             case SearchStarts(control):

@@ -248,7 +248,7 @@ class Search:
         given = start_of_weights(self.config)
         if given is not None:
             start = self.space.encode(dict.fromkeys(self.config.models, given))
-        self.listener(SearchStarts(leader))
+        self.listener(SearchStarts(leader if given is None else f"weights of {given:g}"))
         weights = [start_weights(self.config, control) for control in essential.evaluations]
         merges = np.array([bool(control_weights) for control_weights in weights])  # all but the base
         encoded = [self.space.encode(control_weights) for control_weights in weights if control_weights]

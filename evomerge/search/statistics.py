@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from evomerge.candidate import Candidate, Measured
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
-from evomerge.events import Listener, StatisticsMeasured
+from evomerge.events import Listener, StatisticsAwaited, StatisticsMeasured
 from evomerge.merging import methods
 from evomerge.merging.methods.base import JOINT, Kind, needed
 from evomerge.recipe import single
@@ -34,6 +34,8 @@ def measure(pairs: list[tuple[Kind, str]], pool: WorkerPool, listener: Listener)
     """
     names: Names = {}
     jobs = list(_jobs(pairs))
+    if jobs:
+        listener(StatisticsAwaited(tuple(dict.fromkeys(str(kind) for kind, _ in pairs))))
     for job in jobs:
         pool.submit(job)
     for _ in jobs:
@@ -42,8 +44,8 @@ def measure(pairs: list[tuple[Kind, str]], pool: WorkerPool, listener: Listener)
         if not isinstance(result, Measured):
             reason = getattr(result, "error", None) or "the worker gave no result"
             raise WorkFailed(f"statistics: the {kind} of {model} could not be measured ({reason}).")
-        listener(StatisticsMeasured(str(kind), model, result.name, result.seconds))
         of = [other for same, other in pairs if same == kind] if kind in JOINT else [model]
+        listener(StatisticsMeasured(str(kind), " and ".join(of), result.name, result.seconds))
         for reference in of:
             names.setdefault(reference, {})[str(kind)] = result.name
     return names
