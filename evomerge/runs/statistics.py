@@ -10,7 +10,7 @@ from evomerge.events import Listener, Warned, WorkersAwaited, WorkersReady
 from evomerge.files import check_writable
 from evomerge.merging.methods.base import JOINT, Kind
 from evomerge.merging.sources.statistics import WORDS
-from evomerge.search.preparation import prepare_file
+from evomerge.search.preparation import prepare_file, without_gradient
 from evomerge.search.statistics import Names, measure, wanted
 from evomerge.workers.pools import make_pool
 from evomerge.workers.ray_address import given
@@ -34,6 +34,8 @@ def measure_file(
     listener: is told of each.
     Raises InputError for mistakes in the file, and where nothing is asked for.
     """
+    from evomerge.evaluation.loading import of_metrics
+
     for kind in kinds or ():
         if kind not in WORDS:
             raise InputError(f"--kind is {kind}; {choices(kind, WORDS)}.")
@@ -46,6 +48,11 @@ def measure_file(
                 f"align.{unaligned[0]} stands for a model that a run makes, and which then has other statistics; "
                 "measure it with the search file in the run's directory."
             )
+    if "row_weights" in (kinds or ()):
+        hindrance = without_gradient(config, prepared.models, of_metrics(config.measured, prepared.targets or {}))
+        if hindrance is not None:
+            with naming(search_file):
+                raise InputError(f"weights of rows follow gradients, but {hindrance}; measure another --kind.")
     pairs = wanted(config)
     if kinds:
         models = {kind: [config.base, *config.models.values()] for kind in kinds}

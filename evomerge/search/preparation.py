@@ -257,7 +257,7 @@ def _learning(
     reason = None if moved else "none of its genes has a derivative by the first method"
     if config.optimizer.learning.loss == "activations":
         reason = reason or _incomparable(config)
-    reason = _without_gradient(config, prepared, targets) or reason
+    reason = without_gradient(config, prepared.models, targets) or reason
     if reason is not None and explicit:
         raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
     if reason is not None:
@@ -280,8 +280,13 @@ def _learning(
     return config, replace(prepared, config=config), unsteered
 
 
-def _without_gradient(config: SearchConfig, prepared: Prepared, targets: "Mapping[str, Target]") -> str | None:
-    """Why no gradient of a loss can be taken; None where one can."""
+def without_gradient(config: SearchConfig, models: Models, targets: "Mapping[str, Target]") -> str | None:
+    """Why no gradient of a loss can be taken; None where one can.
+
+    config: the search's.
+    models: its models.
+    targets: the tasks that it searches on.
+    """
     from evomerge.evaluation.items import Division
     from evomerge.evaluation.loading import distinct_tasks
     from evomerge.evaluation.references import without_references
@@ -293,7 +298,7 @@ def _without_gradient(config: SearchConfig, prepared: Prepared, targets: "Mappin
         return f"{own} is a function of your own, which has no derivative"
     if config.optimizer.learning.loss != "likelihood":
         return None
-    division = Division(distinct_tasks(targets), config.items, prepared.models.seen)
+    division = Division(distinct_tasks(targets), config.items, models.seen)
     chat = config.evaluation.apply_chat_template
     return without_references(config.measured, targets, division.searched_documents, chat)
 
@@ -303,7 +308,7 @@ def _check_rows(config: SearchConfig, prepared: Prepared, targets: "Mapping[str,
     if config.rows is None:
         return
     key = "space.rows" if config.space.merging is config.space else "space.parameter.rows"
-    reason = _without_gradient(config, prepared, targets)
+    reason = without_gradient(config, prepared.models, targets)
     if config.optimizer.learning.loss == "activations":
         reason = "optimizer.learning.loss is activations, which compares whole models"
     before = passes_before(config)

@@ -106,6 +106,24 @@ def test_random_search_leaves_rows_as_they_are(search_file: WriteSearch) -> None
     assert {candidate.genome for candidate in drawn} == {None}
 
 
+@pytest.mark.slow
+def test_rows_that_were_weighted_by_hand_serve_a_recipe(
+    whole: Path, search_file: WriteSearch, tmp_path: Path, refuses: Refuses
+) -> None:
+    path, folder, recipe = search_file(**SEARCH), tmp_path / "by hand", tmp_path / "recipe.yaml"
+    evomerge("measure", path, "-o", folder, "--kind", "row_weights")
+    assert [own.name for own in folder.iterdir()] == [own.name for own in (whole / "statistics").iterdir()]
+    row = next(row for row in content(whole)[0] if row["genome"] and row["state"] == "done")
+    evomerge("export", whole, "--candidate", row["id"], "-o", recipe)
+    document = yaml.safe_load(recipe.read_text())
+    del document["evomerge"]["statistics"]
+    recipe.write_text(yaml.safe_dump(document))
+    merged = evomerge("merge", recipe, tmp_path / "merged", "--statistics", folder)
+    assert row["fingerprint"] in merged
+    without = search_file(**SEARCH | {"space": {"method": "ties"}, "evaluation": {"quantize": "int8"}})
+    refuses("measure", without, "--kind", "row_weights", says=("weights of rows follow gradients", "int8"))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_two_workers_leave_the_archive_of_one(whole: Path, search_file: WriteSearch, tmp_path: Path) -> None:

@@ -382,7 +382,7 @@ class ResidentModels:
         return followed(self.candidate, self._naming, self._pieces, merges, slopes_of)
 
     def following_rows(self) -> AbstractContextManager[Followed]:
-        """The same by the weights of rows (`methods.rows`), each a vector under the name `weight`."""
+        """The same by the weights of rows, which become vectors under the name `weight` (`methods.rows`)."""
         assert self._plan is not None
         plan = self._plan
 
@@ -473,7 +473,9 @@ class ResidentModels:
             return Statistic(stored.read(own), stored.mean, stored.transposed(name))
         key = stored.folder, own
         if kind == "row_weights":  # small, and read for every candidate
-            return Statistic(self._small.setdefault((*key, device), stored.read(own).to(device)))
+            if (*key, device) not in self._small:
+                self._small[*key, device] = stored.read(own).to(device)
+            return Statistic(self._small[*key, device])
         if key not in self._statistics:
             self._statistics[key] = self._held(stored.weights, own, _empty(stored.weights.table[own]), device)
         return Statistic(self._statistics[key].on(device), stored.mean)
