@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.config.running import LearningConfig
+from evomerge.optimizers.adam import Adam, falling
 from evomerge.spaces import Gene, Genome, box, canonical, model_of
 
-_BETAS = (0.9, 0.95)
-_EPSILON = 1e-12
-_FALLS_TO = 0.1
 _AVERAGED = 0.25  # of the steps, at the end
 # The rate was chosen on zoos 101 and 102 (scripts/train_zoo --seed); the docs mark figures for `learned` on these. With
 # more genes a step moves a merge farther. That the rate falls with their number follows one trial: .04 suited 272 a
@@ -34,10 +32,14 @@ class Learner:
         """
         self._config, self._genes, self._moves = config, genes, moves
         self._low, self._high = box(genes)
-        self._mean, self._square = np.zeros(len(genes)), np.zeros(len(genes))
+        self._adam = Adam((len(genes),))
         self._path: list[Genome] = []
         self.genome = canonical(genes, start)
-        self.step = 0
+
+    @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        return self._adam.step
 
     @property
     def rate(self) -> float:
@@ -53,15 +55,8 @@ class Learner:
 
         gradient: the derivative of the loss by each gene, shape (dimension,).
         """
-        self.step += 1
-        given = np.where(self._moves, gradient, 0.0)
-        first, second = _BETAS
-        self._mean = first * self._mean + (1 - first) * given
-        self._square = second * self._square + (1 - second) * given**2
-        mean = self._mean / (1 - first**self.step)
-        square = self._square / (1 - second**self.step)
-        rate = self.rate * (1 - (1 - _FALLS_TO) * min(1.0, (self.step - 1) / self._config.steps))
-        moved = self.genome - rate * mean / (np.sqrt(square) + _EPSILON)
+        rate = falling(self.rate, self.step + 1, self._config.steps)
+        moved = self.genome - self._adam.move(np.where(self._moves, gradient, 0.0), rate)
         self.genome = np.where(self._moves, np.clip(moved, self._low, self._high), self.genome)
         self._path.append(self.genome)
 

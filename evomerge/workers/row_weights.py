@@ -9,9 +9,10 @@ numbers can fit the items of a search better than its tasks. The numbers that ar
 (Polyak and Juditsky 1992).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from evomerge.config.spaces import RowsConfig
@@ -19,58 +20,47 @@ from evomerge.layers import layer_index
 from evomerge.merging.methods.base import Kind
 from evomerge.merging.methods.rows import row_count
 from evomerge.merging.methods.slopes import Place
+from evomerge.merging.plan import MergePlan
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.sources.statistics import Readable
+from evomerge.optimizers.adam import Adam, Array, falling
 from evomerge.recipe import Recipe, Source
 from evomerge.workers.measuring import Measurement, Tensors
 
 METHOD = "task_arithmetic+rows"
-# Chosen on zoos 101 and 102 (scripts/train_zoo --seed), as are the defaults of `RowsConfig`.
-_BETAS = (0.9, 0.95)
-_EPSILON = 1e-12
-_FALLS_TO = 0.1
-_AVERAGED = 1 / 6  # of the steps, at the end
+_AVERAGED = 1 / 6  # of the steps, at the end; chosen on zoos 101 and 102, as are the defaults of `RowsConfig`
 _LOW, _HIGH = 0.0, 1.5
+Loss = Callable[[int, bool], float]
 
 
 @dataclass
 class _Numbers:
     """The numbers of one tensor.
 
-    values: the numbers, float64 on the CPU, shape (models, rows).
-    mean, square: Adam's moments.
+    values: the numbers, shape (models, rows).
     last: the mean of the values after the last steps, as far as they are taken.
     """
 
-    values: torch.Tensor
-    mean: torch.Tensor = field(init=False)
-    square: torch.Tensor = field(init=False)
-    last: torch.Tensor = field(init=False)
+    values: Array
+    last: Array = field(init=False)
+    _adam: Adam = field(init=False)
 
     def __post_init__(self) -> None:
-        self.mean, self.square, self.last = (torch.zeros_like(self.values) for _ in range(3))
-
-    def put(self, weights: Sequence[float]) -> None:
-        """Sets all rows of a model to its weight."""
-        self.values.copy_(torch.tensor(weights, dtype=torch.float64)[:, None].expand_as(self.values))
+        self.last, self._adam = np.zeros(self.values.shape), Adam(self.values.shape)
 
     @property
-    def spread(self) -> torch.Tensor:
+    def spread(self) -> Array:
         """How far each number is from the mean of its model's."""
-        return self.values - self.values.mean(dim=1, keepdim=True)
+        spread: Array = self.values - self.values.mean(axis=1, keepdims=True)
+        return spread
 
-    def follow(self, gradient: torch.Tensor, step: int, rate: float) -> None:
-        """Takes one step of Adam (Kingma and Ba 2015, algorithm 1), and stays in the box.
+    def follow(self, gradient: Array, rate: float) -> None:
+        """Takes one step, and stays in the box.
 
         gradient: the derivative of the loss by each number.
-        step: the number of the step, from 1.
-        rate: how far a number moves at most, about.
+        rate: how far a number moves, about.
         """
-        first, second = _BETAS
-        self.mean.mul_(first).add_(gradient, alpha=1 - first)
-        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        mean, square = self.mean / (1 - first**step), self.square / (1 - second**step)
-        self.values.sub_(rate * mean / (square.sqrt() + _EPSILON)).clamp_(_LOW, _HIGH)
+        self.values = np.clip(self.values - self._adam.move(gradient, rate), _LOW, _HIGH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +82,11 @@ class _Held:
         return False
 
     def read(self, name: str) -> torch.Tensor:
-        return self.numbers[name].values[self.model].to(torch.float32)
+        return _float32(self.numbers[name].values[self.model])
 
 
 def row_weights(
-    models: ResidentModels,
-    base: str,
-    references: Sequence[str],
-    loss: Callable[[int, bool], float],
-    settings: RowsConfig,
+    models: ResidentModels, base: str, references: Sequence[str], loss: Loss, settings: RowsConfig
 ) -> Measurement:
     """The weights of the rows of all models, learned together.
 
@@ -116,57 +102,78 @@ def row_weights(
         models=tuple(Source(model=reference, parameters={"weight": 1.0}) for reference in references),
         parameters={"normalize": False},
     )
-    plan, count = models.plan(recipe), len(references)
-    numbers = {
-        tensor.name: _Numbers(
-            torch.zeros(
-                (count, row_count(models.shape_of(tensor), layer_index(tensor.name) is not None)), dtype=torch.float64
-            )
-        )
-        for tensor in plan.tensors
-    }
-    layout = {
-        f"{place}:{name}": ((own.values.shape[1],), torch.float32)
-        for name, own in numbers.items()
-        for place in range(count)
-    }
-
-    def held(_: Kind, reference: str) -> Readable:
-        return _Held(numbers, references.index(reference))
-
-    def merge(weights: Sequence[float] | None = None) -> None:
-        if weights is not None:
-            for own in numbers.values():
-                own.put(weights)
-        models.make_with(plan, held)
-
-    def start() -> Sequence[float]:
-        """The weights of the models with the least loss on the first mini-batch."""
-        found = []
-        for weights in starts(count):
-            merge(weights)
-            found.append((loss(0, False), weights))
-        return min(found, key=lambda pair: pair[0])[1]
+    rows = _Rows(models, models.plan(recipe), references, loss)
+    layout = {name: (tuple(own.shape), torch.float32) for name, own in rows.parts(lambda numbers: numbers.values)}
 
     def tensors() -> Tensors:
-        merge(start())
-        averaged = max(1, round(_AVERAGED * settings.steps))
-        pull = 2 * settings.pull / sum(own.values.numel() for own in numbers.values())
-        for step in range(1, settings.steps + 1):
-            with models.following_rows() as followed:
-                loss(step, True)
-            rate = settings.rate * (1 - (1 - _FALLS_TO) * (step - 1) / settings.steps)
-            for name, own in numbers.items():
-                gradient = _gradient(followed.sums, name, references, own.values)
-                own.follow(gradient + pull * own.spread, step, rate)
-                if step > settings.steps - averaged:
-                    own.last += own.values / averaged
-            merge()
-        for name, own in numbers.items():
-            for place in range(count):
-                yield f"{place}:{name}", own.last[place].to(torch.float32)
+        rows.learn(settings)
+        for name, own in rows.parts(lambda numbers: numbers.last):
+            yield name, _float32(own)
 
     return Measurement(layout, tensors())
+
+
+class _Rows:
+    """The numbers of all tensors while they are learned."""
+
+    def __init__(self, models: ResidentModels, plan: MergePlan, references: Sequence[str], loss: Loss) -> None:
+        """plan: the merge of all models with weighted rows. See `row_weights`."""
+        self._models, self._plan, self._references, self._loss = models, plan, references, loss
+        self._numbers: dict[str, _Numbers] = {}
+        for tensor in plan.tensors:
+            count = row_count(models.shape_of(tensor), layer_index(tensor.name) is not None)
+            self._numbers[tensor.name] = _Numbers(np.zeros((len(references), count)))
+
+    def parts(self, of: Callable[[_Numbers], Array]) -> Iterator[tuple[str, Array]]:
+        """What is written, by the names of the files' tensors: one vector for each tensor and model.
+
+        of: which numbers of a tensor.
+        """
+        for name, own in self._numbers.items():
+            for place, numbers in enumerate(of(own)):
+                yield f"{place}:{name}", numbers
+
+    def learn(self, settings: RowsConfig) -> None:
+        """Takes all steps."""
+        self._merge(self._start())
+        averaged = max(1, round(_AVERAGED * settings.steps))
+        pull = 2 * settings.pull / sum(own.values.size for own in self._numbers.values())
+        for step in range(1, settings.steps + 1):
+            with self._models.following_rows() as followed:
+                self._loss(step, True)
+            rate = falling(settings.rate, step, settings.steps)
+            for name, own in self._numbers.items():
+                own.follow(self._gradient(followed.sums, name) + pull * own.spread, rate)
+                if step > settings.steps - averaged:
+                    own.last += own.values / averaged
+            self._merge()
+
+    def _merge(self, weights: Sequence[float] | None = None) -> None:
+        """Makes the merge.
+
+        weights: a weight for all rows of each model; None for their own.
+        """
+        if weights is not None:
+            for own in self._numbers.values():
+                own.values[:] = np.array(weights)[:, None]
+        self._models.make_with(self._plan, self._held)
+
+    def _held(self, _: Kind, reference: str) -> Readable:
+        return _Held(self._numbers, self._references.index(reference))
+
+    def _start(self) -> Sequence[float]:
+        """The weights of the models with the least loss on the first mini-batch; of equal ones the first."""
+        found = []
+        for weights in starts(len(self._references)):
+            self._merge(weights)
+            found.append((self._loss(0, False), weights))
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _gradient(self, sums: Mapping[Place, torch.Tensor], name: str) -> Array:
+        """The derivative of the loss by each number of a tensor; zeros where the loss does not depend on it."""
+        found = [sums.get((name, reference, "weight")) for reference in self._references]
+        zero = np.zeros(self._numbers[name].values.shape[1])
+        return np.stack([zero if own is None else own.to("cpu").numpy() for own in found])
 
 
 def starts(count: int) -> list[tuple[float, ...]]:
@@ -178,9 +185,5 @@ def starts(count: int) -> list[tuple[float, ...]]:
     return [(0.0,) * count, *parents, *([(1.0 / count,) * count] if count > 1 else [])]
 
 
-def _gradient(
-    sums: Mapping[Place, torch.Tensor], name: str, references: Sequence[str], like: torch.Tensor
-) -> torch.Tensor:
-    """The derivative of the loss by each number of a tensor; zeros where the loss does not depend on it."""
-    found = [sums.get((name, reference, "weight")) for reference in references]
-    return torch.stack([torch.zeros_like(like[0]) if own is None else own.to("cpu") for own in found])
+def _float32(numbers: Array) -> torch.Tensor:
+    return torch.from_numpy(numbers.astype(np.float32))

@@ -16,10 +16,9 @@ from evomerge.merging.methods.base import Inputs, Latest, MergeFunction, Once, e
 from evomerge.merging.methods.kernels import pieces
 from evomerge.merging.methods.parts import Elements, part_of
 from evomerge.merging.methods.passes import Pass
+from evomerge.merging.methods.slopes import Key
 
 T = TypeVar("T")
-Number = tuple[str, int | None]
-"""A parameter by its name and the index of the model, as in `slopes`."""
 _STEP = "rows"
 
 
@@ -120,7 +119,7 @@ class _Kept:
         return self.once(key, models, make)
 
 
-def row_slopes(inputs: Inputs, gradient: torch.Tensor) -> dict[Number, torch.Tensor]:
+def row_slopes(inputs: Inputs, gradient: torch.Tensor) -> dict[Key, torch.Tensor]:
     """The derivatives of a loss by the weights of rows, where the base and all weighted task vectors are added up:
     float64, shape (rows,), under `weight` and the index of the model. On the inputs' device, or on the CPU where it has
     no float64.
@@ -131,12 +130,11 @@ def row_slopes(inputs: Inputs, gradient: torch.Tensor) -> dict[Number, torch.Ten
     assert inputs.base is not None
     rows = row_count(gradient.shape, inputs.in_layer)
     flat, columns = gradient.reshape(-1), gradient.numel() // rows
-    found: dict[Number, torch.Tensor] = {}
-    for index, tensor in enumerate(inputs.tensors):
-        parts = []
-        for block in pieces(rows, gradient.device, columns):
-            piece = slice(block.start * columns, block.stop * columns)
-            change = part_of(tensor, piece).to(torch.float32) - part_of(inputs.base, piece).to(torch.float32)
-            parts.append((widened(change) * widened(flat[piece])).view(-1, columns).sum(dim=1))
-        found["weight", index] = torch.cat(parts)
-    return found
+    parts: dict[Key, list[torch.Tensor]] = {("weight", index): [] for index in range(len(inputs.tensors))}
+    for block in pieces(rows, gradient.device, columns):
+        piece = slice(block.start * columns, block.stop * columns)
+        base, wide = part_of(inputs.base, piece).to(torch.float32), widened(flat[piece])
+        for tensor, own in zip(inputs.tensors, parts.values(), strict=True):
+            change = part_of(tensor, piece).to(torch.float32) - base
+            own.append((widened(change) * wide).view(-1, columns).sum(dim=1))
+    return {key: torch.cat(own) for key, own in parts.items()}
