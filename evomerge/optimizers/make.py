@@ -33,19 +33,34 @@ def _make(config: OptimizerConfig, problem: Problem) -> Optimizer:
     return made
 
 
-def passes_before(config: SearchConfig) -> float:
-    """What a search reads before its first candidate, in forward passes over all search items: all items once with the
-    base and with every model, where the loss compares layers with theirs, and the mini-batches that row weights are
-    learned from.
+def passes_before(config: SearchConfig, follows: bool) -> float:
+    """What a search reads before its first candidate, in forward passes over all search items.
+
+    config: the search's.
+    follows: whether it takes steps along gradients.
+    """
+    return passes_for_rows(config) + (passes_for_outputs(config) if follows else 0.0)
+
+
+def passes_for_outputs(config: SearchConfig) -> float:
+    """What it costs to read all search items once with the base and with every model, where the loss of steps along
+    gradients compares layers with theirs; in forward passes over all search items.
+
+    config: the search's.
+    """
+    return 1.0 + len(config.models) if config.optimizer.learning.loss == "activations" else 0.0
+
+
+def passes_for_rows(config: SearchConfig) -> float:
+    """What it costs to learn the weights of rows, in forward passes over all search items.
 
     config: the search's.
     """
     models, rows = len(config.models), config.rows
-    compared = 1.0 + models if config.optimizer.learning.loss == "activations" else 0.0
     if rows is None:
-        return compared
+        return 0.0
     merges = 1 + models + (models > 1)  # where learning may start: the base, the models, and their uniform merge
-    return compared + rows.share * (merges + FORWARD_PASSES * rows.steps)
+    return rows.share * (merges + FORWARD_PASSES * rows.steps)
 
 
 def learning_steps(config: OptimizerConfig, limit: float, before: float = 0.0) -> int:

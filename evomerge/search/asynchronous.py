@@ -5,6 +5,7 @@ makes them repeatable: it holds the `Arrival` of each evaluation, and a resumed 
 tells again. So an archive depends on its config and on the recorded order, and on nothing else.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from evomerge.candidate import Candidate, Evaluation
 from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.optimizers.base import Optimizer
+from evomerge.optimizers.make import passes_for_rows
 from evomerge.optimizers.pareto import ScoreArray
 from evomerge.search.generations import NOTHING_LEFT, propose
 from evomerge.spaces import SearchSpace
@@ -45,12 +47,17 @@ class AsyncSchedule:
 
     def next(self) -> Job | None:
         """The next job, for which the optimizer is asked if need be; None once the budget is spent."""
-        while not self._queue and self._created < self.config.budget and not self._exhausted:
+        while not self._queue and self._created < self._budget and not self._exhausted:
             self._ask()
         identity = next(iter(self._queue), None)
-        if identity is None or self._queue[identity][0] >= self.config.budget:
+        if identity is None or self._queue[identity][0] >= self._budget:
             return None
         return Job(self._queue.pop(identity)[1], "search")
+
+    @property
+    def _budget(self) -> int:
+        """How many candidates the budget has room for."""
+        return self.config.budget - math.ceil(passes_for_rows(self.config))
 
     def _ask(self) -> None:
         genomes = self.optimizer.ask()
@@ -64,7 +71,7 @@ class AsyncSchedule:
     @property
     def early(self) -> str:
         """Why it has ended before its budget was spent; empty where it has not."""
-        return NOTHING_LEFT if self._exhausted and self._created < self.config.budget else ""
+        return NOTHING_LEFT if self._exhausted and self._created < self._budget else ""
 
     def arrival(self) -> Arrival:
         """The number of the next evaluation to arrive, and how many asks came before it."""

@@ -130,7 +130,7 @@ class Learning:
         self._scored: dict[int, Evaluation | None] = {}
         self._ending = not self._sensitivity.moves.any()
         self.early = "its loss depends on no gene" if self._ending else ""
-        self.cost, self.finished = passes_before(config), False
+        self.cost, self.finished = passes_before(config, follows=True), False
         if problem.known is None:  # as where rows are weighted, so no control lies at the start
             self._score()
         self._go_on()

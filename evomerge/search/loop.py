@@ -20,7 +20,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import WorkFailed
 from evomerge.events import Evaluated, Finished, Listener, SearchStarts, Warned
 from evomerge.optimizers.base import Problem
-from evomerge.optimizers.make import make_optimizer, passes_before
+from evomerge.optimizers.make import make_optimizer, passes_for_rows
 from evomerge.optimizers.ranking import Ranking
 from evomerge.search.asynchronous import AsyncSchedule
 from evomerge.search.controls import (
@@ -298,8 +298,9 @@ class Search:
             for candidate, evaluation in learning.scored if learning is not None else ():
                 watch.learn([candidate], [evaluation], counted=False)
         optimizer = make_optimizer(self.config.optimizer.evolving, problem)
-        before = passes_before(self.config)
-        first, spent = (learning.candidates, learning.cost) if learning is not None else (0, before)
+        first, spent = (
+            (learning.candidates, learning.cost) if learning is not None else (0, passes_for_rows(self.config))
+        )
         return Generations(optimizer, self.space, self.config, criteria, subsets, watch, first, spent)
 
     def _drain(self, schedules: Sequence[Schedule], quantized: bool = False) -> None:

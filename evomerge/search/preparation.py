@@ -24,7 +24,7 @@ from evomerge.merging import vocabulary
 from evomerge.merging.sources.models import Models, models_of
 from evomerge.merging.sources.preflight import preflight
 from evomerge.merging.sources.tensor_files import parameter_count, size_in_bytes, torch_dtypes
-from evomerge.optimizers.make import following_gradients, learns, passes_before, resolve
+from evomerge.optimizers.make import following_gradients, learns, passes_before, passes_for_rows, resolve
 from evomerge.search.controls import check_controls, count_controls, start_of_weights
 from evomerge.seen import encoded
 from evomerge.spaces import SearchSpace
@@ -119,7 +119,7 @@ def prepare(config: SearchConfig, address: str | None = None) -> Prepared:
     searched = of_metrics(config.measured, targets)
     doubt = None
     _check_rows(config, prepared, searched)
-    if learns(config.optimizer, config.limit, passes_before(config)):
+    if learns(config.optimizer, config.limit, passes_before(config, follows=True)):
         config, prepared, doubt = _learning(config, prepared, searched)
         space = prepared.space
     own_items = OwnItems.of(config, own)
@@ -257,7 +257,7 @@ def _learning(
     reason = None if moved else "none of its genes has a derivative by the first method"
     if config.optimizer.learning.loss == "activations":
         reason = reason or _incomparable(config)
-    reason = without_gradient(config, prepared.models, targets) or reason
+    reason = reason or without_gradient(config, prepared.models, targets)
     if reason is not None and explicit:
         raise InputError(f"optimizer asks for learned, but {reason}; use another optimizer, or auto.")
     if reason is not None:
@@ -269,8 +269,9 @@ def _learning(
             Division(tasks, items, prepared.models.seen)
         except InputError:  # too many items are alike
             items = config.items
+    before = passes_before(config, follows=True)
     optimizer = following_gradients(
-        config.optimizer, moved, prepared.space.genes, config.limit, bool(items.selection), passes_before(config)
+        config.optimizer, moved, prepared.space.genes, config.limit, bool(items.selection), before
     )
     unsteered = None
     if config.constraints and optimizer.learning.loss != "likelihood":
@@ -311,7 +312,7 @@ def _check_rows(config: SearchConfig, prepared: Prepared, targets: "Mapping[str,
     reason = without_gradient(config, prepared.models, targets)
     if config.optimizer.learning.loss == "activations":
         reason = "optimizer.learning.loss is activations, which compares whole models"
-    before = passes_before(config)
+    before = passes_for_rows(config)
     if reason is None and before >= config.limit:
         raise InputError(
             f"{key} costs {before:g} forward passes over the search items, but the search may cost {config.limit:g}; "
@@ -621,7 +622,7 @@ def summarize(prepared: Prepared, plan: "SearchPlan | None" = None) -> dict[str,
         "candidates": config.budget,
         "generations": _generations(config),
         "equivalents": config.optimizer.equivalents,
-        "rows": {"steps": config.rows.steps, "forward passes": passes_before(config)}
+        "rows": {"steps": config.rows.steps, "forward passes": passes_for_rows(config)}
         if config.rows is not None
         else {},
         "steps": config.optimizer.learning.steps if config.optimizer.follows_gradients else 0,

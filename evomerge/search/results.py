@@ -9,7 +9,7 @@ from evomerge.archive.archive import Archive, Record, steering
 from evomerge.archive.gradients import GradientRecord
 from evomerge.candidate import Candidate, Study
 from evomerge.config.search import SearchConfig
-from evomerge.optimizers.make import FORWARD_PASSES, passes_before
+from evomerge.optimizers.make import FORWARD_PASSES, passes_for_outputs, passes_for_rows
 from evomerge.search.best import best_of, best_searched, finalists, front_of, reported
 from evomerge.search.controls import count_controls
 from evomerge.search.criteria import Criteria, criteria_of
@@ -92,7 +92,12 @@ class Results:
         )
         searched = [record.evaluation for study in records for record in study if record.candidate.kind == "search"]
         scored = sum(1.0 if evaluation.subset is None else evaluation.subset.share for evaluation in searched)
-        return scored + passes(self.config, self.archive.gradients())
+        return self.passes_for_rows + scored + passes(self.config, self.archive.gradients())
+
+    @property
+    def passes_for_rows(self) -> float:
+        """What the weights of rows have cost, once they are learned, in forward passes over all search items."""
+        return passes_for_rows(self.config) if self.archive.statistics else 0.0
 
     @property
     def steps(self) -> int:
@@ -172,8 +177,6 @@ def passes(config: SearchConfig, gradients: Sequence[GradientRecord]) -> float:
     gradients: the records of the shards of some steps.
     """
     learning = config.optimizer.learning
-    if not config.optimizer.follows_gradients:
-        return passes_before(config)
     each = [FORWARD_PASSES * learning.share if record.step > 0 else 1.0 for record in gradients]
     first = any(record.step == 1 and record.shard == 0 for record in gradients)
-    return sum(each) / learning.shards + first * passes_before(config)
+    return sum(each) / learning.shards + first * passes_for_outputs(config)

@@ -1,5 +1,6 @@
 """Searches that weigh rows: learned once, resumed, exported, merged to the scored fingerprint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import torch
 import yaml
 
 from evomerge.config.files import load
-from evomerge.events import Evaluated, Event, StatisticsMeasured, unheard
+from evomerge.events import Event, StatisticsMeasured, unheard
 from evomerge.merging.sources.statistics import read
-from evomerge.optimizers.make import passes_before
+from evomerge.optimizers.make import passes_for_rows
+from evomerge.reports.page.course import costs, course
 from evomerge.runs import directory as runs
 from evomerge.search.controls import further_controls
 from evomerge.search.preparation import reopen
-from evomerge.search.results import passes
 from tests.bad_input import Refuses
 from tests.commands import content, evomerge
 from tests.searches import WriteSearch, small_search
+from tests.stopping import Stop, stopper
 
 SEARCH: dict[str, Any] = {
     "objectives": [{"task": "base_qa"}, {"task": "cross_math_b"}],
@@ -26,10 +28,6 @@ SEARCH: dict[str, Any] = {
     "space": {"layer_granularity": 6, "rows": {"steps": 6, "share": 0.5}},
     "optimizer": {"name": "group_evolution", "evaluations": 16},
 }
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +42,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_search_over_rows_learns_them_once_and_leaves_the_same_archive(
     whole: Path, search_file: WriteSearch, tmp_path: Path
 ) -> None:
-    cut, count = tmp_path / "cut", 0
-    measured: list[StatisticsMeasured] = []
-
-    def stop_midway(event: Event) -> None:
-        nonlocal count
-        count += isinstance(event, Evaluated)
-        measured.extend([event] if isinstance(event, StatisticsMeasured) else [])
-        if count == 6:
-            raise Stop
-
+    cut, heard = tmp_path / "cut", list[Event]()
     with pytest.raises(Stop):
-        runs.start(search_file(**SEARCH), cut, (), None, stop_midway)
-    assert [event.kind for event in measured] == ["row_weights"]  # of both models
+        runs.start(search_file(**SEARCH), cut, (), None, stopper(6, heard))
+    assert [event.kind for event in heard if isinstance(event, StatisticsMeasured)] == ["row_weights"]  # of both models
     kept = {file: file.stat().st_mtime_ns for file in (cut / "statistics").rglob("*")}
     evomerge("resume", cut)
     assert {file: file.stat().st_mtime_ns for file in (cut / "statistics").rglob("*")} == kept
@@ -89,9 +78,12 @@ def test_every_row_of_a_layer_has_a_weight_and_every_other_tensor_one(whole: Pat
 
 def test_weights_of_models_start_at_1_and_the_budget_counts_what_rows_cost(whole: Path) -> None:
     run = runs.read(whole)
-    assert passes_before(run.config) == 0.5 * (4 + 3 * 6) == passes(run.config, [])
+    assert passes_for_rows(run.config) == 0.5 * (4 + 3 * 6)
     searched = [record for record in run.archive.records() if record.candidate.kind == "search"]
-    assert len(searched) == 16 - passes_before(run.config)
+    assert len(searched) == 16 - passes_for_rows(run.config)
+    assert run.results.equivalents == costs(run.results).searched.passes == 16
+    found = course(run.results).points
+    assert [point.spent.passes for point in found] == [12, 13, 14, 15, 16]
     space = reopen(run.config).space
     assert {gene.start for gene in space.genes if gene.kind == "weight"} == {1.0}
     weights = np.array([gene.kind == "weight" for gene in space.genes])
@@ -122,6 +114,25 @@ def test_rows_that_were_weighted_by_hand_serve_a_recipe(
     assert row["fingerprint"] in merged
     without = search_file(**SEARCH | {"space": {"method": "ties"}, "evaluation": {"quantize": "int8"}})
     refuses("measure", without, "--kind", "row_weights", says=("weights of rows follow gradients", "int8"))
+
+
+def test_an_asynchronous_search_counts_what_rows_cost_too(search_file: WriteSearch, tmp_path: Path) -> None:
+    path = search_file(**SEARCH | {"optimizer": {"name": "random_search", "evaluations": 14, "schedule": "async"}})
+    evomerge("run", path, "--output", tmp_path / "run")
+    run = runs.read(tmp_path / "run")
+    assert run.results.equivalents == 14
+    assert sum(record.candidate.kind == "search" for record in run.archive.records()) == 3
+
+
+def test_check_says_what_rows_cost_in_passes_and_in_memory(search_file: WriteSearch) -> None:
+    plans = {}
+    for name, rows in (("with", SEARCH["space"]["rows"]), ("without", False)):
+        path = search_file(f"{name}.yaml", **SEARCH | {"space": SEARCH["space"] | {"rows": rows}})
+        plans[name] = json.loads(evomerge("check", path, "--json"))
+    assert plans["with"]["rows"] == {"steps": 6, "forward passes": 11}
+    assert "rows" not in plans["without"] or not plans["without"]["rows"]
+    candidate = {name: plan["gib_per_worker"]["candidate"] for name, plan in plans.items()}
+    assert candidate["with"] > candidate["without"]  # for the pass back
 
 
 @pytest.mark.ray

@@ -115,7 +115,7 @@ def course(results: Results) -> Course:
 def costs(results: Results) -> Costs:
     """What a run has cost so far."""
     archive, records = results.archive, _in_order(results)
-    last = list(_spending(results, records))[-1] if records else Spent()
+    last = list(_spending(results, records))[-1] if records else _before(results)
     tried = archive.tried()
     seconds = sum(record.seconds for record in archive.gradients())
     for study in studies(results.config):
@@ -152,7 +152,7 @@ def _spending(results: Results, records: Sequence[Record]) -> Iterator[Spent]:
     """What the search had cost when each of the records was there. A candidate that gradients led to comes after its
     steps."""
     gradients = results.archive.gradients()
-    spent, taken = Spent(), 0
+    spent, taken = _before(results), 0
     for record in records:
         if is_learned(record.candidate):
             number = int(record.candidate.id.removeprefix("l"))
@@ -162,6 +162,12 @@ def _spending(results: Results, records: Sequence[Record]) -> Iterator[Spent]:
         taken += len(due)
         spent = _added(_added(spent, _learned(results, due)), _evaluated(results, record))
         yield spent
+
+
+def _before(results: Results) -> Spent:
+    """What the search had cost before its first step and candidate, times left out."""
+    cost = results.passes_for_rows
+    return Spent(passes=cost, items=cost * _all_items(results))
 
 
 def _added(first: Spent, second: Spent) -> Spent:
