@@ -23,10 +23,7 @@ from tests.bad_input import Refuses
 from tests.commands import content, evomerge
 from tests.models import shuffled
 from tests.searches import WriteSearch, small_search
-
-
-class Stop(Exception):
-    """Stands for a kill."""
+from tests.stopping import Stop
 
 
 @pytest.fixture

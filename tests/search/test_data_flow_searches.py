@@ -25,6 +25,7 @@ from tests import commands
 from tests.commands import content, evomerge
 from tests.fakes import FakePool, Killed
 from tests.searches import WriteSearch
+from tests.stopping import Stop
 
 SPACES: dict[str, dict[str, Any]] = {
     "paths": {
@@ -126,10 +127,6 @@ REAL = {
         "optimizer": {"name": "path_evolution", "evaluations": 12},
     },
 }
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 @pytest.mark.slow

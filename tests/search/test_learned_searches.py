@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from evomerge.events import Evaluated, Event, Listener, Stepped, unheard
+from evomerge.events import unheard
 from evomerge.runs import directory as runs
 from tests.commands import content, evomerge
 from tests.searches import WriteSearch
+from tests.stopping import Stop, stopper
 
 OBJECTIVES = [{"task": "base_qa"}, {"task": "cross_math_b"}]
 LEARNING = {"steps": 6, "every": 3, "share": 0.25, "shards": 2}
@@ -28,23 +29,6 @@ def gradients(directory: Path) -> list[Any]:
         (record.step, record.shard, record.genome, record.losses, record.slopes.tobytes(), record.fingerprint)
         for record in runs.read(directory).archive.gradients()
     ]
-
-
-class Stop(Exception):
-    """Stands for a kill."""
-
-
-def stopper(count: int) -> Listener:
-    """Ends a run after so many candidates and steps."""
-    left = count
-
-    def stop(event: Event) -> None:
-        nonlocal left
-        left -= isinstance(event, Stepped | Evaluated)
-        if left == 0:
-            raise Stop
-
-    return stop
 
 
 @pytest.mark.slow

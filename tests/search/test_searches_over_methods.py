@@ -9,14 +9,11 @@ from evomerge.events import Evaluated, Event
 from evomerge.runs import directory as runs
 from tests.commands import content, evomerge
 from tests.searches import WriteSearch
+from tests.stopping import Stop
 
 pytestmark = pytest.mark.slow  # searches from end to end
 METHODS = ["dare_ties", "localize_and_stitch", "consensus", "wudi", "tsv", "iso", "knots", "ace", "regmean"]
 SEED = 523  # with which each of the nine candidates has another method
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 def test_a_search_over_methods_with_and_without_data_is_resumed_exported_and_merged(

@@ -17,6 +17,7 @@ from evomerge.runs import directory as runs
 from evomerge.search.preparation import prepare, prepare_file, summarize
 from tests.commands import content, evomerge
 from tests.searches import small_search
+from tests.stopping import Stop
 from tests.vocabularies import renumbered, words_of
 
 SPACES = {
@@ -27,10 +28,6 @@ SPACES = {
 
 
 LEARNED = {"optimizer": {"name": "learned", "evaluations": 4, "learning": {"steps": 3}}}
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 @pytest.fixture(scope="module")

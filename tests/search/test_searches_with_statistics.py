@@ -6,18 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from evomerge.events import Evaluated, Event, StatisticsMeasured
+from evomerge.events import Event, StatisticsMeasured
 from evomerge.runs import directory as runs
 from tests.bad_input import Refuses
 from tests.commands import content, evomerge
 from tests.searches import WriteSearch
+from tests.stopping import Stop, stopper
 
 METHODS = ["dare_ties", "regmean", "fisher", "gradient_matching"]
 SEED = 3
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 def written(search_file: WriteSearch, **changes: Any) -> Path:
@@ -33,20 +30,13 @@ def written(search_file: WriteSearch, **changes: Any) -> Path:
 def test_a_search_with_statistics_is_resumed_exported_and_merged(search_file: WriteSearch, tmp_path: Path) -> None:
     path = written(search_file, space={"method": METHODS, "post": {"aim": {"omega": {"low": 0.2}}}})
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    measured: list[StatisticsMeasured] = []
-    count = 0
-
-    def stop_midway(event: Event) -> None:
-        nonlocal count
-        count += isinstance(event, Evaluated)
-        measured.extend([event] if isinstance(event, StatisticsMeasured) else [])
-        if count == 5:
-            raise Stop
-
+    heard: list[Event] = []
     evomerge("run", path, "--output", whole)
     with pytest.raises(Stop):
-        runs.start(path, cut, (), None, stop_midway)
-    assert len(measured) == 6  # grams of two models, Fisher information of three, activations of the base
+        runs.start(path, cut, (), None, stopper(5, heard))
+    assert (
+        sum(isinstance(event, StatisticsMeasured) for event in heard) == 6
+    )  # grams of two models, Fisher information of three, activations of the base
     kept = {file: file.stat().st_mtime_ns for file in (cut / "statistics").rglob("*")}
     evomerge("resume", cut)
     assert {file: file.stat().st_mtime_ns for file in (cut / "statistics").rglob("*")} == kept

@@ -73,7 +73,7 @@ def test_derivatives_by_rows_are_those_of_autograd(in_layer: bool, dtype: torch.
         leaf.view(-1, 1) * (tensor.float() - inputs.base.float()).double()
         for leaf, tensor in zip(leaves, inputs.tensors, strict=True)
     ]
-    (sum(changes) * gradient.double()).sum().backward()  # type: ignore[union-attr]
+    torch.autograd.backward((torch.stack(changes).sum(dim=0) * gradient.double()).sum())
     measured = row_slopes(inputs, gradient)
     assert measured.keys() == {("weight", index) for index in range(len(leaves))}
     for index, leaf in enumerate(leaves):
@@ -84,7 +84,9 @@ def test_what_is_kept_of_weighted_rows_is_kept_apart() -> None:
     kept: dict[Any, Any] = {}
 
     def once(what: Any, names: tuple[int, ...], make: Any, /) -> Any:
-        return kept.setdefault((what, names), None) or kept.update({(what, names): make()}) or kept[what, names]
+        if (what, names) not in kept:
+            kept[what, names] = make()
+        return kept[what, names]
 
     plain = replace(inputs_of(methods.get("ties", "here"), {}, torch.float32), once=once)
     weighted = replace(inputs_of(methods.get("ties+rows", "here"), {}, torch.float32), once=once)
