@@ -349,6 +349,14 @@ class Recipe(Settings):
             }
         )
 
+    def without_step(self, step: str) -> "Recipe":
+        """This recipe with a method that leaves out a step.
+
+        step: such as `rows`, of `dare_ties+rows`.
+        """
+        plain, *steps = self.merge_method.split("+")
+        return self.model_copy(update={"merge_method": "+".join([plain, *(s for s in steps if s != step)])})
+
     def content_id(self) -> str:
         """A hash of what decides the model: everything but scores and provenance."""
         content = self.model_dump(mode="json", exclude={"evomerge"})

@@ -445,6 +445,15 @@ def test_the_content_id_takes_in_all_that_decides_the_weights():
     assert len({plain.content_id(), *(other.content_id() for other in others)}) == 11
 
 
+@pytest.mark.parametrize(
+    ("method", "left"),
+    [("ties+rows", "ties"), ("ties+rows+aim", "ties+aim"), ("ties+aim", "ties+aim"), ("ties", "ties")],
+)
+def test_a_recipe_without_a_step_is_the_same_in_all_else(method, left):
+    recipe = one_model(1.0).model_copy(update={"merge_method": method})
+    assert recipe.without_step("rows") == recipe.model_copy(update={"merge_method": left})
+
+
 @few
 @given(document=documents(), vocabulary=vocabularies)
 def test_renaming_there_and_back_gives_the_same_recipe(document, vocabulary):

@@ -13,7 +13,6 @@ import numpy as np
 from evomerge.candidate import Candidate
 from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError
-from evomerge.merging.methods import without_rows
 from evomerge.randomness import counter_rng
 from evomerge.recipe import Parameters, Provenance, Recipe, Source, linear, single
 from evomerge.spaces import Genome, SearchSpace, canonical
@@ -116,7 +115,7 @@ def _random_search(config: SearchConfig, space: SearchSpace, first: int) -> list
     points = (space.draw(counter_rng(config.seed, "random_search", index)) for index in range(config.budget))
     genomes = [canonical(space.genes, np.where(moves, point, start)) for point in points]
     recipes = [space.decode(genome) for genome in genomes]
-    plain = [recipe.model_copy(update={"merge_method": without_rows(recipe.merge_method)}) for recipe in recipes]
+    plain = [recipe.without_step("rows") for recipe in recipes]
     return [
         _control(f"{RANDOM}-{i:04d}", first + i, drawn, tuple(genome.tolist()) if drawn == recipe else None)
         for i, (drawn, recipe, genome) in enumerate(zip(plain, recipes, genomes, strict=True))

@@ -361,12 +361,6 @@ def find(name: str) -> Method | None:
     return method
 
 
-def without_rows(name: str) -> str:
-    """The name of the method that leaves rows as they are."""
-    plain, *steps = name.split("+")
-    return "+".join([plain, *(step for step in steps if step != "rows")])
-
-
 def _with(step: str, row: Method) -> Method:
     """A method with a step. mergekit knows no such name, so it cannot merge the recipe without the step."""
     paper = f"{row.paper}; {STEPS[step]}"

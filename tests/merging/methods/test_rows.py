@@ -115,5 +115,3 @@ def test_a_method_may_have_both_steps() -> None:
     row = methods.get("dare_ties+rows+aim", "here")
     assert (row.name, row.plain, row.mergekit) == ("dare_ties+rows+aim", "dare_ties", False)
     assert {need.kind for need in row.statistics} == {"row_weights", "activations"}
-    assert methods.without_rows(row.name) == "dare_ties+aim"
-    assert methods.without_rows("ties") == "ties"
