@@ -6,9 +6,11 @@ arithmetic that wraps around, which every device has, and which torch compiles t
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
+ROW = 1 << 12  # elements whose index has the same upper bits
 _MASK32 = 0xFFFFFFFF
 
 
@@ -17,10 +19,10 @@ def key_of(*parts: object) -> bytes:
     return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
 
 
-def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """A bijective hash of int32 numbers ("lowbias32", Wellons 2018), without its last step, which leaves the upper half
-    of the bits as it is (see `_fold`). Products wrap around, and shifts are made logical by masks."""
-    x = _fold(x) * 0x7FEB352D
+def _mix32(folded: torch.Tensor) -> torch.Tensor:
+    """A bijective hash of int32 numbers ("lowbias32", Wellons 2018), without its first step (see `_fold`) and its last,
+    which leaves the upper half of the bits as it is. Products wrap around, and shifts are made logical by masks."""
+    x = folded * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)
     return x * _signed(0x846CA68B)
 
@@ -49,16 +51,21 @@ class Drawn:
     name: str
     count: int
 
-    def counters(self, start: int, device: torch.device) -> torch.Tensor:
-        """What the numbers of a piece are made of: int32, shape (3,).
+    def rows(self, start: int, count: int, device: torch.device) -> torch.Tensor:
+        """What the numbers of some rows, of 4096 elements each, are made of: int32, shape (2, rows, 1).
 
-        start: the piece's first element. No piece crosses a multiple of 2^32.
+        The upper bits of an index are the same throughout a row, so what is made of them is made once.
+
+        start: the first element of the first row. The rows do not cross a multiple of 2^32.
+        count: how many rows there are.
         device: where the numbers are made.
         """
         key = key_of(self.seed, self.position, self.name)
         low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-        words = (start, low, (start >> 32) * 0x9E3779B1 + high)
-        return torch.tensor([_signed(word) for word in words], dtype=torch.int32).to(device)
+        words = map(_signed, (start, low, (start >> 32) * 0x9E3779B1 + high))
+        first, low_word, high_word = torch.tensor(list(words), dtype=torch.int32).to(device)
+        firsts = torch.arange(count, dtype=torch.int32, device=device) * ROW + first
+        return torch.stack([_fold(firsts ^ low_word), high_word.expand(count)]).unsqueeze(2)
 
 
 Field = torch.Tensor | Drawn
@@ -74,18 +81,27 @@ def field_part(field: Field, piece: slice, device: torch.device) -> torch.Tensor
     """
     if isinstance(field, torch.Tensor):
         return field[..., piece]
-    return draw(field.counters(piece.start, device), piece.stop - piece.start)
+    inside = piece.start % ROW
+    count = piece.stop - piece.start
+    rows = field.rows(piece.start - inside, -(-(inside + count) // ROW), device)
+    numbers = draw(rows, columns_on(device)).flatten()
+    return numbers[inside : inside + count]
 
 
-def draw(counters: torch.Tensor, count: int) -> torch.Tensor:
-    """The uniform numbers of a piece: int16, or int32 in compiled code, where these are faster; shape (count,).
+@cache
+def columns_on(device: torch.device) -> torch.Tensor:
+    """The places in a row: int32, shape (4096,). On a CPU compiled code reads them faster than it makes them."""
+    return torch.arange(ROW, dtype=torch.int32, device=device)
 
-    counters: see `Drawn.counters`.
-    count: how many elements the piece has.
+
+def draw(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The uniform numbers of some rows: int16, or int32 in compiled code, where these are faster; shape (rows, 4096).
+
+    rows: see `Drawn.rows`.
+    columns: the places in a row.
     """
-    start, low, high = counters[0], counters[1], counters[2]
-    index = torch.arange(count, dtype=torch.int32, device=counters.device) + start
-    mixed = _mix32(_fold(_mix32(index ^ low)) + high)
+    first, key = rows.unbind()
+    mixed = _mix32(_fold(_fold(_mix32(first ^ columns)) + key))
     if torch.compiler.is_compiling():
         return (mixed >> 16) & 0xFFFF
     return ((mixed >> 16) ^ -32768).to(torch.int16)

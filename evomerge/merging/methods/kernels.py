@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evomerge.devices import widened
-from evomerge.merging.methods.drawn import Drawn, Field, draw, field_part, key_of
+from evomerge.merging.methods.drawn import Drawn, Field, field_part, key_of
 from evomerge.merging.methods.passes import for_each_chunk
 
 UNIFORM_STEPS = 1 << 16
@@ -55,7 +55,7 @@ def uniform_field(seed: int, position: int, name: str, count: int, device: torch
     """
     made, field = Drawn(seed, position, name, count), torch.empty(count, dtype=torch.int16, device=device)
     for piece in pieces(count, field.device):
-        field[piece].copy_(draw(made.counters(piece.start, field.device), piece.stop - piece.start))
+        field[piece].copy_(field_part(made, piece, field.device))
     return field
 
 

@@ -11,9 +11,10 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+from torch.nn.functional import pad
 
 from evomerge.devices import accelerator, device_count
-from evomerge.merging.methods.drawn import Drawn, Field, draw, field_part
+from evomerge.merging.methods.drawn import ROW, Drawn, Field, columns_on, draw, field_part
 from evomerge.merging.methods.parts import STAGED, Elements, walk, whole_of
 
 Numbers = Mapping[str, tuple[torch.Tensor, ...]]
@@ -26,6 +27,7 @@ Slopes = Callable[[Tensors, Tensors, Numbers], Iterator[Slope]]
 ROOM = 1 << 23  # bytes that an eager pass takes at a time: enough to make calls cheap, few enough for the cache
 _WIDE_ROOM = 1 << 28  # where there are thousands of cores to feed
 _COMPILED_FROM = 1 << 18  # elements; for fewer, chunks cost no more than compiled code does
+_FEWEST_ROWS = 2  # code for one row would be compiled apart
 _ELEMENT_LIMIT = 64  # compiled variants on each device: methods x numbers of models x flags
 
 
@@ -127,15 +129,50 @@ def _in_chunks(flat: torch.Tensor, work: Pass, size: int) -> None:
 
 def _compiled_chunks(flat: torch.Tensor, work: Pass) -> None:
     """Writes the result of a pass by compiled code: all at once where all of it is in the device's memory."""
-    made = tuple(isinstance(field, Drawn) for field in work.fields)
-    kept = all(isinstance(tensor, torch.Tensor) for tensor in work.tensors) and not any(made)
-    step = _compiled(work.element, made)
+    if any(isinstance(field, Drawn) for field in work.fields):
+        _compiled_rows(flat, work)
+        return
+    step = _compiled(work.element, (False,) * len(work.fields))
+    kept = all(isinstance(tensor, torch.Tensor) for tensor in work.tensors)
     for piece, parts in walk(work.tensors, range(0, flat.numel(), flat.numel() if kept else STAGED)):
-        fields = tuple(
-            field.counters(piece.start, flat.device) if isinstance(field, Drawn) else field[..., piece]
-            for field in work.fields
-        )
-        step(flat[piece], parts, fields, dict(work.numbers))
+        fields = tuple(field[..., piece] for field in work.fields if isinstance(field, torch.Tensor))
+        step(flat[piece], parts, fields, dict(work.numbers), None)
+
+
+def _compiled_rows(flat: torch.Tensor, work: Pass) -> None:
+    """Writes the result of a pass whose numbers are made again, by compiled code that takes whole rows of them. What is
+    left over at the end of a tensor is filled up with zeros."""
+    step = _compiled(work.element, tuple(isinstance(field, Drawn) for field in work.fields))
+    columns = columns_on(flat.device)
+    for piece, parts in walk(work.tensors, range(0, flat.numel(), STAGED)):
+        for cut in _whole_rows_and_rest(piece.stop - piece.start):
+            within = slice(piece.start + cut.start, piece.start + cut.stop)
+            rows = max(_FEWEST_ROWS, -(-(cut.stop - cut.start) // ROW))
+            fields = tuple(
+                field.rows(within.start, rows, flat.device)
+                if isinstance(field, Drawn)
+                else _in_rows(field[..., within], rows)
+                for field in work.fields
+            )
+            out = _in_rows(flat[within], rows)
+            step(out, tuple(_in_rows(part[cut], rows) for part in parts), fields, dict(work.numbers), columns)
+            if out.numel() > cut.stop - cut.start:
+                flat[within].copy_(out.flatten()[: cut.stop - cut.start])
+
+
+def _whole_rows_and_rest(count: int) -> list[slice]:
+    """What of `count` elements fills whole rows, and the rest; without those that are empty."""
+    whole = count // ROW * ROW if count >= _FEWEST_ROWS * ROW else 0
+    return [cut for cut in (slice(0, whole), slice(whole, count)) if cut.start < cut.stop]
+
+
+def _in_rows(elements: torch.Tensor, rows: int) -> torch.Tensor:
+    """The elements of the last dimension in rows: a view, or a copy with zeros at its end where they do not fill the
+    rows."""
+    lacking = rows * ROW - elements.shape[-1]
+    filled = (pad(elements, (0, lacking)) if lacking else elements).view(*elements.shape[:-1], rows, ROW)
+    torch._dynamo.mark_static(filled, filled.dim() - 1)
+    return filled
 
 
 def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device) -> list[T]:
@@ -148,15 +185,26 @@ def for_each_chunk(work: Callable[[int], T], starts: range, device: torch.device
     return [work(start) for start in (starts[:1] if device.type == "meta" else starts)]
 
 
+Step = Callable[[torch.Tensor, Tensors, Tensors, Numbers, torch.Tensor | None], None]
+
+
 @cache
-def _compiled(element: Element, made: tuple[bool, ...]) -> Callable[[torch.Tensor, Tensors, Tensors, Numbers], None]:
-    """made: which of the fields are made again from counters (`drawn.Drawn.counters`)."""
+def _compiled(element: Element, made: tuple[bool, ...]) -> Step:
+    """A pass as compiled code: a function of where it writes, tensors, fields, numbers, and the places in a row
+    (`drawn.columns_on`), where fields are made again.
+
+    made: which of the fields are made again from their rows (`Drawn.rows`).
+    """
     limit = _ELEMENT_LIMIT * max(1, device_count(accelerator()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
-    def step(out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers) -> None:
+    def step(
+        out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers, columns: torch.Tensor | None
+    ) -> None:
         wide = tuple(tensor.to(torch.float32, copy=True) for tensor in tensors)
-        numbered = [draw(own, out.numel()) if again else own for own, again in zip(fields, made, strict=True)]
+        numbered = [
+            own if columns is None or not again else draw(own, columns) for own, again in zip(fields, made, strict=True)
+        ]
         out.copy_(element(wide, tuple(numbered), numbers))
 
     return torch.compile(step, dynamic=True, fullgraph=True)

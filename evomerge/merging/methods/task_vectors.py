@@ -153,7 +153,7 @@ class TaskVectorPass:
         elected = sign_of(sum_of(deltas))
         for delta in deltas:
             delta *= elected
-            delta.clamp_(min=0.0)
+            delta.relu_()
         if not self.normalize:
             return total_of(deltas).mul_(elected)
         merged = sum_of(deltas).mul_(elected)
@@ -191,7 +191,9 @@ def total_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def sign_of(total: torch.Tensor) -> torch.Tensor:
-    """1 where an element is 0 or more, else -1; in the memory of `total`."""
+    """1 where an element is 0 or more, else -1; in the memory of `total`, except in compiled code."""
+    if torch.compiler.is_compiling():
+        return torch.where(total >= 0.0, 1.0, -1.0)
     return indicator(torch.ge, total, 0.0, out=total).mul_(2).sub_(1)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from evomerge.merging.methods import METHODS
+from evomerge.merging.methods import METHODS, passes
 from evomerge.merging.methods.base import Inputs, unmeasured
+from evomerge.merging.methods.drawn import ROW, Drawn
 from evomerge.merging.methods.kernels import as_field, field_steps, uniform_field
 from evomerge.merging.methods.passes import ROOM, Pass, for_each_chunk, numbers_on, write
 from tests.merging.methods.measured import statistics
@@ -54,6 +55,26 @@ def test_compiled_code_gives_the_bits_of_eager_code(method):
     eager, compiled = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)
     METHODS[method].merge_into(eager, inputs_of(method))
     METHODS[method].merge_into(compiled, inputs_of(method, planes=True), compiled=True)
+    assert torch.equal(eager.view(torch.int16), compiled.view(torch.int16))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
+@pytest.mark.parametrize("method", ["dare_ties", "della"])
+@pytest.mark.parametrize("count", [1 << 18, (1 << 18) + 1, (1 << 18) + ROW, (1 << 18) + ROW + 5])
+def test_compiled_code_that_makes_numbers_again_gives_the_bits_of_eager_code_however_a_tensor_ends(
+    method, count, monkeypatch
+):
+    monkeypatch.setattr(passes, "STAGED", 1 << 17)
+    generator = torch.Generator().manual_seed(4)
+    base, *models = (torch.randn(count, generator=generator).bfloat16() for _ in range(4))
+    inputs = dataclasses.replace(
+        inputs_of(method), base=base, tensors=tuple(models), uniforms=lambda index: Drawn(0, index, "tensor", count)
+    )
+    eager, compiled = torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.bfloat16)
+    METHODS[method].merge_into(eager, inputs)
+    METHODS[method].merge_into(compiled, dataclasses.replace(inputs, planes=True), compiled=True)
     assert torch.equal(eager.view(torch.int16), compiled.view(torch.int16))
 
 
