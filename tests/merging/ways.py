@@ -40,6 +40,8 @@ RECIPES: dict[str, list[Recipe]] = {
     **{name: [recipe(name)] for name in ("dare_ties+rows", "breadcrumbs+rows+aim", "wudi+rows")},
 }
 
+FEW = ("linear", "dare_ties", "passthrough")  # without fields, with them, and without a pass
+
 
 @dataclass(frozen=True)
 class Way:
@@ -60,6 +62,14 @@ def _placed(**given: Any) -> Iterator[Way]:
 
 # each with the plainest way first
 EAGER = list(_placed())
+IN_PAIRS = [  # every pair of choices at least once
+    Way(),
+    Way(fields="made", adapters="factors"),
+    Way(sources="host", adapters="factors"),
+    Way(sources="host", fields="made"),
+    Way(sources="disk", fields="made", adapters="factors"),
+    Way(sources="disk"),
+]
 COMPILED = [
     Way(),
     Way(compiled=True),

@@ -1,6 +1,7 @@
 """Optuna's samplers: what each proposes is a function of the seed and of what was told, through any kill."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,17 @@ def told_of(genomes: Genome, objectives: int, limited: bool) -> Any:
     return np.hstack([values, np.maximum(genomes[:, [3]] - 1, 0)]) if limited else values
 
 
-@EVERY
+def replays() -> Iterator[Any]:
+    """What is replayed: a sampler, how many objectives there are, whether there is a limit, and the lag."""
+    *others, hardest = [(1, False, 2), (2, False, 0), (1, True, 1), (2, True, 3)]
+    for name in ("tpe", "gp", "nsga_ii", "nsga_iii"):
+        more = [pytest.mark.exhaustive] if name == "gp" else []
+        yield from (pytest.param(name, *other, marks=more) for other in others)
+        yield pytest.param(name, *hardest)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("objectives", "limited", "lag"), [(1, False, 2), (2, False, 0), (1, True, 1), (2, True, 3)])
+@pytest.mark.parametrize(("name", "objectives", "limited", "lag"), [*replays()])
 def test_a_replay_proposes_the_same_bits_whatever_draws_between(
     name: str, objectives: int, limited: bool, lag: int
 ) -> None:

@@ -22,7 +22,7 @@ from tests.commands import content
 from tests.evaluation.test_engine import MERGE, folder, results  # noqa: F401 - a fixture
 from tests.evaluation.test_engine import config as writing
 from tests.merging.resident.test_models import recipe
-from tests.merging.ways import ON_ONE, ON_TWO, RECIPES, Load, Way, loader, outcomes
+from tests.merging.ways import FEW, ON_ONE, ON_TWO, RECIPES, Load, Way, loader, outcomes
 from tests.models import load_models, write_adapter
 from tests.pretended import accelerator
 from tests.searches import WriteSearch
@@ -88,10 +88,14 @@ def load(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return loader(tiny_models, tmp_path_factory.mktemp("ways"))
 
 
-@pytest.mark.parametrize(
-    ("ways", "refused"), [(ON_ONE, ()), (ON_TWO, (torch.float64,))], ids=["one device", "two without float64"]
-)
-@pytest.mark.parametrize("method", RECIPES)
+def cases() -> Iterator[Any]:
+    for method in RECIPES:
+        more = [] if method in FEW else [pytest.mark.exhaustive]
+        yield pytest.param(method, ON_ONE, (), id=f"{method}-one device", marks=more)
+        yield pytest.param(method, ON_TWO, (torch.float64,), id=f"{method}-two without float64")
+
+
+@pytest.mark.parametrize(("method", "ways", "refused"), [*cases()])
 def test_fingerprints_are_those_of_the_cpu_wherever_models_live_and_whatever_is_kept_of_them(
     method: str, ways: list[Way], refused: tuple[torch.dtype, ...], load: Load
 ) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.merging.ways import COMPILED, EAGER, RECIPES, Load, Way, loader, outcomes
+from tests.merging.ways import COMPILED, EAGER, FEW, IN_PAIRS, RECIPES, Load, Way, loader, outcomes
 
-FEW = ("linear", "dare_ties", "passthrough")  # without fields, with them, and without a pass
 COMPILER = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
@@ -19,7 +18,7 @@ COMPILER = [
 def cases() -> Iterator[Any]:
     for method in RECIPES:
         more = [] if method in FEW else [pytest.mark.exhaustive]
-        yield pytest.param(method, "float32", EAGER, id=f"{method}-float32")
+        yield pytest.param(method, "float32", EAGER if method in FEW else IN_PAIRS, id=f"{method}-float32")
         yield pytest.param(method, "bfloat16", EAGER, id=f"{method}-bfloat16", marks=more)
         yield pytest.param(method, "float16", EAGER, id=f"{method}-float16", marks=pytest.mark.exhaustive)
         yield pytest.param(method, "bfloat16", COMPILED, id=f"{method}-compiled", marks=[*COMPILER, *more])
