@@ -73,7 +73,9 @@ def options(
 @app.command()
 def run(
     search: SearchFile,
-    output: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME of the file].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Run directory [default: runs/NAME of the file].")
+    ] = None,
     workers: Workers = None,
     address: Address = None,
     set_: Set = None,
@@ -768,7 +770,10 @@ def submit(
     search: SearchFile,
     address: Dashboard = _DASHBOARD,
     output: Annotated[
-        str | None, typer.Option(help="Run directory on the cluster [default: ~/evomerge-runs/NAME of the file].")
+        str | None,
+        typer.Option(
+            "-o", "--output", help="Run directory on the cluster [default: ~/evomerge-runs/NAME of the file]."
+        ),
     ] = None,
     set_: Set = None,
     pip: Annotated[
