@@ -62,10 +62,11 @@ class Drawn:
         """
         key = key_of(self.seed, self.position, self.name)
         low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-        words = map(_signed, (start, low, (start >> 32) * 0x9E3779B1 + high))
-        first, low_word, high_word = torch.tensor(list(words), dtype=torch.int32).to(device)
-        firsts = torch.arange(count, dtype=torch.int32, device=device) * ROW + first
-        return torch.stack([_fold(firsts ^ low_word), high_word.expand(count)]).unsqueeze(2)
+        words = torch.empty((2, count, 1), dtype=torch.int32, device=device)
+        firsts = torch.arange(count, dtype=torch.int32, device=device).mul_(ROW).add_(_signed(start))
+        words[0, :, 0] = _fold(firsts ^ _signed(low))
+        words[1] = _signed((start >> 32) * 0x9E3779B1 + high)
+        return words
 
 
 Field = torch.Tensor | Drawn
@@ -95,7 +96,8 @@ def columns_on(device: torch.device) -> torch.Tensor:
 
 
 def draw(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The uniform numbers of some rows: int16, or int32 in compiled code, where these are faster; shape (rows, 4096).
+    """The uniform numbers of some rows: int16, or in compiled code the upper half of int32, which is faster; shape
+    (rows, 4096).
 
     rows: see `Drawn.rows`.
     columns: the places in a row.
@@ -103,5 +105,5 @@ def draw(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     first, key = rows.unbind()
     mixed = _mix32(_fold(_fold(_mix32(first ^ columns)) + key))
     if torch.compiler.is_compiling():
-        return (mixed >> 16) & 0xFFFF
+        return mixed
     return ((mixed >> 16) ^ -32768).to(torch.int16)

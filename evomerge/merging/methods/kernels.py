@@ -80,24 +80,35 @@ def as_field(uniforms: torch.Tensor, planes: bool) -> torch.Tensor:
 def field_steps(field: torch.Tensor) -> torch.Tensor:
     """The numbers of a field as float32, counted from 0; shape (count,).
 
-    field: two planes of bytes, int16 numbers, or wider integers that count from 0 already.
+    field: two planes of bytes, int16 numbers, or wider integers that count from 0 already. (Numbers that compiled code
+        makes again stand in the upper half of an int32: see `counted`.)
     """
     if field.dtype == torch.uint8:
         return field[0].to(torch.float32) * 256 + field[1].to(torch.float32)
     return field.to(torch.float32) + (32768 if field.dtype == torch.int16 else 0)
 
 
-def below(field: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """1.0 where a number of a field is less than `steps`, else 0.0; float32, shape (count,).
+def counted(field: torch.Tensor) -> torch.Tensor:
+    """A uniform field in a form that `field_steps` reads: where compiled code makes its numbers again, they are taken
+    out of the upper half of int32 numbers."""
+    return (field >> 16) & 0xFFFF if field.dtype == torch.int32 else field
 
-    field: in any form that `field_steps` reads.
-    steps: a scalar from 0 to 65536, or one number per element.
+
+def below(field: torch.Tensor, steps: torch.Tensor, value: torch.Tensor | None = None) -> torch.Tensor:
+    """`value` where a number of a field is less than `steps`, else 0.0; float32, shape (count,).
+
+    field: two planes of bytes, int16 numbers, or numbers in the upper half of an int32, as compiled code makes them.
+    steps: a scalar from 0 to 65536.
+    value: a scalar; by default 1.0.
     """
     if field.dtype == torch.int16 and not torch.compiler.is_compiling():
-        return indicator(torch.lt, field, steps - 32768)
+        return indicator(torch.lt, field, steps - 32768, value=value)
     if field.dtype == torch.int32:  # on CPUs torch compiles no vector instructions that make floats of them
-        return indicator(torch.lt, field, steps.to(torch.int32))
-    return indicator(torch.lt, field_steps(field), steps)
+        # Number k becomes (k - 32768) 65536 + 32768. The limit for `steps` is less than half of 65536 away from
+        # (steps - 32768) 65536, which float32 cannot spoil, and is an int32 for 0 and for 65536 steps, too.
+        signed = (field & -UNIFORM_STEPS) ^ (32768 - (1 << 31))
+        return indicator(torch.lt, signed, ((steps - 32768) * 65535.5).to(torch.int32), value=value)
+    return indicator(torch.lt, field_steps(field), steps, value=value)
 
 
 def keep_mask(uniforms: torch.Tensor, density: float | torch.Tensor) -> torch.Tensor:
@@ -120,9 +131,13 @@ Comparison = Callable[..., torch.Tensor]
 
 
 def indicator(
-    holds: Comparison, a: torch.Tensor, b: torch.Tensor | float, out: torch.Tensor | None = None
+    holds: Comparison,
+    a: torch.Tensor,
+    b: torch.Tensor | float,
+    out: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """1.0 where a comparison holds, else 0.0; float32.
+    """`value` where a comparison holds, else 0.0; float32.
 
     Outside of compiled code, a comparison that writes floats takes a fraction of the time of one that writes truth
     values, and arithmetic with floats is faster, too.
@@ -131,10 +146,14 @@ def indicator(
     a: the left side.
     b: the right side.
     out: where the result is written, which may be `a`; by default a new tensor. Compiled code ignores it.
+    value: a scalar, not negative; by default 1.0.
     """
     if torch.compiler.is_compiling():
-        return holds(a, b).to(torch.float32)
-    return holds(a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device) if out is None else out)
+        return holds(a, b).to(torch.float32) if value is None else torch.where(holds(a, b), value, 0.0)
+    held: torch.Tensor = holds(
+        a, b, out=torch.empty(a.shape, dtype=torch.float32, device=a.device) if out is None else out
+    )
+    return held if value is None else held.mul_(value)
 
 
 def exact_l1(delta: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

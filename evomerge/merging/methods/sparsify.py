@@ -16,6 +16,7 @@ from evomerge.merging.methods.kernels import (
     UNIFORM_STEPS,
     as_field,
     below,
+    counted,
     field_steps,
     indicator,
     kth_smallest,
@@ -27,6 +28,7 @@ from evomerge.merging.methods.parts import part_of, whole_of
 from evomerge.merging.methods.passes import Tensors
 
 Values = Mapping[str, float | torch.Tensor]
+Scalars = Mapping[str, torch.Tensor]
 
 
 class Sparsifier(Protocol):
@@ -51,16 +53,19 @@ class Sparsifier(Protocol):
         """
         ...
 
-    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """1.0 for elements that are kept, else 0.0; float32, in the shape of `delta`.
+    def keep(
+        self, delta: torch.Tensor, fields: Tensors, numbers: Scalars, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`value` for elements that are kept, else 0.0; float32, in the shape of `delta`.
 
         delta: a flat task vector, or a piece of one.
         fields: the same piece of what `fields` returned.
         numbers: what `numbers` returned, as scalar tensors.
+        value: a scalar, not negative; by default 1.0.
         """
         ...
 
-    def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    def probability(self, fields: Tensors, numbers: Scalars) -> torch.Tensor | None:
         """The probability with which each element is kept; None where it is the density.
 
         fields: what `fields` returned, or the same piece of each.
@@ -73,7 +78,7 @@ class _Plain:
     def fields(self, inputs: Inputs, index: int) -> tuple[Field, ...]:
         return ()
 
-    def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    def probability(self, fields: Tensors, numbers: Scalars) -> torch.Tensor | None:
         return None
 
 
@@ -86,9 +91,11 @@ class Magnitude(_Plain):
             return {"lower": -1.0 if density >= 1 else math.inf}
         return {"lower": _magnitude_at(inputs, index, inputs.count - max(1, int(density * inputs.count)))}
 
-    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def keep(
+        self, delta: torch.Tensor, fields: Tensors, numbers: Scalars, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
         magnitude = delta.abs()
-        return indicator(torch.ge, magnitude, numbers["lower"], out=magnitude)
+        return indicator(torch.ge, magnitude, numbers["lower"], out=magnitude, value=value)
 
 
 class Outliers(_Plain):
@@ -115,10 +122,12 @@ class Outliers(_Plain):
         lower, upper = (_magnitude_at(inputs, index, rank, beyond) for rank in (below, last - 1))
         return {"lower": lower, "upper": upper}
 
-    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def keep(
+        self, delta: torch.Tensor, fields: Tensors, numbers: Scalars, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
         magnitude = delta.abs()
         above = indicator(torch.ge, magnitude, numbers["lower"])
-        return above * indicator(torch.le, magnitude, numbers["upper"])
+        return above * indicator(torch.le, magnitude, numbers["upper"], value=value)
 
 
 class Uniform(_Plain):
@@ -130,8 +139,10 @@ class Uniform(_Plain):
     def fields(self, inputs: Inputs, index: int) -> tuple[Field, ...]:
         return (inputs.uniforms(index),)
 
-    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return below(fields[0], numbers["steps"])
+    def keep(
+        self, delta: torch.Tensor, fields: Tensors, numbers: Scalars, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return below(fields[0], numbers["steps"], value)
 
 
 class MagPrune:
@@ -151,10 +162,13 @@ class MagPrune:
         ranks = inputs.once("ranks in rows", (-1, index), lambda: _row_ranks(inputs, index))
         return (inputs.uniforms(index), ranks)
 
-    def keep(self, delta: torch.Tensor, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return indicator(torch.lt, field_steps(fields[0]), steps_of(self.probability(fields, numbers)))
+    def keep(
+        self, delta: torch.Tensor, fields: Tensors, numbers: Scalars, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        least = steps_of(self.probability(fields, numbers))
+        return indicator(torch.lt, field_steps(counted(fields[0])), least, value=value)
 
-    def probability(self, fields: Tensors, numbers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def probability(self, fields: Tensors, numbers: Scalars) -> torch.Tensor:
         place = field_steps(fields[1]) * 2 / numbers["last"] - 1  # -1 for the smallest, 1 for the largest
         return numbers["density"] + place * numbers["epsilon"]
 

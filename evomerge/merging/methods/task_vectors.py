@@ -102,13 +102,11 @@ class TaskVectorPass:
             per_model = len(fields) // models
             own = fields[index * per_model : (index + 1) * per_model]
             values = {name: scalars[index] for name, scalars in numbers.items() if len(scalars) == models}
-            delta *= sparsifier.keep(delta, own, values)
+            delta *= sparsifier.keep(delta, own, values, None if self.per_element else values.get("scale"))
             if self.per_element:
                 probability = sparsifier.probability(own, values)
                 assert probability is not None
                 delta *= 1.0 / probability.clamp(min=_FINEST)
-            elif "scale" in numbers:
-                delta *= numbers["scale"][index]
 
     def slopes(self, tensors: Tensors, fields: Tensors, numbers: Numbers) -> Iterator[Slope]:
         """The derivatives by weights, by the sum of weights (`by`) and by lambda (see `Pass`). Masks and elected signs

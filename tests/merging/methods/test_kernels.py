@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 
 from evomerge.merging.methods.kernels import (
     UNIFORM_STEPS,
+    as_field,
+    below,
     checksum,
+    counted,
     divisor,
     exact_l1,
+    field_steps,
     keep_mask,
     largest_magnitudes,
     uniform_field,
@@ -44,6 +48,19 @@ def test_the_uniform_field_is_what_it_always_was():
     """Recorded fingerprints of random merges depend on these numbers, so they may never change."""
     assert uniform_field(0, 0, "tensor", 6, "cpu").tolist() == [-17647, 17323, 19519, -31538, -679, -3215]
     assert uniform_field(7, 2, "model.norm.weight", 3, "cpu").tolist() == [-29826, -20855, 2258]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 20000, 32767, 32768, 32769, 65535, 65536])
+def test_all_forms_of_a_field_keep_the_same_numbers(steps):
+    numbers = torch.arange(65536, dtype=torch.int32)
+    expected, limit = (numbers < steps).float(), torch.tensor(float(steps))
+    kept = (numbers - 32768).to(torch.int16)
+    generator = torch.Generator().manual_seed(steps)
+    rest = torch.randint(0, 65536, numbers.shape, generator=generator, dtype=torch.int32)
+    for field in (kept, as_field(kept, planes=True), (numbers << 16) | rest):
+        assert torch.equal(below(field, limit), expected)
+        assert torch.equal(below(field, limit, torch.tensor(1.5)), 1.5 * expected)
+        assert torch.equal(field_steps(counted(field)), numbers.float())
 
 
 @few
