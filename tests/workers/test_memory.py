@@ -37,6 +37,12 @@ from tests.models import load_models, models
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 PARENTS = ("first", "second", "third")
+ALIKE = (
+    "task_arithmetic",
+    "dare_linear",
+    "breadcrumbs",
+    "della_linear",
+)  # in steps of others
 
 
 def recipe(method: str, density: float = 0.5) -> Recipe:
@@ -76,7 +82,9 @@ def test_a_rehearsal_holds_the_sources_as_they_are_stored_and_one_model(tiny_mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[pytest.mark.exhaustive] * (method in ALIKE)) for method in METHODS]
+)
 def test_a_whole_merge_runs_without_data_and_leaves_nothing_behind(method, tiny_models):
     """A tensor on another device would raise, and so would waiting for a value. What a second candidate makes beyond
     the first is gone when it is done."""

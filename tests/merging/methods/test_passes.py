@@ -23,7 +23,16 @@ VALUES = {
     "gamma": [0.01] * 3,
     "threshold": [0.4] * 3,
 }
-COMPILED = ["linear", "ties", "dare_ties", "della", "consensus", "localize_and_stitch", "fisher", "gradient_matching"]
+COMPILED = [
+    "linear",
+    "ties",
+    "dare_ties",
+    "della",
+    *(
+        pytest.param(method, marks=pytest.mark.exhaustive)
+        for method in ("consensus", "localize_and_stitch", "fisher", "gradient_matching")
+    ),
+]
 
 
 def inputs_of(method: str, planes: bool = False, dtype: torch.dtype = torch.bfloat16) -> Inputs:
@@ -61,7 +70,7 @@ def test_compiled_code_gives_the_bits_of_eager_code(method):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-@pytest.mark.parametrize("method", ["dare_ties", "della"])
+@pytest.mark.parametrize("method", ["dare_ties", pytest.param("della", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("count", [1 << 18, (1 << 18) + 1, (1 << 18) + ROW, (1 << 18) + ROW + 5])
 def test_compiled_code_that_makes_numbers_again_gives_the_bits_of_eager_code_however_a_tensor_ends(
     method, count, monkeypatch
