@@ -37,12 +37,7 @@ from tests.models import load_models, models
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 PARENTS = ("first", "second", "third")
-ALIKE = (
-    "task_arithmetic",
-    "dare_linear",
-    "breadcrumbs",
-    "della_linear",
-)  # in steps of others
+ALIKE = ("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear")  # each has the steps of another method
 
 
 def recipe(method: str, density: float = 0.5) -> Recipe:

@@ -8,6 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 
 ROW = 1 << 12  # elements whose index has the same upper bits
@@ -60,13 +61,11 @@ class Drawn:
         count: how many rows there are.
         device: where the numbers are made.
         """
-        key = key_of(self.seed, self.position, self.name)
-        low, high = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
-        words = torch.empty((2, count, 1), dtype=torch.int32, device=device)
-        firsts = torch.arange(count, dtype=torch.int32, device=device).mul_(ROW).add_(_signed(start))
-        words[0, :, 0] = _fold(firsts ^ _signed(low))
-        words[1] = _signed((start >> 32) * 0x9E3779B1 + high)
-        return words
+        low, high = np.frombuffer(key_of(self.seed, self.position, self.name), dtype="<u4").tolist()
+        first = (np.arange(count, dtype=np.uint32) * ROW + (start & _MASK32)) ^ low
+        key = np.full(count, ((start >> 32) * 0x9E3779B1 + high) & _MASK32, dtype=np.uint32)
+        words = np.stack([first ^ first >> 16, key])  # by NumPy, since so few numbers take torch longer
+        return torch.from_numpy(words.view(np.int32)).unsqueeze(2).to(device)
 
 
 Field = torch.Tensor | Drawn
