@@ -38,7 +38,7 @@ def own_search(**changes: Any) -> dict[str, Any]:
     document = small_search(
         objectives=[{"task": "base_qa"}, OWN],
         items={"search": 8, "selection": 6, "heldout": 10},
-        optimizer={"evaluations": 4, "population": 4},
+        optimizer={"name": "cma_es", "evaluations": 4, "population": 4},
     )
     document["tasks"]["allow_code"] = ["fluency", "size"]
     document["evaluation"] = {"device": "cpu", "dtype": "float32"} | changes.pop("evaluation", {})

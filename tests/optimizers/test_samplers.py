@@ -53,6 +53,7 @@ class TestGp(OptimizerContract):
     config = OptimizerConfig(name="gp", population=2)
 
 
+@pytest.mark.exhaustive  # a Gaussian process takes seconds to propose
 class TestGpWithChoices(OptimizerContract):
     config = OptimizerConfig(name="gp", population=2)
     genes, start = mixed_genes(), None

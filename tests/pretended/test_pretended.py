@@ -5,20 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPOSITORY
 
 
-def test_all_that_is_claimed_of_an_accelerator_holds(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        f"--basetemp={tmp_path / 'claims'}",
-    ]
+def hold(place: Path, *more: str) -> None:
+    """Asserts that there are claims, and that all of them hold."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--basetemp={place}", *more]
     ran = subprocess.run(
         [*command, "tests/pretended/claims.py"],
         cwd=REPOSITORY,
@@ -27,3 +21,12 @@ def test_all_that_is_claimed_of_an_accelerator_holds(tmp_path: Path) -> None:
         text=True,
     )
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+
+
+def test_all_that_is_claimed_of_an_accelerator_holds(tmp_path: Path) -> None:
+    hold(tmp_path / "claims")
+
+
+@pytest.mark.exhaustive
+def test_it_holds_for_every_method_on_one_device_too(tmp_path: Path) -> None:
+    hold(tmp_path / "claims", "-m", "exhaustive")

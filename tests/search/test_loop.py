@@ -314,7 +314,7 @@ def three_scores(candidate: Candidate) -> tuple[float, float, float]:
 
 
 def constrained(search_file: WriteSearch, *constraints: dict[str, Any], **items: int) -> Prepared:
-    optimizer = {"evaluations": 16, "population": 4}
+    optimizer = {"name": "cma_es", "evaluations": 16, "population": 4}
     space = {"density": {"fixed": 1.0}}
     return prepare(
         load(

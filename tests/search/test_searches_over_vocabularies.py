@@ -78,7 +78,7 @@ def test_the_rows_of_tokens_decide_nothing(space, others, tmp_path):
     keys = ("id", "genome", "scores", "fingerprint", "state")
     assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for row in expected]
     assert all(row["state"] == "done" for row in rows)
-    for row in [row for row in rows if row["genome"]][:3]:
+    for row in [row for row in rows if row["genome"]][:2]:
         recipe, out = tmp_path / f"{row['id']}.yaml", tmp_path / row["id"]
         evomerge("export", ours, "--candidate", row["id"], "-o", recipe)
         assert row["fingerprint"] in evomerge("merge", recipe, out)

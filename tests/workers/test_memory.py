@@ -37,7 +37,17 @@ from tests.models import load_models, models
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 PARENTS = ("first", "second", "third")
-ALIKE = ("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear")  # each has the steps of another method
+ALIKE = (  # each has the steps of another method
+    "task_arithmetic",
+    "dare_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della_linear",
+    "multislerp",
+    "ramplus_tl",
+    "gradient_matching",
+    "regmean_plus",
+)
 
 
 def recipe(method: str, density: float = 0.5) -> Recipe:

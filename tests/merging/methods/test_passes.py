@@ -92,7 +92,7 @@ def test_compiled_code_that_makes_numbers_again_gives_the_bits_of_eager_code_how
 def test_the_size_of_chunks_changes_no_bit(method):
     whole, parts = torch.empty(SHAPE, dtype=torch.bfloat16), torch.empty(SHAPE, dtype=torch.bfloat16)
     METHODS[method].merge_into(whole, inputs_of(method), room=1 << 25)
-    METHODS[method].merge_into(parts, inputs_of(method), room=15991)
+    METHODS[method].merge_into(parts, inputs_of(method), room=159_991)
     assert torch.equal(whole.view(torch.int16), parts.view(torch.int16))
 
 

@@ -56,11 +56,17 @@ def test_what_was_scored_is_what_is_written(form, adapted, tmp_path):
     assert checkpoint.merge(merge, tmp_path / "out", "recipe.yaml")[0] == scored
 
 
+@pytest.fixture(scope="module")
+def held_in_three_ways(adapted) -> list[ResidentModels]:
+    """Expanded on the device, and as factors on the device and on the disk."""
+    ways = ("device", "expanded"), ("device", "factors"), ("disk", "factors")
+    return [held(adapted, where, form, "float32") for where, form in ways]
+
+
 @pytest.mark.parametrize("method", [name for name in UNMEASURED if METHODS[name].slopes])
-def test_slopes_are_those_of_expanded_adapters(method, adapted):
+def test_slopes_are_those_of_expanded_adapters(method, held_in_three_ways):
     totals = []
-    for where, form in (("device", "expanded"), ("device", "factors"), ("disk", "factors")):
-        resident = held(adapted, where, form, "float32")
+    for resident in held_in_three_ways:
         resident.materialize(recipe(method))
         with resident.following(METHODS[method].slopes) as followed:
             resident.candidate(torch.arange(3, 12)[None]).logits.square().mean().backward()

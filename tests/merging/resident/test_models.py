@@ -54,6 +54,19 @@ def resident(tiny_models) -> ResidentModels:
 
 
 @pytest.fixture(scope="module")
+def narrow(tiny_models) -> dict[torch.dtype, ResidentModels]:
+    return {
+        dtype: load_models(tiny_models, tiny_models["base"], "cpu", str(dtype).removeprefix("torch."))
+        for dtype in (torch.bfloat16, torch.float16)
+    }
+
+
+@pytest.fixture(scope="module")
+def reversed_order(tiny_models) -> ResidentModels:
+    return load_models(dict(reversed(tiny_models.items())), tiny_models["base"], "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
 def weights(tiny_models) -> dict[str, dict[str, torch.Tensor]]:
     return {name: load_file(folder / "model.safetensors") for name, folder in tiny_models.items()}
 
@@ -136,14 +149,12 @@ def test_sources_are_left_as_they_were(resident, weights):
         assert resident.materialize(recipes.single(model)) == fingerprint(weights[model])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("method", UNMEASURED)
-def test_arithmetic_is_in_float32_with_one_rounding_into_the_model_s_dtype(method, dtype, resident, tiny_models):
-    narrow = load_models(tiny_models, tiny_models["base"], "cpu", dtype)
-    narrow.materialize(recipe(method))
+def test_arithmetic_is_in_float32_with_one_rounding_into_the_model_s_dtype(method, resident, narrow):
     resident.materialize(recipe(method))
-    rounded = {name: tensor.to(getattr(torch, dtype)) for name, tensor in parameters(resident).items()}
-    assert_equal(parameters(narrow), rounded)
+    for dtype, models in narrow.items():
+        models.materialize(recipe(method))
+        assert_equal(parameters(models), {name: tensor.to(dtype) for name, tensor in parameters(resident).items()})
 
 
 def test_sources_keep_the_precision_they_are_stored_in(changed, tiny_models, weights):
@@ -160,12 +171,11 @@ def test_sources_keep_the_precision_they_are_stored_in(changed, tiny_models, wei
 
 
 @pytest.mark.parametrize("method", UNMEASURED)
-def test_the_same_recipe_gives_the_same_fingerprint_in_every_process_state(method, resident, tiny_models):
+def test_the_same_recipe_gives_the_same_fingerprint_in_every_process_state(method, resident, reversed_order):
     merge, threads, found = recipe(method, seed=3), torch.get_num_threads(), set()
-    other = load_models(dict(reversed(tiny_models.items())), tiny_models["base"], "cpu", "float32")
-    for count in (1, 2):
+    for count, models in ((1, resident), (1, resident), (2, reversed_order)):
         torch.set_num_threads(count)
-        found |= {resident.materialize(merge), resident.materialize(merge), other.materialize(merge)}
+        found.add(models.materialize(merge))
         torch.manual_seed(count)
     torch.set_num_threads(threads)
     assert len(found) == 1

@@ -27,7 +27,8 @@ from tests.architectures import ARCHITECTURES, TIED, build
 from tests.models import load_models
 from tests.workers.test_memory import recipe
 
-pytestmark = pytest.mark.slow  # every method on two pretended devices
+pytestmark = pytest.mark.slow
+MORE = pytest.mark.exhaustive
 
 LAYERS = 6
 PRETENDED = "lazy"  # a kind of device that torch knows on any machine, and that may have numbers
@@ -135,7 +136,10 @@ def test_what_flows_between_parts_is_brought_to_where_they_are(spread: ResidentM
     assert again.logits.device == GPUS[1]
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp", "sce", "arcee_fusion"])
+@pytest.mark.parametrize(
+    "method",
+    ["linear", "dare_ties", "slerp", *(pytest.param(name, marks=MORE) for name in ("ties", "sce", "arcee_fusion"))],
+)
 def test_a_merge_computes_each_tensor_where_it_is(spread: ResidentModels, method: str) -> None:
     before = {name: tensor.device for name, tensor in named_weights(spread.model).items()}
     assert set(before.values()) == set(GPUS)
@@ -157,7 +161,12 @@ def test_layers_that_change_places_keep_their_devices_and_fetch_what_they_need(
 
 
 @pytest.mark.parametrize(
-    "candidate", [recipe("dare_ties"), recipe("linear"), path(0, 3)], ids=["ties", "linear", "path"]
+    "candidate",
+    [
+        pytest.param(recipe("dare_ties"), marks=MORE, id="dare_ties"),
+        pytest.param(recipe("linear"), id="linear"),
+        pytest.param(path(0, 3), id="path"),
+    ],
 )
 def test_gradients_are_taken_where_their_tensors_are(spread: ResidentModels, candidate: Recipe) -> None:
     spread.rehearse(candidate)

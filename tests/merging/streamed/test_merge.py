@@ -22,6 +22,7 @@ from evomerge.merging.skeleton import Skeleton, skeleton_of
 from evomerge.merging.sources.weights import Weights
 from evomerge.merging.streamed import merge as stream_module
 from evomerge.recipe import Provenance, Recipe, Slice, Source
+from tests.merging.ways import FEW
 from tests.models import UNMEASURED, load_models
 
 SMALL = {
@@ -86,8 +87,9 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 # The same as in memory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", UNMEASURED)
+@pytest.mark.parametrize(
+    ("method", "dtype"), [*((method, "bfloat16") for method in UNMEASURED), *((method, "float32") for method in FEW)]
+)
 def test_the_fingerprint_is_that_of_the_merge_in_memory(method, dtype, tiny_models, resident, tmp_path):
     recipe = whole(method, *(str(tiny_models[name]) for name in ("base", "first", "second")), dtype=dtype)
     found, _ = checkpoint.merge(recipe, tmp_path / "out", "recipe.yaml")
