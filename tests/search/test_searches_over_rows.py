@@ -73,7 +73,7 @@ def test_every_row_of_a_layer_has_a_weight_and_every_other_tensor_one(whole: Pat
         assert weights[f"0:{single}"].shape == (1,)
     assert all(bool(((own >= 0) & (own <= 1.5)).all()) for own in weights.values())
     assert float(torch.cat(list(weights.values())).std()) > 0.05
-    assert len(stored.notes["models"]) == 2
+    assert len(stored.notes.models) == 2
 
 
 def test_weights_of_models_start_at_1_and_the_budget_counts_what_rows_cost(whole: Path) -> None:
