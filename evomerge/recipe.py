@@ -12,12 +12,13 @@ else to the dtype of most of the base's tensors (where mergekit keeps every tens
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from evomerge.config.base import Settings
 from evomerge.config.documents import read_yaml, validate
@@ -167,6 +168,13 @@ class HeldoutTable(Settings):
     rows: tuple[HeldoutRow, ...] = ()
 
 
+def _statistics_name(value: str) -> str:
+    """A name that evomerge has given to a folder with statistics. Raises ValueError for any other, such as a path."""
+    if not re.fullmatch(r"[a-z_]+-[0-9a-f]{16}-[0-9a-f]{16}", value):
+        raise ValueError(f"'{value}' names no statistics; write KIND-SUBJECT-DIGEST, as `evomerge measure` names them")
+    return value
+
+
 class MeasuredOn(Settings):
     """The statistics that a recipe's merge was made with.
 
@@ -175,7 +183,7 @@ class MeasuredOn(Settings):
     """
 
     folder: str | None = None
-    names: dict[str, dict[str, str]] = Field(default_factory=dict)
+    names: dict[str, dict[str, Annotated[str, AfterValidator(_statistics_name)]]] = Field(default_factory=dict)
 
 
 class Aligned(Settings):

@@ -4,12 +4,24 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    BaseModel,
+    BeforeValidator,
     Field,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from evomerge.config.base import GeneChange, GeneConfig, Settings
+
+
+def _block(value: Any) -> Any:
+    """Takes `true` for a block with its defaults, and `false` for none."""
+    if isinstance(value, bool):
+        return {} if value else None
+    if value is None or isinstance(value, Mapping | BaseModel):
+        return value
+    raise PydanticCustomError("block", "use true or false, or write keys and values below it")
 
 
 class SpaceSettings(Settings):
@@ -71,13 +83,7 @@ class PostConfig(Settings):
     aim: activation-informed merging; None where it is not done.
     """
 
-    aim: AimConfig | None = None
-
-    @field_validator("aim", mode="before")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        """Takes `aim: true` for AIM with its own bounds, and `aim: false` for none."""
-        return ({} if value else None) if isinstance(value, bool) else value
+    aim: Annotated[AimConfig | None, BeforeValidator(_block)] = None
 
 
 class RowsConfig(Settings):
@@ -132,7 +138,7 @@ class ParameterSpaceConfig(SpaceSettings):
     density: GeneConfig = GeneConfig(low=0.1, high=1.0, start=1.0, step=0.03)
     models: dict[str, ModelGenes] = Field(default_factory=dict)
     lambda_: GeneConfig = Field(default=GeneConfig(low=0.5, high=1.5, start=1.0, step=0.1, fixed=1.0), alias="lambda")
-    rows: RowsConfig | None = None
+    rows: Annotated[RowsConfig | None, BeforeValidator(_block)] = None
     post: PostConfig = PostConfig()
     normalize: bool | Literal["auto"] = False
     rescale: Literal["density", "l1"] = "density"
@@ -165,12 +171,6 @@ class ParameterSpaceConfig(SpaceSettings):
         if self.weight.start is not None or self.rows is None:
             return self.weight.start
         return min(max(1.0, self.weight.low), self.weight.high)
-
-    @field_validator("rows", mode="before")
-    @classmethod
-    def _plain(cls, value: Any) -> Any:
-        """Takes `rows: true` for rows with the defaults, and `rows: false` for none."""
-        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("method")
     @classmethod

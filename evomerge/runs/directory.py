@@ -20,6 +20,7 @@ from evomerge.config.search import SearchConfig
 from evomerge.errors import InputError, WorkFailed, naming
 from evomerge.events import Event, Listener, Started, Stopped, Warned, WorkersAwaited, WorkersReady
 from evomerge.files import ALIGNED, OWN, SEARCH_FILE, STATISTICS, TASKS, check_writable, write_bytes, write_text
+from evomerge.merging.sources.statistics import Names, remove_unfinished
 from evomerge.runs.aligned import brought, in_place, portable, with_copies
 from evomerge.runs.journal import Journal, Opened, OpenRun
 from evomerge.runs.lock import LOCK, run_lock
@@ -120,7 +121,7 @@ def _go_on(directory: Path, prepared: Prepared, address: str | None, listener: L
             listener(Warned(warning))
         check_sources(run)
         listener(WorkersAwaited())
-        with closing(_pool(prepared, address, directory)) as pool:
+        with closing(_pool(prepared, address, directory, run.archive.statistics)) as pool:
             return _run(replace(run, prepared=_frozen(directory, prepared)), pool, listener)
 
 
@@ -179,7 +180,7 @@ def ablate(
             return
         check_sources(run)
         tell(planned, left)
-        with closing(_pool(working, address, directory)) as pool:
+        with closing(_pool(working, address, directory, run.archive.statistics)) as pool:
             ablation.carry_out(planned, Search(working.config, working.space, beside, pool, listener))
 
 
@@ -188,8 +189,9 @@ def _planned(run: OpenRun) -> Ablation:
         return ablation.plan(run.results, run.prepared.space)
 
 
-def _pool(prepared: Prepared, address: str | None, directory: Path) -> WorkerPool:
-    return make_pool(prepared.config, prepared.models, prepared.targets, address, directory / STATISTICS)
+def _pool(prepared: Prepared, address: str | None, directory: Path, names: Names | None = None) -> WorkerPool:
+    """The pool of a run. `names` are those of the statistics that the run has used before."""
+    return make_pool(prepared.config, prepared.models, prepared.targets, address, directory / STATISTICS, names)
 
 
 def check_sources(run: OpenRun) -> None:
@@ -277,6 +279,7 @@ def _run(run: OpenRun, pool: WorkerPool, listener: Listener) -> OpenRun:
         listener(event)
         tracking(event)
 
+    remove_unfinished(run.directory / STATISTICS)
     listener(Opened(run))
     tracking(Opened(run))
     try:

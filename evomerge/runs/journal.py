@@ -45,7 +45,8 @@ class OpenRun:
         """The statistics that its methods use."""
         from evomerge.merging.sources.statistics import Shelf
 
-        return Shelf([self.directory / STATISTICS], self.archive.statistics, str(self.directory))
+        again = f"resume the run with `evomerge resume {self.directory}`, which measures it"
+        return Shelf([self.directory / STATISTICS], self.archive.statistics, str(self.directory), again=again)
 
     @property
     def results(self) -> Results:

@@ -4,6 +4,7 @@ Resuming needs no code of its own. The loop runs from the start, and a candidate
 evaluation from there, once its genome has been compared.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -298,9 +299,9 @@ class Search:
             for candidate, evaluation in learning.scored if learning is not None else ():
                 watch.learn([candidate], [evaluation], counted=False)
         optimizer = make_optimizer(self.config.optimizer.evolving, problem)
-        first, spent = (
-            (learning.candidates, learning.cost) if learning is not None else (0, passes_for_rows(self.config))
-        )
+        first, spent = 0, float(math.ceil(passes_for_rows(self.config)))  # so that the last candidate fits whole
+        if learning is not None:
+            first, spent = learning.candidates, learning.cost
         return Generations(optimizer, self.space, self.config, criteria, subsets, watch, first, spent)
 
     def _drain(self, schedules: Sequence[Schedule], quantized: bool = False) -> None:

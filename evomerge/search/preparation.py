@@ -313,10 +313,10 @@ def _check_rows(config: SearchConfig, prepared: Prepared, targets: "Mapping[str,
     if config.optimizer.learning.loss == "activations":
         reason = "optimizer.learning.loss is activations, which compares whole models"
     before = passes_for_rows(config)
-    if reason is None and before >= config.limit:
+    if reason is None and before + 1 > config.limit:
         raise InputError(
-            f"{key} costs {before:g} forward passes over the search items, but the search may cost {config.limit:g}; "
-            f"give it more, or lower {key}.steps."
+            f"{key} costs {before:g} forward passes over the search items, and a candidate costs 1 more, but the "
+            f"search may cost {config.limit:g}; give it more, or lower {key}.steps."
         )
     if reason is not None:
         raise InputError(f"{key} asks for weights that follow gradients, but {reason}; leave it out.")

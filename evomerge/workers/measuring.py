@@ -27,7 +27,7 @@ from evomerge.merging.methods.base import Kind
 from evomerge.merging.methods.kernels import checksum, fingerprint_of
 from evomerge.merging.naming import Naming
 from evomerge.merging.resident.models import ResidentModels
-from evomerge.merging.sources.statistics import NOTES, Readable
+from evomerge.merging.sources.statistics import NOTES, Readable, unfinished
 from evomerge.merging.streamed.shards import Layout, write_weights
 from evomerge.recipe import Recipe
 from evomerge.workers.products import Matrix, Products, experts_apart
@@ -73,7 +73,7 @@ def store(folder: Path, kind: Kind, subject: str, notes: Mapping[str, Any], meas
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=folder))
+        made = Path(tempfile.mkdtemp(prefix=unfinished(kind), dir=folder))
         try:
             write_weights(made, measured.layout, counted(), _SHARD)
             content = {"kind": kind, **notes, **measured.notes}
@@ -82,7 +82,8 @@ def store(folder: Path, kind: Kind, subject: str, notes: Mapping[str, Any], meas
             for file in made.iterdir():
                 file.chmod(0o644)
             made.chmod(0o755)
-            if not (folder / name).exists():  # another worker may have been faster
+            if not (folder / name / NOTES).exists():  # another worker may have been faster
+                shutil.rmtree(folder / name, ignore_errors=True)  # nothing reads a folder without notes
                 made.rename(folder / name)
         finally:
             shutil.rmtree(made, ignore_errors=True)

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +41,7 @@ from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.rehearsal import RehearsedModels
 from evomerge.merging.resident.sources import resolve
 from evomerge.merging.sources.models import Model, Models, models_of
-from evomerge.merging.sources.statistics import Find, Readable, Shelf, subject
+from evomerge.merging.sources.statistics import Find, Names, Readable, Shelf, Stored, subject
 from evomerge.merging.sources.tokenizers import read_tokenizer
 from evomerge.recipe import Recipe, Source, single
 from evomerge.seen import Digests
@@ -68,6 +67,7 @@ class Worker:
         head_apart: bool = False,
         own: Mapping[str, OwnFiles] | None = None,
         statistics: Shelf | Path | None = None,
+        names: Names | None = None,
     ) -> None:
         """Loads the models and prepares the tasks.
 
@@ -81,12 +81,13 @@ class Worker:
             does not run their code.
         statistics: where statistics of the models are looked for; a folder is that of a run, where `measure` writes
             them.
+        names: the names of the statistics in this folder that the run has used before.
         Raises InputError where the models, the tasks or the user's own scores cannot be loaded.
         """
         torch.set_num_threads(config.evaluation.threads)
         models = models or models_of(config)
         self._config, self._sources, self._folder = config, models, statistics if isinstance(statistics, Path) else None
-        self._shelf = statistics if isinstance(statistics, Shelf) else Shelf([statistics] if statistics else [])
+        self._shelf = statistics if isinstance(statistics, Shelf) else _shelf_of_run(statistics, names)
         self._found: dict[tuple[Kind, str], Readable] = {}
         self.models: ResidentModels = rehearsal or _resident_models(config, models, head_apart, self._statistics)
         engine = (
@@ -244,15 +245,17 @@ class Worker:
 
         kind: the kind of statistics; those of `JOINT` are of all models together.
         reference: the model's.
-        Raises InputError where there is nothing to measure on, and WorkFailed where they are not finite or cannot be
-        written.
+        Raises InputError where there is nothing to measure on, or where the values of those that lie there have
+        changed, and WorkFailed where they are not finite or cannot be written.
         """
-        assert self._folder is not None
-        started = time.perf_counter()
-        models = self._measured_with(kind, reference)
-        held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
-        name = held.folder.name if held is not None else self._measured(kind, models)
+        started, held = time.perf_counter(), self._kept(kind, reference)
+        name = held.folder.name if held is not None else self._measured(kind, self._measured_with(kind, reference))
         return Measured(name, time.perf_counter() - started)
+
+    def _kept(self, kind: Kind, reference: str) -> Stored | None:
+        """What lies in the run's folder of what the config asks for; None where it was not measured yet."""
+        subject = self._subject(kind, self._measured_with(kind, reference))
+        return self._shelf.look(kind, reference, self._sources, subject, _numerics())
 
     def _measured_with(self, kind: Kind, reference: str) -> list[str]:
         """The models whose statistics are measured at once, a model's among them."""
@@ -265,7 +268,7 @@ class Worker:
         calibrations = [self._calibration(model) for model in models] if calibrated else []
         self._held = None
         self.models.materialize(single(models[0]))
-        model, naming, rows = self.models.model, self._naming, self._config.evaluation.batch_size
+        model, naming, batch_size = self.models.model, self._naming, self._config.evaluation.batch_size
         if kind == "merged_grams":
             recipe = Recipe(
                 merge_method="regmean_plus",
@@ -273,17 +276,17 @@ class Worker:
                 models=tuple(Source(model=model, parameters={"weight": 1.0}) for model in models),
                 parameters={"alpha": self._alpha},
             )
-            measured = measuring.merged_inputs(self.models, recipe, naming, calibrations, rows)
+            measured = measuring.merged_inputs(self.models, recipe, naming, calibrations, batch_size)
         elif kind == "row_weights":
             learned = self._config.rows or RowsConfig()
             measured = row_weights(self.models, self._config.base, models, partial(self._loss, learned), learned)
         elif kind == "outputs":
-            measured = measuring.outputs(model, self._harness.compared_rows, rows)
+            measured = measuring.outputs(model, self._harness.compared_rows, batch_size)
         elif kind == "fisher":
             drawn = self._config.statistics.labels == "drawn"
             measured = measuring.fisher(model, naming, calibrations[0], drawn)
         else:
-            measured = measuring.inputs(kind, model, naming, calibrations[0], rows)
+            measured = measuring.inputs(kind, model, naming, calibrations[0], batch_size)
         notes = {
             "models": [self._sources[model].identity for model in models],
             "references": models,
@@ -313,11 +316,12 @@ class Worker:
         return subject(kind, [self._sources[model].identity for model in models], self._settings(kind, models))
 
     def _settings(self, kind: Kind, models: Sequence[str]) -> dict[str, Any]:
-        """What statistics depend on besides the models."""
+        """What statistics depend on besides the models that are measured."""
         if kind == "outputs":
             return {"items": digest_of(self._harness.compared_rows), "dtype": self._config.evaluation.dtype}
         if kind == "row_weights":
             return {
+                "base": self._sources.base.identity,
                 "items": self._harness.learned_digest,
                 "weights": self._config.loss_weights,
                 "rows": (self._config.rows or RowsConfig()).model_dump(),
@@ -330,7 +334,7 @@ class Worker:
             "dtype": self._config.evaluation.dtype,
         }
         settings |= {"labels": self._config.statistics.labels} if kind == "fisher" else {}
-        settings |= {"alpha": self._alpha} if kind == "merged_grams" else {}
+        settings |= {"base": self._sources.base.identity, "alpha": self._alpha} if kind == "merged_grams" else {}
         return settings
 
     def _calibration(self, reference: str) -> Calibration:
@@ -354,13 +358,8 @@ class Worker:
     def _statistics(self, kind: Kind, reference: str) -> Readable:
         """What was measured of a model. In a run it is what the config asks for, and else what a recipe names."""
         if (kind, reference) not in self._found:
-            found: Readable | None = None
-            if self._folder is not None:
-                models = self._measured_with(kind, reference)
-                held = self._shelf.look(f"{kind}-{self._subject(kind, models)}-*", _numerics())
-                found = replace(held, identity=self._sources[reference].identity) if held is not None else None
-            identity = self._sources[reference].identity
-            self._found[kind, reference] = found or self._shelf.find(kind, reference, identity)
+            held = self._kept(kind, reference) if self._folder is not None else None
+            self._found[kind, reference] = held or self._shelf.find(kind, reference, self._sources)
         return self._found[kind, reference]
 
     def _of_merge(self, recipe: Recipe, work: Callable[[str], T], quantized: bool = False) -> T | Evaluation:
@@ -421,6 +420,15 @@ class Worker:
             raise WorkerPoisoned(
                 f"the GPU computes nothing any more ({first_line(error)}); resume in a new process."
             ) from None
+
+
+def _shelf_of_run(folder: Path | None, names: Names | None) -> Shelf:
+    """Where the statistics of a run are looked for.
+
+    folder: the run's; None where there is none.
+    names: see `Worker`.
+    """
+    return Shelf([folder] if folder else [], names, again="give the command again, which measures it")
 
 
 def _numerics() -> dict[str, str]:

@@ -79,6 +79,14 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "a key that is no text": ({"1": 2}, "[1] is"),
     "no base": ({"base": REMOVED}, "base is required but missing"),
     "an empty block": ({"space": None}, "space is null; write keys and values below it"),
+    "a word for weights of rows": (
+        {"space.rows": "maybe"},
+        'space.rows is "maybe"; use true or false, or write keys and values below it.',
+    ),
+    "a word for a step behind the merge": (
+        {"space.post": {"aim": "maybe"}},
+        'space.post.aim is "maybe"; use true or false, or write keys and values below it.',
+    ),
     "no models": ({"models": REMOVED}, "models is required but missing"),
     "an objective of nothing": ({"objectives.0": {}}, "objectives[0].task is required but missing"),
     "an empty list of models": ({"models": {}}, "models is {}; give at least one"),

@@ -10,6 +10,12 @@ import yaml
 from tests.bad_input import Refuses
 from tests.searches import REMOVED, put
 
+
+def measured_in(name: str) -> dict[str, Any]:
+    """A change to a recipe, which then names statistics."""
+    return {"evomerge": {"statistics": {"names": {"zoo:math": {"row_weights": name}}}}}
+
+
 RECIPES: dict[str, tuple[Any, ...]] = {
     "an unknown key of our own": ({"evomerge.fingerprnt": "0"}, "evomerge.fingerprnt", "did you mean 'fingerprint'?"),
     "an unknown method": ({"merge_method": "linaer"}, "merge_method is 'linaer'", "did you mean 'linear'?"),
@@ -58,6 +64,15 @@ RECIPES: dict[str, tuple[Any, ...]] = {
         {"models.0.model": {"model": "x", "override_architecture": "LlamaForCausalLM"}},
         "models[0].model.override_architecture is not supported, since the model's config.json says what it is",
     ),
+    "statistics by a path": (
+        measured_in("/tmp/row_weights-0123456789abcdef-0123456789abcdef"),
+        "evomerge.statistics.names.zoo:math.row_weights: '/tmp/row_weights-",
+        "names no statistics; write KIND-SUBJECT-DIGEST",
+    ),
+    "statistics in a folder above": (measured_in("../row_weights-0123456789abcdef-0123456789abcdef"), "no statistics"),
+    "statistics by a pattern": (measured_in("**x/.."), "'**x/..' names no statistics"),
+    "statistics of any name": (measured_in("row_weights-*"), "'row_weights-*' names no statistics"),
+    "statistics without a name": (measured_in(""), "'' names no statistics"),
     "a model as a list": ({"base_model": ["x"]}, 'base_model is ["x"]'),
 }
 

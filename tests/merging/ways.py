@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import CandidateFailed
+from evomerge.layers import layer_index
 from evomerge.merging.methods import METHODS, passes
 from evomerge.merging.methods.base import JOINT
+from evomerge.merging.methods.kernels import checksum, fingerprint_of
 from evomerge.merging.resident import models as resident
 from evomerge.merging.resident.models import ResidentModels
 from evomerge.merging.resident.sources import Form, Kept, Where
@@ -110,13 +112,19 @@ def loader(tiny_models: Mapping[str, Path], root: Path) -> Load:
 
 def write_statistics(found: Models, root: Path) -> None:
     """Random statistics of every kind of each model."""
-    for kind, (index, (reference, model)) in product(WORDS, enumerate(found.items())):
+    for kind, (index, model) in product(WORDS, enumerate(found.values())):
         prefix = "0:" if kind in JOINT else ""
-        measured = {prefix + name: statistics(model.weights.read(name))(kind, index) for name in model.weights.table}
-        folder = root / f"{kind}-{reference}"
+        measured = {
+            prefix + name: statistics(model.weights.read(name), in_layer=layer_index(name) is not None)(kind, index)
+            for name in model.weights.table
+        }
+        tensors = {name: each.values for name, each in measured.items() if each is not None}
+        digest = fingerprint_of(int(checksum(tensor, name)) for name, tensor in tensors.items())
+        folder = root / f"{kind}-{index:016x}-{digest}"
         folder.mkdir()
-        save_file({name: each.values for name, each in measured.items() if each is not None}, folder / WEIGHTS)
-        notes = {"kind": kind, "models": [model.identity], "mean": 1e-7 * (index + 2)}
+        save_file(tensors, folder / WEIGHTS)
+        notes: dict[str, Any] = {"kind": kind, "models": [model.identity], "mean": 1e-7 * (index + 2)}
+        notes["measured"] = {"base": found.base.identity} if kind in JOINT else {}
         (folder / NOTES).write_text(json.dumps(notes))
 
 

@@ -1,6 +1,7 @@
 """Searches that weigh rows: learned once, resumed, exported, merged to the scored fingerprint."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from evomerge.config.files import load
 from evomerge.events import Event, StatisticsMeasured, unheard
 from evomerge.merging.sources.statistics import read
+from evomerge.merging.sources.weights import WEIGHTS
 from evomerge.optimizers.make import passes_for_rows
 from evomerge.reports.page.course import costs, course
 from evomerge.runs import directory as runs
@@ -25,7 +28,7 @@ from tests.stopping import Stop, stopper
 SEARCH: dict[str, Any] = {
     "objectives": [{"task": "base_qa"}, {"task": "cross_math_b"}],
     "items": {"search": 24, "heldout": 24},
-    "space": {"layer_granularity": 6, "rows": {"steps": 6, "share": 0.5}},
+    "space": {"layer_granularity": 6, "rows": {"steps": 5, "share": 0.5}},
     "optimizer": {"name": "group_evolution", "evaluations": 16},
 }
 
@@ -73,22 +76,51 @@ def test_every_row_of_a_layer_has_a_weight_and_every_other_tensor_one(whole: Pat
         assert weights[f"0:{single}"].shape == (1,)
     assert all(bool(((own >= 0) & (own <= 1.5)).all()) for own in weights.values())
     assert float(torch.cat(list(weights.values())).std()) > 0.05
-    assert len(stored.notes["models"]) == 2
+    assert len(stored.notes.models) == 2
 
 
 def test_weights_of_models_start_at_1_and_the_budget_counts_what_rows_cost(whole: Path) -> None:
     run = runs.read(whole)
-    assert passes_for_rows(run.config) == 0.5 * (4 + 3 * 6)
+    assert passes_for_rows(run.config) == 0.5 * (4 + 3 * 5)
     searched = [record for record in run.archive.records() if record.candidate.kind == "search"]
-    assert len(searched) == 16 - passes_for_rows(run.config)
-    assert run.results.equivalents == costs(run.results).searched.passes == 16
+    assert len(searched) == int(16 - passes_for_rows(run.config))  # no more than fit whole
+    assert run.results.equivalents == costs(run.results).searched.passes == 15.5
     found = course(run.results).points
-    assert [point.spent.passes for point in found] == [12, 13, 14, 15, 16]
+    assert [point.spent.passes for point in found] == [10.5, 11.5, 12.5, 13.5, 14.5, 15.5]
     space = reopen(run.config).space
     assert {gene.start for gene in space.genes if gene.kind == "weight"} == {1.0}
     weights = np.array([gene.kind == "weight" for gene in space.genes])
     first = np.array(searched[0].candidate.genome)[weights]
     assert np.count_nonzero(first == 1) >= len(first) - 2  # one group of one child has moved
+
+
+def test_weights_that_have_changed_are_not_used_by_a_resumed_search(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoiled = Path(shutil.copytree(whole, tmp_path / "spoiled"))
+    (folder,) = (spoiled / "statistics").iterdir()
+    (spoiled / "statistics" / ".row_weights-killed").mkdir()
+    save_file({name: 0 * own for name, own in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    evomerge("resume", spoiled, "--set", "optimizer.evaluations=17", status=2)
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"evomerge: {folder}: its values have changed")
+    assert error.endswith("restore the files, or remove the folder, and give the command again, which measures it.")
+    assert content(spoiled) == content(whole)
+    assert [path.name for path in (spoiled / "statistics").iterdir()] == [folder.name]  # what the kill left is gone
+
+
+def test_an_export_warns_where_the_weights_are_gone(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoiled = Path(shutil.copytree(whole, tmp_path / "spoiled"))
+    (folder,) = (spoiled / "statistics").iterdir()
+    row = next(row for row in content(whole)[0] if row["genome"] and row["state"] == "done")
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(folder)
+        evomerge("export", spoiled, "--candidate", row["id"], "-o", tmp_path / "recipe.yaml")
+        told = " ".join(capfd.readouterr().err.split())
+        assert (f"the recipe needs {folder.name}, which" in told) == gone
 
 
 def test_random_search_leaves_rows_as_they_are(search_file: WriteSearch) -> None:
@@ -120,8 +152,8 @@ def test_an_asynchronous_search_counts_what_rows_cost_too(search_file: WriteSear
     path = search_file(**SEARCH | {"optimizer": {"name": "random_search", "evaluations": 14, "schedule": "async"}})
     evomerge("run", path, "--output", tmp_path / "run")
     run = runs.read(tmp_path / "run")
-    assert run.results.equivalents == 14
-    assert sum(record.candidate.kind == "search" for record in run.archive.records()) == 3
+    assert run.results.equivalents == 13.5
+    assert sum(record.candidate.kind == "search" for record in run.archive.records()) == 4
 
 
 def test_check_says_what_rows_cost_in_passes_and_in_memory(search_file: WriteSearch) -> None:
@@ -129,7 +161,7 @@ def test_check_says_what_rows_cost_in_passes_and_in_memory(search_file: WriteSea
     for name, rows in (("with", SEARCH["space"]["rows"]), ("without", False)):
         path = search_file(f"{name}.yaml", **SEARCH | {"space": SEARCH["space"] | {"rows": rows}})
         plans[name] = json.loads(evomerge("check", path, "--json"))
-    assert plans["with"]["rows"] == {"steps": 6, "forward passes": 11}
+    assert plans["with"]["rows"] == {"steps": 5, "forward passes": 9.5}
     assert "rows" not in plans["without"] or not plans["without"]["rows"]
     candidate = {name: plan["gib_per_worker"]["candidate"] for name, plan in plans.items()}
     assert candidate["with"] > candidate["without"]  # for the pass back
@@ -161,7 +193,7 @@ def test_gradients_may_follow_weights_of_tensors_behind_those_of_rows(search_fil
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"optimizer": {"evaluations": 11}}, ("space.rows costs 11 forward passes", "space.rows.steps")),
+        ({"optimizer": {"evaluations": 10}}, ("space.rows costs 9.5 forward passes", "space.rows.steps")),
         ({"evaluation": {"quantize": "int8"}}, ("space.rows asks", "evaluation.quantize is int8")),
         ({"optimizer": {"learning": {"loss": "activations"}}}, ("space.rows asks", "compares whole models")),
         ({"space": {"method": "linear", "rows": True}}, ("'linear+rows'", "linear sets no base apart")),

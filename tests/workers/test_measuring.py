@@ -1,6 +1,7 @@
 """Statistics beside what plain torch measures of the same model, whatever room there is for sums."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from evomerge.candidate import Descent, Gradient
@@ -19,8 +21,10 @@ from evomerge.evaluation.activations import head_of, name_of
 from evomerge.evaluation.calibration import Calibration
 from evomerge.evaluation.likelihoods import Request
 from evomerge.evaluation.losses import Item
+from evomerge.merging.methods.base import Kind
 from evomerge.merging.naming import named_weights, naming_in
-from evomerge.merging.sources.statistics import Shelf, read
+from evomerge.merging.sources.statistics import NOTES, Names, Shelf, read
+from evomerge.merging.sources.weights import WEIGHTS
 from evomerge.recipe import Recipe, Source, single
 from evomerge.search.statistics import wanted
 from evomerge.workers import measuring
@@ -194,9 +198,9 @@ def test_a_step_that_compares_layers_is_the_same_to_the_bit_wherever_sources_liv
     assert steps[0] == steps[1]
 
 
-def worker_of(search: WriteSearch, folder: Path, **changes: Any) -> Worker:
+def worker_of(search: WriteSearch, folder: Path, names: Names | None = None, **changes: Any) -> Worker:
     path = search({"evaluation": {"device": "cpu", "dtype": "float32"}, **changes})
-    return Worker(files.load(path), statistics=folder)
+    return Worker(files.load(path), statistics=folder, names=names)
 
 
 def test_a_worker_measures_once_and_a_merge_reads_what_it_wrote(search: WriteSearch, tmp_path: Path) -> None:
@@ -211,7 +215,7 @@ def test_a_worker_measures_once_and_a_merge_reads_what_it_wrote(search: WriteSea
     recipe = Recipe(merge_method="regmean", base_model=worker._config.base, models=sources)
     fingerprint = worker.evaluate(recipe, "search").fingerprint
     other = worker_of(search, tmp_path / "empty", **{"space.method": "regmean"})
-    with pytest.raises(InputError, match=r"the Gram matrices of inputs of .* is not in .*evomerge measure"):
+    with pytest.raises(InputError, match=r"the Gram matrices of inputs of .* and no such .* lies in "):
         other.evaluate(recipe, "search")
     for model in models:
         other.measure("grams", model)
@@ -308,8 +312,52 @@ def test_several_measurements_of_one_model_are_not_mixed_up(search: WriteSearch,
     few, many = (worker_of(search, tmp_path, statistics={"items": count}) for count in (2, 5))
     model = next(iter(few._config.models.values()))
     names = [worker.measure("grams", model).name for worker in (few, many)]
-    identity = few._sources[model].identity
-    with pytest.raises(InputError, match=r"was measured 2 times"):
-        Shelf([tmp_path]).find("grams", model, identity)
+    with pytest.raises(InputError, match=r"holds 2 measurements"):
+        Shelf([tmp_path]).find("grams", model, few._sources)
     for name in names:
-        assert Shelf([tmp_path], {model: {"grams": name}}).find("grams", model, identity).folder.name == name
+        assert Shelf([tmp_path], {model: {"grams": name}}).find("grams", model, few._sources).folder.name == name
+
+
+def test_what_depends_on_the_base_is_measured_anew_over_another_base(
+    search: WriteSearch, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    workers = [worker_of(search, tmp_path, base=str(tiny_models[base])) for base in ("base", "third")]
+    models = [str(tiny_models["first"]), str(tiny_models["second"])]
+    subjects: dict[Kind, int] = {"row_weights": 2, "merged_grams": 2, "grams": 1, "fisher": 1}
+    for kind, count in subjects.items():
+        assert len({worker._subject(kind, models) for worker in workers}) == count
+
+
+def test_statistics_that_a_run_has_used_before_serve_it_though_they_do_not_record_their_base(
+    search: WriteSearch, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"space.method": "regmean_plus", "statistics": {"items": 1}}
+    worker = worker_of(search, tmp_path, **changes)
+    model = next(iter(worker._config.models.values()))
+    made = tmp_path / worker.measure("merged_grams", model).name
+    old = made.rename(tmp_path / f"merged_grams-{'0' * 16}-{made.name[-16:]}")
+    notes = json.loads((old / NOTES).read_text())
+    del notes["measured"]["base"]
+    (old / NOTES).write_text(json.dumps(notes))
+    resumed = worker_of(search, tmp_path, {model: {"merged_grams": old.name}}, **changes)
+    assert resumed.measure("merged_grams", model).name == old.name
+    assert resumed._statistics("merged_grams", model).folder == old
+
+
+def test_a_folder_whose_notes_are_lost_is_replaced(search: WriteSearch, tmp_path: Path) -> None:
+    worker = worker_of(search, tmp_path, **{"space.method": "regmean"})
+    model = next(iter(worker._config.models.values()))
+    name = worker.measure("grams", model).name
+    (tmp_path / name / NOTES).unlink()
+    assert worker.measure("grams", model).name == name
+    assert read(tmp_path / name).tensor_of("model.layers.0.self_attn.q_proj.weight") is not None
+
+
+def test_values_that_have_changed_since_are_not_used(search: WriteSearch, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"space.method": "regmean", "statistics": {"items": 1}}
+    worker = worker_of(search, tmp_path, **changes)
+    model = next(iter(worker._config.models.values()))
+    file = tmp_path / worker.measure("grams", model).name / WEIGHTS
+    save_file({name: torch.zeros_like(own) for name, own in load_file(file).items()}, file)
+    with pytest.raises(InputError, match=r"have changed, .*, or remove the folder, and give the command again"):
+        worker_of(search, tmp_path, **changes).measure("grams", model)

@@ -112,7 +112,7 @@ def test_regmean_solves_for_every_matrix_and_merges_the_same_from_files(
     merged, base = load_file(tmp_path / "out" / WEIGHTS), load_file(family["base"] / WEIGHTS)
     theirs: list[Mapping[str, np.ndarray]] = [load_file(family[name] / WEIGHTS) for name in models]
     unread = 0
-    for name in measured[0].notes["shared"]:
+    for name in measured[0].notes.shared:
         changed, *deltas = (each[name].astype(float) - base[name] for each in (merged, *theirs))
         grams = [stored.read(str(stored.tensor_of(name))).double().numpy() for stored in measured]
         if measured[0].transposed(name):
@@ -123,4 +123,4 @@ def test_regmean_solves_for_every_matrix_and_merges_the_same_from_files(
         else:
             unread += 1
             assert np.allclose(changed, sum(deltas) / 2, atol=1e-6), name
-    assert unread < len(measured[0].notes["shared"]) / 2
+    assert unread < len(measured[0].notes.shared) / 2

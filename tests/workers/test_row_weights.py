@@ -55,7 +55,7 @@ def test_weights_are_the_same_each_time_and_kept(worker: Worker) -> None:
     assert other.measure("row_weights", worker._config.models["math"]).name == first.name
     assert worker._folder is not None
     stored = read(worker._folder / first.name)
-    assert stored.notes["models"] == [worker._sources[model].identity for model in worker._config.models.values()]
+    assert stored.notes.models == tuple(worker._sources[model].identity for model in worker._config.models.values())
 
 
 def test_settings_that_decide_what_is_learned_decide_the_subject(worker: Worker) -> None:

@@ -67,7 +67,7 @@ def each_time(what: Hashable, models: tuple[int, ...], make: Callable[[], T], /)
 
 Kind = Literal["fisher", "grams", "merged_grams", "activations", "outputs", "row_weights"]
 JOINT: tuple[Kind, ...] = ("merged_grams", "row_weights")
-"""Statistics that are measured for all models at once."""
+"""Statistics that are measured for all models at once, and that depend on the base, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,20 @@ def key_of(*parts: object) -> bytes:
 
 
 def _mix32(folded: torch.Tensor) -> torch.Tensor:
-    """A bijective hash of int32 numbers ("lowbias32", Wellons 2018), without its first step (see `_fold`) and its last,
-    which leaves the upper half of the bits as it is. Products wrap around, and shifts are made logical by masks."""
+    """The inner steps of a hash of int32 numbers ("lowbias32", Wellons 2018).
+
+    The whole hash begins and ends with `_fold`. The fold at the end changes the lower 16 bits alone. Products wrap
+    around, and masks make the shifts logical.
+
+    folded: the numbers, after the first fold.
+    """
     x = folded * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)
     return x * _signed(0x846CA68B)
 
 
 def _fold(x: torch.Tensor) -> torch.Tensor:
+    """The numbers, whose lower 16 bits are mixed with the upper 16 bits."""
     return x ^ ((x >> 16) & 0xFFFF)
 
 
@@ -44,13 +50,11 @@ class Drawn:
     seed: the recipe's seed.
     position: the position of the model in the recipe.
     name: the name of the output tensor.
-    count: how many elements the tensor has.
     """
 
     seed: int
     position: int
     name: str
-    count: int
 
     def rows(self, start: int, count: int, device: torch.device) -> torch.Tensor:
         """What the numbers of some rows, of 4096 elements each, are made of: int32, shape (2, rows, 1).
@@ -76,7 +80,8 @@ def field_part(field: Field, piece: slice, device: torch.device) -> torch.Tensor
     """A piece of a field, in a form that `field_steps` reads.
 
     field: kept or made again.
-    piece: which elements.
+    piece: which elements. Where the field is made again, the piece must not cross a multiple of 2^32, since the
+        numbers behind it would be wrong.
     device: where it is to be.
     """
     if isinstance(field, torch.Tensor):
@@ -101,8 +106,9 @@ def draw(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     rows: see `Drawn.rows`.
     columns: the places in a row.
     """
-    first, key = rows.unbind()
-    mixed = _mix32(_fold(_fold(_mix32(first ^ columns)) + key))
+    first, key = rows.unbind()  # `first` is folded already (`Drawn.rows`), and no column reaches its upper 16 bits
+    inner = _fold(_mix32(first ^ columns))
+    mixed = _mix32(_fold(inner + key))  # without the last fold, which leaves the upper 16 bits as they are
     if torch.compiler.is_compiling():
         return mixed
     return ((mixed >> 16) ^ -32768).to(torch.int16)

@@ -53,7 +53,7 @@ def uniform_field(seed: int, position: int, name: str, count: int, device: torch
     count: how many elements the tensor has.
     device: where the field is made.
     """
-    made, field = Drawn(seed, position, name, count), torch.empty(count, dtype=torch.int16, device=device)
+    made, field = Drawn(seed, position, name), torch.empty(count, dtype=torch.int16, device=device)
     for piece in pieces(count, field.device):
         field[piece].copy_(field_part(made, piece, field.device))
     return field
@@ -109,15 +109,6 @@ def below(field: torch.Tensor, steps: torch.Tensor, value: torch.Tensor | None =
         signed = (field & -UNIFORM_STEPS) ^ (32768 - (1 << 31))
         return indicator(torch.lt, signed, ((steps - 32768) * 65535.5).to(torch.int32), value=value)
     return indicator(torch.lt, field_steps(field), steps, value=value)
-
-
-def keep_mask(uniforms: torch.Tensor, density: float | torch.Tensor) -> torch.Tensor:
-    """True where a uniform number is less than the density. The mask of a density contains those of smaller ones.
-
-    uniforms: a uniform field.
-    density: from 0 to 1, one for all elements or one per element.
-    """
-    return field_steps(uniforms) < steps_of(density)
 
 
 def steps_of(density: float | torch.Tensor) -> float | torch.Tensor:

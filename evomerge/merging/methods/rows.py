@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from evomerge.devices import widened
+from evomerge.errors import InputError
 from evomerge.merging.methods.base import Inputs, Latest, MergeFunction, Once, each_time
 from evomerge.merging.methods.kernels import pieces
 from evomerge.merging.methods.parts import Elements, part_of
@@ -32,14 +33,15 @@ def row_count(shape: Sequence[int], in_layer: bool) -> int:
 
 
 def per_element(numbers: torch.Tensor, elements: int, piece: slice) -> torch.Tensor:
-    """The number of each element of a piece; one for all of them where there is one.
+    """The number of each element of a piece; one for all of them where there is one, and at most one where there are no
+    elements.
 
     numbers: those of the rows, shape (rows,).
     elements: how many elements the tensor has.
     piece: which of its elements.
     """
-    if len(numbers) == 1:
-        return numbers
+    if len(numbers) == 1 or elements == 0:
+        return numbers[:1]
     columns = elements // len(numbers)
     first, last = piece.start // columns, -(-piece.stop // columns)
     inside = slice(piece.start - first * columns, piece.stop - first * columns)
@@ -92,13 +94,22 @@ class WithRowWeights:
 
 
 def row_weighted(inputs: Inputs) -> Inputs:
-    """The inputs with weighted rows. Models that have no weights for the tensor stay as they are."""
+    """The inputs with weighted rows. Models that have no weights for the tensor stay as they are.
+
+    Raises InputError where a tensor has another number of weights than `row_count` says.
+    """
     assert inputs.base is not None
     tensors: list[Elements] = []
     for index, tensor in enumerate(inputs.tensors):
         learned = inputs.statistic("row_weights", index)
         if learned is not None:
             assert isinstance(learned.values, torch.Tensor)
+            count, shape = row_count(tensor.shape, inputs.in_layer), list(learned.values.shape)
+            if shape != [count]:
+                raise InputError(
+                    f"row_weights: a tensor of shape {list(tensor.shape)} has weights of shape {shape}, expected "
+                    f"[{count}]; measure them again with `evomerge measure SEARCH.yaml --kind row_weights`."
+                )
             tensor = RowWeighted(inputs.base, tensor, learned.values)
         tensors.append(tensor)
 
@@ -129,6 +140,8 @@ def row_slopes(inputs: Inputs, gradient: torch.Tensor) -> dict[Key, torch.Tensor
     """
     assert inputs.base is not None
     rows = row_count(gradient.shape, inputs.in_layer)
+    if gradient.numel() == 0:
+        return {("weight", index): widened(gradient.new_zeros(rows)) for index in range(len(inputs.tensors))}
     flat, columns = gradient.reshape(-1), gradient.numel() // rows
     parts: dict[Key, list[torch.Tensor]] = {("weight", index): [] for index in range(len(inputs.tensors))}
     for block in pieces(rows, gradient.device, columns):

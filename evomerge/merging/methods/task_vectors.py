@@ -4,7 +4,7 @@ The steps are those of mergekit 0.1.5, in its order, in float32:
 
 1. delta_i = x_i - base is sparsified (sparsify.py) and weighted.
 2. With a consensus, elements whose sign differs from the elected one, the sign of the weighted sum, are dropped (TIES).
-3. The deltas are added up and, with `normalize`, divided by the weights that took piece.
+3. The deltas are added up and, with `normalize`, divided by the weights that took part.
 4. The sum is multiplied by lambda and added to the base.
 """
 
@@ -71,7 +71,7 @@ class TaskVectorPass:
 
     sparsify: the name of the way in which deltas are sparsified; None where they are not.
     consensus: whether a sign is elected.
-    normalize: whether the sum is divided by the weights that took piece.
+    normalize: whether the sum is divided by the weights that took part.
     scaled: whether lambda is other than 1.
     per_element: whether each element that is kept is divided by the probability of keeping it.
     """

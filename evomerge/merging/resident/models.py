@@ -521,11 +521,11 @@ class ResidentModels:
 
     def _uniform(self, seed: int, tensor: TensorMerge, index: int, device: torch.device) -> Field:
         position, name = tensor.positions[index], tensor.name
-        count = self._source_of(tensor, index, device).shape.numel()
         if self.fields == "made":
-            return Drawn(seed, position, name, count)
+            return Drawn(seed, position, name)
 
         def make() -> torch.Tensor:
+            count = self._source_of(tensor, index, device).shape.numel()
             return as_field(uniform_field(seed, position, name, count, device), self._planes)
 
         return self._once(name, (device,), ("uniforms", seed, position), (), make)

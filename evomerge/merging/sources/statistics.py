@@ -7,16 +7,20 @@ and the settings. The digest is one of the values, so a name stands for the same
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from evomerge.config.documents import validate
 from evomerge.errors import InputError
 from evomerge.files import STATISTICS
 from evomerge.merging.methods.base import JOINT, Kind
-from evomerge.merging.sources.models import Model
+from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.weights import Weights
 from evomerge.recipe import Recipe
 
@@ -69,6 +73,29 @@ class Readable(Protocol):
         ...
 
 
+class Notes(BaseModel):
+    """What statistics.json says.
+
+    kind: the kind of statistic.
+    models: the identities of the models that were measured.
+    measured: the settings, digests of the items, and for `JOINT` statistics the identity of the base.
+    versions: those of the packages that computed them.
+    mean: the mean of all values of the model.
+    shared: the tensor whose statistic stands for another tensor's, by that one's name.
+    transposed: the tensors that have a row for each channel of their inputs.
+    """
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    kind: Kind
+    models: tuple[str, ...]
+    measured: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    mean: float = 1.0
+    shared: dict[str, str] = Field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Stored:
     """A statistic on the disk.
@@ -79,7 +106,7 @@ class Stored:
     """
 
     folder: Path
-    notes: Mapping[str, Any]
+    notes: Notes
     identity: str = ""
 
     @cached_property
@@ -90,18 +117,18 @@ class Stored:
     @property
     def mean(self) -> float:
         """The mean of all values of the model."""
-        return float(self.notes.get("mean", 1.0))
+        return self.notes.mean
 
     def tensor_of(self, name: str) -> str | None:
         """The name that the statistic of the tensor `name` has in the files; None where there is none."""
-        stored = self.notes.get("shared", {}).get(name, name)
-        if self.notes["kind"] in JOINT:
-            stored = f"{self.notes['models'].index(self.identity)}:{stored}"
+        stored = self.notes.shared.get(name, name)
+        if self.notes.kind in JOINT:
+            stored = f"{self.notes.models.index(self.identity)}:{stored}"
         return stored if stored in self.weights.table else None
 
     def transposed(self, name: str) -> bool:
         """Whether the tensor `name` has a row, not a column, for each channel of its inputs."""
-        return name in self.notes.get("transposed", ())
+        return name in self.notes.transposed
 
     def read(self, name: str) -> "torch.Tensor":
         """A tensor of the files, on the CPU."""
@@ -109,66 +136,118 @@ class Stored:
         self.weights.close()
         return tensor
 
+    def check(self, again: str) -> None:
+        """Reads all values. Raises InputError where they are not those that the folder's name stands for.
+
+        again: what to do to have them measured again.
+        """
+        from evomerge.merging.methods.kernels import checksum, fingerprint_of
+
+        try:
+            found = fingerprint_of(int(checksum(self.read(name), name)) for name in self.weights.table)
+        except InputError as error:
+            raise InputError(f"{str(error).rpartition('; ')[0]}; remove the folder, and {again}.") from None
+        expected = self.folder.name.rpartition("-")[2]
+        if found != expected:
+            raise InputError(
+                f"{self.folder}: its values have changed, since their digest is {found} and the folder's name ends in "
+                f"{expected}; restore the files, or remove the folder, and {again}."
+            )
+
 
 def read(folder: Path) -> Stored:
     """The statistic in a folder. Raises InputError where there is none that can be read."""
+    file = folder / NOTES
     try:
-        notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-        assert {"kind", "models"} <= notes.keys()
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise InputError(f"{folder / NOTES}: cannot be read ({error}); measure it again.") from None
-    return Stored(folder, notes)
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); remove the folder, and measure again.") from None
+    return Stored(folder, validate(Notes, content, file))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed have left of measurements (see `unfinished`).
+
+    folder: where statistics lie. No other process may be writing there.
+    """
+    for kind in WORDS:
+        for path in folder.glob(f"{unfinished(kind)}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def unfinished(kind: Kind) -> str:
+    """What the name of a folder begins with while a statistic is written into it."""
+    return f".{kind}-"
 
 
 class Shelf:
     """Folders in which statistics are looked for."""
 
-    def __init__(self, folders: Sequence[Path] = (), names: Names | None = None, where: str = "the recipe") -> None:
-        """folders: where statistics lie, the first one first.
+    def __init__(
+        self,
+        folders: Sequence[Path] = (),
+        names: Names | None = None,
+        where: str = "the recipe",
+        base: str | None = None,
+        again: str = "measure it with `evomerge measure SEARCH.yaml -o FOLDER`",
+    ) -> None:
+        """folders: where statistics lie. The first one that holds what is looked for decides.
         names: the names of the folders that a recipe was scored with.
         where: what the recipe is called, which opens an error's message.
+        base: the reference of the base over which models are merged; by default that of the models.
+        again: what to do to have a statistic measured.
         """
         self._folders, self._names, self._where = list(dict.fromkeys(folders)), dict(names or {}), where
+        self._base, self._again, self._unchanged = base, again, set[Path]()
 
-    def name(self, kind: Kind, reference: str) -> str | None:
-        """The name of the folder that the recipe was scored with; None where it does not say."""
-        return self._names.get(reference, {}).get(kind)
+    def look(
+        self, kind: Kind, reference: str, models: Models, subject: str, versions: Mapping[str, str]
+    ) -> Stored | None:
+        """The statistic that the recipe names, or else one of a subject, rather one that was measured with the given
+        versions; None where there is none.
 
-    def look(self, pattern: str, versions: Mapping[str, str] | None = None) -> Stored | None:
-        """A statistic by a pattern of its folder's name, rather one that was measured with the given versions."""
-        found = [read(path.parent) for folder in self._folders for path in sorted(folder.glob(f"{pattern}/{NOTES}"))]
-        return next((each for each in found if each.notes.get("versions") == versions), found[0] if found else None)
+        kind: the kind of statistic.
+        reference: the model's.
+        models: the models, by reference.
+        subject: what was measured (see `subject`).
+        versions: those of the packages that compute statistics.
+        Raises InputError where its values have changed.
+        """
+        found = self._lying(kind, reference, models, subject)
+        best = next((each for each in found if each.notes.versions == versions), found[0] if found else None)
+        return None if best is None else self._checked(best)
 
-    def find(self, kind: Kind, reference: str, identity: str) -> Stored:
+    def find(self, kind: Kind, reference: str, models: Models) -> Stored:
         """The statistic of a model: the one that the recipe names, or else the only one of the model's files.
 
         kind: the kind of statistic.
         reference: the model's.
-        identity: of the model's files.
-        Raises InputError where there is none, or where several could be meant.
+        models: the models, by reference.
+        Raises InputError where there is none, where several could be meant, or where its values have changed.
         """
-        name = self.name(kind, reference)
-        found = {
-            path.parent.name: stored
-            for folder in self._folders
-            for path in sorted(folder.glob(f"{name or f'{kind}-*'}/{NOTES}"))
-            if identity in (stored := read(path.parent)).notes["models"] and stored.notes["kind"] == kind
-        }
-        what = f"{WORDS[kind]} of {reference}"
+        found = self._lying(kind, reference, models)
+        name, what = self._name(kind, reference), f"{WORDS[kind]} of {reference}"
         if not found:
             looked = ", ".join(map(str, self._folders)) or "no folder"
             raise InputError(
-                f"{self._where}: the merge needs {what}{f' ({name})' if name else ''}, but it is not in {looked}; make "
-                "it with `evomerge measure SEARCH.yaml -o FOLDER`, and give --statistics FOLDER."
+                f"{self._where}: the merge needs {what}{f' ({name})' if name else ''}, and no such statistic of these "
+                f"models lies in {looked}; {self._again}."
             )
         if len(found) > 1:
+            names = ", ".join(each.folder.name for each in found)
             raise InputError(
-                f"{self._where}: {what} was measured {len(found)} times ({', '.join(sorted(found))}); keep the one "
-                "that is meant in a folder of its own, and give --statistics."
+                f"{self._where}: the merge needs {what}, and {found[0].folder.parent} holds {len(found)} measurements "
+                f"({names}); move all but the one that is meant to another place."
             )
-        return replace(next(iter(found.values())), identity=identity)
+        return self._checked(found[0])
 
-    def finder(self, models: Mapping[str, Model]) -> "Find":
+    @property
+    def missing(self) -> list[str]:
+        """The names of the folders that the recipe was scored with and that lie nowhere."""
+        names = dict.fromkeys(name for kinds in self._names.values() for name in kinds.values())
+        return [name for name in names if not any((folder / name / NOTES).is_file() for folder in self._folders)]
+
+    def finder(self, models: Models) -> "Find":
         """Finds the statistics of models, each once.
 
         models: the models, by reference.
@@ -176,9 +255,38 @@ class Shelf:
 
         @cache
         def find(kind: Kind, reference: str) -> Stored:
-            return self.find(kind, reference, models[reference].identity)
+            return self.find(kind, reference, models)
 
         return find
+
+    def _name(self, kind: Kind, reference: str) -> str | None:
+        """The name of the folder that the recipe was scored with; None where it does not say."""
+        return self._names.get(reference, {}).get(kind)
+
+    def _checked(self, stored: Stored) -> Stored:
+        """A statistic, once all of its values have been read, which happens once. Raises InputError where they have
+        changed."""
+        if stored.folder not in self._unchanged:
+            stored.check(self._again)
+            self._unchanged.add(stored.folder)
+        return stored
+
+    def _lying(self, kind: Kind, reference: str, models: Models, subject: str = "*") -> list[Stored]:
+        """The statistics of a model in the first folder that holds any: the one that the recipe names, or else all of a
+        subject."""
+        name, identity = self._name(kind, reference), models[reference].identity
+        base = (models[self._base] if self._base is not None else models.base).identity if kind in JOINT else None
+
+        def fits(notes: Notes) -> bool:
+            over = notes.measured.get("base", base if name else None)  # earlier versions did not record it
+            return notes.kind == kind and identity in notes.models and over == base
+
+        def lying(folder: Path) -> Iterator[Stored]:
+            for path in [folder / name] if name else sorted(folder.glob(f"{kind}-{subject}-*")):
+                if (path / NOTES).is_file() and fits((stored := read(path)).notes):
+                    yield replace(stored, identity=identity)
+
+        return next((found for folder in self._folders if (found := list(lying(folder)))), [])
 
 
 def shelf_of(recipe: Recipe, where: str, folder: Path | None = None) -> Shelf:
@@ -187,14 +295,18 @@ def shelf_of(recipe: Recipe, where: str, folder: Path | None = None) -> Shelf:
     recipe: the recipe.
     where: its file, or what else it is called.
     folder: a folder that the user gives.
-    Raises InputError where that is no folder.
+    Raises InputError where that is no folder, or holds a single statistic itself.
     """
     if folder is not None and not folder.is_dir():
         raise InputError(f"--statistics is {folder}, which is no folder; give the one that `evomerge measure` wrote.")
+    if folder is not None and (folder / NOTES).is_file():
+        raise InputError(f"--statistics is {folder}, which is a single statistic; give the folder that it lies in.")
     noted = recipe.evomerge.statistics
     beside = Path(where).absolute().parent
     places = [folder, Path(noted.folder) if noted and noted.folder else None, beside / STATISTICS, beside]
-    return Shelf([place for place in places if place is not None], noted.names if noted else None, where)
+    again = f"measure it with `evomerge measure SEARCH.yaml -o {beside / STATISTICS}`"
+    names = noted.names if noted else None
+    return Shelf([place for place in places if place is not None], names, where, recipe.base_model, again)
 
 
 Find = Callable[[Kind, str], Readable]

@@ -10,7 +10,7 @@ from evomerge.merging.methods.rows import row_count
 WIDEST = 600  # columns of a tensor that has Gram matrices
 
 
-def statistics(base: torch.Tensor, seed: int = 0) -> Callable[[Kind, int], Statistic | None]:
+def statistics(base: torch.Tensor, seed: int = 0, in_layer: bool = True) -> Callable[[Kind, int], Statistic | None]:
     """Statistics of one tensor of any models over a base, as far as a tensor of its shape has them."""
 
     def statistic(kind: Kind, index: int) -> Statistic | None:
@@ -19,9 +19,7 @@ def statistics(base: torch.Tensor, seed: int = 0) -> Callable[[Kind, int], Stati
             values = torch.rand(base.shape, generator=generator).pow(4) * 3e-7
             return Statistic(values.to(base.device), 1e-7 * (index + 2))
         if kind == "row_weights":
-            return Statistic(
-                (torch.rand(row_count(base.shape, base.dim() == 2), generator=generator) * 1.5).to(base.device)
-            )
+            return Statistic((torch.rand(row_count(base.shape, in_layer), generator=generator) * 1.5).to(base.device))
         if base.dim() != 2 or base.shape[1] > WIDEST:
             return None
         if kind == "activations":

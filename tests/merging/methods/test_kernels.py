@@ -17,11 +17,11 @@ from evomerge.merging.methods.kernels import (
     divisor,
     exact_l1,
     field_steps,
-    keep_mask,
     largest_magnitudes,
     uniform_field,
 )
 from evomerge.merging.resident.models import fingerprint
+from tests.merging.methods.masks import keep_mask
 
 N = 1 << 17
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

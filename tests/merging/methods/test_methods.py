@@ -18,9 +18,10 @@ from evomerge.errors import InputError
 from evomerge.merging import methods
 from evomerge.merging.methods import METHODS
 from evomerge.merging.methods.base import Inputs, unmeasured
-from evomerge.merging.methods.kernels import keep_mask, largest_magnitudes, ordered_sum, uniform_field
+from evomerge.merging.methods.kernels import largest_magnitudes, ordered_sum, uniform_field
 from evomerge.merging.methods.sparsify import largest_epsilon
 from evomerge.merging.methods.task_vectors import TaskVectorMerge
+from tests.merging.methods.masks import keep_mask
 from tests.merging.methods.measured import statistics
 
 MERGEKIT = [name for name, method in METHODS.items() if method.mergekit]

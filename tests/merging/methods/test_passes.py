@@ -79,7 +79,7 @@ def test_compiled_code_that_makes_numbers_again_gives_the_bits_of_eager_code_how
     generator = torch.Generator().manual_seed(4)
     base, *models = (torch.randn(count, generator=generator).bfloat16() for _ in range(4))
     inputs = dataclasses.replace(
-        inputs_of(method), base=base, tensors=tuple(models), uniforms=lambda index: Drawn(0, index, "tensor", count)
+        inputs_of(method), base=base, tensors=tuple(models), uniforms=lambda index: Drawn(0, index, "tensor")
     )
     eager, compiled = torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.bfloat16)
     METHODS[method].merge_into(eager, inputs)

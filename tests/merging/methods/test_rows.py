@@ -1,5 +1,6 @@
 """Row weights beside models whose rows are weighted before they are merged."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +60,26 @@ def test_any_piece_of_weighted_rows_is_that_of_the_whole(
     assert torch.equal(whole, (own * (tensor - base) + base).reshape(-1))
     assert per_element(numbers, count, piece).numel() in (1, piece.stop - piece.start)
     assert torch.equal(part_of(tensor, piece), tensor.reshape(-1)[piece])  # the model itself is not written over
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,)])
+def test_a_tensor_without_elements_has_weights_all_the_same(shape: tuple[int, ...]) -> None:
+    row = methods.get("task_arithmetic+rows", "here")
+    empty, numbers = torch.empty(shape), torch.ones(row_count(shape, True))
+    inputs = replace(inputs_of(row, {}, torch.float32), base=empty, statistic=lambda *_: Statistic(numbers))
+    inputs = replace(inputs, tensors=(empty,) * len(inputs.tensors))
+    assert row.merge(inputs).shape == shape
+    slopes = row_slopes(inputs, empty)
+    assert [own.tolist() for own in slopes.values()] == [[0.0] * len(numbers)] * len(inputs.tensors)
+
+
+@pytest.mark.parametrize("wrong", [(1,), (2,), (2, 3)])
+def test_another_number_of_weights_than_a_tensor_has_rows_is_refused(wrong: tuple[int, ...]) -> None:
+    row = methods.get("task_arithmetic+rows", "here")
+    inputs = replace(inputs_of(row, {}, torch.float32), statistic=lambda *_: Statistic(torch.ones(wrong)))
+    rows = inputs.tensors[0].shape[0]
+    with pytest.raises(InputError, match=rf"has weights of shape {re.escape(str(list(wrong)))}, expected \[{rows}\]"):
+        row.merge(inputs)
 
 
 @pytest.mark.parametrize("in_layer", [True, False])
