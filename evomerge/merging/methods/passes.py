@@ -28,7 +28,7 @@ ROOM = 1 << 23  # bytes that an eager pass takes at a time: enough to make calls
 _WIDE_ROOM = 1 << 28  # where there are thousands of cores to feed
 _COMPILED_FROM = 1 << 18  # elements; for fewer, chunks cost no more than compiled code does
 _FEWEST_ROWS = 2  # code for one row would be compiled apart
-_ELEMENT_LIMIT = 64  # compiled variants on each device: methods x numbers of models x flags
+_VARIANTS = 64  # of an element's compiled code on each device, at most: numbers of models, dtypes and shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +195,9 @@ def _compiled(element: Element, made: tuple[bool, ...]) -> Step:
 
     made: which of the fields are made again from their rows (`Drawn.rows`).
     """
-    limit = _ELEMENT_LIMIT * max(1, device_count(accelerator()))
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    limits, more = torch._dynamo.config, _VARIANTS * max(1, device_count(accelerator()))
+    limits.recompile_limit += more  # since the code of all elements counts together
+    limits.accumulated_recompile_limit += more
 
     def step(
         out: torch.Tensor, tensors: Tensors, fields: Tensors, numbers: Numbers, columns: torch.Tensor | None

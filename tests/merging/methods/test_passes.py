@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -182,3 +183,26 @@ def test_planes_hold_the_numbers_of_a_field():
     field = torch.arange(-32768, 32768).to(torch.int16)
     assert torch.equal(field_steps(field), torch.arange(65536.0))
     assert torch.equal(field_steps(as_field(field, planes=True)), torch.arange(65536.0))
+
+
+def test_code_is_compiled_for_however_many_methods_a_search_has(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(passes, "_COMPILED_FROM", 1)
+    monkeypatch.setattr(passes, "_VARIANTS", 2)
+    torch._dynamo.reset()
+    limits = {"recompile_limit": 0, "accumulated_recompile_limit": 0}
+    with torch._dynamo.config.patch(limits):
+        for factor in range(2, 6):
+            for dtype in (torch.float32, torch.bfloat16):
+                out = torch.empty(8, dtype=dtype)
+                write(out, Pass(Times(factor), (torch.ones(8, dtype=dtype),)), compiled=True)
+                assert out.tolist() == [factor] * 8
+    torch._dynamo.reset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    factor: int
+
+    def __call__(self, tensors: passes.Tensors, fields: passes.Tensors, numbers: passes.Numbers) -> torch.Tensor:
+        return tensors[0] * self.factor
