@@ -65,7 +65,7 @@ class OptimizerConfig(Settings):
 
     name: the optimizer. `auto` follows gradients first (`learned`) and then evolves, where the objectives have
         reference answers and the method has derivatives. Elsewhere it only evolves, by an optimizer that suits the
-        kinds of genes.
+        kinds of genes and the budget.
     evaluations: how many search candidates there are; controls come on top. A step along a gradient counts as three
         times the share of the search items that it reads.
     equivalents: how much a search may cost in the place of `evaluations`: an evaluation on all search items counts 1,

@@ -16,6 +16,7 @@ FORWARD_PASSES = 3  # that a pass forward and back counts as
 _LEARNING = 0.6  # of the budget, at most, where evolution follows
 _FEWEST_STEPS = 10  # along gradients that are worth taking
 _AFTER_LEARNING = "group_evolution"
+_WORTH_A_COVARIANCE = 600  # evaluations, from which on cma_es is ahead (scripts/bench/optimizers)
 _STOP_AFTER = 80  # candidates
 
 
@@ -123,7 +124,7 @@ def resolve(config: OptimizerConfig, dimension: int, objectives: int, genes: Seq
     genes: the genes, which decide what `auto` stands for.
     Raises InputError where a population is too small for its optimizer.
     """
-    name = _suited(genes) if config.name == "auto" else config.name
+    name = _suited(genes, config) if config.name == "auto" else config.name
     population = config.population or OPTIMIZERS[name].population(dimension)
     stages = tuple(_resolved_stage(stage, config, dimension) for stage in config.stages)
     _check_population(name, population, "optimizer")
@@ -149,12 +150,13 @@ def _resolved_stage(stage: StageConfig, config: OptimizerConfig, dimension: int)
     return stage.model_copy(update={"population": population})
 
 
-def _suited(genes: Sequence[Gene]) -> str:
-    """The optimizer for genes of these kinds (measured by scripts/bench/data_flow)."""
+def _suited(genes: Sequence[Gene], config: OptimizerConfig) -> str:
+    """The optimizer for genes of these kinds and this budget (measured by scripts/bench/data_flow and optimizers)."""
     kinds, domains = {gene.kind for gene in genes}, {gene.domain for gene in genes}
     if HOP in kinds:
         return "path_evolution"
-    return "cma_es" if GATE in kinds or domains <= {"continuous"} else "group_evolution"
+    many = (config.equivalents or config.evaluations) >= _WORTH_A_COVARIANCE
+    return "cma_es" if GATE in kinds or (many and domains <= {"continuous"}) else "group_evolution"
 
 
 def _check_population(name: str, population: int, where: str) -> None:

@@ -198,7 +198,7 @@ def test_group_evolution_changes_one_group_of_the_best_so_far() -> None:
 
 
 def test_cma_restarts_with_twice_the_population_when_it_has_converged() -> None:
-    config = resolve(OptimizerConfig(population=6), DIMENSION, 1)
+    config = resolve(OptimizerConfig(name="cma_es", population=6), DIMENSION, 1)
     tight = tuple(Gene(f"g{i}", "weight", "all", -1.0, 1.0, 0.0, 0.05) for i in range(DIMENSION))
     optimizer = make_optimizer(config, Problem(tight, np.zeros(DIMENSION), 1, Ranking(np.ones(1), elite=False)))
     sizes = []
@@ -214,6 +214,17 @@ def test_random_genomes_depend_on_nothing_but_seed_and_index() -> None:
     later = random_genome(genes(), seed=5, index=9)
     assert np.array_equal(later, random_genome(genes(), seed=5, index=9))
     assert not np.array_equal(later, random_genome(genes(), seed=6, index=9))
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [({"evaluations": 599}, "group_evolution"), ({"evaluations": 600}, "cma_es"), ({"equivalents": 600}, "cma_es")],
+)
+def test_numbers_are_left_to_the_optimizer_that_is_ahead_with_such_a_budget(
+    budget: dict[str, int], chosen: str
+) -> None:
+    config = OptimizerConfig.model_validate(budget)
+    assert resolve(config, DIMENSION, 1, genes()).name == chosen
 
 
 def test_automatic_choices_do_not_change_when_a_search_with_many_evaluations_is_extended() -> None:

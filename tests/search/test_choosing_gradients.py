@@ -70,7 +70,7 @@ def test_with_0_steps_or_an_asynchronous_schedule_or_stages_of_its_own_it_follow
     for optimizer in ({"learning": {"steps": 0}}, {"schedule": "async"}, own):
         prepared = auto(search_file, optimizer)
         assert not prepared.config.optimizer.follows_gradients
-        assert prepared.config.optimizer.name == "cma_es"
+        assert prepared.config.optimizer.name == "group_evolution"
         assert prepared.config.items.selection is None
         assert not prepared.warnings
 
