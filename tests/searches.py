@@ -48,5 +48,5 @@ def tiny_search(models: dict[str, Path]) -> dict[str, Any]:
         models={"first": str(models["first"]), "second": str(models["second"])},
         items={"search": 8, "heldout": 8},
         space=None,
-        optimizer={"evaluations": 6, "population": 4},
+        optimizer={"name": "cma_es", "evaluations": 6, "population": 4},
     )

@@ -127,7 +127,9 @@ def test_a_cost_is_a_function_and_a_row(
     search_file: WriteSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(COSTS, "norm", CostRow(norm))
-    search = search_file(objectives=[{"task": "base_qa"}, {"cost": "norm"}], optimizer={"evaluations": 4})
+    search = search_file(
+        objectives=[{"task": "base_qa"}, {"cost": "norm"}], optimizer={"name": "cma_es", "evaluations": 4}
+    )
     evomerge("run", search, "--output", tmp_path / "run")
     norms = [row["scores"]["norm"] for row in content(tmp_path / "run")]
     assert len(set(norms)) > 4

@@ -42,6 +42,17 @@ RECIPES: dict[str, list[Recipe]] = {
     **{name: [recipe(name)] for name in ("dare_ties+rows", "breadcrumbs+rows+aim", "wudi+rows")},
 }
 
+ALIKE = (  # each has the steps of another method
+    "task_arithmetic",
+    "dare_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della_linear",
+    "multislerp",
+    "ramplus_tl",
+    "gradient_matching",
+    "regmean_plus",
+)
 FEW = ("linear", "dare_ties", "passthrough")  # without fields, with them, and without a pass
 
 

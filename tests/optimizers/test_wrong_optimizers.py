@@ -24,7 +24,10 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
         {"optimizer": {"name": "greedy_soup", "schedule": "async"}},
         "optimizer.schedule is async, but greedy_soup builds each candidate on the one before; use pipelined",
     ),
-    "a population too small": ({"optimizer.population": 3}, "optimizer.population is 3; cma_es needs at least 4"),
+    "a population too small": (
+        {"optimizer.name": "cma_es", "optimizer.population": 3},
+        "optimizer.population is 3; cma_es needs at least 4",
+    ),
     "no evaluations": (
         {"optimizer.evaluations": 0},
         "optimizer.evaluations is 0; use a value greater than or equal to 1",

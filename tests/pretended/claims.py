@@ -22,7 +22,7 @@ from tests.commands import content
 from tests.evaluation.test_engine import MERGE, folder, results  # noqa: F401 - a fixture
 from tests.evaluation.test_engine import config as writing
 from tests.merging.resident.test_models import recipe
-from tests.merging.ways import FEW, ON_ONE, ON_TWO, RECIPES, Load, Way, loader, outcomes
+from tests.merging.ways import ALIKE, FEW, ON_ONE, ON_TWO, RECIPES, Load, Way, loader, outcomes
 from tests.models import load_models, write_adapter
 from tests.pretended import accelerator
 from tests.searches import WriteSearch
@@ -90,9 +90,9 @@ def load(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 def cases() -> Iterator[Any]:
     for method in RECIPES:
-        more = [] if method in FEW else [pytest.mark.exhaustive]
-        yield pytest.param(method, ON_ONE, (), id=f"{method}-one device", marks=more)
-        yield pytest.param(method, ON_TWO, (torch.float64,), id=f"{method}-two without float64")
+        few, most = ([] if held else [pytest.mark.exhaustive] for held in (method in FEW, method not in ALIKE))
+        yield pytest.param(method, ON_ONE, (), id=f"{method}-one device", marks=few)
+        yield pytest.param(method, ON_TWO, (torch.float64,), id=f"{method}-two without float64", marks=most)
 
 
 @pytest.mark.parametrize(("method", "ways", "refused"), [*cases()])

@@ -98,7 +98,7 @@ def by_mergekit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, torc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_view_checkpoint_and_mergekit_s_model_think_and_write_alike(scaled, models, by_mergekit, tmp_path):
     architecture, resident, references = models
     path = random_path(references, 5 + scaled, scaled and architecture not in UNSCALED)

@@ -33,21 +33,11 @@ from evomerge.workers.memory import (
     with_choice,
 )
 from tests.conftest import REPOSITORY
+from tests.merging.ways import ALIKE
 from tests.models import load_models, models
 
 DEMO = REPOSITORY / "search_spaces" / "demo.yaml"
 PARENTS = ("first", "second", "third")
-ALIKE = (  # each has the steps of another method
-    "task_arithmetic",
-    "dare_linear",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "della_linear",
-    "multislerp",
-    "ramplus_tl",
-    "gradient_matching",
-    "regmean_plus",
-)
 
 
 def recipe(method: str, density: float = 0.5) -> Recipe:
@@ -213,13 +203,13 @@ def test_merging_one_tensor_of_each_kind_counts_as_much_as_merging_all(tiny_mode
     """One method after the other, as in a search that chooses among them. Checksums and extremes are a few bytes for
     each tensor, which are computed for one tensor of each shape."""
     checksum(torch.empty(1 << 16, device="meta"), "makes what all checksums have in common")
-    taken = []
+    taken, different = [], [method for method in METHODS if method not in ALIKE]
     for kind in (ResidentModels, RehearsedModels):
         with LiveBytes(says_yes=True) as live:
             found = models(tiny_models, tiny_models["base"])
             resident = kind(found, "cpu", "float32", rehearsal=True, sources=sources, fields=fields)
             counts = [live.now]
-            for method in METHODS:
+            for method in different:
                 peak = live.now + live.more(partial(resident.rehearse, recipe(method)))
                 counts += [peak, live.now]
         taken.append(counts)

@@ -33,7 +33,7 @@ OTHERS = [name for name in MERGEKIT if name not in TASK_VECTORS and name != "lin
 ANGLES = ["slerp", "nuslerp", "multislerp", "karcher", "arcee_fusion"]
 LINEAR_IN_THE_MODELS = ["linear", "task_arithmetic", "dare_linear"]  # no election, so no jumps
 
-few = settings(max_examples=50, deadline=None, derandomize=True)
+few = settings(max_examples=25, deadline=None, derandomize=True)
 shapes = st.lists(st.integers(1, 13), min_size=1, max_size=3)
 seeds = st.integers(0, 2**32)
 # Multiples of 1/64 add up without rounding, so a sum of weights is zero in every precision or in none.

@@ -48,11 +48,10 @@ def test_a_page_without_it_says_how_to_ask(finished: Path) -> None:
     [
         {"space": {"kind": "data_flow"}, "optimizer": {"name": "random_search", "evaluations": 8}},
         {"space": {"kind": "hybrid", "parameter": {"layer_granularity": 2}, "path": {"max_layers": 6}}},
-        {"space": {"method": "karcher"}, "optimizer": {"name": "random_search", "evaluations": 8}},
         {"space": {"method": ["ties", "slerp"], "participate": True}},
         {"space": {"layer_granularity": "tensor"}},
     ],
-    ids=["data-flow", "hybrid", "karcher", "methods", "tensors"],
+    ids=["data-flow", "hybrid", "methods", "tensors"],
 )
 def test_every_kind_of_search_can_be_ablated(tiny_run: Run, changes: dict[str, Any]) -> None:
     directory = tiny_run(**changes)
