@@ -26,12 +26,10 @@ VALUES = {
 }
 COMPILED = [
     "linear",
-    "ties",
     "dare_ties",
-    "della",
     *(
         pytest.param(method, marks=pytest.mark.exhaustive)
-        for method in ("consensus", "localize_and_stitch", "fisher", "gradient_matching")
+        for method in ("ties", "della", "consensus", "localize_and_stitch", "fisher", "gradient_matching")
     ),
 ]
 

@@ -18,10 +18,11 @@ COMPILER = [
 def cases() -> Iterator[Any]:
     for method in RECIPES:
         more = [] if method in FEW else [pytest.mark.exhaustive]
+        compiled = [] if method == "dare_ties" else [pytest.mark.exhaustive]
         yield pytest.param(method, "float32", EAGER if method in FEW else IN_PAIRS, id=f"{method}-float32")
         yield pytest.param(method, "bfloat16", EAGER, id=f"{method}-bfloat16", marks=more)
         yield pytest.param(method, "float16", EAGER, id=f"{method}-float16", marks=pytest.mark.exhaustive)
-        yield pytest.param(method, "bfloat16", COMPILED, id=f"{method}-compiled", marks=[*COMPILER, *more])
+        yield pytest.param(method, "bfloat16", COMPILED, id=f"{method}-compiled", marks=[*COMPILER, *compiled])
 
 
 @pytest.fixture(scope="module")
