@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import zoo
 from evomerge.config.files import load
@@ -65,6 +67,19 @@ def test_the_models_of_a_case_have_learned_different_skills() -> None:
         trained = [skill for model in case.models for skill in study.SPECIALISTS[model]]
         assert len(set(trained)) == len(trained)
         assert set(trained) <= set(study.SKILLS)
+
+
+def test_training_makes_answers_likelier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [{"prompt": f"{word} {word}", "target": f" {word}\n"} for word in ("one", "two", "six", "ten")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    monkeypatch.setattr(study, "TRAINING_STEPS", 30)
+    base = zoo.path("base")
+    study.train(base, [tmp_path], 1, tmp_path / "tuned")
+    loss = {}
+    for folder in (base, tmp_path / "tuned"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        loss[folder] = float(study.answer_loss(model, AutoTokenizer.from_pretrained(folder), items).detach())
+    assert loss[tmp_path / "tuned"] < loss[base]
 
 
 SETTINGS = {"evolved": study.evolving(9, seed=1), "random": study.controlling(9)}
