@@ -94,21 +94,31 @@ def counted(field: torch.Tensor) -> torch.Tensor:
     return (field >> 16) & 0xFFFF if field.dtype == torch.int32 else field
 
 
-def below(field: torch.Tensor, steps: torch.Tensor, value: torch.Tensor | None = None) -> torch.Tensor:
+def below(
+    field: torch.Tensor, steps: torch.Tensor, limit: torch.Tensor, value: torch.Tensor | None = None
+) -> torch.Tensor:
     """`value` where a number of a field is less than `steps`, else 0.0; float32, shape (count,).
 
     field: two planes of bytes, int16 numbers, or numbers in the upper half of an int32, as compiled code makes them.
     steps: a scalar from 0 to 65536.
+    limit: `limit_of(steps)`, an int32 scalar.
     value: a scalar; by default 1.0.
     """
     if field.dtype == torch.int16 and not torch.compiler.is_compiling():
         return indicator(torch.lt, field, steps - 32768, value=value)
     if field.dtype == torch.int32:  # on CPUs torch compiles no vector instructions that make floats of them
-        # Number k becomes (k - 32768) 65536 + 32768. The limit for `steps` is less than half of 65536 away from
-        # (steps - 32768) 65536, which float32 cannot spoil, and is an int32 for 0 and for 65536 steps, too.
-        signed = (field & -UNIFORM_STEPS) ^ (32768 - (1 << 31))
-        return indicator(torch.lt, signed, ((steps - 32768) * 65535.5).to(torch.int32), value=value)
+        return indicator(torch.lt, (field & -UNIFORM_STEPS) ^ (32768 - (1 << 31)), limit, value=value)
     return indicator(torch.lt, field_steps(field), steps, value=value)
+
+
+def limit_of(steps: float) -> np.int32:
+    """What `below` compares numbers in the upper half of an int32 with.
+
+    Number k becomes (k - 32768) 65536 + 32768, which is less than the limits of k + 1 and more steps, and of no others.
+
+    steps: a whole number from 0 to 65536.
+    """
+    return np.int32(min((int(steps) - 32768) * UNIFORM_STEPS, np.iinfo(np.int32).max))
 
 
 def steps_of(density: float | torch.Tensor) -> float | torch.Tensor:

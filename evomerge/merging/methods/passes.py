@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
@@ -17,6 +18,7 @@ from evomerge.devices import accelerator, device_count
 from evomerge.merging.methods.drawn import ROW, Drawn, Field, columns_on, draw, field_part
 from evomerge.merging.methods.parts import STAGED, Elements, walk, whole_of
 
+Number = float | np.int32 | torch.Tensor
 Numbers = Mapping[str, tuple[torch.Tensor, ...]]
 Tensors = tuple[torch.Tensor, ...]
 T = TypeVar("T")
@@ -54,17 +56,22 @@ class Pass:
     slopes: Slopes | None = None
 
 
-def numbers_on(device: torch.device, **values: Sequence[float | torch.Tensor]) -> Numbers:
-    """Numbers as float32 scalar tensors on a device, by name.
+def numbers_on(device: torch.device, **values: Sequence[Number]) -> Numbers:
+    """Numbers as scalar tensors on a device, by name: float32, or int32 where they are NumPy's int32.
 
     device: where they are to be.
-    values: Python numbers, which are moved all at once, and scalar tensors that are on the device already.
+    values: numbers of Python and NumPy, which are moved all at once, and scalar tensors that are on the device already.
     """
-    plain = [value for group in values.values() for value in group if not isinstance(value, torch.Tensor)]
-    moved = iter(torch.tensor(plain, dtype=torch.float32).to(device).unbind())
+    given = [value for group in values.values() for value in group if not isinstance(value, torch.Tensor)]
+    whole = np.array([value for value in given if isinstance(value, np.int32)], dtype=np.int32)
+    plain = np.array([value for value in given if not isinstance(value, np.int32)], dtype=np.float32)
+    moved = torch.from_numpy(np.concatenate([whole, plain.view(np.int32)])).to(device)
+    integers, floats = iter(moved[: len(whole)].unbind()), iter(moved[len(whole) :].view(torch.float32).unbind())
 
-    def scalar(value: float | torch.Tensor) -> torch.Tensor:
-        return value.reshape(()).to(torch.float32).to(device) if isinstance(value, torch.Tensor) else next(moved)
+    def scalar(value: Number) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.reshape(()).to(torch.float32).to(device)
+        return next(integers if isinstance(value, np.int32) else floats)
 
     return {name: tuple(scalar(value) for value in group) for name, group in values.items()}
 

@@ -20,6 +20,7 @@ from evomerge.merging.methods.kernels import (
     below,
     indicator,
     kth_smallest,
+    limit_of,
     ordered_sum,
     pieces,
     square_steps,
@@ -27,7 +28,7 @@ from evomerge.merging.methods.kernels import (
     sums_below,
 )
 from evomerge.merging.methods.parts import Elements, whole_of
-from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
+from evomerge.merging.methods.passes import Number, Numbers, Pass, Slope, Tensors, numbers_on
 from evomerge.merging.methods.sparsify import delta_in, largest_magnitude
 from evomerge.merging.methods.task_vectors import deltas_of, sign_of, sum_of, total_of
 
@@ -40,7 +41,7 @@ def merge_sce(inputs: Inputs) -> Pass:
     mean square of its changes, erase the changes whose sign is in the minority."""
     share = max(inputs.shared["select_topk"], 0.0)
     models = (-1, *range(len(inputs.tensors)))
-    numbers: dict[str, Sequence[float | torch.Tensor]] = {}
+    numbers: dict[str, Sequence[Number]] = {}
     fields: tuple[torch.Tensor, ...] = ()
     if share >= 1:
         sums = gram(inputs).diagonal().unbind()
@@ -51,7 +52,8 @@ def merge_sce(inputs: Inputs) -> Pass:
             inputs.once(("squares", index), models, partial(_squares_below, inputs, index, field))
             for index in range(len(inputs.tensors))
         ]
-        fields, numbers, sums = (field,), {"steps": [steps]}, tuple(table[steps] for table in tables)
+        fields, sums = (field,), tuple(table[steps] for table in tables)
+        numbers = {"steps": [steps], "limit": [limit_of(steps)]}
     else:
         mask = _most_varied(inputs, share)
         fields, sums = (mask,), tuple(_masked_square(inputs, index, mask) for index in range(len(inputs.tensors)))
@@ -67,7 +69,9 @@ def merge_sce(inputs: Inputs) -> Pass:
 def _erase_minorities(tensors: Tensors, fields: Tensors, numbers: Numbers) -> torch.Tensor:
     base, deltas = deltas_of(tensors)
     if fields:
-        mask = below(fields[0], numbers["steps"][0]) if "steps" in numbers else fields[0].to(torch.float32)
+        (field,) = fields
+        ranked = "steps" in numbers
+        mask = below(field, numbers["steps"][0], numbers["limit"][0]) if ranked else field.to(torch.float32)
         for delta in deltas:
             delta *= mask
     elected = sign_of(sum_of(deltas))

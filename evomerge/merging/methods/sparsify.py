@@ -20,14 +20,15 @@ from evomerge.merging.methods.kernels import (
     field_steps,
     indicator,
     kth_smallest,
+    limit_of,
     pieces,
     steps_of,
 )
 from evomerge.merging.methods.order import order_statistics
 from evomerge.merging.methods.parts import part_of, whole_of
-from evomerge.merging.methods.passes import Tensors
+from evomerge.merging.methods.passes import Number, Tensors
 
-Values = Mapping[str, float | torch.Tensor]
+Values = Mapping[str, Number]
 Scalars = Mapping[str, torch.Tensor]
 
 
@@ -134,7 +135,8 @@ class Uniform(_Plain):
     """Keeps every element with the same probability, the density (DARE: Yu et al. 2024)."""
 
     def numbers(self, inputs: Inputs, index: int) -> Values:
-        return {"steps": steps_of(min(max(inputs.per_model[index]["density"], 0.0), 1.0))}
+        steps = steps_of(min(max(inputs.per_model[index]["density"], 0.0), 1.0))
+        return {"steps": steps, "limit": limit_of(float(steps))}
 
     def fields(self, inputs: Inputs, index: int) -> tuple[Field, ...]:
         return (inputs.uniforms(index),)
@@ -142,7 +144,7 @@ class Uniform(_Plain):
     def keep(
         self, delta: torch.Tensor, fields: Tensors, numbers: Scalars, value: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return below(fields[0], numbers["steps"], value)
+        return below(fields[0], numbers["steps"], numbers["limit"], value)
 
 
 class MagPrune:

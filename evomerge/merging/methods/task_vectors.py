@@ -17,7 +17,7 @@ from evomerge.devices import widened
 from evomerge.merging.methods.base import Inputs
 from evomerge.merging.methods.drawn import Field, field_part
 from evomerge.merging.methods.kernels import UNIFORM_STEPS, divisor, exact_l1, indicator, l1_steps, pieces, sums_below
-from evomerge.merging.methods.passes import Numbers, Pass, Slope, Tensors, numbers_on
+from evomerge.merging.methods.passes import Number, Numbers, Pass, Slope, Tensors, numbers_on
 from evomerge.merging.methods.sparsify import SPARSIFIERS, Values, delta_in, largest_magnitude
 
 _NEGLIGIBLE_L1 = 1e-7
@@ -41,7 +41,7 @@ class TaskVectorMerge:
         sparse = self.sparsify is not None and any(parameters["density"] < 1 for parameters in inputs.per_model)
         chosen = self.sparsify if sparse else None
         by = divisor(sum(weights)) if inputs.shared["normalize"] and not self.consensus else 1.0
-        numbers: dict[str, Sequence[float | torch.Tensor]] = {
+        numbers: dict[str, Sequence[Number]] = {
             "weight": weights,
             "lambda": [inputs.shared["lambda"]],
             "by": [by],
@@ -148,7 +148,12 @@ class TaskVectorPass:
     def _agreeing(self, deltas: Sequence[torch.Tensor], weights: Tensors) -> torch.Tensor:
         """The sum of the deltas, element by element, without those whose sign differs from that of the sum of all
         (TIES). With `normalize` it is divided by the weights of the deltas that agree."""
-        elected = sign_of(sum_of(deltas))
+        total = sum_of(deltas)
+        if not self.normalize and torch.compiler.is_compiling():  # the same sums, none of which waits for the sign
+            above = [delta.relu() for delta in deltas]
+            under = [delta - positive for delta, positive in zip(deltas, above, strict=True)]
+            return torch.where(total >= 0.0, sum_of(above), sum_of(under))
+        elected = sign_of(total)
         for delta in deltas:
             delta *= elected
             delta.relu_()

@@ -18,6 +18,7 @@ from evomerge.merging.methods.kernels import (
     exact_l1,
     field_steps,
     largest_magnitudes,
+    limit_of,
     uniform_field,
 )
 from evomerge.merging.resident.models import fingerprint
@@ -58,8 +59,8 @@ def test_all_forms_of_a_field_keep_the_same_numbers(steps):
     generator = torch.Generator().manual_seed(steps)
     rest = torch.randint(0, 65536, numbers.shape, generator=generator, dtype=torch.int32)
     for field in (kept, as_field(kept, planes=True), (numbers << 16) | rest):
-        assert torch.equal(below(field, limit), expected)
-        assert torch.equal(below(field, limit, torch.tensor(1.5)), 1.5 * expected)
+        assert torch.equal(below(field, limit, torch.tensor(limit_of(steps))), expected)
+        assert torch.equal(below(field, limit, torch.tensor(limit_of(steps)), torch.tensor(1.5)), 1.5 * expected)
         assert torch.equal(field_steps(counted(field)), numbers.float())
 
 
