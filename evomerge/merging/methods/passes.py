@@ -63,9 +63,9 @@ def numbers_on(device: torch.device, **values: Sequence[Number]) -> Numbers:
     values: numbers of Python and NumPy, which are moved all at once, and scalar tensors that are on the device already.
     """
     given = [value for group in values.values() for value in group if not isinstance(value, torch.Tensor)]
-    whole = np.array([value for value in given if isinstance(value, np.int32)], dtype=np.int32)
-    plain = np.array([value for value in given if not isinstance(value, np.int32)], dtype=np.float32)
-    moved = torch.from_numpy(np.concatenate([whole, plain.view(np.int32)])).to(device)
+    whole = torch.tensor([value for value in given if isinstance(value, np.int32)], dtype=torch.int32)
+    plain = torch.tensor([value for value in given if not isinstance(value, np.int32)], dtype=torch.float32)
+    moved = torch.cat([whole, plain.view(torch.int32)]).to(device)
     integers, floats = iter(moved[: len(whole)].unbind()), iter(moved[len(whole) :].view(torch.float32).unbind())
 
     def scalar(value: Number) -> torch.Tensor:

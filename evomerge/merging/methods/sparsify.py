@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from evomerge.merging.methods.base import Inputs, each_time
@@ -19,13 +20,12 @@ from evomerge.merging.methods.kernels import (
     counted,
     field_steps,
     indicator,
-    kth_smallest,
     limit_of,
     pieces,
     steps_of,
 )
-from evomerge.merging.methods.order import order_statistics
-from evomerge.merging.methods.parts import part_of, whole_of
+from evomerge.merging.methods.order import OrderStatistics, elements_at, order_statistics
+from evomerge.merging.methods.parts import part_of
 from evomerge.merging.methods.passes import Number, Tensors
 
 Values = Mapping[str, Number]
@@ -183,17 +183,6 @@ SPARSIFIERS: dict[str, Sparsifier] = {
 }
 
 
-def magnitude(inputs: Inputs, index: int) -> torch.Tensor:
-    """|delta| of one model: float32, in the shape of its tensor.
-
-    inputs: the tensors of all models, and the base.
-    index: the model's index in `inputs.tensors`.
-    """
-    assert inputs.base is not None
-    base, tensor = whole_of(inputs.base), whole_of(inputs.tensors[index])
-    return (tensor.to(torch.float32) - base.to(torch.float32)).abs()
-
-
 def largest_magnitude(inputs: Inputs, index: int) -> torch.Tensor:
     """The largest |delta| of one model, a scalar, found piece by piece.
 
@@ -220,10 +209,15 @@ def delta_in(inputs: Inputs, index: int, piece: slice) -> torch.Tensor:
 
 
 def _magnitude_at(inputs: Inputs, index: int, rank: int, beyond: int = 0) -> torch.Tensor:
+    def magnitudes(piece: slice) -> torch.Tensor:
+        return delta_in(inputs, index, piece).abs_()
+
     if inputs.once is each_time:
-        return kth_smallest(magnitude(inputs, index), rank)
-    table = inputs.once(("magnitudes", beyond), (-1, index), lambda: order_statistics(magnitude(inputs, index), beyond))
-    return table.at(rank, lambda: magnitude(inputs, index))
+        return elements_at(magnitudes, inputs.count, np.array([rank]), inputs.device)[0]
+    table: OrderStatistics = inputs.once(
+        ("magnitudes", beyond), (-1, index), lambda: order_statistics(magnitudes, inputs.count, inputs.device, beyond)
+    )
+    return table.at(rank, magnitudes)
 
 
 def _row_length(inputs: Inputs) -> int:
@@ -233,12 +227,16 @@ def _row_length(inputs: Inputs) -> int:
 
 def _row_ranks(inputs: Inputs, index: int) -> torch.Tensor:
     """The rank of each |delta| in its row, from 0 for the smallest, as a field."""
-    rows = magnitude(inputs, index)
-    rows = rows if rows.dim() > 1 else rows.reshape(1, -1)
-    ranks = rows.argsort(dim=1, stable=True).argsort(dim=1).flatten()
-    if _row_length(inputs) > UNIFORM_STEPS:
-        return ranks.to(torch.int32)
-    return as_field((ranks - 32768).to(torch.int16), inputs.planes)
+    length = _row_length(inputs)
+    block = length * math.prod(inputs.tensors[0].shape[2:])  # a matrix of rows that are its columns, or one row
+    narrow = length <= UNIFORM_STEPS
+    ranks = torch.empty(inputs.count, dtype=torch.int16 if narrow else torch.int32, device=inputs.device)
+    for blocks in pieces(inputs.count // block, inputs.device, block):
+        piece = slice(blocks.start * block, blocks.stop * block)
+        magnitudes = delta_in(inputs, index, piece).abs_().view(-1, length, block // length)
+        own = magnitudes.argsort(dim=1, stable=True).argsort(dim=1)
+        ranks[piece].copy_((own - 32768 if narrow else own).flatten())
+    return as_field(ranks, inputs.planes) if narrow else ranks
 
 
 def largest_epsilon(density: float, wanted: float) -> float:

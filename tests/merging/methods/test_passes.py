@@ -1,11 +1,13 @@
 """Passes: the same bits compiled, in chunks, on any number of threads, and into any memory."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,6 +167,21 @@ def test_a_pass_may_write_into_a_transposed_tensor():
     out = torch.empty(7, 5).t()
     write(out, Pass(double, (tensor,), numbers_on(tensor.device, factor=[2.0])))
     assert torch.equal(out, tensor * 2)
+
+
+def test_numbers_keep_their_order_and_whole_ones_their_bits():
+    largest, least = np.iinfo(np.int32).max, np.iinfo(np.int32).min
+    given = {
+        "mixed": [1, 0.1, np.int32(largest), -math.inf],
+        "none": [],
+        "made": [torch.tensor(0.3, dtype=torch.float64), np.int32(least)],
+    }
+    numbers = numbers_on(torch.device("cpu"), **given)
+    assert {name: len(group) for name, group in numbers.items()} == {"mixed": 4, "none": 0, "made": 2}
+    assert [number.item() for number in numbers["mixed"]] == [1.0, np.float32(0.1), largest, -math.inf]
+    assert [number.item() for number in numbers["made"]] == [np.float32(0.3), least]
+    whole = [number.dtype == torch.int32 for group in numbers.values() for number in group]
+    assert whole == [False, False, True, False, False, True]
 
 
 def test_results_of_chunks_come_in_order_on_any_number_of_threads():
