@@ -42,6 +42,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def migrations_read_once() -> Iterator[None]:
+    """Optuna reads its scripts for old databases whenever it opens one, which takes longer than to make one."""
+    from optuna.storages._rdb import storage
+
+    read: dict[str, Any] = {}
+    make = storage._VersionManager._create_alembic_script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            storage._VersionManager,
+            "_create_alembic_script",
+            lambda manager: read["scripts"] if read else read.setdefault("scripts", make(manager)),
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and three fine-tunes: Llamas of 4 layers, 32 wide, float32, random weights, with the zoo's tokenizer."""
