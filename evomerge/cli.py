@@ -317,7 +317,6 @@ def export(
     from evomerge.export import choice
     from evomerge.export import recipe as exports
     from evomerge.files import SEARCH_FILE, STATISTICS
-    from evomerge.merging.sources.statistics import shelf_of
     from evomerge.reports import terminal
     from evomerge.runs import directory as runs
 
@@ -337,11 +336,8 @@ def export(
         if recipe.evomerge.parallel:
             then = f"score it with `evomerge evaluate {output} --config {directory / SEARCH_FILE}`"
         terminal.console().print(f"{record.candidate.id} written to {output}; {then}")
-        if lost := shelf_of(recipe, str(output)).missing:
-            terminal.warn(
-                f"the recipe needs {' and '.join(lost)}, which {directory / STATISTICS} lacks; measure it again with "
-                f"`evomerge resume {directory}`."
-            )
+        if (lost := exports.lost_statistics(recipe, output, directory)) is not None:
+            terminal.warn(lost)
     for warning in choice.warnings(record, opened.results):
         terminal.warn(warning)
 

@@ -11,9 +11,10 @@ from evomerge.archive.archive import Record
 from evomerge.errors import InputError
 from evomerge.evidence.comparison import against, sentence
 from evomerge.evidence.table import heldout_table
-from evomerge.files import write_text
+from evomerge.files import STATISTICS, write_text
 from evomerge.merging.sources.models import Models
 from evomerge.merging.sources.references import split_adapter
+from evomerge.merging.sources.statistics import shelf_of
 from evomerge.merging.vocabulary import with_tokens
 from evomerge.recipe import MeasuredOn, Recipe
 from evomerge.search.results import Results
@@ -81,6 +82,22 @@ def _statistics(recipe: Recipe, results: Results, folder: Path | None) -> Measur
 
 def _scores(record: Record) -> dict[str, float | None] | None:
     return dict(record.evaluation.scores) if record.evaluation.scores is not None else None
+
+
+def lost_statistics(recipe: Recipe, path: Path, run: Path) -> str | None:
+    """A warning where a recipe needs statistics that its run no longer has; None where all are there.
+
+    recipe: the recipe.
+    path: its file.
+    run: the run's directory.
+    """
+    missing = shelf_of(recipe, str(path)).missing
+    return (
+        f"the recipe needs {' and '.join(missing)}, which {run / STATISTICS} lacks; measure it again with "
+        f"`evomerge resume {run}`."
+        if missing
+        else None
+    )
 
 
 def write_recipe(recipe: Recipe, path: Path, evomerge_only: bool = False) -> None:

@@ -1,12 +1,13 @@
 """Candidates of a run, as programs and notebooks use them."""
 
+import warnings
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.archive.archive import Record
 from evomerge.errors import InputError, WorkFailed, choices
-from evomerge.export.recipe import shared_recipe, write_recipe
+from evomerge.export.recipe import lost_statistics, shared_recipe, write_recipe
 from evomerge.files import STATISTICS
 from evomerge.library.notebook import table_html
 from evomerge.recipe import Recipe
@@ -146,7 +147,10 @@ class RunCandidate:
         """Writes the recipe to a file and returns its path.
 
         evomerge_only: whether it may be a recipe that only evomerge runs: layers side by side.
-        Raises InputError where it cannot be written.
+        Raises InputError where it cannot be written. Warns where the run has lost statistics that the recipe needs.
         """
-        write_recipe(self.recipe, Path(path), evomerge_only)
+        recipe = self.recipe
+        write_recipe(recipe, Path(path), evomerge_only)
+        if (lost := lost_statistics(recipe, Path(path), self._run.directory)) is not None:
+            warnings.warn(lost, stacklevel=2)
         return Path(path)

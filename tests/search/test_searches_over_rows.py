@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.config.files import load
 from evomerge.events import Event, StatisticsMeasured, unheard
+from evomerge.library.runs import open_run
 from evomerge.merging.sources.statistics import read
 from evomerge.merging.sources.weights import WEIGHTS
 from evomerge.optimizers.make import passes_for_rows
@@ -121,6 +123,11 @@ def test_an_export_warns_where_the_weights_are_gone(
         evomerge("export", spoiled, "--candidate", row["id"], "-o", tmp_path / "recipe.yaml")
         told = " ".join(capfd.readouterr().err.split())
         assert (f"the recipe needs {folder.name}, which" in told) == gone
+        with warnings.catch_warnings(record=True) as caught:
+            open_run(spoiled).candidate(row["id"]).export(tmp_path / "recipe.yaml")
+        assert [str(warning.message).startswith(f"the recipe needs {folder.name}") for warning in caught] == [
+            True
+        ] * gone
 
 
 def test_random_search_leaves_rows_as_they_are(search_file: WriteSearch) -> None:
