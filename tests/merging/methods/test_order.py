@@ -57,6 +57,10 @@ def test_any_element_is_the_one_that_sorting_gives(tensor, table, ordered, index
     assert table.at(index, tensor.__getitem__) == ordered[index]
 
 
+def test_all_ranks_at_once_are_the_sorted_tensor(tensor, ordered):
+    assert torch.equal(elements_at(tensor.__getitem__, LARGE, np.arange(LARGE), CPU), ordered)
+
+
 @pytest.mark.parametrize("density", [1 / UNIFORM_STEPS, 0.25, 40000 / UNIFORM_STEPS, 65535 / UNIFORM_STEPS])
 def test_a_density_in_steps_is_answered_from_the_table(table, ordered, density):
     kept = int(density * LARGE)
