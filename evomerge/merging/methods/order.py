@@ -20,6 +20,7 @@ Values = Callable[[slice], torch.Tensor]
 Ranks = npt.NDArray[np.int64]
 
 _BESIDE = (-1, 0, 1)  # where two shares are cut off, each is rounded down, so their sum may be one element off
+_SHORT = len(_BESIDE) * (UNIFORM_STEPS + 1)  # elements of a vector that is kept itself
 _SORTED = 1 << 24  # elements that are sorted at most; more of them are counted, which takes less memory and time
 _LOWER = 15  # lower bits of the 31 that an element has without its sign
 _GROUP = 1 << 11  # how many values of the upper bits are looked into at a time, with 128 KiB of counts for each
@@ -68,7 +69,7 @@ def order_statistics(vector: Values, count: int, device: torch.device, beyond: i
     device: where it is.
     beyond: how many of the largest elements are dropped before the density is counted.
     """
-    if count <= len(_BESIDE) * (UNIFORM_STEPS + 1):
+    if count <= _SHORT:
         return OrderStatistics(count, ascending(vector(slice(0, count))), beyond)
     kept = _kept(np.arange(UNIFORM_STEPS + 1), count)[:, None] + np.array(_BESIDE)
     ranks = (count - beyond - kept).clip(0, count - 1)

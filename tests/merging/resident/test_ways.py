@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evomerge.merging.methods import order
 from tests.merging.ways import COMPILED, EAGER, FEW, IN_PAIRS, RECIPES, Load, Way, loader, outcomes
 
 COMPILER = [
@@ -36,3 +38,15 @@ def test_fingerprints_are_equal_wherever_models_live_whatever_is_kept_of_them_an
 ) -> None:
     found = outcomes(method, dtype, ways, load)
     assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.parametrize("method", ["ties", pytest.param("breadcrumbs_ties", marks=pytest.mark.exhaustive)])
+def test_counted_magnitudes_leave_the_fingerprints_of_sorted_ones(
+    method: str, load: Load, tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only long tensors are counted, unless a test says otherwise."""
+    ways = [Way(sources="disk", fields="made", adapters="factors")]
+    expected = list(outcomes(method, "bfloat16", ways, load).values())
+    monkeypatch.setattr(order, "_SHORT", 0)
+    monkeypatch.setattr(order, "_SORTED", 0)
+    assert list(outcomes(method, "bfloat16", ways, loader(tiny_models, tmp_path)).values()) == expected
