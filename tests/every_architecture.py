@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from evomerge.merging.sources.models import find_models
 from evomerge.merging.streamed.merge import StreamedMerge, stored_fingerprint
 from evomerge.quiet import quiet
-from evomerge.recipe import Recipe, Source, linear
+from evomerge.recipe import Parameters, Recipe, Source, linear
 from tests.models import load_models
 
 WIDTH, HEADS, HEAD, LAYERS, TOKENS, EXPERTS = 32, 4, 8, 2, 128, 4
@@ -110,12 +110,14 @@ _SETTINGS |= {
 } | {"glm4v_moe_text": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 0]}}}
 
 
-def tiny_config(kind: type, **settings: Any) -> Any:
+def tiny_config(kind: type[PreTrainedConfig], **settings: Any) -> Any:
     """A config of a class, with small numbers by the names of its keys; `settings` go on top."""
     default = kind()
     parts = dict(getattr(default, "sub_configs", {}))
     known = {key: value for key, value in default.to_dict().items() if key not in parts}
-    small = {key: _BY_KEY[key] for key, value in known.items() if key in _BY_KEY and isinstance(value, int)}
+    small: dict[str, Any] = {
+        key: _BY_KEY[key] for key, value in known.items() if key in _BY_KEY and isinstance(value, int)
+    }
     small |= {key: value for key, value in _TOKENS.items() if key in known and known[key] is not None}
     small |= {key: 3 + index for index, key in enumerate(sorted(known)) if _special(key, known[key])}
     if "patch_size" in known and isinstance(known.get("image_size"), int):
@@ -150,7 +152,7 @@ def _tiny_part(default: Any, name: str, settings: dict[str, Any]) -> Any:
     return None if part is None else tiny_config(type(part), **settings)
 
 
-def architectures() -> dict[str, tuple[type, Any]]:
+def architectures() -> dict[str, tuple[type[PreTrainedConfig], Any]]:
     """By model type the config class and the auto class: everything that is a causal language model, and what only
     exists as a model of images and text."""
     found = {kind.model_type: (kind, AutoModelForCausalLM) for kind in MODEL_FOR_CAUSAL_LM_MAPPING}
@@ -176,7 +178,7 @@ def try_merges(kind: str, folder: Path) -> Outcome:
     config_class, auto = architectures()[kind]
     folders = _tiny_models(config_class, auto, folder)
     names = [str(each) for each in folders]
-    drops = {"weight": 0.5, "density": 0.6}
+    drops: Parameters = {"weight": 0.5, "density": 0.6}
     ties = Recipe(
         merge_method="ties",
         base_model=names[0],
@@ -198,7 +200,7 @@ def try_merges(kind: str, folder: Path) -> Outcome:
     return _forward(resident.model, loaded)
 
 
-def _tiny_models(config_class: type, auto: Any, folder: Path) -> list[Path]:
+def _tiny_models(config_class: type[PreTrainedConfig], auto: Any, folder: Path) -> list[Path]:
     try:
         with quiet():
             torch.manual_seed(0)

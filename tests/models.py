@@ -54,7 +54,8 @@ def write_adapter(
     def drawn(*shape: int) -> torch.Tensor:
         return (0.2 * torch.randn(shape, generator=generator)).to(dtype)
 
-    norm, tensors = config.pop("norm", False), {}
+    norm = config.pop("norm", False)
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(base / "model.safetensors").items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         rows, columns = tensor.shape if tensor.dim() == 2 else (0, 0)

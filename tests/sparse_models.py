@@ -11,7 +11,7 @@ import transformers
 
 REPOSITORY = Path(__file__).parents[1]
 ZOO = REPOSITORY / "evomerge" / "zoo" / "models" / "base"
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
@@ -31,8 +31,9 @@ def make_sparse_model(folder: Path, size: str) -> None:
         max_position_embeddings=8192,
         tie_word_embeddings=False,
     )
+    auto: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = auto.from_config(config, dtype=torch.bfloat16)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     folder.mkdir(parents=True)
     config.save_pretrained(folder)

@@ -6,6 +6,7 @@ from typing import Any
 from evomerge.candidate import Evaluation
 from evomerge.config.base import Split
 from evomerge.config.search import SearchConfig
+from evomerge.config.spaces import ParameterSpaceConfig
 from evomerge.optimizers.make import resolve
 from evomerge.recipe import Recipe
 from evomerge.spaces.parameter import ParameterSpace
@@ -29,6 +30,7 @@ def pretended_search(seed: int, optimizer: dict[str, Any], **workers: Any) -> tu
         }
     )
     tensors += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    assert isinstance(config.space, ParameterSpaceConfig)
     space = ParameterSpace(config.space, config.base, config.models, tensors, seed)
     resolved = resolve(config.optimizer, len(space.genes), len(config.objectives))
     return config.model_copy(update={"optimizer": resolved}), space

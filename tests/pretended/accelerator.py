@@ -132,7 +132,7 @@ class Pretended(torch.Tensor):
         tensor.raw, tensor.block = raw, Block.under(raw, number)
         return tensor
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"{self.raw!r} on {self.device}"
 
     @classmethod
@@ -143,7 +143,9 @@ class Pretended(torch.Tensor):
             return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if _kernels(func.name()) == (False, True):  # such operations come here as they are only in inference mode
             with torch._C.DisableTorchFunctionSubclass():
@@ -177,7 +179,8 @@ def _kernels(name: str) -> tuple[bool, bool]:
 def _place(func: Any, args: Any, kwargs: Any) -> torch.device:
     """The device that an operation works on. Raises RuntimeError where its tensors are not all there."""
     if func in _CROSSING:
-        return args[0].device
+        crossing: torch.Tensor = args[0]
+        return crossing.device
     tensors = [item for item in tree_iter((args, kwargs)) if isinstance(item, torch.Tensor)]
     here = next(tensor.device for tensor in tensors if isinstance(tensor, Pretended))
     if func.overloadpacket.__name__ in _INDEXING:
@@ -210,8 +213,8 @@ def _attention(
     """Attention by the kernel that the CPU would take, which torch chooses by the kind of device."""
     given = tree_map_only(Pretended, lambda tensor: tensor.raw, (query, key, value, attn_mask))
     follows = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    tracked = [tensor.detach().requires_grad_(follows) for tensor in given[:3]]
-    choice = torch._fused_sdp_choice(*tracked, given[3], dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    q, k, v = (tensor.detach().requires_grad_(follows) for tensor in given[:3])
+    choice = torch._fused_sdp_choice(q, k, v, given[3], dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if choice != 1:  # no fused kernel
         return _aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
@@ -281,7 +284,7 @@ def install() -> Module:
     module = Module()
     torch.autograd.set_multithreading_enabled(False)  # torch's threads for backward passes know one such device
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for name, operation in _factories():
         library.impl(name, _making(operation), "PrivateUse1")
     for name, operation in _chosen_by_kind():
