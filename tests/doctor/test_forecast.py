@@ -16,6 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.sparse_models import make_sparse_search
 
 SMOKE = REPOSITORY / "search_spaces" / "smoke.yaml"
+LIGHT = ("breadcrumbs", "della", "sce", "localize_and_stitch", "model_stock", "karcher", "consensus", "ram")
 _HANGS = 300  # seconds; `scripts/bench/check` has the figure
 
 
@@ -38,6 +39,19 @@ def test_the_plan_of_models_of_real_size_is_stated_before_anything_is_loaded(tmp
         assert row["gib_merged"] >= 5 * weights * 0.99
         assert (row["gib_host"] > 4 * weights) == (sources == "host")
     assert told["tokens_read"] > 0
+
+
+@pytest.mark.parametrize("method", ["ties", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in LIGHT)])
+def test_methods_that_need_no_large_matrices_fit_small_cards_with_sources_on_the_host(
+    tmp_path: Path, method: str
+) -> None:
+    """An 8B base and three fine-tunes. Thresholds depend on whole tensors, but are computed piece by piece."""
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump(make_sparse_search(tmp_path / "8b", "8b")))
+    told = json.loads(evomerge("check", path, "--address", "auto", "--json", "--set", f"space.method={method}"))
+    rows = {(row["sources"], row["fields"]): row["gib_per_worker"] for row in told["placements"]}
+    assert rows["host", "made"] <= 20
+    assert rows["disk", "made"] <= 20
 
 
 def test_a_forecast_follows_from_measured_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
