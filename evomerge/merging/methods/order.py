@@ -2,7 +2,7 @@
 
 The vector is read piece by piece and never held as a whole. Its elements are not negative, so their bits have the order
 of the elements. A first count by their upper bits tells where each rank lies, and a second count by their lower bits
-tells which element it is (radix selection; Knuth, The Art of Computer Programming, vol. 3, 5.2.5 and 5.3.3).
+tells which element it is (distribution counting; Knuth, The Art of Computer Programming, vol. 3, 5.2, Algorithm D).
 """
 
 from collections.abc import Callable
