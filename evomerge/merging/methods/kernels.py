@@ -101,7 +101,7 @@ def below(
 
     field: two planes of bytes, int16 numbers, or numbers in the upper half of an int32, as compiled code makes them.
     steps: a scalar from 0 to 65536.
-    limit: `limit_of(steps)`, an int32 scalar.
+    limit: `limit_of(steps)`, an int32 scalar. Compiled code would compute it again for every few elements.
     value: a scalar; by default 1.0.
     """
     if field.dtype == torch.int16 and not torch.compiler.is_compiling():

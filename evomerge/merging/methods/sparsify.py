@@ -228,12 +228,13 @@ def _row_length(inputs: Inputs) -> int:
 def _row_ranks(inputs: Inputs, index: int) -> torch.Tensor:
     """The rank of each |delta| in its row, from 0 for the smallest, as a field."""
     length = _row_length(inputs)
-    block = length * math.prod(inputs.tensors[0].shape[2:])  # a matrix of rows that are its columns, or one row
+    side_by_side = math.prod(inputs.tensors[0].shape[2:])  # rows, where a tensor has more than two dimensions
+    block = length * side_by_side
     narrow = length <= UNIFORM_STEPS
     ranks = torch.empty(inputs.count, dtype=torch.int16 if narrow else torch.int32, device=inputs.device)
     for blocks in pieces(inputs.count // block, inputs.device, block):
         piece = slice(blocks.start * block, blocks.stop * block)
-        magnitudes = delta_in(inputs, index, piece).abs_().view(-1, length, block // length)
+        magnitudes = delta_in(inputs, index, piece).abs_().view(-1, length, side_by_side)
         own = magnitudes.argsort(dim=1, stable=True).argsort(dim=1)
         ranks[piece].copy_((own - 32768 if narrow else own).flatten())
     return as_field(ranks, inputs.planes) if narrow else ranks

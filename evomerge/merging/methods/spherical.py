@@ -124,7 +124,7 @@ def merge_karcher(inputs: Inputs) -> Pass:
 
     mean, arrived = _unit(shares, cosines, tol, first), ~counted.any()
     steps: int = inputs.shared["max_iter"]
-    for _ in range(min(steps, 1) if products.is_meta else steps):  # a rehearsal counts bytes, of which each has as many
+    for _ in range(min(steps, 1) if products.is_meta else steps):  # all take the same bytes, which a rehearsal counts
         cosine = ordered_sum(cosines * mean).flatten().clamp(-1, 1)
         theta = torch.acos(cosine)
         near = theta < tol
